@@ -1,0 +1,127 @@
+"""Every error that HMI raises on purpose; all derive from :class:`HmiError`.
+
+A message says what was wrong, where, and what to do. The command line prints it on one line and exits with 2.
+"""
+
+__all__ = [
+    "CorpusError",
+    "DomainExistsError",
+    "DomainInUseError",
+    "EngineClosedError",
+    "HmiError",
+    "InvalidAdapterError",
+    "InvalidHeadError",
+    "InvalidNameError",
+    "InvalidRequestError",
+    "MissingDependencyError",
+    "ReadOnlyStoreError",
+    "StoreBusyError",
+    "StoreCorruptError",
+    "StoreError",
+    "StoreExistsError",
+    "StoreFullError",
+    "StoreNotFoundError",
+    "StoreVersionError",
+    "TenantExistsError",
+    "TextTooLongError",
+    "TrainingDataError",
+    "UnknownDomainError",
+    "UnknownTenantError",
+    "UnsupportedModelError",
+]
+
+
+class HmiError(Exception):
+    """Base class of all errors raised by HMI."""
+
+
+class InvalidNameError(HmiError, ValueError):
+    """A tenant or domain name does not have the allowed form."""
+
+
+class UnknownTenantError(HmiError, LookupError):
+    """No tenant of this name is in the store."""
+
+
+class UnknownDomainError(HmiError, LookupError):
+    """No domain of this name is in the store."""
+
+
+class TenantExistsError(HmiError):
+    """A tenant of this name is already in the store."""
+
+
+class DomainExistsError(HmiError):
+    """A domain of this name is already in the store."""
+
+
+class DomainInUseError(HmiError):
+    """The domain still has tenants or child domains."""
+
+
+class InvalidAdapterError(HmiError, ValueError):
+    """An adapter's tensors or settings do not fit the store's base model."""
+
+
+class InvalidHeadError(HmiError, ValueError):
+    """A head's tensors or labels do not fit the store's base model."""
+
+
+class UnsupportedModelError(HmiError, ValueError):
+    """The base model is of an architecture that HMI does not serve."""
+
+
+class CorpusError(HmiError):
+    """A corpus cannot be read, or holds no text."""
+
+
+class TrainingDataError(HmiError, ValueError):
+    """Training examples are missing, unreadable or too few."""
+
+
+class MissingDependencyError(HmiError, ImportError):
+    """An optional package is needed for what was asked."""
+
+
+class InvalidRequestError(HmiError, ValueError):
+    """A request cannot be served as it stands."""
+
+
+class TextTooLongError(InvalidRequestError):
+    """A request's text has more tokens than the model has positions."""
+
+
+class EngineClosedError(HmiError, RuntimeError):
+    """The engine was closed before the call."""
+
+
+class StoreError(HmiError):
+    """Base class of the errors of a store on disk."""
+
+
+class StoreNotFoundError(StoreError, FileNotFoundError):
+    """The folder is no store."""
+
+
+class StoreExistsError(StoreError, FileExistsError):
+    """The folder already holds something."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer version of HMI."""
+
+
+class StoreCorruptError(StoreError):
+    """A file of the store is damaged or missing."""
+
+
+class StoreBusyError(StoreError):
+    """Another process is writing to the store."""
+
+
+class StoreFullError(StoreError, OSError):
+    """The disk has no room; the store is as it was before."""
+
+
+class ReadOnlyStoreError(StoreError):
+    """The store was opened with ``read_only=True``."""
