@@ -1,0 +1,1 @@
+"""How models are computed: the shared base in packed form, its window layers, attention and heads."""

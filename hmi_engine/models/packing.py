@@ -1,0 +1,80 @@
+"""Packed batches: the tokens of all sequences in one row, without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+__all__ = ["PackedSequences", "Readout"]
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """The tokens of S sequences one after another.
+
+    Attributes:
+        input_ids: int32 [T].
+        offsets: int64 [S+1]; sequence s owns tokens ``offsets[s]`` to ``offsets[s+1]``.
+        lengths: the S lengths, as Python integers.
+    """
+
+    input_ids: torch.Tensor
+    offsets: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, sequences: list[list[int]]) -> PackedSequences:
+        """Packs lists of token ids; each must hold at least one token."""
+        lengths = tuple(len(sequence) for sequence in sequences)
+        ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
+        return cls(ids, torch.tensor([0, *accumulate(lengths)], dtype=torch.int64), lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens."""
+        return self.input_ids.numel()
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the number of sequences."""
+        return len(self.lengths)
+
+    def positions(self) -> torch.Tensor:
+        """Index of each token in its own sequence, int64 [T]."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        return torch.arange(self.num_tokens) - torch.repeat_interleave(self.offsets[:-1], lengths)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The tokens whose last hidden state somebody reads; the last layer computes no others.
+
+    Attributes:
+        rows: int64 [Q], increasing indexes into the packed tokens.
+        offsets: int64 [S+1]; sequence s owns ``rows[offsets[s]:offsets[s+1]]``.
+        counts: the S numbers of rows, as Python integers.
+    """
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def select(cls, sequences: PackedSequences, first_only: list[bool]) -> Readout | None:
+        """Reads the first token of sequences marked in ``first_only`` and all tokens of the others.
+
+        Returns None when every token is read.
+        """
+        if not any(first and length > 1 for first, length in zip(first_only, sequences.lengths, strict=True)):
+            return None
+        starts = sequences.offsets.tolist()
+        rows: list[int] = []
+        counts = []
+        for start, length, first in zip(starts, sequences.lengths, first_only, strict=False):
+            count = 1 if first else length
+            rows.extend(range(start, start + count))
+            counts.append(count)
+        offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64)
+        return cls(torch.tensor(rows, dtype=torch.int64), offsets, tuple(counts))

@@ -1,0 +1,76 @@
+"""Texts to token ids, with the base model's own fast tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Encoding, Tokenizer
+
+from hmi_engine.errors import StoreCorruptError
+
+__all__ = ["EncodedText", "TextEncoder"]
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids of one text, special tokens included, and where its words lie.
+
+    Attributes:
+        input_ids: the token ids, at most the encoder's ``max_tokens``.
+        truncated: whether the text had more tokens than that.
+        words: for each word (as the tokenizer's pre-tokenizer splits) the index of its first token and its
+            first and one-past-last character.
+    """
+
+    input_ids: list[int]
+    truncated: bool
+    words: tuple[tuple[int, int, int], ...]
+
+
+class TextEncoder:
+    """Encodes texts in parallel (the Rust tokenizer's own threads)."""
+
+    def __init__(self, directory: Path, max_tokens: int) -> None:
+        """Loads ``tokenizer.json`` of a store's ``general`` folder.
+
+        Raises:
+            StoreCorruptError: the file is missing or damaged.
+        """
+        path = directory / "tokenizer.json"
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust binding raises bare Exception
+            raise StoreCorruptError(f"{path}: unreadable tokenizer: {error}") from error
+        self.max_tokens = max_tokens
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids alone, for corpora: texts longer than ``max_tokens`` are cut."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def encode(self, texts: list[str], *, words: bool = False) -> list[EncodedText]:
+        """Encodes texts; ``words`` asks for word positions too, which token classification reports."""
+        return [
+            EncodedText(
+                encoding.ids,
+                truncated=len(encoding.overflowing) > 0,
+                words=_word_spans(encoding) if words else (),
+            )
+            for encoding in self._tokenizer.encode_batch(texts)
+        ]
+
+
+def _word_spans(encoding: Encoding) -> tuple[tuple[int, int, int], ...]:
+    spans: dict[int, tuple[int, int, int]] = {}
+    for index, (word, (start, end)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
+        if word is not None:
+            first, begin, _ = spans.get(word, (index, start, end))
+            spans[word] = (first, begin, end)
+    return tuple(spans.values())
