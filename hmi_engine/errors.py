@@ -13,6 +13,7 @@ __all__ = [
     "InvalidHeadError",
     "InvalidNameError",
     "InvalidRequestError",
+    "InvalidSizeError",
     "MissingDependencyError",
     "ReadOnlyStoreError",
     "StoreBusyError",
@@ -37,6 +38,10 @@ class HmiError(Exception):
 
 class InvalidNameError(HmiError, ValueError):
     """A tenant or domain name does not have the allowed form."""
+
+
+class InvalidSizeError(HmiError, ValueError):
+    """A byte size such as ``256MiB`` is not understood."""
 
 
 class UnknownTenantError(HmiError, LookupError):

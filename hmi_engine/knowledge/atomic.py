@@ -1,0 +1,86 @@
+"""Files that are either the old ones or the new ones, never something between."""
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from hmi_engine.errors import ReadOnlyStoreError, StoreError, StoreFullError
+
+__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_path", "remove_quietly"]
+
+PARTIAL_SUFFIX = ".partial"
+"""Ends the name of a file that is being written; one found later was left by a crash."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True) -> None:
+    """Make or replace ``path`` with what ``write`` puts into the temporary path that it is given.
+
+    The temporary file lies in the same folder (made if missing), is fsynced and renamed, and the folder
+    is fsynced, so that a crash leaves the old file or the new one. If anything fails the temporary file is
+    removed and the old file stays. With ``sync=False`` the caller must call ``os.sync()`` before anything
+    refers to the file: that is for writing many files at once.
+
+    Raises :class:`StoreFullError` on a full disk, quota or file size limit and :class:`ReadOnlyStoreError`
+    where writing is not allowed, :class:`StoreError` on other operating system errors; what else ``write``
+    raises passes through.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
+    try:
+        changed_folders = _make_folders(path.parent)
+        write(partial)
+        if sync:
+            fsync_path(partial)
+        partial.replace(path)
+        if sync:
+            for folder in changed_folders:
+                fsync_path(folder)
+    except BaseException as error:
+        remove_quietly(partial)
+        if isinstance(error, OSError) and not isinstance(error, StoreError):
+            raise _explained(error, path) from error
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's data, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_quietly(path: Path) -> bool:
+    """Remove a file; return whether it is gone. One that stays is an orphan for ``verify`` to find."""
+    try:
+        path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make ``folder``; return the folders that get a new entry, deepest first."""
+    changed = [folder]
+    while not changed[-1].is_dir():
+        changed.append(changed[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    return changed
+
+
+def _explained(error: OSError, path: Path) -> StoreError:
+    if error.errno in _FULL:
+        return StoreFullError(
+            f"no room to write {path}: {error.strerror}. The store is as it was before; "
+            "free some space and try again"
+        )
+    if error.errno in _REFUSED:
+        return ReadOnlyStoreError(
+            f"cannot write {path}: {error.strerror}. Check the permissions of the store's folder"
+        )
+    return StoreError(f"cannot write {path}: {error.strerror or error}")
