@@ -141,6 +141,10 @@ class Adapter:
         """Number of elements of all tensors."""
         return sum(tensor.numel() for block in self.blocks.values() for tensor in block.tensors().values())
 
+    def ordered_blocks(self) -> list[tuple[tuple[int, Site], Block]]:
+        """Return the blocks by layer, then by the site's name: the order of a tenant's file."""
+        return sorted(self.blocks.items(), key=lambda item: (item[0][0], item[0][1].value))
+
     def validate(self, general: GeneralInfo) -> None:
         """Check every block against the base model.
 
@@ -167,9 +171,9 @@ def _check_layer(layer: object, general: GeneralInfo) -> None:
         )
     if layer < general.plot_layers:
         raise InvalidAdapterError(
-            f"adapter touches layer {layer}, below plot_layers={general.plot_layers}: those layers are looked "
-            "up, not computed. Pass lower_layers='drop' when importing, or create the store with a smaller "
-            "plot_layers"
+            f"adapter touches layer {layer}, below plot_layers={general.plot_layers}: those layers are "
+            "looked up, not computed. Pass lower_layers='drop' when importing, or create the store with "
+            "a smaller plot_layers"
         )
 
 
@@ -239,18 +243,23 @@ def random_adapter(
     generator = torch.Generator().manual_seed(seed)
     default_sites = (Site.QUERY, Site.VALUE) if kind == "lora" else (Site.AFTER_FFN_NORMALIZED,)
     chosen_sites = tuple(default_sites if sites is None else sites)
-    blocks: dict[tuple[int, Site], Block] = {}
-    for layer in general.upper_layers if layers is None else layers:
-        for site in chosen_sites:
-            tensors = {
-                name: torch.randn(shape, generator=generator) * 0.02
-                for name, shape in _expected_shapes(site, rank, general).items()
-            }
-            blocks[layer, site] = (
-                LoraBlock(**tensors, scale=1.0)
-                if site in LORA_SITES
-                else BottleneckBlock(**tensors, activation="gelu")
-            )
+    blocks = {
+        (layer, site): _random_block(site, rank, general, generator)
+        for layer in (general.upper_layers if layers is None else layers)
+        for site in chosen_sites
+    }
     adapter = Adapter(blocks)
     adapter.validate(general)
     return adapter
+
+
+def _random_block(site: Site, rank: int, general: GeneralInfo, generator: torch.Generator) -> Block:
+    tensors = {
+        name: torch.randn(shape, generator=generator) * 0.02
+        for name, shape in _expected_shapes(site, rank, general).items()
+    }
+    if site in LORA_SITES:
+        return LoraBlock(tensors["a"], tensors["b"], scale=1.0)
+    return BottleneckBlock(
+        tensors["down"], tensors["down_bias"], tensors["up"], tensors["up_bias"], activation="gelu"
+    )

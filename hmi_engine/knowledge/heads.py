@@ -24,7 +24,7 @@ HeadKind = Literal["classification", "token_classification", "embedding"]
 Pooling = Literal["pooler", "cls", "mean"]
 
 POOLINGS: tuple[Pooling, ...] = ("pooler", "cls", "mean")
-"""``pooler``: the base model's tanh layer over the first token; ``cls``: the first token; ``mean``: the average."""
+"""``pooler``: the base model's tanh layer on the first token; ``cls``: that token; ``mean``: the average."""
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -37,7 +37,7 @@ def _parse_text(text: str) -> int:
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise InvalidSizeError(
-            f"size {text!r:.80} is not understood: write a number and a unit, such as '256MiB', '1.5GB', '4096'"
+            f"size {text!r:.80} is not understood: write a number and a unit, such as '256MiB' or '1.5GB'"
         )
     # Whole numbers stay exact above 2**53.
     return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)

@@ -1,0 +1,134 @@
+"""A tenant's file: head and adapter blocks as one run of float32, read by one call into the caller's memory.
+
+Order: ``head.bias``, ``head.weight``, then the blocks by layer and site name, each block in the order in
+which kernels read it (``down, down_bias, up, up_bias`` or ``a, b``). So all of one layer is contiguous, and
+the block's offset in the data section is all that an arena needs to know. What is no tensor (rank, scale,
+activation, labels) is JSON in the header's metadata.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError, StoreCorruptError
+from hmi_engine.knowledge.adapters import Adapter, Block, BottleneckBlock, LoraBlock
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, Head, TokenClassificationHead
+from hmi_engine.knowledge.tenant_layout import (
+    BlockLayout,
+    HeadLayout,
+    TenantLayout,
+    describe_tenant,
+    read_layout,
+)
+from hmi_engine.knowledge.tensor_file import write_tensors
+
+__all__ = [
+    "BlockLayout",
+    "HeadLayout",
+    "TenantLayout",
+    "load_tenant",
+    "read_into",
+    "read_layout",
+    "write_tenant",
+]
+
+
+def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True) -> str:
+    """Write a validated adapter and head as float32, atomically; return the file's SHA-256 in hex.
+
+    Adapter and head must have passed ``validate``. ``sync`` is that of
+    :func:`~hmi_engine.knowledge.atomic.atomic_write`, whose errors are raised.
+    """
+    tensors = {f"head.{name}": tensor for name, tensor in sorted(head.tensors().items())}
+    for (layer, site), block in adapter.ordered_blocks():
+        tensors |= {f"layer.{layer:03d}.{site}.{name}": tensor for name, tensor in block.tensors().items()}
+    floats = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    return write_tensors(path, floats, describe_tenant(adapter, head), sync=sync)
+
+
+def read_into(path: Path, layout: TenantLayout, buffer: Tensor | memoryview) -> None:
+    """Fill ``buffer`` with the file's data section by one positioned read, without a copy between.
+
+    ``buffer`` is a contiguous 1-D float32 CPU tensor of ``layout.num_elements``, or a writable memoryview of
+    ``layout.data_bytes``. Raises ValueError if it is not, and :class:`StoreCorruptError` if the file has
+    become shorter or is gone.
+    """
+    view = _writable_view(buffer)
+    if view.nbytes != layout.data_bytes:
+        raise ValueError(f"buffer has {view.nbytes} bytes, the tenant's data {layout.data_bytes}")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            num_read = os.preadv(descriptor, [view], layout.data_start)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StoreCorruptError(f"{path}: cannot be read: {error.strerror}") from error
+    if num_read != layout.data_bytes:
+        raise StoreCorruptError(
+            f"{path}: holds {num_read} of {layout.data_bytes} bytes of data; it is cut short"
+        )
+
+
+def _writable_view(buffer: Tensor | memoryview) -> memoryview:
+    if isinstance(buffer, memoryview):
+        return buffer
+    if buffer.dtype != torch.float32 or buffer.dim() != 1 or not buffer.is_contiguous():
+        raise ValueError(
+            f"buffer must be contiguous 1-D float32, not {buffer.dtype} of shape {list(buffer.shape)}"
+        )
+    return buffer.detach().numpy().data
+
+
+def load_tenant(path: Path, general: GeneralInfo | None = None) -> tuple[Adapter, Head]:
+    """Return a file's adapter and head as tensors of their own, checked against ``general`` if given.
+
+    Raises :class:`StoreCorruptError` as :func:`read_layout` does, and where the contents do not fit ``general``.
+    """
+    layout = read_layout(path)
+    data = torch.empty(layout.num_elements, dtype=torch.float32)
+    read_into(path, layout, data)
+    adapter = Adapter({(block.layer, block.site): _block(block, data) for block in layout.blocks})
+    head = _head(layout.head, data)
+    if general is not None:
+        try:
+            adapter.validate(general)
+            head.validate(general)
+        except (InvalidAdapterError, InvalidHeadError) as error:
+            raise StoreCorruptError(f"{path}: {error}") from error
+    return adapter, head
+
+
+def _matrix(data: Tensor, start: int, rows: int, columns: int) -> Tensor:
+    return data[start : start + rows * columns].view(rows, columns)
+
+
+def _block(block: BlockLayout, data: Tensor) -> Block:
+    inputs, rank, outputs = block.inputs, block.rank, block.outputs
+    first = _matrix(data, block.offset_elements, inputs, rank)
+    second_start = block.offset_elements + inputs * rank
+    if block.activation is None:
+        return LoraBlock(first, _matrix(data, second_start, rank, outputs), block.scale)
+    up_start = second_start + rank
+    bias_start = up_start + rank * outputs
+    return BottleneckBlock(
+        down=first,
+        down_bias=data[second_start:up_start],
+        up=_matrix(data, up_start, rank, outputs),
+        up_bias=data[bias_start : bias_start + outputs],
+        activation=block.activation,
+        scale=block.scale,
+    )
+
+
+def _head(head: HeadLayout, data: Tensor) -> Head:
+    if head.weight_offset is None or head.bias_offset is None or head.hidden_size is None:
+        return EmbeddingHead(head.pooling or "mean", head.normalize)
+    weight = _matrix(data, head.weight_offset, len(head.labels), head.hidden_size)
+    bias = data[head.bias_offset : head.bias_offset + len(head.labels)]
+    if head.kind == "token_classification":
+        return TokenClassificationHead(head.labels, weight, bias)
+    return ClassificationHead(head.labels, weight, bias, head.pooling or "cls", head.multi_label)
