@@ -15,6 +15,7 @@ __all__ = [
     "InvalidRequestError",
     "InvalidSizeError",
     "MissingDependencyError",
+    "OverloadedError",
     "ReadOnlyStoreError",
     "StoreBusyError",
     "StoreCorruptError",
@@ -94,6 +95,10 @@ class InvalidRequestError(HmiError, ValueError):
 
 class TextTooLongError(InvalidRequestError):
     """A request's text has more tokens than the model has positions."""
+
+
+class OverloadedError(HmiError, RuntimeError):
+    """The engine has no room for the request now."""
 
 
 class EngineClosedError(HmiError, RuntimeError):

@@ -1,0 +1,1 @@
+"""How an hPLM is made: PLOT materialisation and the training of tenants."""

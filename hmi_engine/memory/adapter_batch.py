@@ -1,0 +1,67 @@
+"""The adapters of one batch, as the layers of the base model apply them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+import hmi_kernels
+from hmi_engine.knowledge.adapters import LORA_SITES, Site
+from hmi_engine.memory.arena import SlotTables
+from hmi_engine.memory.residency import ResidentTenant
+
+__all__ = ["AdapterBatch"]
+
+
+class AdapterBatch:
+    """Segments of tokens by slot, over the arena; implements ``hmi_engine.models.bert.AdapterApplication``."""
+
+    def __init__(
+        self,
+        arena: torch.Tensor,
+        slots: SlotTables,
+        tenants: Sequence[ResidentTenant],
+        token_counts: Sequence[int],
+        readout_counts: Sequence[int],
+    ) -> None:
+        """One segment per entry: its tenant, its number of packed tokens, and of rows that are read out."""
+        self._arena = arena
+        self._slots = slots
+        self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
+        self._segment_slots = torch.tensor([tenant.slot for tenant in tenants], dtype=torch.int32)
+        self._token_offsets = _offsets(token_counts)
+        self._readout_offsets = _offsets(readout_counts)
+
+    def is_used(self, layer: int, site: str) -> bool:
+        """Whether any tenant of the batch has a block at this place."""
+        return (layer, site) in self._used
+
+    def apply(
+        self, layer: int, site: str, output: torch.Tensor, hidden_states: torch.Tensor, *, readout: bool
+    ) -> None:
+        """Adds each token's adapter output to ``output``, in place; see ``AdapterApplication.apply``."""
+        place = Site(site)
+        offsets, ranks, activations, scales = self._slots.at(layer, place)
+        segments = self._readout_offsets if readout else self._token_offsets
+        if place in LORA_SITES:
+            hmi_kernels.grouped_lora(
+                output, hidden_states, self._arena, segments, self._segment_slots, offsets, ranks, scales
+            )
+        else:
+            hmi_kernels.grouped_bottleneck(
+                output,
+                hidden_states,
+                self._arena,
+                segments,
+                self._segment_slots,
+                offsets,
+                ranks,
+                activations,
+                scales,
+            )
+
+
+def _offsets(counts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(counts)], dtype=torch.int64)

@@ -1,0 +1,147 @@
+"""One batch: prepare (n-gram search, adapters in memory), compute, read out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hmi_engine.errors import HmiError
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.memory.adapter_batch import AdapterBatch
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.packing import PackedSequences, Readout
+
+__all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics"]
+
+MissPolicy = str
+MISS_POLICIES = ("backoff", "exact")
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """A sequence of a batch: its tenant and its token ids."""
+
+    tenant: TenantInfo
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch gave.
+
+    Attributes:
+        tenants: per item, the resident tenant that served it, or the error that kept it from being served.
+        hidden_states: per item, float32 [n, H] after the last layer (the first token alone where the head
+            reads no other), None for errors.
+        prepare_seconds: search and loading.
+        compute_seconds: the model.
+    """
+
+    tenants: list[ResidentTenant | HmiError]
+    hidden_states: list[torch.Tensor | None]
+    prepare_seconds: float
+    compute_seconds: float
+
+
+@dataclass
+class PlotStatistics:
+    """How the lookups of an engine went: counts of tokens."""
+
+    tokens: int = 0
+    windows: int = 0
+    window_hits: int = 0
+    bigram_backoffs: int = 0
+    windows_computed: int = 0
+
+
+class BatchRunner:
+    """Runs batches against one base model, its PLOT tables and the resident adapters."""
+
+    def __init__(
+        self,
+        general: GeneralInfo,
+        model: HierarchicalBert,
+        plots: PlotLibrary | None,
+        residency: AdapterResidency,
+        *,
+        miss: MissPolicy,
+    ) -> None:
+        self._general = general
+        self._model = model
+        self._plots = plots
+        self._residency = residency
+        self._miss = miss
+        self.plot_statistics = PlotStatistics()
+
+    @torch.no_grad()
+    def run(self, items: Sequence[BatchItem]) -> BatchResult:
+        """Computes the last hidden states of a batch, whose items of one tenant stand together.
+
+        An item whose tenant cannot be loaded gets the error; the others are computed.
+        """
+        started = time.perf_counter()
+        with self._residency.pinned([item.tenant for item in items]) as tenants:
+            served = [
+                (index, tenant) for index, tenant in enumerate(tenants) if isinstance(tenant, ResidentTenant)
+            ]
+            hidden_states: list[torch.Tensor | None] = [None] * len(items)
+            prepared = computed = time.perf_counter()
+            if served:
+                chosen = [items[index] for index, _ in served]
+                residents = [tenant for _, tenant in served]
+                prepared, parts = self._compute(chosen, residents)
+                for (index, _), part in zip(served, parts, strict=True):
+                    hidden_states[index] = part
+                computed = time.perf_counter()
+        return BatchResult(list(tenants), hidden_states, prepared - started, computed - prepared)
+
+    def _compute(
+        self, items: Sequence[BatchItem], tenants: Sequence[ResidentTenant]
+    ) -> tuple[float, tuple[torch.Tensor, ...]]:
+        sequences = PackedSequences.pack([item.input_ids for item in items])
+        first_only = [tenant.head.pooling in ("cls", "pooler") for tenant in tenants]
+        readout = Readout.select(sequences, first_only)
+        counts = sequences.lengths if readout is None else readout.counts
+        adapters = AdapterBatch(
+            self._residency.arena.memory,
+            self._residency.slots,
+            tenants,
+            sequences.lengths,
+            counts,
+        )
+        hidden_states = self._enter(sequences, [item.tenant.domain for item in items])
+        prepared = time.perf_counter()
+        hidden_states = self._model.run_layers(
+            hidden_states, sequences, first=self._general.plot_layers, adapters=adapters, readout=readout
+        )
+        return prepared, hidden_states.split(counts)
+
+    def _enter(self, sequences: PackedSequences, domains: Sequence[str]) -> torch.Tensor:
+        """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
+        if self._plots is None:
+            return self._model.embed(sequences.input_ids, sequences.positions())
+        references = self._plots.lookup(sequences, domains)
+        self._count(sequences, references)
+        if self._miss == "exact":
+            references = self._plots.compute_misses(self._model, sequences, references)
+        return self._plots.merge(self._model, sequences, domains, references)
+
+    def _count(self, sequences: PackedSequences, references: torch.Tensor) -> None:
+        statistics = self.plot_statistics
+        hits = int((references[:, 0] >= 0).sum())
+        windows = sequences.num_tokens
+        if self._general.window == 2:
+            windows -= sequences.num_sequences  # the last token of a sequence opens no bigram
+        else:
+            statistics.bigram_backoffs += int((references[:, 1:] >= 0).any(dim=1).sum())
+        statistics.tokens += sequences.num_tokens
+        statistics.windows += windows
+        statistics.window_hits += hits
+        if self._miss == "exact":
+            statistics.windows_computed += windows - hits

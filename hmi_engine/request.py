@@ -1,0 +1,135 @@
+"""What callers ask and what they get back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from hmi_engine.errors import HmiError, InvalidRequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Request", "Response", "Tag", "Timing", "Usage"]
+
+ResponseKind = Literal["classification", "token_classification", "embedding", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text for one tenant.
+
+    Attributes:
+        tenant: name of a tenant of the store.
+        text: the text; or
+        input_ids: its token ids, special tokens included.
+        long_text: what to do with more tokens than the model has positions: ``"truncate"`` (the response's
+            ``usage.truncated`` says so) or ``"error"``.
+        id: carried to the response as it is.
+    """
+
+    tenant: str
+    text: str | None = None
+    input_ids: Sequence[int] | None = None
+    long_text: Literal["truncate", "error"] = "truncate"
+    id: Any = None
+
+    def check(self) -> None:
+        """Checks the request by itself.
+
+        Raises:
+            InvalidRequestError: a field is missing, empty or of the wrong type.
+        """
+        if not isinstance(self.tenant, str) or not self.tenant:
+            raise InvalidRequestError(f"tenant must be a non-empty string, found {self.tenant!r}")
+        if (self.text is None) == (self.input_ids is None):
+            raise InvalidRequestError("a request holds either text or input_ids")
+        if self.text is not None and (not isinstance(self.text, str) or not self.text.strip()):
+            found = "an empty text" if isinstance(self.text, str) else type(self.text).__name__
+            raise InvalidRequestError(f"text must be a non-empty string, found {found}")
+        if self.input_ids is not None and len(self.input_ids) == 0:
+            raise InvalidRequestError("input_ids is empty; it holds at least one token")
+        if self.long_text not in ("truncate", "error"):
+            raise InvalidRequestError(f"long_text is 'truncate' or 'error', found {self.long_text!r}")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """The label of one word: characters ``start`` to ``end`` of the text (of token ids: the token's index)."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens computed for a request, and whether its text was cut to the model's positions."""
+
+    tokens: int = 0
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds from the call of ``run`` to the request's batch, and of the batch's preparation and compute."""
+
+    queue_seconds: float = 0.0
+    prepare_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer to one request; ``error`` is set where it could not be served, its neighbours unharmed.
+
+    Attributes:
+        tenant: the request's tenant.
+        kind: what kind of head answered.
+        label: classification: the best label (multi-label: None).
+        scores: classification: label -> probability.
+        tags: token classification: one tag per word.
+        embedding: float32 numpy [H].
+        usage: tokens and truncation.
+        timing: seconds spent.
+        error: an :class:`~hmi_engine.errors.HmiError`, or None.
+        id: the request's ``id``.
+    """
+
+    tenant: str
+    kind: ResponseKind
+    label: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    tags: tuple[Tag, ...] = ()
+    embedding: npt.NDArray[np.float32] | None = None
+    usage: Usage = Usage()
+    timing: Timing = Timing()
+    error: HmiError | None = None
+    id: Any = None
+
+    @classmethod
+    def failed(cls, request: Request, error: HmiError) -> Response:
+        """The response to a request that could not be served."""
+        return cls(tenant=request.tenant, kind="error", error=error, id=request.id)
+
+    def to_dictionary(self) -> dict[str, Any]:
+        """The fields that say something, as JSON can hold them."""
+        result: dict[str, Any] = {"tenant": self.tenant, "kind": self.kind}
+        if self.id is not None:
+            result["id"] = self.id
+        if self.error is not None:
+            result["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
+            return result
+        if self.label is not None:
+            result["label"] = self.label
+        if self.scores:
+            result["scores"] = self.scores
+        if self.kind == "token_classification":
+            result["tags"] = [vars(tag) for tag in self.tags]
+        if self.embedding is not None:
+            result["embedding"] = self.embedding.tolist()
+        result["usage"] = vars(self.usage)
+        return result
