@@ -86,7 +86,7 @@ def _writable_view(buffer: Tensor | memoryview) -> memoryview:
 def load_tenant(path: Path, general: GeneralInfo | None = None) -> tuple[Adapter, Head]:
     """Return a file's adapter and head as tensors of their own, checked against ``general`` if given.
 
-    Raises :class:`StoreCorruptError` as :func:`read_layout` does, and where the contents do not fit ``general``.
+    Raises as :func:`read_layout` does, and :class:`StoreCorruptError` where it does not fit ``general``.
     """
     layout = read_layout(path)
     data = torch.empty(layout.num_elements, dtype=torch.float32)

@@ -107,7 +107,7 @@ class TenantLayout:
         return spans
 
     def check_fits(self, general: GeneralInfo, path: Path) -> None:
-        """Raise :class:`StoreCorruptError`, naming ``path``, where sizes or layers are not those of the base."""
+        """Raise :class:`StoreCorruptError`, naming ``path``, where sizes or layers are not the base's."""
         for block in self.blocks:
             fits = (block.inputs, block.outputs) == site_sizes(block.site, general)
             if not fits or block.layer not in general.upper_layers:

@@ -1,0 +1,348 @@
+"""The catalog: which domains and tenants exist, and which files hold them.
+
+A file is written first and named by numbers from :meth:`Catalog.reserve`, which are never given twice; the
+catalog's commit then makes it part of the store. A crash between the two leaves an orphan file, never a
+catalog entry without its file.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from types import TracebackType
+
+from pydantic import ValidationError
+
+from hmi_engine.errors import (
+    DomainExistsError,
+    DomainInUseError,
+    ReadOnlyStoreError,
+    StoreBusyError,
+    StoreCorruptError,
+    StoreExistsError,
+    TenantExistsError,
+    UnknownDomainError,
+)
+from hmi_engine.knowledge.catalog_views import DomainView, TenantView
+from hmi_engine.knowledge.database import Database, create_database
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.locks import WriterLock
+from hmi_engine.knowledge.names import check_name
+from hmi_engine.knowledge.records import DomainInfo, GeneralFile, TenantInfo
+from hmi_engine.knowledge.tensor_file import file_sha256
+
+__all__ = ["ROOT_DOMAIN", "Catalog", "DomainInfo", "GeneralFile", "TenantInfo"]
+
+ROOT_DOMAIN = "general"
+"""Name of the root of the domain tree, which every store has."""
+
+_TENANT_COLUMNS = (
+    "id, name, domain_id, kind, rank, bytes, sha256, generation, file, head_kind, labels, card, created"
+)
+_DOMAIN_COLUMNS = (
+    "id, name, parent_id, generation, file, bytes, sha256, rows, unigrams, layer_identity, corpus_tokens, "
+    "min_count, admission_count, card, created"
+)
+
+
+class Catalog:
+    """The open catalog of one store; usable by many threads, and as a context manager that closes it.
+
+    ``tenants`` and ``domains`` are read-only mappings from name to info that always show the current state.
+    A Catalog must not be carried over ``os.fork``: open one in the child.
+    """
+
+    def __init__(self, layout: StoreLayout, *, read_only: bool = False) -> None:
+        """Open the store at ``layout``; :meth:`open` documents what is raised."""
+        self.layout = layout
+        self.read_only = read_only
+        self._database = Database(layout.catalog, read_only=read_only)
+        try:
+            self._lock = None if read_only else WriterLock(layout.lock)
+        except BaseException:
+            self._database.close()
+            raise
+        self.tenants = TenantView(self._database)
+        self.domains = DomainView(self._database)
+
+    @classmethod
+    def create(cls, layout: StoreLayout, general: GeneralInfo) -> "Catalog":
+        """Make the catalog of a new store, whose ``general/`` folder is complete, and open it.
+
+        The files in ``general/`` are recorded with their checksums, and the root domain is made. Raises
+        :class:`StoreExistsError` if there is a catalog, :class:`UnsupportedModelError` where ``general`` does
+        not fit the formats, and as ``atomic_write``.
+        """
+        if layout.catalog.exists():
+            raise StoreExistsError(f"{layout.root} is a store already; open it, or choose another folder")
+        general.check_supported()
+        files = _describe_files(layout)
+        root = DomainInfo(
+            id=1,
+            name=ROOT_DOMAIN,
+            parent_id=None,
+            parent=None,
+            generation=0,
+            file=None,
+            bytes=0,
+            sha256="",
+            rows=0,
+            unigrams=False,
+            layer_identity=general.domain_layers,
+            corpus_tokens=0,
+            min_count=0,
+            admission_count=0,
+            created=datetime.now(timezone.utc),
+        )
+
+        def fill(connection: sqlite3.Connection) -> None:
+            _write_general(connection, general, files)
+            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(root))
+            connection.execute("UPDATE counters SET last = 1 WHERE name = 'number'")
+
+        create_database(layout.catalog, fill)
+        return cls(layout)
+
+    @classmethod
+    def open(cls, layout: StoreLayout, *, read_only: bool = False) -> "Catalog":
+        """Open the catalog of a store.
+
+        Raises :class:`StoreNotFoundError` where there is none, :class:`StoreVersionError` where a newer HMI
+        wrote it, :class:`StoreCorruptError` where it is damaged, :class:`StoreBusyError` while a repair runs.
+        """
+        return cls(layout, read_only=read_only)
+
+    def close(self) -> None:
+        """Close the catalog; does nothing the second time."""
+        self._database.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> "Catalog":
+        """Return the catalog itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the catalog."""
+        self.close()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other writers out; raises :class:`StoreBusyError` while another one has the store open."""
+        if self._lock is None:
+            raise ReadOnlyStoreError(
+                f"{self.layout.root} was opened with read_only=True; open it for writing"
+            )
+        with self._lock.alone():
+            yield
+
+    @property
+    def general(self) -> GeneralInfo:
+        """Description of the base model."""
+        rows = self._database.query("SELECT info FROM general")
+        try:
+            return GeneralInfo.model_validate_json(rows[0]["info"])
+        except (IndexError, ValidationError) as error:
+            raise StoreCorruptError(
+                f"{self.layout.catalog}: no valid description of the base model"
+            ) from error
+
+    def general_files(self) -> list[GeneralFile]:
+        """Return the recorded files of the ``general/`` folder, by name."""
+        rows = self._database.query("SELECT name, bytes, sha256 FROM general_files ORDER BY name")
+        return [GeneralFile(*row) for row in rows]
+
+    def set_general(self, general: GeneralInfo) -> None:
+        """Replace the description of the base model and record the files of ``general/`` anew."""
+        general.check_supported()
+        files = _describe_files(self.layout)
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM general")
+            connection.execute("DELETE FROM general_files")
+            _write_general(connection, general, files)
+
+    def reserve(self, count: int = 1) -> range:
+        """Return ``count`` numbers, larger than all before and never given again: ids and generations."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE counters SET last = last + ? WHERE name = 'number'", (count,))
+            (last,) = connection.execute("SELECT last FROM counters WHERE name = 'number'").fetchone()
+        return range(last - count + 1, last + 1)
+
+    def add_domain(self, domain: DomainInfo) -> None:
+        """Add a node to the tree.
+
+        Raises :class:`DomainExistsError`, :class:`InvalidNameError`, and :class:`UnknownDomainError` if there
+        is no such parent.
+        """
+        check_name(domain.name, "domain")
+        with self._database.transaction() as connection:
+            if _find(connection, "domains", domain.name):
+                raise DomainExistsError(
+                    f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
+                )
+            if domain.parent_id is None or not _has_domain(connection, domain.parent_id):
+                raise UnknownDomainError(
+                    f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
+                )
+            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+
+    def replace_domain(self, domain: DomainInfo) -> DomainInfo:
+        """Replace what is known of a node, found by name; return what it was. Id and parent stay.
+
+        Raises :class:`UnknownDomainError`, and :class:`StoreBusyError` if the node has meanwhile got a
+        generation that is not older.
+        """
+        with self._database.transaction() as connection:
+            previous = self.domains[domain.name]
+            if (previous.id, previous.parent_id) != (domain.id, domain.parent_id):
+                raise StoreBusyError(
+                    f"domain {domain.name!r} was removed and made again meanwhile; try again"
+                )
+            _check_newer(previous, domain)
+            connection.execute("PRAGMA defer_foreign_keys = ON")
+            connection.execute("DELETE FROM domains WHERE id = ?", (domain.id,))
+            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+        return previous
+
+    def remove_domain(self, name: str) -> DomainInfo:
+        """Remove a node and return what it was.
+
+        Raises :class:`UnknownDomainError`, and :class:`DomainInUseError` for the root and for a node that has
+        tenants or children.
+        """
+        with self._database.transaction() as connection:
+            domain = self.domains[name]
+            (tenants,) = connection.execute(
+                "SELECT count(*) FROM tenants WHERE domain_id = ?", (domain.id,)
+            ).fetchone()
+            (children,) = connection.execute(
+                "SELECT count(*) FROM domains WHERE parent_id = ?", (domain.id,)
+            ).fetchone()
+            if domain.parent_id is None:
+                raise DomainInUseError(
+                    f"domain {name!r} is the root of the tree and stays as long as the store"
+                )
+            if tenants or children:
+                raise DomainInUseError(
+                    f"domain {name!r} still has {tenants} tenants and {children} children; remove them first"
+                )
+            connection.execute("DELETE FROM domains WHERE id = ?", (domain.id,))
+        return domain
+
+    def add_tenants(self, tenants: Sequence[TenantInfo], *, replace: bool = False) -> list[TenantInfo]:
+        """Add tenants in one transaction: all or none. Return the entries that were replaced.
+
+        Raises :class:`TenantExistsError` for a name in use unless ``replace``, :class:`UnknownDomainError`,
+        :class:`InvalidNameError`, and :class:`StoreBusyError` if another process has meanwhile put in a newer
+        generation.
+        """
+        replaced: list[TenantInfo] = []
+        with self._database.transaction() as connection:
+            for tenant in tenants:
+                check_name(tenant.name)
+                if not _has_domain(connection, tenant.domain_id):
+                    raise UnknownDomainError(
+                        f"domain {tenant.domain!r} of tenant {tenant.name!r} is not in the store"
+                    )
+                if _find(connection, "tenants", tenant.name):
+                    replaced.append(self._make_room(connection, tenant, replace))
+                _insert(connection, "tenants", _TENANT_COLUMNS, _tenant_row(tenant))
+        return replaced
+
+    def _make_room(self, connection: sqlite3.Connection, tenant: TenantInfo, replace: bool) -> TenantInfo:
+        if not replace:
+            raise TenantExistsError(
+                f"tenant {tenant.name!r} is in {self.layout.root} already; pass replace=True to put another "
+                "in its place"
+            )
+        previous = self.tenants[tenant.name]
+        _check_newer(previous, tenant)
+        connection.execute("DELETE FROM tenants WHERE id = ?", (previous.id,))
+        return previous
+
+    def remove_tenant(self, name: str) -> TenantInfo:
+        """Remove a tenant and return what it was; raises :class:`UnknownTenantError`."""
+        with self._database.transaction() as connection:
+            tenant = self.tenants[name]
+            connection.execute("DELETE FROM tenants WHERE id = ?", (tenant.id,))
+        return tenant
+
+    def chain(self, domain: str) -> list[DomainInfo]:
+        """Return the nodes to search for a row, from ``domain`` towards the root.
+
+        Only ancestors of the same layer identity belong to it: where the domain layers change, the rows do.
+        Raises :class:`UnknownDomainError`, and :class:`StoreCorruptError` if the tree has a loop.
+        """
+        chain = [self.domains[domain]]
+        while (parent := chain[-1].parent) is not None:
+            node = self.domains[parent]
+            if node.layer_identity != chain[0].layer_identity:
+                break
+            if node.id in {visited.id for visited in chain}:
+                raise StoreCorruptError(f"{self.layout.catalog}: domain {domain!r} is its own ancestor")
+            chain.append(node)
+        return chain
+
+    def integrity_problems(self) -> list[str]:
+        """Return what SQLite's own checks find wrong with the catalog; empty if it is sound."""
+        found = [str(row[0]) for row in self._database.query("PRAGMA integrity_check") if row[0] != "ok"]
+        dangling = self._database.query("PRAGMA foreign_key_check")
+        return found + [
+            f"row {row['rowid']} of {row['table']} refers to a missing row of {row['parent']}"
+            for row in dangling
+        ]
+
+
+def _describe_files(layout: StoreLayout) -> list[GeneralFile]:
+    return [
+        GeneralFile(path.relative_to(layout.general).as_posix(), path.stat().st_size, file_sha256(path))
+        for path in sorted(layout.general.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def _write_general(connection: sqlite3.Connection, general: GeneralInfo, files: list[GeneralFile]) -> None:
+    connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(),))
+    connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)
+
+
+def _insert(connection: sqlite3.Connection, table: str, columns: str, row: tuple[object, ...]) -> None:
+    places = ", ".join("?" * len(row))
+    connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", row)
+
+
+def _find(connection: sqlite3.Connection, table: str, name: str) -> bool:
+    return connection.execute(f"SELECT 1 FROM {table} WHERE name = ?", (name,)).fetchone() is not None
+
+
+def _has_domain(connection: sqlite3.Connection, domain_id: int) -> bool:
+    return connection.execute("SELECT 1 FROM domains WHERE id = ?", (domain_id,)).fetchone() is not None
+
+
+def _check_newer(previous: DomainInfo | TenantInfo, info: DomainInfo | TenantInfo) -> None:
+    if info.generation <= previous.generation:
+        raise StoreBusyError(
+            f"{info.name!r} was replaced by another process meanwhile ("
+            f"generation {previous.generation} is not older than {info.generation}); try again"
+        )
+
+
+def _domain_row(domain: DomainInfo) -> tuple[object, ...]:
+    fields = domain.model_dump(exclude={"parent"}) | {
+        "card": json.dumps(domain.card),
+        "created": domain.created.isoformat(),
+    }
+    return tuple(fields[column] for column in _DOMAIN_COLUMNS.split(", "))
+
+
+def _tenant_row(tenant: TenantInfo) -> tuple[object, ...]:
+    fields = tenant.model_dump(exclude={"domain"}) | {
+        "labels": json.dumps(tenant.labels),
+        "card": json.dumps(tenant.card),
+        "created": tenant.created.isoformat(),
+    }
+    return tuple(fields[column] for column in _TENANT_COLUMNS.split(", "))

@@ -1,0 +1,188 @@
+"""The catalog's SQLite file: how it is made, opened and locked, and what its errors mean to a person."""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote
+
+from hmi_engine.errors import (
+    ReadOnlyStoreError,
+    StoreBusyError,
+    StoreCorruptError,
+    StoreError,
+    StoreFullError,
+    StoreNotFoundError,
+    StoreVersionError,
+)
+from hmi_engine.knowledge.atomic import atomic_write
+
+__all__ = ["FORMAT_VERSION", "Database", "create_database"]
+
+FORMAT_VERSION = 1
+_APPLICATION_ID = 0x484D4953  # "HMIS"
+_BUSY_SECONDS = 10.0
+
+_SCHEMA = """
+CREATE TABLE general (id INTEGER PRIMARY KEY CHECK (id = 1), info TEXT NOT NULL);
+CREATE TABLE general_files (name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE counters (name TEXT PRIMARY KEY, last INTEGER NOT NULL);
+INSERT INTO counters VALUES ('number', 0);
+CREATE TABLE domains (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, parent_id INTEGER REFERENCES domains (id),
+    generation INTEGER NOT NULL, file TEXT UNIQUE, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    rows INTEGER NOT NULL, unigrams INTEGER NOT NULL, layer_identity TEXT NOT NULL,
+    corpus_tokens INTEGER NOT NULL, min_count INTEGER NOT NULL, admission_count INTEGER NOT NULL,
+    created TEXT NOT NULL, card TEXT NOT NULL);
+CREATE INDEX domains_by_parent ON domains (parent_id);
+CREATE TABLE tenants (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, domain_id INTEGER NOT NULL REFERENCES domains (id),
+    kind TEXT NOT NULL, rank INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
+    generation INTEGER NOT NULL, file TEXT NOT NULL UNIQUE, head_kind TEXT NOT NULL, labels TEXT NOT NULL,
+    card TEXT NOT NULL, created TEXT NOT NULL);
+CREATE INDEX tenants_by_domain ON tenants (domain_id);
+"""
+
+
+def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> None:
+    """Make a catalog file atomically: the schema, then what ``fill`` inserts. Raises as ``atomic_write``."""
+
+    def write(partial: Path) -> None:
+        with _explained(path):
+            connection = sqlite3.connect(partial)
+            try:
+                connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+                connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+                with connection:
+                    fill(connection)
+            finally:
+                connection.close()
+
+    atomic_write(path, write)
+
+
+class Database:
+    """One connection to a catalog, shared by all threads of the process under one lock.
+
+    Raises :class:`StoreNotFoundError` where there is no catalog, :class:`StoreVersionError` where a newer HMI
+    wrote it and :class:`StoreCorruptError` where it is no catalog of HMI.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._lock = threading.RLock()
+        if not path.is_file():
+            raise StoreNotFoundError(
+                f"{path.parent} is no store: {path.name} is missing. Create one with "
+                f"`hmi init {path.parent} --general MODEL` or hmi_engine.Store.create"
+            )
+        with _explained(path):
+            self._connection = self._connect()
+        try:
+            self._check_version()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"file:{quote(str(self.path.absolute()))}?mode={'ro' if self.read_only else 'rw'}"
+        connection = self._open(uri)
+        try:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError as error:
+            connection.close()
+            has_log = self.path.with_name(f"{self.path.name}-wal").exists()
+            if not self.read_only or has_log or "unable to open" not in str(error):
+                raise
+            # WAL needs a shared-memory file beside the catalog. On a read-only disk there can be none, and
+            # nobody writes: SQLite may then read the file alone.
+            connection = self._open(f"{uri}&immutable=1")
+        return connection
+
+    def _open(self, uri: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        connection.row_factory = sqlite3.Row
+        return connection
+
+    def _check_version(self) -> None:
+        with _explained(self.path):
+            (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if application_id != _APPLICATION_ID:
+                raise StoreCorruptError(f"{self.path} is an SQLite file, but no catalog of an HMI store")
+            if version > FORMAT_VERSION:
+                raise StoreVersionError(
+                    f"{self.path.parent} was written in store format {version}; this HMI reads up to "
+                    f"{FORMAT_VERSION}. Upgrade HMI: pip install --upgrade hmi"
+                )
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            if not self.read_only:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+
+    def close(self) -> None:
+        """Close the connection; other calls then raise :class:`StoreError`."""
+        with self._lock:
+            self._connection.close()
+
+    def query(self, statement: str, parameters: tuple[object, ...] = ()) -> list[sqlite3.Row]:
+        """Return all rows of a SELECT."""
+        with self._lock, _explained(self.path):
+            return self._connection.execute(statement, parameters).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Run the body as one transaction: all of it is on the disk afterwards, or, on an error, none of it.
+
+        Raises :class:`StoreBusyError` if another process writes for longer than ten seconds,
+        :class:`StoreFullError` and :class:`ReadOnlyStoreError`.
+        """
+        if self.read_only:
+            raise ReadOnlyStoreError(
+                f"{self.path.parent} was opened with read_only=True; open it for writing"
+            )
+        with self._lock, _explained(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+_MEANINGS = (
+    ("database is locked", StoreBusyError, "another process is writing to the store; try again later"),
+    (
+        "disk is full",
+        StoreFullError,
+        "no room for the catalog; free some space. The store is as it was before",
+    ),
+    (
+        "readonly database",
+        ReadOnlyStoreError,
+        "the catalog cannot be written; check the folder's permissions",
+    ),
+    ("unable to open", ReadOnlyStoreError, "the catalog cannot be opened; check the folder's permissions"),
+    ("malformed", StoreCorruptError, "the catalog is damaged; run `hmi verify`, restore it from a copy"),
+    ("not a database", StoreCorruptError, "the catalog is damaged; run `hmi verify`, restore it from a copy"),
+)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise SQLite's errors as ours. Told apart by text: error codes reach Python only from 3.11 on."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        text = str(error)
+        for part, error_type, meaning in _MEANINGS:
+            if part in text:
+                raise error_type(f"{path}: {meaning} (SQLite: {text})") from error
+        raise StoreError(f"{path}: SQLite: {text}") from error
