@@ -1,0 +1,96 @@
+"""Folders written by HMI, loaded by PEFT."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
+from hmi_engine.interop import read_peft, write_peft
+from hmi_engine.knowledge.adapters import LORA_SITES, Adapter, LoraBlock, Site, random_adapter, site_sizes
+from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
+
+from .test_peft_import import assert_same_updates
+
+
+@pytest.fixture
+def mixed_adapter(make_general):
+    """Different ranks and scales at every place, some sites only in some layers."""
+    generator = torch.Generator().manual_seed(3)
+    blocks = {}
+    for layer in (0, 2):
+        for number, site in enumerate(LORA_SITES[layer:]):
+            inputs, outputs = site_sizes(site, make_general())
+            rank = 1 + (layer + number) % 4
+            a = torch.randn(inputs, rank, generator=generator)
+            b = torch.randn(rank, outputs, generator=generator)
+            blocks[layer, site] = LoraBlock(a, b, scale=0.3 * (1 + number))
+    return Adapter(blocks)
+
+
+def classification_head(pooling="pooler"):
+    return ClassificationHead(("no", "yes", "maybe"), torch.randn(3, 32), torch.randn(3), pooling)
+
+
+def load_with_peft(base, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, str(folder))
+    assert not [w for w in caught if "missing" in str(w.message).lower()]
+    return model
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"])
+def test_peft_loads_what_was_written(tmp_path, make_general, make_base, mixed_adapter, task_type):
+    heads = {
+        "SEQ_CLS": classification_head(),
+        "TOKEN_CLS": TokenClassificationHead(("O", "B", "I"), torch.randn(3, 32), torch.randn(3)),
+        "FEATURE_EXTRACTION": None,
+    }
+    head = heads[task_type]
+    write_peft(tmp_path / "out", mixed_adapter, head, make_general(), base_model="tests/tiny")
+    model = load_with_peft(make_base(task_type), tmp_path / "out")
+    assert_same_updates(mixed_adapter, model)
+    assert model.peft_config["default"].base_model_name_or_path == "tests/tiny"
+    if head is not None:
+        classifier = model.base_model.model.classifier.modules_to_save["default"]
+        assert torch.equal(classifier.weight, head.weight)
+        assert torch.equal(classifier.bias, head.bias)
+
+
+def test_round_trip(tmp_path, make_general, mixed_adapter):
+    head = classification_head()
+    write_peft(tmp_path, mixed_adapter, head, make_general(), base_model="tests/tiny")
+    imported = read_peft(tmp_path, make_general())
+    assert imported.warnings == ()
+    assert imported.head.labels == head.labels
+    assert set(imported.adapter.blocks) == set(mixed_adapter.blocks)
+    for place, block in mixed_adapter.blocks.items():
+        found = imported.adapter.blocks[place]
+        assert torch.equal(found.a, block.a)
+        assert torch.equal(found.b, block.b)
+        assert found.scale == pytest.approx(block.scale, rel=1e-12)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_what_peft_cannot_express(tmp_path, make_general, mixed_adapter):
+    general = make_general()
+
+    def write(adapter, head):
+        write_peft(tmp_path, adapter, head, general, base_model="tests/tiny")
+
+    with pytest.raises(InvalidAdapterError, match="bottleneck"):
+        write(random_adapter(general, "bottleneck", 4, 0), None)
+    with pytest.raises(InvalidAdapterError, match="none"):
+        write(Adapter({}), None)
+    with pytest.raises(InvalidHeadError, match=r"'cls'.*head=None"):
+        write(mixed_adapter, classification_head("cls"))
+    with pytest.raises(InvalidHeadError, match="embedding"):
+        write(mixed_adapter, EmbeddingHead("mean"))
+    with pytest.raises(InvalidAdapterError, match="layer 1, query, a"):
+        write(Adapter({(1, Site.QUERY): LoraBlock(torch.zeros(3, 2), torch.zeros(2, 32), 1.0)}), None)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,233 @@
+"""Folders saved by PEFT, read by HMI: the same updates, the same classifier, and clear refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
+from hmi_engine.interop import read_peft
+from hmi_engine.knowledge.adapters import Site
+
+MODULES = {
+    "attention.self.query": Site.QUERY,
+    "attention.self.key": Site.KEY,
+    "attention.self.value": Site.VALUE,
+    "attention.output.dense": Site.ATTENTION_OUTPUT,
+    "intermediate.dense": Site.FFN_UP,
+    "output.dense": Site.FFN_DOWN,
+}
+ALL_LINEAR = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+def updates_of_peft(model):
+    """What PEFT adds to each weight matrix, by layer and site: its own get_delta_weight."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer, _, rest = name.split("encoder.layer.")[1].partition(".")
+            found[int(layer), MODULES[rest]] = module.get_delta_weight("default")
+    return found
+
+
+def assert_same_updates(adapter, model):
+    expected = updates_of_peft(model)
+    assert set(adapter.blocks) == set(expected)
+    for place, block in adapter.blocks.items():
+        torch.testing.assert_close(block.scale * (block.a @ block.b).T, expected[place], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": ALL_LINEAR},
+        {"rank_pattern": {"value": 7}, "alpha_pattern": {"value": 5, "query": 3}},
+        {"rank_pattern": {r"encoder.layer.[01].attention.self.query": 2}, "use_rslora": True},
+        {"rank_pattern": {"layer.1.attention.self.value": 3, "value": 5}, "alpha_pattern": {"^bert.*": 11}},
+        {"layers_to_transform": [1, 2]},
+    ],
+    ids=["plain", "rslora", "all-linear", "patterns", "regex", "first-match-wins", "some-layers"],
+)
+def test_updates_equal_those_of_peft(save_lora, make_general, settings):
+    model, folder = save_lora(**settings)
+    imported = read_peft(folder, make_general())
+    assert_same_updates(imported.adapter, model)
+    assert imported.dropped == ()
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_classifier(save_lora, make_general, task_type):
+    model, folder = save_lora(task_type)
+    head = read_peft(folder, make_general(), labels=["a", "b", "c"]).head
+    assert head.kind == {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}[task_type]
+    classifier = model.base_model.model.classifier.modules_to_save["default"]
+    assert torch.equal(head.weight, classifier.weight)
+    assert torch.equal(head.bias, classifier.bias)
+    assert head.labels == ("a", "b", "c")
+    assert getattr(head, "pooling", "pooler") == "pooler"
+
+
+def test_default_labels_are_said_to_be_a_guess(save_lora, make_general):
+    imported = read_peft(save_lora()[1], make_general())
+    assert imported.head.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert any("LABEL_0" in warning for warning in imported.warnings)
+
+
+def test_no_classifier(save_lora, make_general):
+    model, folder = save_lora("FEATURE_EXTRACTION")
+    imported = read_peft(folder, make_general())
+    assert imported.head is None
+    assert any("no classifier" in warning for warning in imported.warnings)
+    assert_same_updates(imported.adapter, model)
+
+
+def test_multi_label(save_lora, make_general):
+    assert read_peft(save_lora()[1], make_general(), multi_label=True).head.multi_label
+
+
+def test_lower_layers_are_refused_or_dropped(save_lora, make_general):
+    _, folder = save_lora()
+    with pytest.raises(InvalidAdapterError, match=r"layer 0.*lower_layers='drop'"):
+        read_peft(folder, make_general(2))
+    imported = read_peft(folder, make_general(2), lower_layers="drop")
+    assert imported.dropped == ("layer 0, query", "layer 0, value", "layer 1, query", "layer 1, value")
+    assert imported.adapter.layers == (2,)
+    assert any("dropped" in warning for warning in imported.warnings)
+    with pytest.raises(ValueError, match="lower_layers"):
+        read_peft(folder, make_general(2), lower_layers="keep")
+
+
+def test_wrong_number_of_labels(save_lora, make_general):
+    with pytest.raises(InvalidHeadError, match=r"2 labels .* 3 classes"):
+        read_peft(save_lora()[1], make_general(), labels=["a", "b"])
+
+
+def change_config(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"peft_type": "IA3"}, "IA3.*later release"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"target_parameters": ["weight"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"r": 0}, r"adapter_config.json: r: .* 0"),
+        ({"r": "four"}, r"adapter_config.json: r: .*four"),
+        ({"rank_pattern": {"(": 4}}, "no regular expression"),
+        ({"rank_pattern": {"query": 0}}, "rank below 1"),
+        ({"rank_pattern": {"query": 5}}, "has rank 4, but adapter_config.json says 5"),
+        ({"lora_alpha": float("nan")}, "scale"),
+    ],
+)
+def test_refused_settings(save_lora, make_general, fields, message):
+    _, folder = save_lora()
+    change_config(folder, **fields)
+    with pytest.raises(InvalidAdapterError, match=message):
+        read_peft(folder, make_general())
+
+
+def test_real_dora_folder_is_refused(save_lora, make_general):
+    _, folder = save_lora(use_dora=True)
+    with pytest.raises(InvalidAdapterError, match="DoRA"):
+        read_peft(folder, make_general())
+
+
+def test_unknown_settings_are_reported(save_lora, make_general):
+    _, folder = save_lora()
+    change_config(folder, brand_new_feature=3, another_one=None, fan_in_fan_out=True)
+    warnings = " ".join(read_peft(folder, make_general()).warnings)
+    assert "brand_new_feature" in warnings
+    assert "another_one" not in warnings
+    assert "fan_in_fan_out" in warnings
+
+
+def test_lora_on_the_pooler_is_refused(save_lora, make_general):
+    _, folder = save_lora(target_modules="all-linear")
+    with pytest.raises(InvalidAdapterError, match=r"bert\.pooler\.dense\.lora_A\.weight"):
+        read_peft(folder, make_general())
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.zeros(4, 31)}), r"layer 1, query, a: shape"),
+        (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.zeros(128)}), "expected a matrix"),
+        (lambda t: t.update({f"{QUERY}.lora_B.weight": torch.full((32, 4), torch.nan)}), "query, b.*NaN"),
+        (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.zeros(4, 32).int()}), "dtype"),
+        (lambda t: t.pop(f"{QUERY}.lora_B.weight"), r"query has no lora_B\.weight"),
+        (lambda t: t.update({"base_model.model.score.weight": torch.zeros(1)}), r"score\.weight"),
+        (lambda t: t.update({QUERY.replace("1", "9") + ".lora_A.weight": torch.zeros(4, 32),
+                             QUERY.replace("1", "9") + ".lora_B.weight": torch.zeros(32, 4)}), "layer 9"),
+    ],
+    ids=["shape", "vector", "nan", "dtype", "half a pair", "unknown tensor", "no such layer"],
+)  # fmt: skip
+def test_refused_tensors(save_lora, make_general, change, message):
+    _, folder = save_lora()
+    change_tensors(folder, change)
+    with pytest.raises(InvalidAdapterError, match=message):
+        read_peft(folder, make_general())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop("base_model.model.classifier.bias"),
+        lambda t: t.update({"base_model.model.classifier.weight": torch.zeros(3)}),
+        lambda t: t.update({"base_model.model.classifier.weight": torch.zeros(3, 30)}),
+        lambda t: t.update({"base_model.model.classifier.bias": torch.full((3,), torch.inf)}),
+    ],
+)
+def test_refused_classifier(save_lora, make_general, change):
+    _, folder = save_lora()
+    change_tensors(folder, change)
+    with pytest.raises(InvalidHeadError):
+        read_peft(folder, make_general())
+
+
+def test_folders_that_are_none(save_lora, make_general, tmp_path):
+    with pytest.raises(InvalidAdapterError, match=r"no adapter_config\.json"):
+        read_peft(tmp_path / "missing", make_general())
+    _, folder = save_lora()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InvalidAdapterError, match=r"adapter_model\.safetensors: unreadable"):
+        read_peft(folder, make_general())
+    weights.unlink()
+    with pytest.raises(InvalidAdapterError, match=r"no adapter_model\.safetensors"):
+        read_peft(folder, make_general())
+    for text in ("{", "[]", "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(InvalidAdapterError, match=r"adapter_config\.json"):
+            read_peft(folder, make_general())
+
+
+def test_pickles_are_not_read(save_lora, make_general, tmp_path):
+    _, folder = save_lora()
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(InvalidAdapterError, match="safe_serialization=True"):
+        read_peft(shutil.copytree(folder, tmp_path / "copy"), make_general())
