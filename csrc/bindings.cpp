@@ -1,0 +1,180 @@
+// The only file that knows Python: addresses become pointers, and every call runs without the interpreter's lock.
+// hmi_kernels checks dtypes, shapes and strides before it passes an address; the kernels check every value.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "common/parallel.h"
+#include "cpu/grouped_adapter.h"
+#include "cpu/ngram_counter.h"
+#include "cpu/plot_index.h"
+#include "cpu/plot_lookup.h"
+#include "cpu/plot_merge.h"
+#include "cpu/simd/dispatch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+using WithoutLock = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+hmi::PlotIndex plot_index(Address slots, int64_t capacity) {
+  return hmi::PlotIndex(pointer<hmi::IndexSlot>(slots), capacity);
+}
+
+hmi::PackedSequences packed(Address input_ids, int64_t num_tokens, Address offsets, int64_t num_sequences) {
+  return {pointer<const int32_t>(input_ids), pointer<const int64_t>(offsets), num_sequences, num_tokens};
+}
+
+std::vector<hmi::RowTable> row_tables(const std::vector<std::tuple<Address, int64_t, bool>>& tables) {
+  std::vector<hmi::RowTable> converted;
+  for (const auto& [address, num_rows, is_half] : tables) {
+    converted.push_back({pointer<const void>(address), num_rows, is_half});
+  }
+  return converted;
+}
+
+void plot_index_build(Address index, int64_t capacity, Address keys, int64_t count) {
+  plot_index(index, capacity).build(pointer<const int64_t>(keys), count);
+}
+
+void plot_index_insert(Address index, int64_t capacity, Address keys, Address rows, int64_t count) {
+  plot_index(index, capacity).insert(pointer<const int64_t>(keys), pointer<const int64_t>(rows), count);
+}
+
+void plot_index_find(Address index, int64_t capacity, Address keys, Address rows, int64_t count, int num_threads) {
+  hmi::plot_index_find(plot_index(index, capacity), pointer<const int64_t>(keys), pointer<int64_t>(rows), count,
+                       num_threads);
+}
+
+void plot_lookup(Address input_ids, int64_t num_tokens, Address sequence_offsets, int64_t num_sequences,
+                 const std::vector<std::pair<Address, int64_t>>& indexes, Address chains, int64_t chain_width,
+                 int window, Address references, int num_threads) {
+  std::vector<hmi::PlotIndex> converted;
+  for (const auto& [slots, capacity] : indexes) converted.push_back(plot_index(slots, capacity));
+  hmi::plot_lookup({packed(input_ids, num_tokens, sequence_offsets, num_sequences), converted,
+                    pointer<const int32_t>(chains), chain_width, window, pointer<int64_t>(references)},
+                   num_threads);
+}
+
+void plot_merge(Address input_ids, int64_t num_tokens, Address sequence_offsets, int64_t num_sequences,
+                Address references, const std::vector<std::tuple<Address, int64_t, bool>>& rows,
+                const std::vector<std::tuple<Address, int64_t, bool>>& unigrams, Address sequence_unigram_tables,
+                Address position_embeddings, int64_t num_positions, Address layer_norm_weight,
+                Address layer_norm_bias, float layer_norm_eps, int window, int64_t hidden_size, Address output,
+                int num_threads) {
+  hmi::plot_merge({packed(input_ids, num_tokens, sequence_offsets, num_sequences), pointer<const int64_t>(references),
+                   row_tables(rows), row_tables(unigrams), pointer<const int32_t>(sequence_unigram_tables),
+                   pointer<const float>(position_embeddings), num_positions, pointer<const float>(layer_norm_weight),
+                   pointer<const float>(layer_norm_bias), layer_norm_eps, window, hidden_size, pointer<float>(output)},
+                  num_threads);
+}
+
+void grouped_adapter(Address output, int64_t output_stride, int64_t output_size, Address hidden_states,
+                     int64_t hidden_stride, int64_t hidden_size, int64_t num_tokens, Address arena, int64_t arena_size,
+                     Address segment_offsets, Address segment_slots, int64_t num_segments, Address slot_offsets,
+                     Address slot_ranks, Address slot_activations, Address slot_scales, int64_t num_slots,
+                     int num_threads) {
+  hmi::grouped_adapter(
+      {pointer<float>(output), output_stride, pointer<const float>(hidden_states), hidden_stride, num_tokens,
+       hidden_size, output_size, pointer<const float>(arena), arena_size, pointer<const int64_t>(segment_offsets),
+       pointer<const int32_t>(segment_slots), num_segments, pointer<const int64_t>(slot_offsets),
+       pointer<const int32_t>(slot_ranks), pointer<const int32_t>(slot_activations), pointer<const float>(slot_scales),
+       num_slots},
+      num_threads);
+}
+
+// Items travel as the bytes of (key, count) pairs, which any array library can view without a copy per element.
+py::bytearray counter_items(const hmi::NgramCounter& counter, int64_t min_count, int num_threads) {
+  std::vector<hmi::KeyCount> items;
+  {
+    py::gil_scoped_release release;
+    items = counter.items(min_count, num_threads);
+  }
+  return py::bytearray(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(hmi::KeyCount));
+}
+
+void counter_add(hmi::NgramCounter& counter, Address input_ids, int64_t num_tokens, Address sequence_offsets,
+                 int64_t num_sequences, int num_threads) {
+  counter.add(packed(input_ids, num_tokens, sequence_offsets, num_sequences), num_threads);
+}
+
+void set_threads_mode(const std::string& mode) {
+  if (mode == "auto") return hmi::set_threads_mode(hmi::ThreadsMode::kAuto);
+  if (mode == "pool") return hmi::set_threads_mode(hmi::ThreadsMode::kPool);
+  if (mode == "openmp") return hmi::set_threads_mode(hmi::ThreadsMode::kOpenMp);
+  throw std::invalid_argument("threads mode must be auto, pool or openmp, not " + mode);
+}
+
+std::string threads_mode() {
+  return hmi::active_threads_mode() == hmi::ThreadsMode::kOpenMp ? "openmp" : "pool";
+}
+
+void define_settings(py::module_& m) {
+  m.attr("with_cuda") = py::bool_(HMI_WITH_CUDA);
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+  m.def("set_simd_level", &hmi::set_simd_level, py::arg("level"));
+  m.def("simd_level", [] { return std::string(hmi::active_kernels().name); });
+  m.def("compiled_simd_levels", &hmi::compiled_simd_levels);
+  m.def("available_simd_levels", &hmi::available_simd_levels);
+  m.def("set_threads_mode", &set_threads_mode, py::arg("mode"));
+  m.def("threads_mode", &threads_mode);
+}
+
+void define_plot(py::module_& m) {
+  m.def("plot_index_capacity", &hmi::PlotIndex::capacity_for, py::arg("count"));
+  m.def("plot_index_build", &plot_index_build, py::arg("index"), py::arg("capacity"), py::arg("keys"),
+        py::arg("count"), WithoutLock());
+  m.def("plot_index_insert", &plot_index_insert, py::arg("index"), py::arg("capacity"), py::arg("keys"),
+        py::arg("rows"), py::arg("count"), WithoutLock());
+  m.def("plot_index_find", &plot_index_find, py::arg("index"), py::arg("capacity"), py::arg("keys"), py::arg("rows"),
+        py::arg("count"), py::arg("num_threads"), WithoutLock());
+  m.def("plot_lookup", &plot_lookup, py::arg("input_ids"), py::arg("num_tokens"), py::arg("sequence_offsets"),
+        py::arg("num_sequences"), py::arg("indexes"), py::arg("chains"), py::arg("chain_width"), py::arg("window"),
+        py::arg("references"), py::arg("num_threads"), WithoutLock());
+  m.def("plot_merge", &plot_merge, py::arg("input_ids"), py::arg("num_tokens"), py::arg("sequence_offsets"),
+        py::arg("num_sequences"), py::arg("references"), py::arg("row_tables"), py::arg("unigram_tables"),
+        py::arg("sequence_unigram_tables"), py::arg("position_embeddings"), py::arg("num_positions"),
+        py::arg("layer_norm_weight"), py::arg("layer_norm_bias"), py::arg("layer_norm_eps"), py::arg("window"),
+        py::arg("hidden_size"), py::arg("output"), py::arg("num_threads"), WithoutLock());
+}
+
+void define_adapters(py::module_& m) {
+  m.def("grouped_adapter", &grouped_adapter, py::arg("output"), py::arg("output_stride"), py::arg("output_size"),
+        py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("hidden_size"), py::arg("num_tokens"),
+        py::arg("arena"), py::arg("arena_size"), py::arg("segment_offsets"), py::arg("segment_slots"),
+        py::arg("num_segments"), py::arg("slot_offsets"), py::arg("slot_ranks"), py::arg("slot_activations"),
+        py::arg("slot_scales"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
+}
+
+void define_counter(py::module_& m) {
+  py::class_<hmi::NgramCounter>(m, "NgramCounter")
+      .def(py::init<int>(), py::arg("order"))
+      .def("add", &counter_add, py::arg("input_ids"), py::arg("num_tokens"), py::arg("sequence_offsets"),
+           py::arg("num_sequences"), py::arg("num_threads"), WithoutLock())
+      .def("items", &counter_items, py::arg("min_count"), py::arg("num_threads"))
+      .def("__len__", &hmi::NgramCounter::size)
+      .def_property_readonly("total", &hmi::NgramCounter::total)
+      .def_property_readonly("memory_bytes", &hmi::NgramCounter::memory_bytes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of hmi_kernels over raw addresses. Use the functions of hmi_kernels instead.";
+  define_settings(m);
+  define_plot(m);
+  define_adapters(m);
+  define_counter(m);
+}

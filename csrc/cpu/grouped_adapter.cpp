@@ -1,0 +1,120 @@
+#include "cpu/grouped_adapter.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/simd/dispatch.h"
+
+namespace hmi {
+namespace {
+
+using Arguments = GroupedAdapterArguments;
+
+// A task's rows between the two products stay in the first-level cache.
+constexpr int64_t kScratchElements = 4096;
+constexpr int64_t kMaxRowsPerTask = 64;
+// Below this many multiply-adds (some microseconds of work) waking others costs more than it brings.
+constexpr int64_t kMultiplyAddsWorthAThread = 250'000;
+
+struct Task {
+  int32_t slot;
+  int64_t row;
+  int64_t num_rows;
+};
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+std::string entry(const char* name, int64_t index, int64_t value) {
+  return std::string(name) + "[" + std::to_string(index) + "] is " + std::to_string(value);
+}
+
+int64_t block_size(const Arguments& a, int64_t rank) {
+  const int64_t biases = a.slot_activations != nullptr ? rank + a.output_size : 0;
+  return rank * (a.input_size + a.output_size) + biases;
+}
+
+void check_slot(const Arguments& a, int64_t slot) {
+  const int64_t rank = a.slot_ranks[slot];
+  if (rank < 0 || rank > a.arena_size) refuse(entry("slot_ranks", slot, rank) + ", which no block of the arena can have");
+  if (rank == 0) return;
+  const int64_t offset = a.slot_offsets[slot];
+  if (offset < 0 || offset > a.arena_size - block_size(a, rank)) {
+    refuse(entry("slot_offsets", slot, offset) + ", but its block of " + std::to_string(block_size(a, rank)) +
+           " elements does not fit into the arena of " + std::to_string(a.arena_size));
+  }
+  if (a.slot_activations == nullptr) return;
+  const int32_t activation = a.slot_activations[slot];
+  if (activation < 0 || activation >= kNumActivations) refuse(entry("slot_activations", slot, activation) + ", not 0..4");
+}
+
+void check_segments(const Arguments& a) {
+  for (int64_t g = 0; g <= a.num_segments; ++g) {
+    const int64_t offset = a.segment_offsets[g];
+    if (offset < (g == 0 ? 0 : a.segment_offsets[g - 1]) || offset > a.num_tokens) {
+      refuse(entry("segment_offsets", g, offset) + ", but offsets must not decrease and lie in 0.." +
+             std::to_string(a.num_tokens));
+    }
+  }
+  for (int64_t g = 0; g < a.num_segments; ++g) {
+    const int32_t slot = a.segment_slots[g];
+    if (slot < -1 || slot >= a.num_slots) {
+      refuse(entry("segment_slots", g, slot) + ", but there are " + std::to_string(a.num_slots) + " slots");
+    }
+    if (slot >= 0) check_slot(a, slot);
+  }
+}
+
+std::vector<Task> split_into_tasks(const Arguments& a) {
+  std::vector<Task> tasks;
+  for (int64_t g = 0; g < a.num_segments; ++g) {
+    const int32_t slot = a.segment_slots[g];
+    if (slot < 0 || a.slot_ranks[slot] == 0) continue;
+    const int64_t step = std::clamp<int64_t>(kScratchElements / a.slot_ranks[slot], 1, kMaxRowsPerTask);
+    for (int64_t row = a.segment_offsets[g]; row < a.segment_offsets[g + 1]; row += step) {
+      tasks.push_back({slot, row, std::min(step, a.segment_offsets[g + 1] - row)});
+    }
+  }
+  return tasks;
+}
+
+void run_task(const Arguments& a, const SimdKernels& kernels, const Task& task, float* scratch) noexcept {
+  const bool is_bottleneck = a.slot_activations != nullptr;
+  const int64_t rank = a.slot_ranks[task.slot];
+  const float* down = a.arena + a.slot_offsets[task.slot];
+  const float* down_bias = down + a.input_size * rank;
+  const float* up = down_bias + (is_bottleneck ? rank : 0);
+  const float* up_bias = up + rank * a.output_size;
+  const Activation activation = is_bottleneck ? static_cast<Activation>(a.slot_activations[task.slot]) : kIdentity;
+  kernels.matmul_activate({a.inputs + task.row * a.input_stride, a.input_stride, down,
+                           is_bottleneck ? down_bias : nullptr, scratch, rank, task.num_rows, a.input_size, rank},
+                          activation);
+  kernels.matmul_accumulate({scratch, rank, up, is_bottleneck ? up_bias : nullptr,
+                             a.outputs + task.row * a.output_stride, a.output_stride, task.num_rows, rank,
+                             a.output_size},
+                            a.slot_scales[task.slot]);
+}
+
+}  // namespace
+
+void grouped_adapter(const Arguments& arguments, int num_threads) {
+  check_segments(arguments);
+  const std::vector<Task> tasks = split_into_tasks(arguments);
+  int64_t scratch_size = 0;
+  int64_t multiply_adds = 0;
+  for (const Task& task : tasks) {
+    const int64_t elements = task.num_rows * arguments.slot_ranks[task.slot];
+    scratch_size = std::max(scratch_size, elements);
+    multiply_adds += elements * (arguments.input_size + arguments.output_size);
+  }
+  const int threads = threads_for(num_threads, multiply_adds, kMultiplyAddsWorthAThread);
+  std::vector<float> scratch(scratch_size * threads);
+  const SimdKernels& kernels = active_kernels();
+  parallel_for(threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int worker) noexcept {
+    run_task(arguments, kernels, tasks[task], scratch.data() + worker * scratch_size);
+  });
+}
+
+}  // namespace hmi

@@ -1,0 +1,39 @@
+// From rows to hidden states: gathers what each token's windows say of it, adds its position, normalizes.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/packed_sequences.h"
+
+namespace hmi {
+
+struct RowTable {
+  const void* data;
+  int64_t num_rows;
+  bool is_half;  // float16, else float32
+};
+
+struct PlotMergeArguments {
+  PackedSequences sequences;
+  const int64_t* references;                  // as plot_lookup gives them
+  const std::vector<RowTable>& row_tables;      // [num_rows, window, hidden_size] each
+  const std::vector<RowTable>& unigram_tables;  // [vocabulary, hidden_size] each
+  const int32_t* sequence_unigram_tables;       // [num_sequences]
+  const float* position_embeddings;             // [num_positions, hidden_size]
+  int64_t num_positions;
+  const float* layer_norm_weight;
+  const float* layer_norm_bias;
+  float layer_norm_epsilon;
+  int window;  // 2 or 3
+  int64_t hidden_size;
+  float* output;  // [num_tokens, hidden_size]
+};
+
+// With R(t) the row of the window at token t and U its unigram row,
+//   window 2: m(t) = U + (R(t-1)[1] - U) + (R(t)[0] - U), a bracket being zero where its window is missing
+//   window 3: m(t) = R(t)[1] + R(t-1)[2] + R(t+1)[0]; a missing R is composed of the left and the right bigram's rows
+// and output(t) = LayerNorm(m(t) + position). Throws std::invalid_argument on whatever lies outside a table.
+void plot_merge(const PlotMergeArguments& arguments, int num_threads);
+
+}  // namespace hmi

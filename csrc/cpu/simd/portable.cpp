@@ -1,0 +1,7 @@
+#include "cpu/simd/vector_portable.h"
+// clang-format off: the kernels need the vector
+#include "cpu/simd/kernels.inl"
+
+namespace hmi {
+const SimdKernels portable_kernels = {"portable", merge_row, matmul_activate, matmul_accumulate};
+}  // namespace hmi

@@ -1,0 +1,79 @@
+# Addresses are integers; sizes and strides count elements. hmi_kernels checks dtypes, shapes and strides before a call.
+compiler: str
+with_cuda: bool
+
+def set_simd_level(level: str) -> None: ...
+def simd_level() -> str: ...
+def compiled_simd_levels() -> list[str]: ...
+def available_simd_levels() -> list[str]: ...
+def set_threads_mode(mode: str) -> None: ...
+def threads_mode() -> str: ...
+def plot_index_capacity(count: int) -> int: ...
+def plot_index_build(index: int, capacity: int, keys: int, count: int) -> None: ...
+def plot_index_insert(index: int, capacity: int, keys: int, rows: int, count: int) -> None: ...
+def plot_index_find(
+    index: int, capacity: int, keys: int, rows: int, count: int, num_threads: int
+) -> None: ...
+def plot_lookup(
+    input_ids: int,
+    num_tokens: int,
+    sequence_offsets: int,
+    num_sequences: int,
+    indexes: list[tuple[int, int]],
+    chains: int,
+    chain_width: int,
+    window: int,
+    references: int,
+    num_threads: int,
+) -> None: ...
+def plot_merge(
+    input_ids: int,
+    num_tokens: int,
+    sequence_offsets: int,
+    num_sequences: int,
+    references: int,
+    row_tables: list[tuple[int, int, bool]],
+    unigram_tables: list[tuple[int, int, bool]],
+    sequence_unigram_tables: int,
+    position_embeddings: int,
+    num_positions: int,
+    layer_norm_weight: int,
+    layer_norm_bias: int,
+    layer_norm_eps: float,
+    window: int,
+    hidden_size: int,
+    output: int,
+    num_threads: int,
+) -> None: ...
+def grouped_adapter(
+    output: int,
+    output_stride: int,
+    output_size: int,
+    hidden_states: int,
+    hidden_stride: int,
+    hidden_size: int,
+    num_tokens: int,
+    arena: int,
+    arena_size: int,
+    segment_offsets: int,
+    segment_slots: int,
+    num_segments: int,
+    slot_offsets: int,
+    slot_ranks: int,
+    slot_activations: int,
+    slot_scales: int,
+    num_slots: int,
+    num_threads: int,
+) -> None: ...
+
+class NgramCounter:
+    def __init__(self, order: int) -> None: ...
+    def add(
+        self, input_ids: int, num_tokens: int, sequence_offsets: int, num_sequences: int, num_threads: int
+    ) -> None: ...
+    def items(self, min_count: int, num_threads: int) -> bytearray: ...
+    def __len__(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...

@@ -1,0 +1,40 @@
+"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters. They know tensors, and nothing of tenants.
+
+Every op is registered with ``torch.library`` as ``hmi::<name>`` and runs on the backend that :func:`use_backend` or
+``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is the specification of them all.
+"""
+
+from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
+from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
+from hmi_kernels.native import build_info
+from hmi_kernels.ngrams import MAX_TOKEN_ID, NgramCounter, count_ngrams, ngram_keys, ngram_tokens
+from hmi_kernels.plot import (
+    ROW_BITS,
+    plot_index_build,
+    plot_index_find,
+    plot_index_insert,
+    plot_lookup,
+    plot_merge,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_TOKEN_ID",
+    "ROW_BITS",
+    "BackendStatus",
+    "NgramCounter",
+    "active_backend",
+    "backends",
+    "build_info",
+    "count_ngrams",
+    "grouped_bottleneck",
+    "grouped_lora",
+    "ngram_keys",
+    "ngram_tokens",
+    "plot_index_build",
+    "plot_index_find",
+    "plot_index_insert",
+    "plot_lookup",
+    "plot_merge",
+    "use_backend",
+]

@@ -1,0 +1,359 @@
+"""The ops in plain torch: what they mean, the backend of last resort, and what the fast backends are tested against.
+
+Each takes the arguments of the op of its name, described there, after the op's own checks of dtypes and shapes; here
+the values are checked. Sums are made in float32. ``plot_merge`` and the grouped adapters can be differentiated with
+respect to tables, hidden states and arena.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "tanh")
+
+_BITS_PER_SLOT = 21
+_MAX_TOKEN_ID = (1 << _BITS_PER_SLOT) - 2
+_ROW_BITS = 40
+_WORD = (1 << 64) - 1
+
+
+def count_ngrams(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> tuple[Tensor, Tensor]:
+    """Counts by sorting the keys of all n-grams."""
+    _require_sequences(input_ids, sequence_offsets)
+    _require_token_ids(input_ids)
+    _, last = _sequence_bounds(input_ids, sequence_offsets)
+    starts = torch.arange(input_ids.shape[0], device=input_ids.device)
+    starts = starts[starts + order - 1 <= last]
+    slots = [input_ids[starts + i] if i < order else torch.full_like(starts, -1) for i in range(3)]
+    keys, counts = torch.unique(_keys(*slots), return_counts=True)
+    return keys, counts
+
+
+class ReferenceCounter:
+    """Adds up the counts of batches."""
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+        self._keys = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(0, dtype=torch.int64)
+
+    def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
+        """Counts a batch."""
+        keys, counts = count_ngrams(input_ids, sequence_offsets, order=self._order)
+        self._keys, places = torch.unique(torch.cat([self._keys, keys]), return_inverse=True)
+        all_counts = torch.cat([self._counts, counts])
+        self._counts = torch.zeros_like(self._keys).index_add_(0, places, all_counts)
+
+    def __len__(self) -> int:
+        """How many distinct n-grams were seen."""
+        return self._keys.shape[0]
+
+    @property
+    def total(self) -> int:
+        """How many n-grams were seen."""
+        return int(self._counts.sum())
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that the counts take."""
+        return 2 * self._keys.nbytes
+
+    def items(self, min_count: int) -> tuple[Tensor, Tensor]:
+        """Keys and counts of those seen at least so often."""
+        wanted = self._counts >= min_count
+        return self._keys[wanted], self._counts[wanted]
+
+
+def mix_key(key: int) -> int:
+    """The mixed 64-bit word of a key; its high bits say where the key lives in an index."""
+    word = ((key ^ (key >> 32)) * 0xD6E8FEB86659FD93) & _WORD
+    return ((word ^ (word >> 32)) * 0x9E3779B97F4A7C15) & _WORD
+
+
+def plot_index_build(keys: Tensor) -> Tensor:
+    """Inserts one key after the other."""
+    if bool((keys <= 0).any()):
+        raise ValueError(f"keys must be positive, but one is {int(keys.min())}")
+    if torch.unique(keys).shape[0] != keys.shape[0]:
+        raise ValueError("keys must be distinct, but one comes twice")
+    capacity = 2
+    while capacity < 2 * keys.shape[0]:
+        capacity *= 2
+    index = torch.zeros(capacity, 2, dtype=torch.int64)
+    _put(index, keys.tolist(), range(keys.shape[0]))
+    return index.to(keys.device)
+
+
+def _put(index: Tensor, keys: list[int], rows: list[int] | range) -> None:
+    capacity = index.shape[0]
+    slots = index[:, 0].tolist()
+    for key, row in zip(keys, rows, strict=True):
+        place = mix_key(key) >> (64 - (capacity.bit_length() - 1))
+        while slots[place] not in (0, key):
+            place = (place + 1) % capacity
+        slots[place] = key
+        index[place, 0], index[place, 1] = key, row
+
+
+def plot_index_insert(index: Tensor, keys: Tensor, rows: Tensor) -> None:
+    """Inserts one key after the other."""
+    if bool((keys <= 0).any()) or bool((rows < 0).any()):
+        raise ValueError("keys must be positive and rows not negative")
+    num_added = torch.unique(keys[plot_index_find(index, keys) < 0]).shape[0]
+    num_used = int((index[:, 0] != 0).sum())
+    if 2 * (num_used + num_added) > index.shape[0]:
+        raise ValueError(
+            f"index of {index.shape[0]} slots holds {num_used} keys and cannot take {num_added} more: "
+            "at most half may be used. Build a larger one"
+        )
+    _put(index, keys.tolist(), rows.tolist())
+
+
+def plot_index_find(index: Tensor, keys: Tensor) -> Tensor:
+    """Searches the sorted keys: where a key lies in the index makes no difference to what it means."""
+    used = index[index[:, 0] != 0]
+    if used.shape[0] == 0:
+        return torch.full_like(keys, -1)
+    sorted_keys, order = used[:, 0].sort()
+    places = torch.searchsorted(sorted_keys, keys).clamp(max=sorted_keys.shape[0] - 1)
+    return torch.where(sorted_keys[places] == keys, used[order, 1][places], -1)
+
+
+def plot_lookup(
+    input_ids: Tensor, sequence_offsets: Tensor, indexes: list[Tensor], chains: Tensor, *, window: int
+) -> Tensor:
+    """Searches all tables for all tokens, then picks by the chains."""
+    _require_sequences(input_ids, sequence_offsets)
+    _require_token_ids(input_ids)
+    if bool(((chains < -1) | (chains >= len(indexes))).any()):
+        raise ValueError(f"chains must hold -1..{len(indexes) - 1}, as there are {len(indexes)} indexes")
+    token_chains = chains[_sequence_of_tokens(sequence_offsets)]
+    position, last = _sequence_bounds(input_ids, sequence_offsets)
+    place = torch.arange(input_ids.shape[0], device=input_ids.device)
+    left = torch.where(position > 0, input_ids.roll(1), -1)
+    right = torch.where(place < last, input_ids.roll(-1), -1)
+    absent = torch.full_like(input_ids, -1)
+    if window == 2:
+        found = _search(indexes, token_chains, _keys(input_ids, right, absent))
+        return torch.where(right >= 0, found, -1).unsqueeze(1)
+    whole = _search(indexes, token_chains, _keys(left, input_ids, right))
+    before = _search(indexes, token_chains, _keys(left, input_ids, absent))
+    after = _search(indexes, token_chains, _keys(absent, input_ids, right))
+    before = torch.where((whole < 0) & (left >= 0), before, -1)
+    after = torch.where((whole < 0) & (right >= 0), after, -1)
+    return torch.stack([whole, before, after], dim=1)
+
+
+def _search(indexes: list[Tensor], token_chains: Tensor, keys: Tensor) -> Tensor:
+    """The reference of each key in the first table of its chain that has it, or -1."""
+    references = torch.full_like(keys, -1)
+    rows = [plot_index_find(index, keys) for index in indexes]
+    is_open = torch.ones_like(keys, dtype=torch.bool)
+    for tables in token_chains.unbind(1):
+        is_open = is_open & (tables >= 0)
+        for table, row in enumerate(rows):
+            wanted = is_open & (tables == table) & (references < 0) & (row >= 0)
+            references = torch.where(wanted, table << _ROW_BITS | row, references)
+    return references
+
+
+def plot_merge(
+    input_ids: Tensor,
+    sequence_offsets: Tensor,
+    references: Tensor,
+    row_tables: list[Tensor],
+    unigram_tables: list[Tensor],
+    sequence_unigram_tables: Tensor,
+    position_embeddings: Tensor,
+    layer_norm_weight: Tensor,
+    layer_norm_bias: Tensor,
+    *,
+    layer_norm_eps: float,
+    window: int,
+) -> Tensor:
+    """Gathers every slot of every window, then sums as the formula says."""
+    _require_sequences(input_ids, sequence_offsets)
+    position, last = _sequence_bounds(input_ids, sequence_offsets)
+    if input_ids.shape[0] and int(position.max()) >= position_embeddings.shape[0]:
+        raise ValueError(
+            f"a sequence has {int(position.max()) + 1} tokens, but position_embeddings has "
+            f"{position_embeddings.shape[0]} rows"
+        )
+    if bool(((sequence_unigram_tables < 0) | (sequence_unigram_tables >= len(unigram_tables))).any()):
+        raise ValueError(f"sequence_unigram_tables must hold 0..{len(unigram_tables) - 1}")
+    has_left = (position > 0).unsqueeze(1)
+    has_right = (torch.arange(input_ids.shape[0], device=input_ids.device) < last).unsqueeze(1)
+    tables = sequence_unigram_tables[_sequence_of_tokens(sequence_offsets)]
+    if window == 2:
+        found_left = has_left & (references.roll(1, 0) >= 0)
+        found_right = has_right & (references >= 0)
+        unigrams = _unigram_rows(unigram_tables, tables, input_ids, (found_left == found_right).squeeze(1))
+        left = _gather(row_tables, torch.where(found_left, references.roll(1, 0), -1), 1)
+        right = _gather(row_tables, torch.where(found_right, references, -1), 0)
+        # Without the unigram's row where one neighbor alone says what the token is: U + (R - U).
+        both, none = found_left & found_right, ~(found_left | found_right)
+        merged = left + right + torch.where(none, unigrams, 0) - torch.where(both, unigrams, 0)
+    else:
+        whole, before, after = references.split(1, dim=1)
+        is_whole, found_left, found_right = whole >= 0, before >= 0, after >= 0
+        needs_unigram = ~is_whole & (found_left == found_right)
+        unigrams = _unigram_rows(unigram_tables, tables, input_ids, needs_unigram.squeeze(1))
+        composed = _gather(row_tables, before, 1) + _gather(row_tables, after, 1)
+        composed = composed + torch.where(found_left | found_right, 0, unigrams)
+        composed = composed - torch.where(found_left & found_right, unigrams, 0)
+        center = torch.where(is_whole, _gather(row_tables, whole, 1), composed)
+        from_left = torch.where(whole >= 0, whole, after).roll(1, 0)
+        from_right = torch.where(whole >= 0, whole, before).roll(-1, 0)
+        merged = center + _gather(row_tables, torch.where(has_left, from_left, -1), 2)
+        merged = merged + _gather(row_tables, torch.where(has_right, from_right, -1), 0)
+    summed = merged + position_embeddings[position]
+    return functional.layer_norm(summed, summed.shape[1:], layer_norm_weight, layer_norm_bias, layer_norm_eps)
+
+
+def _gather(row_tables: list[Tensor], references: Tensor, slot: int) -> Tensor:
+    """float32 [tokens, hidden]: one slot of the referenced rows, zero where the reference is -1."""
+    flat = references.squeeze(1)
+    table_of, row_of = flat >> _ROW_BITS, flat & ((1 << _ROW_BITS) - 1)
+    hidden_size = row_tables[0].shape[2] if row_tables else 1
+    rows = torch.zeros(flat.shape[0], hidden_size, device=flat.device)
+    if bool(((flat >= 0) & (table_of >= len(row_tables))).any()) or bool((flat < -1).any()):
+        raise ValueError(f"references must name a table 0..{len(row_tables) - 1} or be -1")
+    for table, content in enumerate(row_tables):
+        here = (flat >= 0) & (table_of == table)
+        if bool((row_of[here] >= content.shape[0]).any()):
+            raise ValueError(
+                f"references name a row outside row_tables[{table}], which has {content.shape[0]}"
+            )
+        rows = rows.index_put((here.nonzero().squeeze(1),), content[row_of[here], slot].float())
+    return rows
+
+
+def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tensor, needed: Tensor) -> Tensor:
+    """float32 [tokens, hidden]: the unigram rows of the tokens that need one, zero elsewhere."""
+    hidden_size = unigram_tables[0].shape[1] if unigram_tables else 1
+    rows = torch.zeros(input_ids.shape[0], hidden_size, device=input_ids.device)
+    for table, content in enumerate(unigram_tables):
+        here = needed & (tables == table)
+        ids = input_ids[here].long()
+        if bool(((ids < 0) | (ids >= content.shape[0])).any()):
+            raise ValueError(
+                f"input_ids hold an id outside unigram_tables[{table}], which has {content.shape[0]} rows"
+            )
+        rows = rows.index_put((here.nonzero().squeeze(1),), content[ids].float())
+    return rows
+
+
+def grouped_bottleneck(
+    output: Tensor,
+    hidden_states: Tensor,
+    arena: Tensor,
+    segment_offsets: Tensor,
+    segment_slots: Tensor,
+    slot_offsets: Tensor,
+    slot_ranks: Tensor,
+    slot_activations: Tensor,
+    slot_scales: Tensor,
+) -> None:
+    """One segment after the other."""
+    hidden_size = output.shape[1]
+    segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
+    blocks = []
+    for tokens, slot, offset, rank in segments:
+        sizes = [hidden_size * rank, rank, rank * hidden_size, hidden_size]
+        blocks.append(_split_block(arena, slot, offset, sizes))
+        if not 0 <= int(slot_activations[slot]) < len(ACTIVATIONS):
+            raise ValueError(f"slot_activations[{slot}] is {int(slot_activations[slot])}, not 0..4")
+    for (tokens, slot, _, rank), (down, down_bias, up, up_bias) in zip(segments, blocks, strict=True):
+        inner = hidden_states[tokens] @ down.view(hidden_size, rank) + down_bias
+        inner = _activate(ACTIVATIONS[int(slot_activations[slot])], inner)
+        output[tokens] += slot_scales[slot] * (inner @ up.view(rank, hidden_size) + up_bias)
+
+
+def grouped_lora(
+    output: Tensor,
+    hidden_states: Tensor,
+    arena: Tensor,
+    segment_offsets: Tensor,
+    segment_slots: Tensor,
+    slot_offsets: Tensor,
+    slot_ranks: Tensor,
+    slot_scales: Tensor,
+) -> None:
+    """One segment after the other."""
+    in_size, out_size = hidden_states.shape[1], output.shape[1]
+    segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
+    blocks = [
+        _split_block(arena, slot, offset, [in_size * rank, rank * out_size])
+        for _, slot, offset, rank in segments
+    ]
+    for (tokens, slot, _, rank), (a, b) in zip(segments, blocks, strict=True):
+        inner = hidden_states[tokens] @ a.view(in_size, rank)
+        output[tokens] += slot_scales[slot] * (inner @ b.view(rank, out_size))
+
+
+def _segments(
+    output: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor, slot_ranks: Tensor
+) -> list[tuple[slice, int, int, int]]:
+    """(tokens, slot, offset of its block, rank) of every segment that has an adapter here."""
+    offsets, slots = segment_offsets.tolist(), segment_slots.tolist()
+    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > output.shape[0]:
+        raise ValueError(f"segment_offsets must not decrease and lie in 0..{output.shape[0]}, not {offsets}")
+    num_slots = slot_ranks.shape[0]
+    if any(not -1 <= slot < num_slots for slot in slots):
+        raise ValueError(f"segment_slots must lie in -1..{num_slots - 1}, not {slots}")
+    segments = []
+    for begin, end, slot in zip(offsets[:-1], offsets[1:], slots, strict=True):
+        rank = int(slot_ranks[slot]) if slot >= 0 else 0
+        if rank < 0:
+            raise ValueError(f"slot_ranks[{slot}] is {rank}, but ranks are not negative")
+        if rank > 0:
+            segments.append((slice(begin, end), slot, int(slot_offsets[slot]), rank))
+    return segments
+
+
+def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tuple[Tensor, ...]:
+    if offset < 0 or offset + sum(sizes) > arena.shape[0]:
+        raise ValueError(
+            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements does not fit into the arena "
+            f"of {arena.shape[0]}"
+        )
+    return arena[offset : offset + sum(sizes)].split(sizes)
+
+
+def _activate(name: str, values: Tensor) -> Tensor:
+    if name == "gelu_tanh":
+        return functional.gelu(values, approximate="tanh")
+    function = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}[
+        name
+    ]
+    return function(values)
+
+
+def _keys(slot0: Tensor, slot1: Tensor, slot2: Tensor) -> Tensor:
+    fields = [slot.long() + 1 for slot in (slot0, slot1, slot2)]
+    return fields[0] << (2 * _BITS_PER_SLOT) | fields[1] << _BITS_PER_SLOT | fields[2]
+
+
+def _sequence_of_tokens(sequence_offsets: Tensor) -> Tensor:
+    lengths = sequence_offsets.diff()
+    return torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths)
+
+
+def _sequence_bounds(input_ids: Tensor, sequence_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """For every token, its position in its sequence and where the sequence's last token lies."""
+    sequence = _sequence_of_tokens(sequence_offsets)
+    position = torch.arange(input_ids.shape[0], device=input_ids.device) - sequence_offsets[sequence]
+    return position, sequence_offsets[sequence + 1] - 1
+
+
+def _require_sequences(input_ids: Tensor, sequence_offsets: Tensor) -> None:
+    is_valid = int(sequence_offsets[0]) == 0 and int(sequence_offsets[-1]) == input_ids.shape[0]
+    if not is_valid or bool((sequence_offsets.diff() < 0).any()):
+        raise ValueError(f"sequence_offsets must rise from 0 to the number of tokens, {input_ids.shape[0]}")
+
+
+def _require_token_ids(input_ids: Tensor) -> None:
+    if bool(((input_ids < 0) | (input_ids > _MAX_TOKEN_ID)).any()):
+        raise ValueError(f"input_ids must lie in 0..{_MAX_TOKEN_ID}")

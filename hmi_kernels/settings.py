@@ -1,0 +1,26 @@
+"""The environment variables that hmi_kernels reads; this is the only place that reads them.
+
+- ``HMI_BACKEND``: ``auto`` (default), ``cuda``, ``triton``, ``cpu`` or ``reference``.
+- ``HMI_SIMD``: ``auto`` (default), ``portable``, ``avx2`` or ``avx512``: the highest level the CPU kernels may use.
+- ``HMI_THREADS``: ``auto`` (default), ``pool`` or ``openmp``: whose threads the CPU kernels run on.
+"""
+
+from __future__ import annotations
+
+import os
+
+BACKEND_NAMES = ("cuda", "triton", "cpu", "reference")
+
+_CHOICES = {
+    "HMI_BACKEND": ("auto", *BACKEND_NAMES),
+    "HMI_SIMD": ("auto", "portable", "avx2", "avx512"),
+    "HMI_THREADS": ("auto", "pool", "openmp"),
+}
+
+
+def setting(name: str) -> str:
+    """The variable's value, ``auto`` if it is unset or empty. Raises ValueError on a value it cannot have."""
+    value = os.environ.get(name) or "auto"
+    if value not in _CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
+    return value

@@ -1,0 +1,176 @@
+"""Builds hmi_kernels._C: one pybind11 module, C++17 always, CUDA where nvcc is found. Torch is never needed.
+
+CXX=g++   HMI_BUILD_CUDA=auto|0|1   TORCH_CUDA_ARCH_LIST="8.0 9.0a+PTX"   MAX_JOBS=n   DEBUG=0|1
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+# No contraction: a multiply-add is fused where the source says so, hence alike in every instance of a kernel.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-pthread",
+    *WARNINGS,
+]
+# The same kernels are compiled once per level; csrc/cpu/simd/dispatch.cpp chooses at run time.
+# GCC 12 takes the undefined lanes of its own AVX-512 header for a mistake (GCC bug 105593).
+HEADER_WARNINGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+SIMD_FLAGS = {
+    "csrc/cpu/simd/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "csrc/cpu/simd/avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mf16c",
+        *HEADER_WARNINGS,
+    ],
+}
+
+
+def optimization_flags() -> list[str]:
+    return ["-O0", "-g"] if DEBUG else ["-O3"]
+
+
+def find_cxx() -> str:
+    """The C++ compiler's command; ends the build with advice if there is none that knows C++17."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        probe = [*shlex.split(candidate), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        if (
+            shutil.which(probe[0])
+            and not subprocess.run(
+                probe, input=b"#include <string_view>\n", capture_output=True, check=False
+            ).returncode
+        ):
+            return candidate
+    sys.exit(
+        f"hmi_kernels needs a C++17 compiler; tried {', '.join(candidates)}. Install one "
+        "(Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX to its command."
+    )
+
+
+def targets_x86(cxx: str) -> bool:
+    """Asks the compiler, not the machine, so that cross-compiling works."""
+    target = subprocess.run(
+        [*shlex.split(cxx), "-dumpmachine"], capture_output=True, text=True, check=True
+    ).stdout
+    return target.startswith(("x86_64", "amd64"))
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{home}/bin/nvcc"] if home else []
+    places += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    return next((place for place in places if place and Path(place).exists()), None)
+
+
+def cuda_sources() -> list[str]:
+    """The .cu files to compile: none without nvcc, and none if HMI_BUILD_CUDA says so."""
+    mode = os.environ.get("HMI_BUILD_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"HMI_BUILD_CUDA must be auto, 0 or 1, not {mode!r}")
+    found = sources(".cu")
+    if mode == "1" and find_nvcc() is None:
+        sys.exit("HMI_BUILD_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
+    if mode == "1" and not found:
+        sys.exit("HMI_BUILD_CUDA=1 but csrc/cuda holds no kernel: use HMI_BUILD_CUDA=auto")
+    return [] if mode == "0" or find_nvcc() is None else found
+
+
+def sources(suffix: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(f"*{suffix}"))
+
+
+def architecture_flags() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST syntax, e.g. "8.0 9.0a 10.0+PTX", read without importing torch."""
+    flags = []
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def ninja_file(cxx: str, cu_files: list[str], module: Path, folder: Path) -> str:
+    """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
+    import pybind11
+
+    includes = [f"-I{ROOT / 'csrc'}"]
+    # -isystem: their warnings are not ours.
+    system = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    common = [*optimization_flags(), *includes, *system, f"-DHMI_WITH_CUDA={int(bool(cu_files))}"]
+    nvcc_flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-ccbin", cxx, *architecture_flags()]
+    linker = (
+        f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if cu_files else f"{cxx} -pthread"
+    )
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx_flags = {' '.join([*CXX_FLAGS, *common])}",
+        f"nvcc_flags = {' '.join([*nvcc_flags, *common])} -Xcompiler -fPIC,-fvisibility=hidden",
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d $cxx_flags $file_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {find_nvcc()} -MMD -MF $out.d $nvcc_flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {linker} -shared $in -o $out -ldl",
+    ]
+    skipped = set() if targets_x86(cxx) else set(SIMD_FLAGS)
+    objects = []
+    for source in [*sources(".cpp"), *cu_files]:
+        if source in skipped:
+            continue
+        objects.append(str(folder / f"{source.replace('/', '_')}.o"))
+        lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT / source}")
+        lines.append(f"  file_flags = {' '.join(SIMD_FLAGS.get(source, []))}")
+    return "\n".join([*lines, f"build {module}: link {' '.join(objects)}", ""])
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja and runs it. The objects stay in build/, so that editable installs are incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        folder = (
+            ROOT
+            / "build"
+            / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}{'-debug' * DEBUG}"
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        built = folder / Path(self.get_ext_filename(ext.name)).name
+        (folder / "build.ninja").write_text(ninja_file(find_cxx(), cuda_sources(), built, folder))
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
+        module = Path(self.get_ext_fullpath(ext.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
+        # Replace, never overwrite: a process may have the old module mapped.
+        shutil.copy2(built, module.with_suffix(".new"))
+        module.with_suffix(".new").replace(module)
+
+
+extension = Extension(
+    "hmi_kernels._C", sources=[*sources(".cpp"), *sources(".cu")], depends=[*sources(".h"), *sources(".cuh")]
+)
+setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
