@@ -33,8 +33,8 @@ class PlotMetadata(BaseModel):
     """What a table was made from.
 
     ``admission_count`` is the least count among its n-grams (0 if it has none), ``min_count`` the least
-    count that was asked for, ``corpus_tokens`` the number of tokens counted. ``layer_identity`` names the weights of
-    the domain layers that computed the rows.
+    count that was asked for, ``corpus_tokens`` the number of tokens counted. ``layer_identity`` names the
+    weights of the domain layers that computed the rows.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
