@@ -7,6 +7,7 @@ catalog entry without its file.
 
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -64,6 +65,8 @@ class Catalog:
         except BaseException:
             self._database.close()
             raise
+        # Held from the writing of a file to its commit, so that no repair of this process runs between.
+        self.change_lock = threading.RLock()
         self.tenants = TenantView(self._database)
         self.domains = DomainView(self._database)
 

@@ -43,6 +43,11 @@ def save_tenants(
     :class:`InvalidHeadError`, :class:`TenantExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
     """
     _check_tenants(catalog, tenants, replace)
+    with catalog.change_lock:
+        return _save_checked(catalog, tenants, replace)
+
+
+def _save_checked(catalog: Catalog, tenants: Sequence[NewTenant], replace: bool) -> list[TenantInfo]:
     layout = catalog.layout
     infos: list[TenantInfo] = []
     try:
@@ -123,43 +128,54 @@ def save_domain(
     :class:`DomainExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
     """
     check_name(name, "domain")
-    previous = catalog.domains[name] if parent is None else None
-    parent_info = catalog.domains[parent] if parent is not None else None
-    (number,) = catalog.reserve()
-    domain_id = previous.id if previous else number
-    file = catalog.layout.plot_file(domain_id, number)
-    path = catalog.layout.resolve(file)
-    try:
-        sha256 = write_plot(path, table)
-        kept_card = previous.card if previous and card is None else dict(card or {})
-        info = DomainInfo(
-            id=domain_id,
-            name=name,
-            parent_id=parent_info.id if parent_info else previous.parent_id if previous else None,
-            parent=parent_info.name if parent_info else previous.parent if previous else None,
-            generation=number,
-            file=file,
-            bytes=path.stat().st_size,
-            sha256=sha256,
-            rows=len(table.rows),
-            unigrams=table.unigrams is not None,
-            layer_identity=table.metadata.layer_identity,
-            corpus_tokens=table.metadata.corpus_tokens,
-            min_count=table.metadata.min_count,
-            admission_count=table.metadata.admission_count,
-            created=datetime.now(timezone.utc),
-            card=kept_card,
-        )
-        if previous is None:
-            catalog.add_domain(info)
-        else:
-            catalog.replace_domain(info)
-    except Exception:
-        remove_quietly(path)
-        raise
+    with catalog.change_lock:
+        previous = catalog.domains[name] if parent is None else None
+        info = _describe_domain(catalog, name, table, previous, parent, card)
+        path = catalog.layout.resolve(str(info.file))
+        try:
+            sha256 = write_plot(path, table)
+            info = info.model_copy(update={"sha256": sha256, "bytes": path.stat().st_size})
+            if previous is None:
+                catalog.add_domain(info)
+            else:
+                catalog.replace_domain(info)
+        except Exception:
+            remove_quietly(path)
+            raise
     if previous is not None and previous.file is not None:
         remove_quietly(catalog.layout.resolve(previous.file))
     return info
+
+
+def _describe_domain(
+    catalog: Catalog,
+    name: str,
+    table: PlotTable,
+    previous: DomainInfo | None,
+    parent: str | None,
+    card: Mapping[str, Any] | None,
+) -> DomainInfo:
+    (number,) = catalog.reserve()
+    parent_info = catalog.domains[parent] if parent is not None else None
+    domain_id = previous.id if previous else number
+    return DomainInfo(
+        id=domain_id,
+        name=name,
+        parent_id=previous.parent_id if previous else parent_info.id if parent_info else None,
+        parent=previous.parent if previous else parent,
+        generation=number,
+        file=catalog.layout.plot_file(domain_id, number),
+        bytes=0,
+        sha256="",
+        rows=len(table.rows),
+        unigrams=table.unigrams is not None,
+        layer_identity=table.metadata.layer_identity,
+        corpus_tokens=table.metadata.corpus_tokens,
+        min_count=table.metadata.min_count,
+        admission_count=table.metadata.admission_count,
+        created=datetime.now(timezone.utc),
+        card=previous.card if previous and card is None else dict(card or {}),
+    )
 
 
 def remove_domain(catalog: Catalog, name: str) -> DomainInfo:

@@ -57,7 +57,8 @@ def select_rows(
 
     ``keys`` and ``counts`` are int64 [M]; ``bytes_per_row`` is from the function of that name; ``exclude``
     are the key tensors of the ancestors' tables, in any order. N-grams seen less often than ``min_count``
-    are left out. Deterministic, whatever the order of ``keys``. Raises ValueError for tensors that do not match.
+    are left out. Deterministic, whatever the order of ``keys``. Raises ValueError for tensors that do not
+    match.
     """
     if (
         keys.dtype != torch.int64

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hmi_engine.errors import HmiError, StoreError
 from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
@@ -123,10 +124,15 @@ def _find_index_fault(table: PlotTable) -> str | None:
         return f"the index does not refer to each of the rows 0 to {num_rows - 1} once"
     if not torch.equal(table.row_keys[rows], keys):
         return "the index refers to rows of other n-grams"
-    for tensor in (table.rows, table.unigrams):
-        if tensor is not None and not all(bool(part.isfinite().all()) for part in tensor.split(_PIECE_ROWS)):
-            return "the rows hold NaN or infinity"
+    if not all(_is_finite(tensor) for tensor in (table.rows, table.unigrams) if tensor is not None):
+        return "the rows hold NaN or infinity"
     return None
+
+
+def _is_finite(rows: Tensor) -> bool:
+    # In pieces, as each needs temporary memory of its size.
+    pieces = (rows[start : start + _PIECE_ROWS] for start in range(0, len(rows), _PIECE_ROWS))
+    return all(bool(piece.isfinite().all()) for piece in pieces)
 
 
 def _check_tenant(catalog: Catalog, tenant: TenantInfo, general: GeneralInfo, deep: bool) -> list[Problem]:
@@ -154,9 +160,8 @@ def _find_orphans(catalog: Catalog) -> list[Problem]:
     layout = catalog.layout
     # Listed before the entries are read, so that what is committed meanwhile is no orphan.
     files = [path for folder in (layout.domains, layout.tenants) for path in sorted(folder.rglob("*"))]
-    partials = sorted(layout.root.glob(f"*{PARTIAL_SUFFIX}*")) + sorted(
-        layout.general.rglob(f"*{PARTIAL_SUFFIX}")
-    )
+    partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
+    partials += sorted(layout.general.rglob(f"*{PARTIAL_SUFFIX}"))
     known = {info.file for info in catalog.tenants.values()} | {
         info.file for info in catalog.domains.values()
     }
