@@ -130,7 +130,7 @@ def save_domain(
     check_name(name, "domain")
     with catalog.change_lock:
         previous = catalog.domains[name] if parent is None else None
-        info = _describe_domain(catalog, name, table, previous, parent, card)
+        info = _describe_domain(catalog, name, table, previous=previous, parent=parent, card=card)
         path = catalog.layout.resolve(str(info.file))
         try:
             sha256 = write_plot(path, table)
@@ -151,6 +151,7 @@ def _describe_domain(
     catalog: Catalog,
     name: str,
     table: PlotTable,
+    *,
     previous: DomainInfo | None,
     parent: str | None,
     card: Mapping[str, Any] | None,

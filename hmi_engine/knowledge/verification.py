@@ -11,6 +11,7 @@ from hmi_engine.errors import HmiError, StoreError
 from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot
 from hmi_engine.knowledge.records import DomainInfo, TenantInfo
 from hmi_engine.knowledge.tenant_file import load_tenant, read_layout
@@ -32,47 +33,49 @@ class Problem(NamedTuple):
     repairable: bool = False
 
 
-Progress = Callable[[int, int], None]
-"""Called with the number of files done and of all files."""
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of the step, the number of files done and that of all files."""
 
 
-def verify(catalog: Catalog, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
+def verify(
+    layout: StoreLayout, catalog: Catalog, *, deep: bool = True, progress: Progress | None = None
+) -> list[Problem]:
     """Check the catalog, every file that it refers to, and that there are no others.
 
     ``deep`` reads all files: checksums and contents (adapters and heads against the base model, the n-gram
     index against its rows). Without it, presence, sizes and headers are checked. An empty list means a sound
     store. Raises :class:`StoreError` only if the catalog itself cannot be read.
     """
-    problems = [Problem("catalog", catalog.layout.catalog, text) for text in catalog.integrity_problems()]
+    problems = [Problem("catalog", layout.catalog, text) for text in catalog.integrity_problems()]
     general_files = catalog.general_files()
     total = len(general_files) + len(catalog.domains) + len(catalog.tenants)
-    for done, found in enumerate(_file_problems(catalog, deep), start=1):
+    for done, found in enumerate(_file_problems(layout, catalog, deep), start=1):
         problems += found
         if progress:
-            progress(done, total)
-    return problems + _find_orphans(catalog)
+            progress("checking files", done, total)
+    return problems + _find_orphans(layout, catalog)
 
 
-def repair(catalog: Catalog, problems: Iterable[Problem]) -> list[Path]:
+def repair(layout: StoreLayout, catalog: Catalog, problems: Iterable[Problem]) -> list[Path]:
     """Remove the orphans among ``problems`` and return what was removed; nothing else is ever changed.
 
     A file that the catalog refers to by now stays. Raises :class:`StoreBusyError` while another process has
     the store open for writing, as its unfinished files look like orphans, and :class:`ReadOnlyStoreError`.
     """
     with catalog.alone():
-        orphans = {problem.path for problem in _find_orphans(catalog)}
+        orphans = {problem.path for problem in _find_orphans(layout, catalog)}
         wanted = [problem.path for problem in problems if problem.repairable and problem.path in orphans]
         return [path for path in wanted if remove_quietly(path)]
 
 
-def _file_problems(catalog: Catalog, deep: bool) -> Iterator[list[Problem]]:
-    layout, general = catalog.layout, catalog.general
+def _file_problems(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterator[list[Problem]]:
+    general = catalog.general
     for file in catalog.general_files():
         yield _check_bytes(layout.general / file.name, file.bytes, file.sha256, deep)
     for domain in catalog.domains.values():
-        yield _check_domain(catalog, domain, general, deep)
+        yield _check_domain(layout, domain, general, deep)
     for tenant in catalog.tenants.values():
-        yield _check_tenant(catalog, tenant, general, deep)
+        yield _check_tenant(layout, tenant, general, deep)
 
 
 def _check_bytes(path: Path, size: int, sha256: str, deep: bool) -> list[Problem]:
@@ -88,13 +91,13 @@ def _check_bytes(path: Path, size: int, sha256: str, deep: bool) -> list[Problem
     return []
 
 
-def _check_domain(catalog: Catalog, domain: DomainInfo, general: GeneralInfo, deep: bool) -> list[Problem]:
+def _check_domain(layout: StoreLayout, domain: DomainInfo, general: GeneralInfo, deep: bool) -> list[Problem]:
     if domain.file is None:
         return []
     try:
-        path = catalog.layout.resolve(domain.file)
+        path = layout.resolve(domain.file)
     except StoreError as error:
-        return [Problem("catalog", catalog.layout.catalog, str(error))]
+        return [Problem("catalog", layout.catalog, str(error))]
     problems = _check_bytes(path, domain.bytes, domain.sha256, deep)
     if problems:
         return problems
@@ -135,29 +138,28 @@ def _is_finite(rows: Tensor) -> bool:
     return all(bool(piece.isfinite().all()) for piece in pieces)
 
 
-def _check_tenant(catalog: Catalog, tenant: TenantInfo, general: GeneralInfo, deep: bool) -> list[Problem]:
+def _check_tenant(layout: StoreLayout, tenant: TenantInfo, general: GeneralInfo, deep: bool) -> list[Problem]:
     try:
-        path = catalog.layout.resolve(tenant.file)
+        path = layout.resolve(tenant.file)
     except StoreError as error:
-        return [Problem("catalog", catalog.layout.catalog, str(error))]
+        return [Problem("catalog", layout.catalog, str(error))]
     problems = _check_bytes(path, tenant.bytes, tenant.sha256, deep)
     if problems:
         return problems
     try:
-        layout = read_layout(path)
-        layout.check_fits(general, path)
+        contents = read_layout(path)
+        contents.check_fits(general, path)
         if deep:
             load_tenant(path, general)
     except HmiError as error:
         return [Problem("content", path, str(error))]
-    if (layout.head.kind, layout.head.labels) != (tenant.head_kind, tenant.labels):
+    if (contents.head.kind, contents.head.labels) != (tenant.head_kind, tenant.labels):
         return [Problem("content", path, f"{path}: head and labels are not those of tenant {tenant.name!r}")]
     return []
 
 
-def _find_orphans(catalog: Catalog) -> list[Problem]:
+def _find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
     """Find files in our folders that no entry refers to, and unfinished files anywhere in the store."""
-    layout = catalog.layout
     # Listed before the entries are read, so that what is committed meanwhile is no orphan.
     files = [path for folder in (layout.domains, layout.tenants) for path in sorted(folder.rglob("*"))]
     partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
