@@ -12,12 +12,12 @@ import hmi_kernels
 from hmi_engine.errors import CorpusError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.plot_table import PlotMetadata, PlotTable, text_digest
-from hmi_engine.knowledge.selection import select_rows
+from hmi_engine.knowledge.selection import Selection, bytes_per_row, select_rows
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.tokenization import TextEncoder
 
-__all__ = ["CorpusCounts", "Progress", "build_plot", "build_unigram_plot", "count_corpus", "plot_row_bytes"]
+__all__ = ["CorpusCounts", "Progress", "build_plot", "build_unigram_plot", "count_corpus"]
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of a step, how much is done, and the total where it is known."""
@@ -50,7 +50,6 @@ def count_corpus(
     encoder: TextEncoder,
     *,
     window: int,
-    min_count: int,
     progress: Progress | None = None,
 ) -> CorpusCounts:
     """Counts the windows of a corpus in one pass.
@@ -74,7 +73,7 @@ def count_corpus(
             progress("counting n-grams (texts)", len(digests), None)
     if not digests:
         raise CorpusError("the corpus holds no text; check the paths and, for JSON lines, the field `text`")
-    keys, counts = _windows([counter.items(min_count) for counter in counters], window)
+    keys, counts = _windows([counter.items() for counter in counters], window)
     documents = torch.tensor(digests, dtype=torch.int64).unique()
     return CorpusCounts(keys, counts, len(digests), num_tokens, documents)
 
@@ -88,7 +87,7 @@ def _windows(
         return bigrams, bigram_counts
     # A counter's bigram occupies slots 0 and 1; the same two tokens are also a window's slots 1 and 2.
     trigrams, trigram_counts = counted[1]
-    right = bigrams >> hmi_kernels.KEY_TOKEN_BITS
+    right = hmi_kernels.ngram_keys(hmi_kernels.ngram_tokens(bigrams).roll(1, dims=1))
     return (
         torch.cat([trigrams, bigrams, right]),
         torch.cat([trigram_counts, bigram_counts, bigram_counts]),
@@ -101,11 +100,6 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def plot_row_bytes(general: GeneralInfo) -> int:
-    """Bytes of one row's hidden states."""
-    return general.window * general.hidden_size * getattr(torch, general.row_dtype).itemsize
-
-
 def build_plot(
     counts: CorpusCounts,
     model: HierarchicalBert,
@@ -115,7 +109,7 @@ def build_plot(
     min_count: int,
     inherited: Sequence[torch.Tensor] = (),
     progress: Progress | None = None,
-) -> PlotTable:
+) -> tuple[PlotTable, Selection]:
     """Makes a domain's table: the most frequent windows that fit into ``plot_bytes``.
 
     Args:
@@ -126,18 +120,21 @@ def build_plot(
         min_count: rarer windows are left out.
         inherited: sorted keys int64 of each ancestor's table; what an ancestor holds is not stored again.
         progress: told about the rows.
+
+    Returns:
+        The table, and the choice that was made (hit mass on the corpus itself).
     """
     selection = select_rows(
         counts.keys,
         counts.counts,
         budget_bytes=plot_bytes,
-        bytes_per_row=plot_row_bytes(general),
+        bytes_per_row=bytes_per_row(general.window, general.hidden_size, general.row_dtype),
         min_count=min_count,
         exclude=inherited,
     )
     keys, order = torch.sort(selection.keys)
     tokens = hmi_kernels.ngram_tokens(keys)[:, : general.window]
-    return PlotTable(
+    table = PlotTable(
         index=hmi_kernels.plot_index_build(keys),
         rows=_compute_rows(tokens, model, getattr(torch, general.row_dtype), "computing rows", progress),
         row_keys=keys,
@@ -146,6 +143,7 @@ def build_plot(
         documents=counts.documents,
         metadata=_metadata(general, counts.num_tokens, min_count, selection.admission_count),
     )
+    return table, selection
 
 
 def build_unigram_plot(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 
@@ -26,13 +26,17 @@ class AdapterBatch:
         token_counts: Sequence[int],
         readout_counts: Sequence[int],
     ) -> None:
-        """One segment per entry: its tenant, its number of packed tokens, and of rows that are read out."""
+        """Per sequence: its tenant, its number of packed tokens, and of rows that are read out.
+
+        Sequences of one tenant that follow one another become one segment.
+        """
         self._arena = arena
         self._slots = slots
         self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
-        self._segment_slots = torch.tensor([tenant.slot for tenant in tenants], dtype=torch.int32)
-        self._token_offsets = _offsets(token_counts)
-        self._readout_offsets = _offsets(readout_counts)
+        runs = [list(run) for _, run in groupby(range(len(tenants)), lambda index: tenants[index].slot)]
+        self._segment_slots = torch.tensor([tenants[run[0]].slot for run in runs], dtype=torch.int32)
+        self._token_offsets = _offsets([sum(token_counts[index] for index in run) for run in runs])
+        self._readout_offsets = _offsets([sum(readout_counts[index] for index in run) for run in runs])
 
     def is_used(self, layer: int, site: str) -> bool:
         """Whether any tenant of the batch has a block at this place."""

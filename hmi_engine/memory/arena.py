@@ -8,7 +8,7 @@ import torch
 
 from hmi_engine.knowledge.adapters import Site
 from hmi_engine.knowledge.tenant_file import BlockLayout
-from hmi_kernels import ACTIVATION_CODES
+from hmi_kernels import ACTIVATIONS
 
 __all__ = ["AdapterArena", "SlotTables"]
 
@@ -97,7 +97,7 @@ class SlotTables:
             self.ranks[place] = block.rank
             self.scales[place] = block.scale
             if block.activation is not None:
-                self.activations[place] = ACTIVATION_CODES[block.activation]
+                self.activations[place] = ACTIVATIONS.index(block.activation)
         return slot
 
     def clear(self, slot: int) -> None:

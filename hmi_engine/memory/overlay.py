@@ -75,4 +75,4 @@ class WindowOverlay:
         hmi_kernels.plot_index_insert(self.indexes[self._young], keys, numbers)
         self._used[self._young] = end
         self.rows_computed += keys.numel()
-        return (self._young << hmi_kernels.REFERENCE_ROW_BITS) | numbers
+        return (self._young << hmi_kernels.ROW_BITS) | numbers

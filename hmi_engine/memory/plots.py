@@ -188,8 +188,8 @@ class PlotLibrary:
 
     def _per_row(self, references: torch.Tensor, field: str) -> torch.Tensor:
         result = torch.zeros_like(references)
-        tables = references >> hmi_kernels.REFERENCE_ROW_BITS
-        rows = references & ((1 << hmi_kernels.REFERENCE_ROW_BITS) - 1)
+        tables = references >> hmi_kernels.ROW_BITS
+        rows = references & ((1 << hmi_kernels.ROW_BITS) - 1)
         for number in torch.unique(tables).tolist():
             table = self._tables[number] if number >= 0 else None
             if table is not None:

@@ -83,7 +83,9 @@ def import_bert(source: str, directory: Path) -> BertConfiguration:
         UnsupportedModelError: the folder or id holds no readable model, or one of another architecture.
     """
     from transformers import AutoConfig, AutoTokenizer, BertModel
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
         configuration = _check_configuration(config, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 
@@ -16,11 +17,12 @@ from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.pipeline.read_out import HeadOutput, read_out
 
 __all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics"]
 
-MissPolicy = str
-MISS_POLICIES = ("backoff", "exact")
+MissPolicy = Literal["backoff", "exact"]
+"""What happens where the PLOT has no row: compose it from shorter n-grams, or compute it."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,12 @@ class BatchResult:
     """What a batch gave.
 
     Attributes:
-        tenants: per item, the resident tenant that served it, or the error that kept it from being served.
-        hidden_states: per item, float32 [n, H] after the last layer (the first token alone where the head
-            reads no other), None for errors.
+        outputs: per item, what its tenant's head gave, or the error that kept it from being served.
         prepare_seconds: search and loading.
         compute_seconds: the model.
     """
 
-    tenants: list[ResidentTenant | HmiError]
-    hidden_states: list[torch.Tensor | None]
+    outputs: list[HeadOutput | HmiError]
     prepare_seconds: float
     compute_seconds: float
 
@@ -81,25 +80,25 @@ class BatchRunner:
 
     @torch.no_grad()
     def run(self, items: Sequence[BatchItem]) -> BatchResult:
-        """Computes the last hidden states of a batch, whose items of one tenant stand together.
+        """Answers a batch, whose items of one tenant stand together.
 
         An item whose tenant cannot be loaded gets the error; the others are computed.
         """
-        started = time.perf_counter()
+        started = prepared = time.perf_counter()
         with self._residency.pinned([item.tenant for item in items]) as tenants:
-            served = [
-                (index, tenant) for index, tenant in enumerate(tenants) if isinstance(tenant, ResidentTenant)
+            outputs: list[HeadOutput | HmiError | None] = [
+                tenant if isinstance(tenant, HmiError) else None for tenant in tenants
             ]
-            hidden_states: list[torch.Tensor | None] = [None] * len(items)
-            prepared = computed = time.perf_counter()
+            served = [(index, tenant) for index, tenant in enumerate(tenants) if outputs[index] is None]
             if served:
-                chosen = [items[index] for index, _ in served]
-                residents = [tenant for _, tenant in served]
-                prepared, parts = self._compute(chosen, residents)
-                for (index, _), part in zip(served, parts, strict=True):
-                    hidden_states[index] = part
-                computed = time.perf_counter()
-        return BatchResult(list(tenants), hidden_states, prepared - started, computed - prepared)
+                residents = [cast(ResidentTenant, tenant) for _, tenant in served]
+                prepared, parts = self._compute([items[index] for index, _ in served], residents)
+                for (index, _), resident, hidden_states in zip(served, residents, parts, strict=True):
+                    outputs[index] = read_out(resident, hidden_states, self._model)
+        finished = time.perf_counter()
+        return BatchResult(
+            cast("list[HeadOutput | HmiError]", outputs), prepared - started, finished - prepared
+        )
 
     def _compute(
         self, items: Sequence[BatchItem], tenants: Sequence[ResidentTenant]

@@ -1,0 +1,41 @@
+"""HMI: serves thousands of fine-tuned transformer models from one machine by storing what they share once.
+
+Start with :class:`Store` (what is kept) and :class:`Engine` (what answers); every error is an
+:class:`HmiError`.
+"""
+
+from importlib.metadata import version
+
+from hmi_engine import errors
+from hmi_engine.engine import Engine, EngineStatistics
+from hmi_engine.errors import HmiError
+from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, random_adapter
+from hmi_engine.knowledge.corpus import Example, stream_examples
+from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
+from hmi_engine.request import Request, Response, Tag, Timing, Usage
+from hmi_engine.store import Store
+
+__version__ = version("hmi")
+
+__all__ = [
+    "Adapter",
+    "BottleneckBlock",
+    "ClassificationHead",
+    "EmbeddingHead",
+    "Engine",
+    "EngineStatistics",
+    "Example",
+    "HmiError",
+    "LoraBlock",
+    "Request",
+    "Response",
+    "Site",
+    "Store",
+    "Tag",
+    "Timing",
+    "TokenClassificationHead",
+    "Usage",
+    "errors",
+    "random_adapter",
+    "stream_examples",
+]

@@ -1,0 +1,211 @@
+"""The engine: requests of many tenants in, responses out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+import hmi_kernels
+from hmi_engine.errors import EngineClosedError, HmiError
+from hmi_engine.knowledge.sizes import parse_bytes
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.respond import respond
+from hmi_engine.pipeline.step import BatchItem, BatchRunner, MissPolicy
+from hmi_engine.request import Request, Response, Timing
+from hmi_engine.schedule.batching import QueuedSequence, form_batches
+from hmi_engine.store import Store
+
+__all__ = ["Engine", "EngineStatistics"]
+
+
+@dataclass
+class EngineStatistics:
+    """Counts since the engine started.
+
+    ``plot`` and ``adapters`` hold the fields of ``PlotStatistics`` (tokens, windows) and
+    ``ResidencyStatistics`` (tenants, bytes).
+    """
+
+    requests: int = 0
+    errors: int = 0
+    batches: int = 0
+    tokens: int = 0
+    prepare_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    resident_tenants: int = 0
+    resident_bytes: int = 0
+    plot: dict[str, int] | None = None
+    adapters: dict[str, int] | None = None
+
+
+class Engine(AbstractContextManager["Engine"]):
+    """Serves a store's tenants, mixed freely in one call; concurrent calls of ``run`` take turns."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        device: str = "auto",
+        backend: str = "auto",
+        dtype: str = "auto",
+        host_memory: int | str = "2GiB",
+        miss: MissPolicy = "backoff",
+        max_batch_tokens: int = 8192,
+        overlay_memory: int | str = "256MiB",
+    ) -> None:
+        """Opens an engine over a store, which stays the caller's to close.
+
+        Args:
+            store: the tenants' store.
+            device: ``"auto"`` or ``"cpu"``.
+            backend: kernels: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch, slow).
+            dtype: ``"auto"`` or ``"float32"``.
+            host_memory: budget for resident adapters, in bytes or as ``"2GiB"``.
+            miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it.
+            max_batch_tokens: most tokens computed at once.
+            overlay_memory: ``miss="exact"``: budget for the rows of windows computed in traffic.
+
+        Raises:
+            ValueError: an option is none of those above, or out of range.
+        """
+        _check_option("device", device, ("auto", "cpu"))
+        _check_option("backend", backend, ("auto", "cpu", "reference"))
+        _check_option("dtype", dtype, ("auto", "float32"))
+        _check_option("miss", miss, ("backoff", "exact"))
+        if max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
+        self.store = store
+        self.max_batch_tokens = max_batch_tokens
+        self._backend = backend
+        self._residency = AdapterResidency(
+            store.layout, store.catalog, store.general, parse_bytes(host_memory)
+        )
+        self._plots = None
+        if store.general.plot_layers:
+            self._plots = PlotLibrary(
+                store.layout, store.catalog, store.general, overlay_bytes=parse_bytes(overlay_memory)
+            )
+        self._runner = BatchRunner(store.general, store.model, self._plots, self._residency, miss=miss)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._statistics = EngineStatistics()
+
+    def run(self, requests: Sequence[Request]) -> list[Response]:
+        """Answers requests, in their order; a request that fails carries its error and harms no other.
+
+        Raises:
+            EngineClosedError: the engine is closed.
+        """
+        with self._lock, hmi_kernels.use_backend(self._backend):
+            self._check_open()
+            started = time.perf_counter()
+            admitted = admit(requests, self.store.tenants, self.store.encoder)
+            responses: list[Response | None] = [None] * len(requests)
+            queue = []
+            for index, result in enumerate(admitted):
+                if isinstance(result, HmiError):
+                    responses[index] = Response.failed(requests[index], result)
+                else:
+                    queue.append((index, result))
+            for batch in self._batches([item for _, item in queue]):
+                self._answer([queue[number] for number in batch], responses, started)
+            return self._finish(responses)
+
+    def prefetch(self, tenants: Sequence[str]) -> None:
+        """Loads tenants into memory ahead of their requests, as far as the budget goes.
+
+        Raises:
+            UnknownTenantError: no such tenant.
+            StoreCorruptError: a tenant's file cannot be read.
+            EngineClosedError: the engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            for name in tenants:
+                with self._residency.pinned([self.store.tenants[name]]) as (result,):
+                    if isinstance(result, HmiError):
+                        raise result
+
+    def stats(self) -> EngineStatistics:
+        """Counts since the engine started."""
+        with self._lock:
+            current = EngineStatistics(**vars(self._statistics))
+            current.resident_tenants = self._residency.num_resident
+            current.resident_bytes = self._residency.arena.used_bytes
+            current.plot = asdict(self._runner.plot_statistics)
+            current.adapters = asdict(self._residency.statistics)
+            return current
+
+    def close(self) -> None:
+        """Gives memory back; a second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                if self._plots is not None:
+                    self._plots.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the engine."""
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed; open another one on the store")
+
+    def _batches(self, queue: list[AdmittedRequest]) -> list[list[int]]:
+        described = [
+            QueuedSequence(
+                num_tokens=len(item.encoded.input_ids),
+                tenant=(item.tenant.id, item.tenant.generation),
+                adapter_bytes=AdapterArena.allocated_bytes(item.tenant.bytes // 4),
+            )
+            for item in queue
+        ]
+        # Half of the arena, so that fragments between pinned tenants never make a batch impossible.
+        return list(
+            form_batches(
+                described,
+                max_batch_tokens=self.max_batch_tokens,
+                max_adapter_bytes=self._residency.arena.capacity_bytes // 2,
+            )
+        )
+
+    def _answer(
+        self,
+        batch: list[tuple[int, AdmittedRequest]],
+        responses: list[Response | None],
+        started: float,
+    ) -> None:
+        queue_seconds = time.perf_counter() - started
+        items = [BatchItem(admitted.tenant, admitted.encoded.input_ids) for _, admitted in batch]
+        result = self._runner.run(items)
+        timing = Timing(queue_seconds, result.prepare_seconds, result.compute_seconds)
+        for (index, admitted), output in zip(batch, result.outputs, strict=True):
+            if isinstance(output, HmiError):
+                responses[index] = Response.failed(admitted.request, output)
+            else:
+                responses[index] = respond(admitted, output, timing)
+        self._statistics.batches += 1
+        self._statistics.tokens += sum(len(item.input_ids) for item in items)
+        self._statistics.prepare_seconds += result.prepare_seconds
+        self._statistics.compute_seconds += result.compute_seconds
+
+    def _finish(self, responses: list[Response | None]) -> list[Response]:
+        finished = [response for response in responses if response is not None]
+        self._statistics.requests += len(finished)
+        self._statistics.errors += sum(response.error is not None for response in finished)
+        return finished
+
+
+def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; this release knows {', '.join(map(repr, allowed))}")

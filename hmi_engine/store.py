@@ -1,0 +1,495 @@
+"""A store: the general, domain and task knowledge of one base model, on disk."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from hmi_engine.construct.materialise import Progress, build_plot, build_unigram_plot, count_corpus
+from hmi_engine.errors import DomainExistsError, HmiError, ReadOnlyStoreError, StoreExistsError, TenantExistsError
+from hmi_engine.knowledge.adapters import Adapter
+from hmi_engine.knowledge.atomic import remove_quietly
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
+from hmi_engine.knowledge.catalog_views import DomainView, TenantView
+from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_texts
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import Head
+from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.names import check_name
+from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
+from hmi_engine.knowledge.records import DomainInfo, TenantInfo
+from hmi_engine.knowledge.sizes import parse_bytes
+from hmi_engine.knowledge.tenant_file import load_tenant, write_tenant
+from hmi_engine.knowledge.tensor_file import file_sha256
+from hmi_engine.knowledge.verification import Problem, repair, verify
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.loading import import_bert
+from hmi_engine.models.tokenization import TextEncoder
+
+if TYPE_CHECKING:
+    from hmi_engine.construct.training import TrainedTenant, TrainingSettings
+    from hmi_engine.interop.peft import ImportedTenant
+
+__all__ = ["Corpus", "Store"]
+
+Corpus = str | Path | Sequence[Path] | Iterable[str]
+"""Path or paths of text files (a folder stands for its files), or texts."""
+
+
+class Store(AbstractContextManager["Store"]):
+    """One base model, its domain knowledge tree and its tenants. Files: docs/architecture.md."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        """Use :meth:`create` or :meth:`open`."""
+        self.catalog = catalog
+        self.layout = catalog.layout
+        self.general: GeneralInfo = catalog.general
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        general: str | Path,
+        plot_layers: int | None = None,
+        window: Literal[2, 3] = 2,
+        row_dtype: Literal["float16", "float32"] = "float16",
+        progress: Progress | None = None,
+    ) -> Store:
+        """Makes a store around a base model, and computes the unigram rows of its whole vocabulary.
+
+        Args:
+            path: a folder that does not exist yet.
+            general: folder or hub id of a BERT-architecture model (a hub id may be downloaded).
+            plot_layers: K, how many of the lowest layers are looked up; default half of them, 0 for none.
+            window: width of the n-gram windows.
+            row_dtype: type of the table's rows.
+            progress: told about the work.
+
+        Raises:
+            StoreExistsError: the path exists.
+            UnsupportedModelError: the model cannot be served, or has too few layers.
+            StoreFullError: no room; nothing is left behind.
+        """
+        path = Path(path)
+        if path.exists():
+            raise StoreExistsError(f"{path} exists; choose a new folder for the store, or open it")
+        partial = StoreLayout(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        try:
+            partial.root.mkdir(parents=True)
+            info = _import_general(str(general), partial, plot_layers, window, row_dtype)
+            with cls(Catalog.create(partial, info)) as store:
+                if info.plot_layers:
+                    table = build_unigram_plot(store.model, info, progress=progress)
+                    store._write_plot(store.domains[ROOT_DOMAIN], table, card={})
+            partial.root.rename(path)
+        except BaseException:
+            shutil.rmtree(partial.root, ignore_errors=True)
+            raise
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path, *, read_only: bool = False) -> Store:
+        """Opens a store.
+
+        Raises:
+            StoreNotFoundError: the folder is no store.
+            StoreVersionError: a newer HMI wrote it.
+            StoreCorruptError: its catalog is damaged.
+        """
+        return cls(Catalog.open(StoreLayout(Path(path)), read_only=read_only))
+
+    @property
+    def tenants(self) -> TenantView:
+        """Tenants by name: a read-only mapping that shows the current state."""
+        return self.catalog.tenants
+
+    @property
+    def domains(self) -> DomainView:
+        """Domains by name: a read-only mapping that shows the current state."""
+        return self.catalog.domains
+
+    @functools.cached_property
+    def model(self) -> HierarchicalBert:
+        """The base model, loaded at first use."""
+        return HierarchicalBert.load(self.layout.general, self.general.plot_layers)
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        """The base model's tokenizer, loaded at first use."""
+        return TextEncoder(self.layout.general, self.general.max_positions)
+
+    def add_domain(
+        self,
+        name: str,
+        corpus: Corpus,
+        *,
+        parent: str = ROOT_DOMAIN,
+        plot_bytes: int | str = "256MiB",
+        min_count: int = 2,
+        text_field: str = "text",
+        progress: Progress | None = None,
+    ) -> CorpusReport:
+        """Adds a domain: counts the corpus' n-grams and materialises the most frequent into its PLOT.
+
+        Args:
+            name: the domain's name.
+            corpus: path(s) of .txt or .jsonl files, also .gz, or an iterable of texts; streamed.
+            parent: name of the parent domain; n-grams that an ancestor's table holds are not stored again.
+            plot_bytes: budget for the table, in bytes or as ``"256MiB"``.
+            min_count: n-grams seen less often are left out.
+            text_field: field of the text in JSON lines.
+            progress: told about the work.
+
+        Returns:
+            What was read, and which lines were no text (they are left out).
+
+        Raises:
+            InvalidNameError, DomainExistsError, UnknownDomainError: the name or the parent's.
+            CorpusError: a path cannot be read, or there is no text at all.
+            StoreFullError: no room; the store is as it was.
+        """
+        check_name(name, "domain")
+        if name in self.domains:
+            raise DomainExistsError(f"domain {name!r} is in {self.layout.root} already; remove it first")
+        above = self.catalog.chain(parent)
+        budget = parse_bytes(plot_bytes)
+        report = CorpusReport()
+        texts = stream_texts(corpus, text_field=text_field, report=report)
+        counts = count_corpus(texts, self.encoder, window=self.general.window, progress=progress)
+        inherited = [self._open_plot(node).row_keys for node in above if node.file]
+        table, selection = build_plot(
+            counts,
+            self.model,
+            self.general,
+            plot_bytes=budget,
+            min_count=min_count,
+            inherited=inherited,
+            progress=progress,
+        )
+        (domain_id,) = self.catalog.reserve()
+        info = DomainInfo(
+            id=domain_id,
+            name=name,
+            parent_id=above[0].id,
+            parent=above[0].name,
+            generation=0,
+            file=None,
+            bytes=0,
+            sha256="",
+            rows=0,
+            unigrams=False,
+            layer_identity=above[0].layer_identity,
+            corpus_tokens=0,
+            min_count=min_count,
+            admission_count=0,
+            created=datetime.now(timezone.utc),
+        )
+        card = {
+            "texts": counts.num_texts,
+            "hit_mass": selection.hit_mass,
+            "inherited_mass": selection.inherited_mass,
+            "plot_bytes": budget,
+        }
+        self._write_plot(info, table, card=card)
+        return report
+
+    def remove_domain(self, name: str) -> None:
+        """Removes a domain without tenants and children.
+
+        Raises:
+            UnknownDomainError, DomainInUseError, ReadOnlyStoreError.
+        """
+        info = self.catalog.remove_domain(name)
+        if info.file:
+            remove_quietly(self.layout.resolve(info.file))
+
+    def add_tenant(
+        self,
+        name: str,
+        *,
+        domain: str,
+        adapter: Adapter,
+        head: Head,
+        replace: bool = False,
+        card: dict[str, Any] | None = None,
+    ) -> TenantInfo:
+        """Adds a tenant, or with ``replace`` puts it atomically in the place of one of this name.
+
+        Args:
+            name: the tenant's name, such as ``acme/chemprot``.
+            domain: name of its domain.
+            adapter: its blocks on upper layers (``Adapter({})`` for a head alone).
+            head: its head.
+            replace: whether a tenant of this name may be replaced.
+            card: JSON that is kept with it.
+
+        Raises:
+            InvalidNameError, TenantExistsError, UnknownDomainError.
+            InvalidAdapterError, InvalidHeadError: shapes, types or values (NaN, infinity) that do not fit.
+            StoreFullError: no room; the store is as it was.
+        """
+        return self.add_tenants([(name, domain, adapter, head, card or {})], replace=replace)[0]
+
+    def add_tenants(
+        self,
+        tenants: Iterable[tuple[str, str, Adapter, Head, dict[str, Any]]],
+        *,
+        replace: bool = False,
+    ) -> list[TenantInfo]:
+        """Adds many tenants (name, domain, adapter, head, card) in one transaction: all or none.
+
+        Raises:
+            As :meth:`add_tenant`.
+        """
+        self._check_writable()
+        infos: list[TenantInfo] = []
+        try:
+            for name, domain, adapter, head, card in tenants:
+                infos.append(self._write_tenant(name, domain, adapter, head, card, replace=replace))
+            if len(infos) > 1:
+                os.sync()
+            replaced = self.catalog.add_tenants(infos, replace=replace)
+        except BaseException:
+            for info in infos:
+                remove_quietly(self.layout.resolve(info.file))
+            raise
+        for old in replaced:
+            remove_quietly(self.layout.resolve(old.file))
+        return infos
+
+    def remove_tenant(self, name: str) -> None:
+        """Removes a tenant; engines that hold it finish what runs.
+
+        Raises:
+            UnknownTenantError, ReadOnlyStoreError.
+        """
+        remove_quietly(self.layout.resolve(self.catalog.remove_tenant(name).file))
+
+    def load_tenant(self, name: str) -> tuple[Adapter, Head]:
+        """A tenant's adapter and head, as tensors of their own.
+
+        Raises:
+            UnknownTenantError, StoreCorruptError.
+        """
+        return load_tenant(self.layout.resolve(self.tenants[name].file), self.general)
+
+    def train_tenant(
+        self,
+        name: str,
+        examples: Sequence[Example],
+        *,
+        domain: str,
+        test_examples: Sequence[Example] = (),
+        settings: TrainingSettings | None = None,
+        replace: bool = False,
+        progress: Any = None,
+    ) -> TrainedTenant:
+        """Trains an adapter and a classification head on labelled texts, and adds the tenant.
+
+        The base is frozen; rows are cross-fitted where the domain's table was built from the training text
+        (docs/architecture.md). The report is kept as the tenant's card.
+
+        Raises:
+            TrainingDataError: too few examples or labels.
+            InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
+        """
+        from hmi_engine.construct.training import TrainingSettings, train_classifier
+
+        check_name(name)
+        self._check_writable()
+        if name in self.tenants and not replace:
+            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
+        plots = None
+        _ = self.domains[domain]
+        if self.general.plot_layers:
+            plots = PlotLibrary(self.layout, self.catalog, self.general)
+        trained = train_classifier(
+            general=self.general,
+            model=self.model,
+            encoder=self.encoder,
+            plots=plots,
+            domain=domain,
+            examples=examples,
+            test_examples=test_examples,
+            settings=settings or TrainingSettings(),
+            progress=progress,
+        )
+        self.add_tenant(
+            name,
+            domain=domain,
+            adapter=trained.adapter,
+            head=trained.head,
+            replace=replace,
+            card={"training": trained.report.model_dump(mode="json")},
+        )
+        return trained
+
+    def import_peft(
+        self,
+        directory: str | Path,
+        *,
+        tenant: str,
+        domain: str = ROOT_DOMAIN,
+        labels: Sequence[str] | None = None,
+        lower_layers: Literal["error", "drop"] = "error",
+        replace: bool = False,
+    ) -> ImportedTenant:
+        """Adds a tenant from a folder that PEFT saved (LoRA with a classifier).
+
+        Args:
+            directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
+            tenant: name of the new tenant.
+            domain: its domain.
+            labels: names of the classes (PEFT does not keep them); default ``LABEL_0``, ...
+            lower_layers: what to do with blocks below the store's K: refuse, or leave out (recorded).
+            replace: whether a tenant of this name may be replaced.
+
+        Raises:
+            InvalidAdapterError: what cannot be served, with the way out.
+        """
+        from hmi_engine.interop.peft import read_peft
+
+        imported = read_peft(Path(directory), self.general, labels=labels, lower_layers=lower_layers)
+        if imported.head is None:
+            raise HmiError(f"{directory} has no classifier; save it with PEFT's modules_to_save=['classifier']")
+        card = {"imported": "peft", "dropped": list(imported.dropped), "warnings": list(imported.warnings)}
+        self.add_tenant(
+            tenant, domain=domain, adapter=imported.adapter, head=imported.head, replace=replace, card=card
+        )
+        return imported
+
+    def export_peft(self, name: str, directory: str | Path) -> None:
+        """Writes a LoRA tenant as a folder that PEFT loads.
+
+        Raises:
+            UnknownTenantError: no such tenant.
+            InvalidAdapterError: the tenant is not of a form that PEFT's LoRA can express.
+        """
+        from hmi_engine.interop.peft import write_peft
+
+        adapter, head = self.load_tenant(name)
+        write_peft(Path(directory), adapter, head, self.general, base_model=self.general.source)
+
+    def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
+        """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""
+        return verify(self.layout, self.catalog, deep=deep, progress=progress)
+
+    def repair(self, problems: Sequence[Problem]) -> list[Path]:
+        """Removes the orphans among ``problems``; nothing else is touched."""
+        return repair(self.layout, self.catalog, problems)
+
+    def close(self) -> None:
+        """Closes the catalog; a second call does nothing."""
+        self.catalog.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the store."""
+        self.close()
+
+    def _check_writable(self) -> None:
+        if self.catalog.read_only:
+            raise ReadOnlyStoreError(f"{self.layout.root} was opened with read_only=True; open it for writing")
+
+    def _open_plot(self, domain: DomainInfo) -> PlotTable:
+        return open_plot(self.layout.resolve(domain.file or ""), self.general)
+
+    def _write_plot(self, domain: DomainInfo, table: PlotTable, *, card: dict[str, Any]) -> None:
+        """Writes the next generation of a domain's table and puts it into the catalog."""
+        self._check_writable()
+        (generation,) = self.catalog.reserve()
+        file = self.layout.plot_file(domain.id, generation)
+        path = self.layout.resolve(file)
+        try:
+            digest = write_plot(path, table)
+            info = domain.model_copy(
+                update={
+                    "generation": generation,
+                    "file": file,
+                    "bytes": path.stat().st_size,
+                    "sha256": digest,
+                    "rows": len(table.rows),
+                    "unigrams": table.unigrams is not None,
+                    "corpus_tokens": table.metadata.corpus_tokens,
+                    "admission_count": table.metadata.admission_count,
+                    "card": card,
+                }
+            )
+            if domain.name in self.domains:
+                self.catalog.replace_domain(info)
+            else:
+                self.catalog.add_domain(info)
+        except BaseException:
+            remove_quietly(path)
+            raise
+        if domain.file:
+            remove_quietly(self.layout.resolve(domain.file))
+
+    def _write_tenant(
+        self, name: str, domain: str, adapter: Adapter, head: Head, card: dict[str, Any], *, replace: bool
+    ) -> TenantInfo:
+        check_name(name)
+        if not replace and name in self.tenants:
+            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
+        node = self.domains[domain]
+        adapter.validate(self.general)
+        head.validate(self.general)
+        (number,) = self.catalog.reserve()
+        file = self.layout.tenant_file(number, number)
+        path = self.layout.resolve(file)
+        digest = write_tenant(path, adapter, head)
+        return TenantInfo(
+            id=number,
+            name=name,
+            domain_id=node.id,
+            domain=node.name,
+            kind=adapter.kind,
+            rank=adapter.rank,
+            bytes=path.stat().st_size,
+            sha256=digest,
+            generation=number,
+            file=file,
+            head_kind=head.kind,
+            labels=tuple(head.labels),
+            card=card,
+            created=datetime.now(timezone.utc),
+        )
+
+
+def _import_general(
+    source: str,
+    layout: StoreLayout,
+    plot_layers: int | None,
+    window: Literal[2, 3],
+    row_dtype: Literal["float16", "float32"],
+) -> GeneralInfo:
+    configuration = import_bert(source, layout.general)
+    chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
+    info = GeneralInfo(
+        family="bert",
+        source=source,
+        num_layers=configuration.num_layers,
+        hidden_size=configuration.hidden_size,
+        num_heads=configuration.num_heads,
+        intermediate_size=configuration.intermediate_size,
+        vocab_size=configuration.vocab_size,
+        max_positions=configuration.max_positions,
+        plot_layers=chosen,
+        window=window,
+        row_dtype=row_dtype,
+        tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),
+        domain_layers=f"{file_sha256(layout.general / 'model.safetensors')[:16]}:{chosen}",
+    )
+    info.check_supported()
+    return info
+
