@@ -1,0 +1,156 @@
+"""Adapters as parameters that an optimizer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, site_sizes
+from hmi_engine.knowledge.general import GeneralInfo
+
+__all__ = ["DEFAULT_SITES", "AppliedAdapter", "TrainableAdapter"]
+
+DEFAULT_SITES: dict[str, tuple[Site, ...]] = {
+    "bottleneck": (Site.AFTER_FFN_NORMALIZED,),
+    "lora": (Site.QUERY, Site.VALUE),
+}
+"""Where blocks of a kind go by default: the place of Pfeiffer et al. 2020, the matrices of Hu et al. 2021."""
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+}
+_INITIAL_DEVIATION = 0.02
+
+
+class _TrainableBottleneck(nn.Module):
+    """``activation(x @ down + down_bias) @ up + up_bias``; zero at first, because ``up`` is."""
+
+    def __init__(self, inputs: int, rank: int, activation: str, generator: torch.Generator) -> None:
+        super().__init__()
+        self.activation = activation
+        self.down = nn.Parameter(torch.randn(inputs, rank, generator=generator) * _INITIAL_DEVIATION)
+        self.down_bias = nn.Parameter(torch.zeros(rank))
+        self.up = nn.Parameter(torch.zeros(rank, inputs))
+        self.up_bias = nn.Parameter(torch.zeros(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = _ACTIVATIONS[self.activation](torch.addmm(self.down_bias, x, self.down))
+        return torch.addmm(self.up_bias, inner, self.up)
+
+    def to_block(self) -> BottleneckBlock:
+        return BottleneckBlock(
+            down=self.down.detach().clone(),
+            down_bias=self.down_bias.detach().clone(),
+            up=self.up.detach().clone(),
+            up_bias=self.up_bias.detach().clone(),
+            activation=self.activation,
+        )
+
+
+class _TrainableLora(nn.Module):
+    """``scale * (x @ a) @ b``; zero at first, because ``b`` is; ``a`` starts as PEFT starts it."""
+
+    def __init__(
+        self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        bound = inputs**-0.5  # kaiming_uniform_ with a = sqrt(5)
+        self.a = nn.Parameter((torch.rand(inputs, rank, generator=generator) * 2 - 1) * bound)
+        self.b = nn.Parameter(torch.zeros(rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * ((x @ self.a) @ self.b)
+
+    def to_block(self) -> LoraBlock:
+        return LoraBlock(self.a.detach().clone(), self.b.detach().clone(), self.scale)
+
+
+class TrainableAdapter(nn.Module):
+    """The blocks of one tenant as parameters, named ``blocks.layer_003_query.a`` and so on.
+
+    It changes nothing before the first optimizer step: the second matrix of each block starts at zero.
+    """
+
+    def __init__(
+        self,
+        general: GeneralInfo,
+        *,
+        kind: Literal["bottleneck", "lora"],
+        rank: int,
+        layers: Iterable[int],
+        generator: torch.Generator,
+        sites: Iterable[Site] | None = None,
+        activation: str = "gelu",
+        lora_scale: float = 2.0,
+    ) -> None:
+        """Makes blocks at each of ``layers`` and ``sites`` (default: :data:`DEFAULT_SITES`).
+
+        Raises:
+            InvalidAdapterError: kind, rank, layers or sites do not fit each other or ``general``.
+        """
+        super().__init__()
+        chosen = DEFAULT_SITES[kind] if sites is None else tuple(sites)
+        self.places = tuple((layer, site) for layer in sorted(set(layers)) for site in chosen)
+
+        def block(site: Site) -> nn.Module:
+            inputs, outputs = site_sizes(site, general)
+            if kind == "lora":
+                return _TrainableLora(inputs, outputs, rank, lora_scale, generator)
+            return _TrainableBottleneck(inputs, rank, activation, generator)
+
+        self.blocks = nn.ModuleDict({_name(layer, site): block(site) for layer, site in self.places})
+        self.to_adapter().validate(general)
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer with a block: nothing below it depends on the parameters."""
+        return min(layer for layer, _ in self.places)
+
+    def is_used(self, layer: int, site: str) -> bool:
+        """Whether there is a block at this place."""
+        return _name(layer, site) in self.blocks
+
+    def delta(self, layer: int, site: str, hidden_states: Tensor) -> Tensor:
+        """What the block at this place adds for hidden_states [T, in]: [T, out], with gradients."""
+        result: Tensor = self.blocks[_name(layer, site)](hidden_states)
+        return result
+
+    def to_adapter(self) -> Adapter:
+        """A copy of the current parameters as an adapter to store and serve."""
+        blocks: dict[tuple[int, Site], BottleneckBlock | LoraBlock] = {}
+        for layer, site in self.places:
+            block = self.blocks[_name(layer, site)]
+            assert isinstance(block, _TrainableBottleneck | _TrainableLora)
+            blocks[layer, site] = block.to_block()
+        return Adapter(blocks)
+
+
+def _name(layer: int, site: str) -> str:
+    return f"layer_{layer:03d}_{Site(site).value}"
+
+
+class AppliedAdapter:
+    """A :class:`TrainableAdapter` as the serving layers see adapters: all tokens are of this one tenant.
+
+    Only without gradients: the layers hand out slices of wider tensors to be changed in place.
+    """
+
+    def __init__(self, adapter: TrainableAdapter) -> None:
+        self._adapter = adapter
+
+    def is_used(self, layer: int, site: str) -> bool:
+        """Whether there is a block at this place."""
+        return self._adapter.is_used(layer, site)
+
+    def apply(self, layer: int, site: str, output: Tensor, hidden_states: Tensor, *, readout: bool) -> None:
+        """Adds the block's result for hidden_states [T, in] to ``output`` [T, out]."""
+        output.add_(self._adapter.delta(layer, site, hidden_states))

@@ -1,0 +1,140 @@
+"""The upper layers with gradients for one tenant's adapter: the base is frozen, the batch is dense.
+
+The serving layers (:mod:`hmi_engine.models.bert`) change packed tensors in place and loop over sequences,
+which suits inference. Training instead pads sequences of nearly equal length to one shape, masks the padding
+in attention, and changes nothing in place. A test holds both to the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.models.bert import BertLayer, HierarchicalBert
+from hmi_engine.models.linear import SharedLinear
+
+__all__ = ["DenseBatch", "TrainableLayers"]
+
+
+@dataclass(frozen=True)
+class DenseBatch:
+    """Sequences padded to one length.
+
+    Attributes:
+        hidden_states: float32 [B, L, H]; what stands in padded places is finite and never read.
+        lengths: int64 [B].
+    """
+
+    hidden_states: Tensor
+    lengths: Tensor
+
+    def present(self) -> Tensor:
+        """Bool [B, L]: true where there is a token."""
+        return torch.arange(self.hidden_states.shape[1]) < self.lengths[:, None]
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A linear layer without gradients for its weights; both ways take the fastest path."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: _FrozenLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.shared(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.linear.transposed(gradients[0].contiguous()), None
+
+
+class _FrozenLinear:
+    """``x @ weight.T + bias`` of a shared layer; gradients flow to ``x`` only."""
+
+    def __init__(self, shared: SharedLinear) -> None:
+        self.shared = shared
+
+    @functools.cached_property
+    def transposed(self) -> SharedLinear:
+        """Takes gradients back through the layer; made at the first backward pass that reaches it."""
+        return SharedLinear(self.shared.weight.T, torch.zeros(self.shared.weight.shape[1]))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _TrainableLayer:
+    """One layer, with the same sites in the same order as :class:`~hmi_engine.models.bert.BertLayer`."""
+
+    def __init__(self, layer: BertLayer, adapter: TrainableAdapter) -> None:
+        self._layer, self._adapter = layer, adapter
+        self._query, self._key_value = _FrozenLinear(layer.query), _FrozenLinear(layer.key_value)
+        self._query_key_value = _FrozenLinear(layer.query_key_value)
+        self._attention_output = _FrozenLinear(layer.attention_output)
+        self._ffn_up, self._ffn_down = _FrozenLinear(layer.ffn_up), _FrozenLinear(layer.ffn_down)
+
+    def __call__(self, x: Tensor, mask: Tensor | None, *, first_only: bool) -> Tensor:
+        """x [B, L, H], mask bool [B, 1, 1, L] -> [B, L, H], or [B, 1, H] with ``first_only``."""
+        batch, _, size = x.shape
+        flat = x.reshape(-1, size)
+        residual = x[:, 0] if first_only else flat
+        if first_only:
+            query = self._query(residual)
+            key, value = self._key_value(flat).chunk(2, dim=-1)
+        else:
+            query, key, value = self._query_key_value(flat).chunk(3, dim=-1)
+        query = self._adapt("query", query, residual)
+        key, value = self._adapt("key", key, flat), self._adapt("value", value, flat)
+        heads = (batch, -1, self._layer.num_heads, size // self._layer.num_heads)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
+        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = self._after_attention(context.transpose(1, 2).reshape(-1, size), residual)
+        return self._feed_forward(attended).view(batch, -1, size)
+
+    def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
+        output = self._adapt("attention_output", self._attention_output(context), context)
+        output = self._adapt("after_attention", output, output)
+        return self._layer.attention_norm(output + residual)
+
+    def _feed_forward(self, attended: Tensor) -> Tensor:
+        inner = functional.gelu(self._adapt("ffn_up", self._ffn_up(attended), attended))
+        output = self._adapt("ffn_down", self._ffn_down(inner), inner)
+        output = self._adapt("after_ffn", output, output)
+        if self._adapter.is_used(self._layer.index, "after_ffn_normalized"):
+            normalized = self._layer.ffn_norm(output + attended)
+            output = self._adapt("after_ffn_normalized", output, normalized)
+        return self._layer.ffn_norm(output + attended)
+
+    def _adapt(self, site: str, output: Tensor, hidden_states: Tensor) -> Tensor:
+        if not self._adapter.is_used(self._layer.index, site):
+            return output
+        return output + self._adapter.delta(self._layer.index, site, hidden_states)
+
+
+class TrainableLayers:
+    """Layers from the adapter's first one to the last, and the pooling of a classification head."""
+
+    def __init__(
+        self, model: HierarchicalBert, adapter: TrainableAdapter, pooling: Literal["cls", "mean"]
+    ) -> None:
+        """Takes, once gradients flow, a transposed copy of the frozen weights of these layers."""
+        layers = model.layers[adapter.first_layer :]
+        self._layers = [_TrainableLayer(layer, adapter) for layer in layers]
+        self._pooling = pooling
+
+    def pooled(self, batch: DenseBatch) -> Tensor:
+        """The vectors that the head reads, [B, H]: first token or mean over tokens, after the last layer."""
+        x = batch.hidden_states
+        present = batch.present()
+        mask = None if bool(present.all()) else present[:, None, None]
+        for layer in self._layers:
+            is_last = layer is self._layers[-1]
+            x = layer(x, mask, first_only=is_last and self._pooling == "cls")
+        if self._pooling == "cls":
+            return x[:, 0]
+        return (x * present[:, :, None]).sum(1) / batch.lengths[:, None]

@@ -1,0 +1,153 @@
+"""Trains a tenant: an adapter and a classification head on labelled texts, the base frozen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.construct.training_cache import HiddenStateCache, cache_hidden_states
+from hmi_engine.construct.training_data import LabelledTexts, encode_examples, stratified_split
+from hmi_engine.construct.training_loop import TrainableClassifier, fit, predict
+from hmi_engine.construct.training_metrics import Metrics, evaluate
+from hmi_engine.construct.training_settings import (
+    Epoch,
+    TrainingProgress,
+    TrainingReport,
+    TrainingSettings,
+)
+from hmi_engine.knowledge.adapters import Adapter
+from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import ClassificationHead
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.tokenization import TextEncoder
+
+__all__ = [
+    "Epoch",
+    "Metrics",
+    "TrainedTenant",
+    "TrainingProgress",
+    "TrainingReport",
+    "TrainingSettings",
+    "train_classifier",
+]
+
+
+@dataclass(frozen=True)
+class TrainedTenant:
+    """What :func:`train_classifier` made; adapter and head fit the store's base model."""
+
+    adapter: Adapter
+    head: ClassificationHead
+    report: TrainingReport
+
+
+def train_classifier(
+    *,
+    general: GeneralInfo,
+    model: HierarchicalBert,
+    encoder: TextEncoder,
+    plots: PlotLibrary | None,
+    domain: str,
+    examples: Sequence[Example],
+    test_examples: Sequence[Example] = (),
+    settings: TrainingSettings,
+    progress: TrainingProgress | None = None,
+) -> TrainedTenant:
+    """Trains an adapter and a head for one domain, under the miss policy that will serve it.
+
+    Hidden states below the lowest trained layer are computed once and kept in memory: 4 H bytes for each
+    token. Texts that the domain's corpus holds are looked up as if their own fold were not in it
+    (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the best epoch on
+    the validation split is kept. The same seed and number of threads give the same tenant, bit for bit.
+
+    Args:
+        general: the base model.
+        model: its weights, which are not changed.
+        encoder: its tokenizer.
+        plots: the store's tables; None only where ``general.plot_layers`` is 0.
+        domain: the domain that will serve the tenant.
+        examples: labelled texts.
+        test_examples: labelled texts that choose nothing and are only scored at the end.
+        settings: see :class:`TrainingSettings`.
+        progress: told about each stage.
+
+    Raises:
+        TrainingDataError: no examples, fewer than two labels, a label with one example, or a test label that
+            is not in the examples.
+        InvalidAdapterError: ``settings`` do not fit the base model.
+        UnknownDomainError: no such domain.
+        ValueError: ``plots`` is missing.
+    """
+    if plots is None and general.plot_layers:
+        raise ValueError(f"plots is None, but layers 0 to {general.plot_layers - 1} are looked up")
+    started = time.perf_counter()
+    data = encode_examples(examples, encoder, settings.max_tokens)
+    test_data = None
+    if test_examples:
+        test_data = encode_examples(test_examples, encoder, settings.max_tokens, data.labels)
+    generator = torch.Generator().manual_seed(settings.seed)
+    split = stratified_split(data, settings.validation_fraction, generator)
+    classifier = TrainableClassifier(
+        _adapter(general, settings, generator), len(data.labels), general.hidden_size, settings, generator
+    )
+
+    def cache(texts: LabelledTexts) -> HiddenStateCache:
+        return cache_hidden_states(
+            model,
+            plots,
+            domain,
+            texts,
+            first_layer=classifier.adapter.first_layer,
+            window=general.window,
+            miss=settings.miss,
+            folds=settings.folds,
+            progress=progress,
+        )
+
+    states = cache(data)
+    targets = torch.tensor(data.targets)
+    result = fit(model, classifier, states, targets, split, settings, generator, progress)
+
+    def score(cached: HiddenStateCache, texts: LabelledTexts, numbers: Sequence[int]) -> Metrics:
+        predictions = predict(model, classifier, cached, numbers).argmax(dim=1).tolist()
+        return evaluate([texts.targets[number] for number in numbers], predictions, data.majority)
+
+    test_states = cache(test_data) if test_data else None
+    report = TrainingReport(
+        labels=data.labels,
+        num_training=len(split.training),
+        validation=score(states, data, split.validation),
+        test=score(test_states, test_data, range(len(test_data.texts)))
+        if test_states and test_data
+        else None,
+        history=result.history,
+        best_epoch=result.best_epoch,
+        num_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        seconds=time.perf_counter() - started,
+        hit_rates=states.rates,
+        test_hit_rates=test_states.rates if test_states else None,
+        data_sha256=data.sha256(),
+        settings=settings,
+    )
+    return TrainedTenant(classifier.adapter.to_adapter(), classifier.to_head(data.labels), report)
+
+
+def _adapter(
+    general: GeneralInfo, settings: TrainingSettings, generator: torch.Generator
+) -> TrainableAdapter:
+    return TrainableAdapter(
+        general,
+        kind=settings.kind,
+        rank=settings.rank,
+        layers=general.upper_layers if settings.layers is None else settings.layers,
+        sites=settings.sites,
+        activation=settings.activation,
+        lora_scale=settings.lora_scale,
+        generator=generator,
+    )

@@ -1,0 +1,206 @@
+"""The loop over epochs and batches, and predictions through the serving layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hmi_engine.construct.trainable_adapter import AppliedAdapter, TrainableAdapter
+from hmi_engine.construct.trainable_layers import TrainableLayers
+from hmi_engine.construct.training_cache import HiddenStateCache
+from hmi_engine.construct.training_data import Split, length_batches
+from hmi_engine.construct.training_metrics import evaluate
+from hmi_engine.construct.training_settings import Epoch, TrainingProgress, TrainingSettings
+from hmi_engine.knowledge.heads import ClassificationHead
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.packing import PackedSequences, Readout
+
+__all__ = ["FitResult", "TrainableClassifier", "fit", "predict"]
+
+TRAINING_STAGE = "training"
+MAX_GRADIENT_NORM = 1.0
+TEXTS_PER_PREDICTION = 64
+
+
+class TrainableClassifier(nn.Module):
+    """An adapter and a linear head; the head starts small, so that all labels are about equally likely."""
+
+    def __init__(
+        self,
+        adapter: TrainableAdapter,
+        num_labels: int,
+        hidden_size: int,
+        settings: TrainingSettings,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.pooling = settings.pooling
+        self.weight = nn.Parameter(torch.randn(num_labels, hidden_size, generator=generator) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(num_labels))
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """pooled [B, H] -> one score for each label, [B, C]."""
+        return functional.linear(pooled, self.weight, self.bias)
+
+    def to_head(self, labels: tuple[str, ...]) -> ClassificationHead:
+        """A copy of the current head, to store and serve."""
+        return ClassificationHead(
+            labels, self.weight.detach().clone(), self.bias.detach().clone(), self.pooling
+        )
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Every epoch, and which one's parameters the classifier has now."""
+
+    history: tuple[Epoch, ...]
+    best_epoch: int
+
+
+def fit(
+    model: HierarchicalBert,
+    classifier: TrainableClassifier,
+    states: HiddenStateCache,
+    targets: Tensor,
+    split: Split,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+    progress: TrainingProgress | None = None,
+) -> FitResult:
+    """Minimizes the cross-entropy, in place, and leaves the parameters of the best epoch.
+
+    The best epoch has the highest validation accuracy, and the least validation loss among those.
+
+    Args:
+        model: the frozen base.
+        classifier: what is trained.
+        states: inputs of the first trained layer.
+        targets: int64 [S] label numbers of all texts.
+        split: which texts to learn from, and which to judge by.
+        settings: of the training.
+        generator: orders the batches.
+        progress: told after each step.
+    """
+    steps_per_epoch = -(-len(split.training) // settings.batch_size)
+    optimizer = _Optimizer(classifier, settings, steps_per_epoch * settings.max_epochs)
+    layers = TrainableLayers(model, classifier.adapter, settings.pooling)
+    lengths = [len(ids) for ids in states.token_ids]
+    history: list[Epoch] = []
+    best, best_epoch = _copy_of_state(classifier), -1
+    while len(history) < settings.max_epochs and len(history) - best_epoch <= settings.patience:
+        losses = []
+        for batch in length_batches(split.training, lengths, settings.batch_size, generator):
+            with torch.enable_grad():
+                scores = classifier.scores(layers.pooled(states.dense(batch)))
+                loss = functional.cross_entropy(scores, targets[batch])
+            losses.append(optimizer.step(loss))
+            if progress is not None:
+                progress(TRAINING_STAGE, optimizer.steps, optimizer.total_steps, _metrics(losses, history))
+        history.append(_validate(model, classifier, states, targets, split, sum(losses) / len(losses)))
+        if best_epoch < 0 or _rank(history[-1]) > _rank(history[best_epoch]):
+            best, best_epoch = _copy_of_state(classifier), len(history) - 1
+    classifier.load_state_dict(best)
+    return FitResult(tuple(history), best_epoch)
+
+
+def _metrics(losses: list[float], history: list[Epoch]) -> dict[str, float]:
+    recent = losses[-10:]
+    metrics = {"loss": sum(recent) / len(recent)}
+    if history:
+        metrics |= {"accuracy": history[-1].accuracy, "macro_f1": history[-1].macro_f1}
+    return metrics
+
+
+def _rank(epoch: Epoch) -> tuple[float, float]:
+    return epoch.accuracy, -epoch.validation_loss
+
+
+def _copy_of_state(classifier: TrainableClassifier) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in classifier.state_dict().items()}
+
+
+class _Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with linear warm-up, linear decay to zero and clipped gradients."""
+
+    def __init__(self, classifier: TrainableClassifier, settings: TrainingSettings, total_steps: int) -> None:
+        self.total_steps, self.steps = total_steps, 0
+        self._parameters = list(classifier.parameters())
+        groups = [
+            {"params": [p for p in self._parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self._parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(groups, lr=settings.peak_learning_rate)
+        warmup = max(1, round(total_steps * settings.warmup_fraction))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adamw,
+            lambda step: min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup)),
+        )
+
+    def step(self, loss: Tensor) -> float:
+        """Follows the gradient of ``loss``; returns its value."""
+        self._adamw.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        self._adamw.step()
+        self._schedule.step()
+        self.steps += 1
+        return float(loss.detach())
+
+
+def _validate(
+    model: HierarchicalBert,
+    classifier: TrainableClassifier,
+    states: HiddenStateCache,
+    targets: Tensor,
+    split: Split,
+    training_loss: float,
+) -> Epoch:
+    scores = predict(model, classifier, states, split.validation)
+    expected = targets[list(split.validation)]
+    metrics = evaluate(expected.tolist(), scores.argmax(dim=1).tolist(), majority=0)
+    return Epoch(
+        training_loss=training_loss,
+        validation_loss=float(functional.cross_entropy(scores, expected)),
+        accuracy=metrics.accuracy,
+        macro_f1=metrics.macro_f1,
+    )
+
+
+@torch.no_grad()
+def predict(
+    model: HierarchicalBert,
+    classifier: TrainableClassifier,
+    states: HiddenStateCache,
+    numbers: Sequence[int],
+) -> Tensor:
+    """Scores float32 [len(numbers), C] through the layers that serve, not those that train."""
+    scores = []
+    for chosen in _runs(numbers, TEXTS_PER_PREDICTION):
+        hidden_states, sequences = states.packed(chosen)
+        first_only = classifier.pooling == "cls"
+        output = model.run_layers(
+            hidden_states,
+            sequences,
+            first=classifier.adapter.first_layer,
+            adapters=AppliedAdapter(classifier.adapter),
+            readout=Readout.select(sequences, [first_only] * sequences.num_sequences),
+        )
+        scores.append(classifier.scores(_pool(output, sequences, first_only)))
+    return torch.cat(scores)
+
+
+def _pool(output: Tensor, sequences: PackedSequences, first_only: bool) -> Tensor:
+    if first_only:
+        return output  # the readout is the first tokens
+    parts: tuple[Tensor, ...] = torch.split(output, list(sequences.lengths))  # type: ignore[no-untyped-call]
+    return torch.stack([part.mean(dim=0) for part in parts])
+
+
+def _runs(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]
