@@ -107,8 +107,8 @@ class CrossFitter:
             numbers: for each sequence, which of the constructor's texts it is.
 
         Returns:
-            Two int64 [T, 1] or [T, 3], as ``hmi_kernels.plot_lookup`` describes them: what the tables hold, and
-            what they would hold without the texts' own folds.
+            Two int64 [T, 1] or [T, 3], as ``hmi_kernels.plot_lookup`` describes them: what the tables hold,
+            and what they would hold without the texts' own folds.
         """
         domains = [self._domain] * sequences.num_sequences
         plain = self._plots.lookup(sequences, domains)

@@ -11,7 +11,7 @@ import torch
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.training_cache import HiddenStateCache, cache_hidden_states
 from hmi_engine.construct.training_data import LabelledTexts, encode_examples, stratified_split
-from hmi_engine.construct.training_loop import TrainableClassifier, fit, predict
+from hmi_engine.construct.training_loop import TrainableClassifier, TrainingTask, fit, predict
 from hmi_engine.construct.training_metrics import Metrics, evaluate
 from hmi_engine.construct.training_settings import (
     Epoch,
@@ -63,8 +63,8 @@ def train_classifier(
 
     Hidden states below the lowest trained layer are computed once and kept in memory: 4 H bytes for each
     token. Texts that the domain's corpus holds are looked up as if their own fold were not in it
-    (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the best epoch on
-    the validation split is kept. The same seed and number of threads give the same tenant, bit for bit.
+    (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the best epoch
+    on the validation split is kept. The same seed and number of threads give the same tenant, bit for bit.
 
     Args:
         general: the base model.
@@ -111,8 +111,8 @@ def train_classifier(
         )
 
     states = cache(data)
-    targets = torch.tensor(data.targets)
-    result = fit(model, classifier, states, targets, split, settings, generator, progress)
+    task = TrainingTask(model, states, torch.tensor(data.targets), split)
+    result = fit(task, classifier, settings, generator, progress)
 
     def score(cached: HiddenStateCache, texts: LabelledTexts, numbers: Sequence[int]) -> Metrics:
         predictions = predict(model, classifier, cached, numbers).argmax(dim=1).tolist()

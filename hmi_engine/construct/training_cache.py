@@ -74,7 +74,7 @@ def cache_hidden_states(
     not depend on what the tables hold, so nothing is. Without domain layers (``plots`` None) the embeddings
     are the start.
     """
-    start = _Start(model, plots, domain, data, window, folds if miss == "backoff" else None)
+    start = _Start(model, plots, domain, data, window=window, folds=folds if miss == "backoff" else None)
     offsets = torch.tensor([0, *accumulate(map(len, data.token_ids))])
     hidden_states = torch.empty(int(offsets[-1]), model.configuration.hidden_size)
     for numbers in _chunks(data.token_ids):
@@ -108,6 +108,7 @@ class _Start:
         plots: PlotLibrary | None,
         domain: str,
         data: LabelledTexts,
+        *,
         window: int,
         folds: int | None,
     ) -> None:

@@ -57,7 +57,7 @@ def encode_examples(
     max_tokens: int,
     labels: tuple[str, ...] | None = None,
 ) -> LabelledTexts:
-    """Tokenizes examples; ``labels`` fixes the labels where the examples are to be tested by an existing head.
+    """Tokenizes examples; ``labels`` fixes the labels where an existing head is to be tested.
 
     Raises:
         TrainingDataError: nothing to train on, an empty text or label, or a label that is not in ``labels``.

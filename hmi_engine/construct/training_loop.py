@@ -19,7 +19,7 @@ from hmi_engine.knowledge.heads import ClassificationHead
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
 
-__all__ = ["FitResult", "TrainableClassifier", "fit", "predict"]
+__all__ = ["FitResult", "TrainableClassifier", "TrainingTask", "fit", "predict"]
 
 TRAINING_STAGE = "training"
 MAX_GRADIENT_NORM = 1.0
@@ -55,6 +55,23 @@ class TrainableClassifier(nn.Module):
 
 
 @dataclass(frozen=True)
+class TrainingTask:
+    """What to learn.
+
+    Attributes:
+        model: the frozen base.
+        states: inputs of the first trained layer for all texts.
+        targets: int64 [S] label numbers of all texts.
+        split: which texts to learn from, and which to judge by.
+    """
+
+    model: HierarchicalBert
+    states: HiddenStateCache
+    targets: Tensor
+    split: Split
+
+
+@dataclass(frozen=True)
 class FitResult:
     """Every epoch, and which one's parameters the classifier has now."""
 
@@ -63,11 +80,8 @@ class FitResult:
 
 
 def fit(
-    model: HierarchicalBert,
+    task: TrainingTask,
     classifier: TrainableClassifier,
-    states: HiddenStateCache,
-    targets: Tensor,
-    split: Split,
     settings: TrainingSettings,
     generator: torch.Generator,
     progress: TrainingProgress | None = None,
@@ -77,31 +91,28 @@ def fit(
     The best epoch has the highest validation accuracy, and the least validation loss among those.
 
     Args:
-        model: the frozen base.
+        task: what to learn.
         classifier: what is trained.
-        states: inputs of the first trained layer.
-        targets: int64 [S] label numbers of all texts.
-        split: which texts to learn from, and which to judge by.
         settings: of the training.
         generator: orders the batches.
         progress: told after each step.
     """
-    steps_per_epoch = -(-len(split.training) // settings.batch_size)
+    steps_per_epoch = -(-len(task.split.training) // settings.batch_size)
     optimizer = _Optimizer(classifier, settings, steps_per_epoch * settings.max_epochs)
-    layers = TrainableLayers(model, classifier.adapter, settings.pooling)
-    lengths = [len(ids) for ids in states.token_ids]
+    layers = TrainableLayers(task.model, classifier.adapter, settings.pooling)
+    lengths = [len(ids) for ids in task.states.token_ids]
     history: list[Epoch] = []
     best, best_epoch = _copy_of_state(classifier), -1
     while len(history) < settings.max_epochs and len(history) - best_epoch <= settings.patience:
         losses = []
-        for batch in length_batches(split.training, lengths, settings.batch_size, generator):
+        for batch in length_batches(task.split.training, lengths, settings.batch_size, generator):
             with torch.enable_grad():
-                scores = classifier.scores(layers.pooled(states.dense(batch)))
-                loss = functional.cross_entropy(scores, targets[batch])
+                scores = classifier.scores(layers.pooled(task.states.dense(batch)))
+                loss = functional.cross_entropy(scores, task.targets[batch])
             losses.append(optimizer.step(loss))
             if progress is not None:
                 progress(TRAINING_STAGE, optimizer.steps, optimizer.total_steps, _metrics(losses, history))
-        history.append(_validate(model, classifier, states, targets, split, sum(losses) / len(losses)))
+        history.append(_validate(task, classifier, sum(losses) / len(losses)))
         if best_epoch < 0 or _rank(history[-1]) > _rank(history[best_epoch]):
             best, best_epoch = _copy_of_state(classifier), len(history) - 1
     classifier.load_state_dict(best)
@@ -152,16 +163,9 @@ class _Optimizer:
         return float(loss.detach())
 
 
-def _validate(
-    model: HierarchicalBert,
-    classifier: TrainableClassifier,
-    states: HiddenStateCache,
-    targets: Tensor,
-    split: Split,
-    training_loss: float,
-) -> Epoch:
-    scores = predict(model, classifier, states, split.validation)
-    expected = targets[list(split.validation)]
+def _validate(task: TrainingTask, classifier: TrainableClassifier, training_loss: float) -> Epoch:
+    scores = predict(task.model, classifier, task.states, task.split.validation)
+    expected = task.targets[list(task.split.validation)]
     metrics = evaluate(expected.tolist(), scores.argmax(dim=1).tolist(), majority=0)
     return Epoch(
         training_loss=training_loss,
@@ -197,7 +201,7 @@ def predict(
 def _pool(output: Tensor, sequences: PackedSequences, first_only: bool) -> Tensor:
     if first_only:
         return output  # the readout is the first tokens
-    parts: tuple[Tensor, ...] = torch.split(output, list(sequences.lengths))  # type: ignore[no-untyped-call]
+    parts: tuple[Tensor, ...] = torch.split(output, list(sequences.lengths))
     return torch.stack([part.mean(dim=0) for part in parts])
 
 

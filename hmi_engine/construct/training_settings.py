@@ -39,7 +39,7 @@ class TrainingSettings(BaseModel):
         rank: width of each block.
         activation: of bottlenecks.
         layers: which of the layers above ``plot_layers`` get blocks; None for all of them.
-        sites: where in a layer; None for after the feed-forward network (bottleneck) or query and value (LoRA).
+        sites: where in a layer; None for after the feed-forward network (bottleneck), query and value (LoRA).
         lora_scale: factor of a LoRA's output (``alpha / r`` in other programs).
         learning_rate: peak of the linear warm-up and decay; None for the kind's default.
         batch_size: texts per step.
