@@ -11,9 +11,9 @@ from torch import Tensor
 
 from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_kernels import ACTIVATIONS
 
 __all__ = [
-    "ACTIVATIONS",
     "BOTTLENECK_SITES",
     "LORA_SITES",
     "MAX_RANK",
@@ -26,9 +26,6 @@ __all__ = [
     "random_adapter",
     "site_sizes",
 ]
-
-ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "tanh")
-"""Known activations of bottlenecks; ``gelu`` is the exact one (erf)."""
 
 MAX_RANK = 1024
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,7 +63,7 @@ class BottleneckBlock:
     """A bottleneck: adds ``scale * (activation(x @ down + down_bias) @ up + up_bias)``.
 
     ``down`` [H, R], ``down_bias`` [R], ``up`` [R, H], ``up_bias`` [H], of a float type (Houlsby et al. 2019,
-    Pfeiffer et al. 2020).
+    Pfeiffer et al. 2020). ``activation`` is one of ``hmi_kernels.ACTIVATIONS``.
     """
 
     down: Tensor

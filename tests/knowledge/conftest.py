@@ -77,7 +77,9 @@ def mixed_adapter(general: GeneralInfo) -> Adapter:
 
 @pytest.fixture(scope="session")
 def classification_head() -> ClassificationHead:
-    return ClassificationHead(("no", "yes", "naïve"), torch.randn(3, 8), torch.randn(3), "mean", multi_label=True)
+    return ClassificationHead(
+        ("no", "yes", "naïve"), torch.randn(3, 8), torch.randn(3), "mean", multi_label=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +94,9 @@ def heads(classification_head: ClassificationHead) -> list[object]:
 @pytest.fixture
 def make_tenant(general: GeneralInfo, classification_head: ClassificationHead) -> Callable[..., NewTenant]:
     def make(name: str, seed: int = 0, domain: str = "general") -> NewTenant:
-        return NewTenant(name, domain, random_adapter(general, "lora", 2, seed), classification_head, {"seed": seed})
+        return NewTenant(
+            name, domain, random_adapter(general, "lora", 2, seed), classification_head, {"seed": seed}
+        )
 
     return make
 

@@ -119,9 +119,13 @@ def test_data_is_on_the_disk_before_its_name_and_the_name_before_the_return(
     events: list[str] = []
     rename = Path.replace
     monkeypatch.setattr(
-        atomic, "fsync_path", lambda path: events.append("data" if path.suffix == PARTIAL_SUFFIX else path.name)
+        atomic,
+        "fsync_path",
+        lambda path: events.append("data" if path.suffix == PARTIAL_SUFFIX else path.name),
     )
-    monkeypatch.setattr(Path, "replace", lambda self, target: (events.append("rename"), rename(self, target))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (events.append("rename"), rename(self, target))[1]
+    )
     atomic_write(tmp_path / "new" / "folder" / "file", lambda partial: partial.touch())
     assert events == ["data", "rename", "folder", "new", tmp_path.name]
 

@@ -16,7 +16,8 @@ def test_paths_are_made_of_numbers_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["/etc/passwd", "../x", "tenants/../../x", "general/config.json", "", "tenantsx/a", "catalog.sqlite"]
+    "file",
+    ["/etc/passwd", "../x", "tenants/../../x", "general/config.json", "", "tenantsx/a", "catalog.sqlite"],
 )
 def test_a_catalog_path_outside_the_store_is_refused(file: str) -> None:
     with pytest.raises(StoreCorruptError, match="outside"):

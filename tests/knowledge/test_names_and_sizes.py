@@ -19,7 +19,23 @@ def test_valid_names_are_returned_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "/", "a/", "/a", "a/b/c", "../a", "a/..", ".hidden", "-flag", "a b", "a\\b", "a\n", "a\0", "é", "x" * 65]
+    [
+        "",
+        "/",
+        "a/",
+        "/a",
+        "a/b/c",
+        "../a",
+        "a/..",
+        ".hidden",
+        "-flag",
+        "a b",
+        "a\\b",
+        "a\n",
+        "a\0",
+        "é",
+        "x" * 65,
+    ]
     + ["/etc/passwd", "C:\\x", "a//b", "a/./b", "tenant%2f..", "\u202ea"],
 )
 def test_names_that_are_paths_or_odd_are_refused(name: str) -> None:
@@ -44,7 +60,9 @@ def test_exactly_the_names_of_the_design_are_allowed(name: str) -> None:
     assert suggestion is None or check_name(suggestion[1])
 
 
-@pytest.mark.parametrize(("given_name", "suggested"), [("my model", "my-model"), ("acme\\x", "acme/x"), ("/a", "a")])
+@pytest.mark.parametrize(
+    ("given_name", "suggested"), [("my model", "my-model"), ("acme\\x", "acme/x"), ("/a", "a")]
+)
 def test_an_obvious_correction_is_suggested(given_name: str, suggested: str) -> None:
     with pytest.raises(InvalidNameError, match=re.escape(f"did you mean {suggested!r}?")):
         check_name(given_name)
@@ -71,7 +89,24 @@ def test_sizes_are_read(text: int | str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MiB", "-1", "1..5GB", "1e9", "nan", "inf", "10 parsecs", "1 Mi B", -1, True, 1.5, None, "9" * 400, 2**63]
+    "text",
+    [
+        "",
+        "MiB",
+        "-1",
+        "1..5GB",
+        "1e9",
+        "nan",
+        "inf",
+        "10 parsecs",
+        "1 Mi B",
+        -1,
+        True,
+        1.5,
+        None,
+        "9" * 400,
+        2**63,
+    ],
 )
 def test_other_sizes_are_refused(text: object) -> None:
     with pytest.raises(InvalidSizeError) as caught:
