@@ -1,0 +1,3 @@
+"""``hmi demo``: the whole system on real text and real weights, measured beside its peers in the same run."""
+
+__all__: list[str] = []
