@@ -5,68 +5,106 @@ namespace {
 
 constexpr int kUnroll = 4;  // independent sums, enough to hide the latency of an addition
 
-template <class Element>
-inline Vector load_some(const void* row, int64_t at, int count) {
-  const Element* from = static_cast<const Element*>(row) + at;
-  return count == kLanes ? load(from) : load_first(from, count);
+// Up to kUnroll neighboring vectors of a row; the last of them may be partial.
+struct Block {
+  int64_t at;  // of the first element
+  int lanes;   // of the last vector
+};
+
+template <int kVectors, class Element>
+inline void load_block(const Element* row, Block block, Vector (&to)[kVectors]) {
+  const Element* from = row + block.at;
+#pragma GCC unroll 4
+  for (int v = 0; v + 1 < kVectors; ++v) to[v] = load(from + v * kLanes);
+  const Element* last = from + (kVectors - 1) * kLanes;
+  to[kVectors - 1] = block.lanes == kLanes ? load(last) : load_first(last, block.lanes);
 }
 
-inline Vector load_source(const MergeSource& source, int64_t at, int count) {
-  return source.is_half ? load_some<uint16_t>(source.row, at, count) : load_some<float>(source.row, at, count);
+template <int kVectors>
+inline void load_source(const MergeSource& source, Block block, Vector (&to)[kVectors]) {
+  if (source.is_half) return load_block(static_cast<const uint16_t*>(source.row), block, to);
+  load_block(static_cast<const float*>(source.row), block, to);
 }
 
-inline Vector sum_sources(const MergeArguments& a, int64_t at, int count) {
-  Vector total = load_source(a.sources[0], at, count);
-  const int last = a.num_sources - 1;
-  for (int s = 1; s < last; ++s) total = add(total, load_source(a.sources[s], at, count));
-  if (last > 0) {
-    const Vector value = load_source(a.sources[last], at, count);
-    total = a.subtract_last ? subtract(total, value) : add(total, value);
+template <int kVectors>
+inline void store_block(float* row, Block block, const Vector (&from)[kVectors]) {
+  float* to = row + block.at;
+#pragma GCC unroll 4
+  for (int v = 0; v + 1 < kVectors; ++v) store(to + v * kLanes, from[v]);
+  float* last = to + (kVectors - 1) * kLanes;
+  block.lanes == kLanes ? store(last, from[kVectors - 1]) : store_first(last, from[kVectors - 1], block.lanes);
+}
+
+template <int kVectors>
+inline void sum_sources(const MergeArguments& a, Block block, Vector (&total)[kVectors]) {
+  Vector value[kVectors];
+  load_source(a.sources[0], block, total);
+  for (int s = 1; s < a.num_sources; ++s) {
+    load_source(a.sources[s], block, value);
+    const bool is_subtracted = a.subtract_last && s == a.num_sources - 1;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] = is_subtracted ? subtract(total[v], value[v]) : add(total[v], value[v]);
+    }
   }
-  return add(total, load_some<float>(a.position, at, count));
+  load_block(a.position, block, value);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) total[v] = add(total[v], value[v]);
 }
 
-// Calls body(position, number of lanes, which of kUnroll sums) over the whole row.
+// Calls body(block, an array of as many vectors as the block has) over the whole row.
 template <class Body>
-inline void for_each_vector(int64_t size, Body body) {
+inline void for_each_block(int64_t size, Body body) {
   int64_t at = 0;
   for (; at + kUnroll * kLanes <= size; at += kUnroll * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kUnroll; ++i) body(at + i * kLanes, kLanes, i);
+    Vector vectors[kUnroll];
+    body(Block{at, kLanes}, vectors);
   }
-  for (; at < size; at += kLanes) body(at, size - at < kLanes ? static_cast<int>(size - at) : kLanes, 0);
+  for (; at < size; at += kLanes) {
+    Vector vector[1];
+    body(Block{at, size - at < kLanes ? static_cast<int>(size - at) : kLanes}, vector);
+  }
 }
 
 inline float total(const Vector (&sums)[kUnroll]) { return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))); }
 
-inline void store_some(float* to, Vector value, int count) {
-  count == kLanes ? store(to, value) : store_first(to, value, count);
-}
-
 void merge_row(const MergeArguments& a) {
-  float* output = a.output;
   Vector sums[kUnroll] = {zero(), zero(), zero(), zero()};
-  for_each_vector(a.hidden_size, [&](int64_t at, int count, int i) {
-    const Vector value = sum_sources(a, at, count);
-    store_some(output + at, value, count);
-    sums[i] = add(sums[i], value);
+  for_each_block(a.hidden_size, [&](Block block, auto& values) {
+    constexpr int kVectors = sizeof(values) / sizeof(values[0]);
+    sum_sources(a, block, values);
+    store_block(a.output, block, values);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[v] = add(sums[v], values[v]);
   });
   const Vector mean = broadcast(total(sums) / static_cast<float>(a.hidden_size));
 
   // The variance from the deviations, in a second pass: the difference of squares would cancel.
   Vector squares[kUnroll] = {zero(), zero(), zero(), zero()};
-  for_each_vector(a.hidden_size, [&](int64_t at, int count, int i) {
-    const Vector deviation = keep_first(subtract(load_some<float>(output, at, count), mean), count);
-    squares[i] = multiply_add(deviation, deviation, squares[i]);
+  for_each_block(a.hidden_size, [&](Block block, auto& values) {
+    constexpr int kVectors = sizeof(values) / sizeof(values[0]);
+    load_block(a.output, block, values);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vector deviation = subtract(values[v], mean);
+      if (v == kVectors - 1 && block.lanes < kLanes) deviation = keep_first(deviation, block.lanes);
+      squares[v] = multiply_add(deviation, deviation, squares[v]);
+    }
   });
   const float variance = total(squares) / static_cast<float>(a.hidden_size);
   const Vector factor = broadcast(1.0f / __builtin_sqrtf(variance + a.epsilon));
 
-  for_each_vector(a.hidden_size, [&](int64_t at, int count, int) {
-    const Vector normal = multiply(subtract(load_some<float>(output, at, count), mean), factor);
-    const Vector weight = load_some<float>(a.weight, at, count);
-    const Vector bias = load_some<float>(a.bias, at, count);
-    store_some(output + at, multiply_add(normal, weight, bias), count);
+  for_each_block(a.hidden_size, [&](Block block, auto& values) {
+    constexpr int kVectors = sizeof(values) / sizeof(values[0]);
+    Vector weights[kVectors], biases[kVectors];
+    load_block(a.output, block, values);
+    load_block(a.weight, block, weights);
+    load_block(a.bias, block, biases);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      values[v] = multiply_add(multiply(subtract(values[v], mean), factor), weights[v], biases[v]);
+    }
+    store_block(a.output, block, values);
   });
 }
 
