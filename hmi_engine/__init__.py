@@ -7,6 +7,7 @@ Start with :class:`Store` (what is kept) and :class:`Engine` (what answers); eve
 from importlib.metadata import version
 
 from hmi_engine import errors
+from hmi_engine.construct.training import TrainedTenant, TrainingReport, TrainingSettings
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, random_adapter
@@ -34,6 +35,9 @@ __all__ = [
     "Tag",
     "Timing",
     "TokenClassificationHead",
+    "TrainedTenant",
+    "TrainingReport",
+    "TrainingSettings",
     "Usage",
     "errors",
     "random_adapter",

@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Tag:
-    """The label of one word: characters ``start`` to ``end`` of the text (of token ids: the token's index)."""
+    """The label of one word: characters ``start`` to ``end`` of the text (of input_ids: its index)."""
 
     start: int
     end: int

@@ -10,10 +10,23 @@ from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from hmi_engine.construct.materialise import Progress, build_plot, build_unigram_plot, count_corpus
-from hmi_engine.errors import DomainExistsError, HmiError, ReadOnlyStoreError, StoreExistsError, TenantExistsError
+from hmi_engine.construct.training import (
+    TrainedTenant,
+    TrainingProgress,
+    TrainingSettings,
+    train_classifier,
+)
+from hmi_engine.errors import (
+    DomainExistsError,
+    HmiError,
+    ReadOnlyStoreError,
+    StoreExistsError,
+    TenantExistsError,
+)
+from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
 from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.atomic import remove_quietly
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
@@ -33,10 +46,6 @@ from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.loading import import_bert
 from hmi_engine.models.tokenization import TextEncoder
-
-if TYPE_CHECKING:
-    from hmi_engine.construct.training import TrainedTenant, TrainingSettings
-    from hmi_engine.interop.peft import ImportedTenant
 
 __all__ = ["Corpus", "Store"]
 
@@ -291,7 +300,7 @@ class Store(AbstractContextManager["Store"]):
         test_examples: Sequence[Example] = (),
         settings: TrainingSettings | None = None,
         replace: bool = False,
-        progress: Any = None,
+        progress: TrainingProgress | None = None,
     ) -> TrainedTenant:
         """Trains an adapter and a classification head on labelled texts, and adds the tenant.
 
@@ -302,8 +311,6 @@ class Store(AbstractContextManager["Store"]):
             TrainingDataError: too few examples or labels.
             InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
         """
-        from hmi_engine.construct.training import TrainingSettings, train_classifier
-
         check_name(name)
         self._check_writable()
         if name in self.tenants and not replace:
@@ -356,11 +363,11 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             InvalidAdapterError: what cannot be served, with the way out.
         """
-        from hmi_engine.interop.peft import read_peft
-
         imported = read_peft(Path(directory), self.general, labels=labels, lower_layers=lower_layers)
         if imported.head is None:
-            raise HmiError(f"{directory} has no classifier; save it with PEFT's modules_to_save=['classifier']")
+            raise HmiError(
+                f"{directory} has no classifier; save it with PEFT's modules_to_save=['classifier']"
+            )
         card = {"imported": "peft", "dropped": list(imported.dropped), "warnings": list(imported.warnings)}
         self.add_tenant(
             tenant, domain=domain, adapter=imported.adapter, head=imported.head, replace=replace, card=card
@@ -374,8 +381,6 @@ class Store(AbstractContextManager["Store"]):
             UnknownTenantError: no such tenant.
             InvalidAdapterError: the tenant is not of a form that PEFT's LoRA can express.
         """
-        from hmi_engine.interop.peft import write_peft
-
         adapter, head = self.load_tenant(name)
         write_peft(Path(directory), adapter, head, self.general, base_model=self.general.source)
 
@@ -399,7 +404,9 @@ class Store(AbstractContextManager["Store"]):
 
     def _check_writable(self) -> None:
         if self.catalog.read_only:
-            raise ReadOnlyStoreError(f"{self.layout.root} was opened with read_only=True; open it for writing")
+            raise ReadOnlyStoreError(
+                f"{self.layout.root} was opened with read_only=True; open it for writing"
+            )
 
     def _open_plot(self, domain: DomainInfo) -> PlotTable:
         return open_plot(self.layout.resolve(domain.file or ""), self.general)
@@ -492,4 +499,3 @@ def _import_general(
     )
     info.check_supported()
     return info
-

@@ -9,11 +9,12 @@ import torch
 
 import hmi_engine as hmi
 
-WORDS = (
-    "the a of and in to is was cell protein binds gene drug model data text parse file open close read write "
-    "server socket client request value number matrix sum mean error type class function method return not "
-    "with for on by from this that it we they study results show increase decrease small large new old"
-).split()
+WORDS = """
+the a of and in to is was cell protein binds gene drug model data text parse file open close read
+write server socket client request value number matrix sum mean error type class function method
+return not with for on by from this that it we they study results show increase decrease small large
+new old
+""".split()  # noqa: SIM905
 
 
 def write_bert(directory: Path, **sizes: int) -> Path:
@@ -22,7 +23,13 @@ def write_bert(directory: Path, **sizes: int) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = [*special, *WORDS, *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), "."]
+    vocabulary = [
+        *special,
+        *WORDS,
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+        ".",
+    ]
     tokens = {word: index for index, word in enumerate(dict.fromkeys(vocabulary))}
     tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()

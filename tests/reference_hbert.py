@@ -1,4 +1,4 @@
-"""DESIGN section 2 written once more, slowly, from transformers' own BertModel: the specification's oracle."""
+"""The mathematics of hBERT, written once more from transformers' own BertModel: an independent oracle."""
 
 import torch
 from transformers import BertModel
@@ -36,7 +36,9 @@ def merged(model: BertModel, ids: list[int], plot_layers: int, window: int) -> t
                 total += run_window(model, _trigram(ids, t + 1), plot_layers)[0]
         rows.append(total)
     positions = model.embeddings.position_embeddings.weight[: len(ids)]
-    return torch.nn.functional.layer_norm(torch.stack(rows) + positions, (model.config.hidden_size,), eps=1e-5)
+    return torch.nn.functional.layer_norm(
+        torch.stack(rows) + positions, (model.config.hidden_size,), eps=1e-5
+    )
 
 
 def _trigram(ids: list[int], t: int) -> list[int | None]:

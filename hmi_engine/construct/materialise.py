@@ -166,9 +166,7 @@ def build_unigram_plot(
     )
 
 
-def _metadata(
-    general: GeneralInfo, corpus_tokens: int, min_count: int, admission_count: int
-) -> PlotMetadata:
+def _metadata(general: GeneralInfo, corpus_tokens: int, min_count: int, admission_count: int) -> PlotMetadata:
     return PlotMetadata(
         window=general.window,
         plot_layers=general.plot_layers,

@@ -106,9 +106,7 @@ class SlotTables:
             table[:, :, slot] = 0
         self._free.append(slot)
 
-    def at(
-        self, layer: int, site: Site
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def at(self, layer: int, site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Offsets, ranks, activations and scales of all slots at one place, each [num_slots]."""
         index = _SITE_INDEX[site]
         return (

@@ -105,9 +105,7 @@ class PlotLibrary:
         self.overlay.reserve(min(sequences.num_tokens, self.overlay.rows_per_generation))
         chains = [(*range(OVERLAY_TABLES), *self._domain(domain).chain) for domain in domains]
         width = max(map(len, chains))
-        padded = torch.tensor(
-            [chain + (-1,) * (width - len(chain)) for chain in chains], dtype=torch.int32
-        )
+        padded = torch.tensor([chain + (-1,) * (width - len(chain)) for chain in chains], dtype=torch.int32)
         return hmi_kernels.plot_lookup(
             sequences.input_ids, sequences.offsets, self._indexes, padded, window=self._general.window
         )

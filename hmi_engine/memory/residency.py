@@ -1,4 +1,4 @@
-"""Which tenants are in memory: loads them on demand, keeps the recent ones, never evicts what a batch reads."""
+"""Which tenants are in memory: loaded on demand, the recent kept, none evicted while in use."""
 
 from __future__ import annotations
 
@@ -156,15 +156,15 @@ class AdapterResidency:
     def _make_room(self, info: TenantInfo, layout: TenantLayout) -> int:
         if self.arena.allocated_bytes(layout.num_elements) > self.arena.capacity_bytes:
             raise OverloadedError(
-                f"tenant {info.name!r} needs {layout.data_bytes} bytes, more than the whole adapter memory of "
-                f"{self.arena.capacity_bytes}; give the engine more host_memory"
+                f"tenant {info.name!r} needs {layout.data_bytes} bytes, more than all adapter memory, "
+                f"{self.arena.capacity_bytes} bytes; give the engine more host_memory"
             )
         while (offset := self.arena.allocate(layout.num_elements)) is None:
             victim = next((digest for digest, entry in self._entries.items() if not entry.pins), None)
             if victim is None:
                 raise OverloadedError(
-                    f"no room for tenant {info.name!r}: all {self.arena.capacity_bytes} bytes of adapter memory "
-                    "are in use by this batch; give the engine more host_memory or a smaller max_batch_tokens"
+                    f"no room for tenant {info.name!r}: this batch uses all {self.arena.capacity_bytes} bytes of "
+                    "adapter memory; give the engine more host_memory or a smaller max_batch_tokens"
                 )
             self._evict(victim)
         return offset

@@ -23,7 +23,7 @@ __all__ = ["AdapterApplication", "HierarchicalBert", "LayerNorm"]
 
 
 class AdapterApplication(Protocol):
-    """What a layer asks of the adapters of a batch. Sites are named as in ``hmi_engine.knowledge.adapters``."""
+    """What a layer asks of a batch's adapters. Sites are named as in ``hmi_engine.knowledge.adapters``."""
 
     def is_used(self, layer: int, site: str) -> bool:
         """Whether any tenant of the batch has a block at this place."""
@@ -51,7 +51,9 @@ class LayerNorm:
 class BertLayer:
     """One transformer layer: attention and feed-forward network, with the places where adapters act."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], index: int, configuration: BertConfiguration) -> None:
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], index: int, configuration: BertConfiguration
+    ) -> None:
         def linear(name: str) -> SharedLinear:
             prefix = f"encoder.layer.{index}.{name}"
             return SharedLinear(tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"])
@@ -65,9 +67,7 @@ class BertLayer:
         self.index = index
         self.num_heads = configuration.num_heads
         self.query = linear("attention.self.query")
-        self.key_value = SharedLinear.stacked(
-            [linear("attention.self.key"), linear("attention.self.value")]
-        )
+        self.key_value = SharedLinear.stacked([linear("attention.self.key"), linear("attention.self.value")])
         self.query_key_value = SharedLinear.stacked([self.query, self.key_value])
         self.attention_output = linear("attention.output.dense")
         self.attention_norm = layer_norm("attention.output")
@@ -144,7 +144,7 @@ class BertLayer:
 class HierarchicalBert:
     """The shared base of hBERT: embeddings, domain layers, merge parameters, upper layers and pooler.
 
-    Method: "SkipBERT" (Wang et al., ACL 2022) and "HMI" (arXiv 2504.17449); mathematics in docs/architecture.md.
+    Method: "SkipBERT" (Wang et al., ACL 2022) and "HMI" (arXiv 2504.17449); see docs/architecture.md.
     All tensors are float32 and shared by every tenant.
     """
 
@@ -247,7 +247,7 @@ class HierarchicalBert:
 def _window_layer(layer: BertLayer, hidden_states: torch.Tensor, width: int) -> torch.Tensor:
     """One layer over windows of ``width`` tokens that follow one another; [M*width, H] -> the same.
 
-    Attention over 2 or 3 tokens is cheaper as elementwise products than as one tiny matrix product per window.
+    Attention over 2 or 3 tokens is cheaper as elementwise products than as tiny matrix products.
     """
     projected = layer.query_key_value(hidden_states)
     query, key, value = (
@@ -259,9 +259,7 @@ def _window_layer(layer: BertLayer, hidden_states: torch.Tensor, width: int) -> 
     else:
         scores = (query[:, :, None] * key[:, None]).sum(-1) * query.shape[-1] ** -0.5
         weights = scores.softmax(dim=2)
-        context = torch.stack(
-            [(weights[:, slot, :, :, None] * value).sum(1) for slot in range(width)], dim=1
-        )
+        context = torch.stack([(weights[:, slot, :, :, None] * value).sum(1) for slot in range(width)], dim=1)
     attended = layer.attention_output(context.reshape(hidden_states.shape))
     attended = layer.attention_norm(attended.add_(hidden_states))
     output = layer.ffn_down(layer.ffn_up(attended, gelu=True))

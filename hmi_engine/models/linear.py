@@ -12,7 +12,7 @@ __all__ = ["SharedLinear", "has_packed_matmul"]
 
 @functools.cache
 def has_packed_matmul() -> bool:
-    """Whether this torch reorders weights for oneDNN, whose matmul uses the widest SIMD of any x86 or Arm maker.
+    """Whether this torch reorders weights for oneDNN, whose matmul uses the widest SIMD of any processor.
 
     MKL, torch's default BLAS on x86-64, takes a slower path on processors that are not Intel's. torch offers
     the reordering to its own compiler only (``torch.compile`` with frozen weights), so its presence is tested

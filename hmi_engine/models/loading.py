@@ -1,4 +1,4 @@
-"""Reads BERT-architecture checkpoints through transformers, and keeps them in a store's ``general`` folder."""
+"""Reads BERT-architecture checkpoints through transformers; keeps them in a store's ``general`` folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -58,7 +58,7 @@ class BertConfiguration:
         for field, allowed in expected.items():
             if config.get(field) not in allowed:
                 raise UnsupportedModelError(
-                    f"{source}: {field} is {config.get(field)!r}, HMI serves encoders of the BERT architecture "
+                    f"{source}: {field} is {config.get(field)!r}; HMI serves encoders of BERT's architecture "
                     f"with {field} {allowed[0]!r} (BERT, MiniLM); choose such a model as --general"
                 )
         return cls(
@@ -73,7 +73,7 @@ class BertConfiguration:
 
 
 def import_bert(source: str, directory: Path) -> BertConfiguration:
-    """Copies a base model and its tokenizer into ``directory`` (transformers' format, plus ``merge.safetensors``).
+    """Copies a base model and its tokenizer into ``directory``, in transformers' format.
 
     ``source`` is a folder or a hub id; a hub id that is not in the local cache is downloaded by transformers,
     because the caller named it. The merge starts undistilled: the base's own position table, LayerNorm with
@@ -90,23 +90,34 @@ def import_bert(source: str, directory: Path) -> BertConfiguration:
         config = AutoConfig.from_pretrained(source)
         configuration = _check_configuration(config, source)
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-        model, loading = BertModel.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        model, loading = cast(
+            "tuple[BertModel, dict[str, list[str]]]",
+            BertModel.from_pretrained(
+                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            ),
         )
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UnsupportedModelError):
             raise
         reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{source}: cannot be loaded as a BERT-architecture model: {reason}") from error
+        raise UnsupportedModelError(
+            f"{source}: cannot be loaded as a BERT-architecture model: {reason}"
+        ) from error
     if not tokenizer.is_fast:
-        raise UnsupportedModelError(f"{source}: has no fast tokenizer (tokenizer.json); convert it with transformers")
+        raise UnsupportedModelError(
+            f"{source}: has no fast tokenizer (tokenizer.json); convert it with transformers"
+        )
     missing = [name for name in loading["missing_keys"] if not name.startswith("pooler.")]
     if missing:
-        raise UnsupportedModelError(f"{source}: the checkpoint lacks {missing[0]} and {len(missing) - 1} more weights")
+        raise UnsupportedModelError(
+            f"{source}: the checkpoint lacks {missing[0]} and {len(missing) - 1} more weights"
+        )
     has_pooler = not loading["missing_keys"]
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIGURATION_FILE).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str))
+    (directory / CONFIGURATION_FILE).write_text(
+        json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str)
+    )
     tokenizer.save_pretrained(directory)
     tensors = {
         name: tensor.detach().contiguous()
@@ -127,7 +138,8 @@ def _check_configuration(config: PretrainedConfig, source: str) -> BertConfigura
     configuration = BertConfiguration.from_dictionary(config.to_dict(), source)
     if configuration.hidden_size % configuration.num_heads:
         raise UnsupportedModelError(
-            f"{source}: hidden_size {configuration.hidden_size} is not a multiple of {configuration.num_heads} heads"
+            f"{source}: hidden_size {configuration.hidden_size} is no multiple of its "
+            f"{configuration.num_heads} heads"
         )
     return configuration
 

@@ -87,7 +87,8 @@ def _checked_ids(input_ids: Sequence[int], encoder: TextEncoder) -> EncodedText:
     for position, token in enumerate(ids):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < encoder.vocab_size:
             raise InvalidRequestError(
-                f"input_ids[{position}] is {token!r}; token ids are integers from 0 to {encoder.vocab_size - 1}"
+                f"input_ids[{position}] is {token!r}; token ids are integers from 0 to "
+                f"{encoder.vocab_size - 1}"
             )
     kept = ids[: encoder.max_tokens]
     words = tuple((index, index, index + 1) for index in range(len(kept)))

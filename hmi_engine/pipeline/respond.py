@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from hmi_engine.pipeline.admission import AdmittedRequest
@@ -14,7 +16,7 @@ __all__ = ["respond"]
 def respond(admitted: AdmittedRequest, output: HeadOutput, timing: Timing) -> Response:
     """The response to a request from its head's output."""
     encoded = admitted.encoded
-    response = Response(
+    return Response(
         tenant=admitted.request.tenant,
         kind=output.kind,
         usage=Usage(tokens=len(encoded.input_ids), truncated=encoded.truncated),
@@ -22,10 +24,9 @@ def respond(admitted: AdmittedRequest, output: HeadOutput, timing: Timing) -> Re
         id=admitted.request.id,
         **_content(admitted, output),
     )
-    return response
 
 
-def _content(admitted: AdmittedRequest, output: HeadOutput) -> dict[str, object]:
+def _content(admitted: AdmittedRequest, output: HeadOutput) -> dict[str, Any]:
     if output.kind == "embedding":
         return {"embedding": output.values.numpy()}
     if output.kind == "token_classification":

@@ -1,0 +1,46 @@
+"""The ``hmi`` command: one module per group of commands, Typer for arguments, Rich for what people read."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from hmi_engine.cli import (
+    demo_command,
+    doctor_command,
+    domain_commands,
+    run_command,
+    store_commands,
+    tenant_commands,
+)
+from hmi_engine.cli.output import fail
+from hmi_engine.errors import HmiError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hmi",
+    help="Serve thousands of fine-tuned transformer models from one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo_command.demo)
+app.command("init")(store_commands.init)
+app.add_typer(domain_commands.app, name="domain")
+app.add_typer(tenant_commands.app, name="tenant")
+app.command("run")(run_command.run)
+app.command("verify")(store_commands.verify)
+app.command("doctor")(doctor_command.doctor)
+
+
+def main() -> None:
+    """Runs the command line; a user's error is one clear line on standard error and exit code 2."""
+    try:
+        app()
+    except HmiError as error:
+        fail(error)
+    except BrokenPipeError:  # the reader of our output has gone, as in `hmi run ... | head`
+        sys.stderr.close()
+        sys.exit(141)

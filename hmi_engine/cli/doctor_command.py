@@ -1,0 +1,70 @@
+"""``hmi doctor``: what was compiled, what runs, and why something is off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import hmi_kernels
+from hmi_engine.cli.output import AsJson, console, print_json
+from hmi_engine.models.linear import has_packed_matmul
+
+_PACKAGES = ("hmi", "torch", "transformers", "tokenizers", "safetensors", "peft", "triton")
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is on, what is off, and why."""
+    report = _examine()
+    if as_json:
+        print_json(report)
+        return
+    for title, rows in report.items():
+        table = Table(title=title, show_header=False, title_justify="left", min_width=60)
+        for name, value in rows.items():
+            table.add_row(name, value if isinstance(value, str) else ", ".join(map(str, _as_list(value))))
+        console.print(table)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _examine() -> dict[str, dict[str, Any]]:
+    return {
+        "Versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "Kernels": dict(hmi_kernels.build_info()),
+        "Backends": {
+            name: "on" if status.available else f"off: {status.reason}"
+            for name, status in hmi_kernels.backends().items()
+        },
+        "Machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "shared layers": "oneDNN, weights reordered"
+            if has_packed_matmul()
+            else "torch.nn.functional.linear",
+            "GPU": _gpu(),
+            "nvcc": shutil.which("nvcc") or "not found: CUDA kernels are not compiled",
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)} (this release computes on the CPU)"
+    if torch.version.cuda is None:
+        return "off: this torch is built for the CPU"
+    return "off: torch finds no CUDA device or driver"

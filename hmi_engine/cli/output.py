@@ -1,0 +1,82 @@
+"""What the commands share: consoles, JSON, progress bars, and how an error is told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hmi_engine.errors import HmiError
+
+__all__ = ["AsJson", "ProgressReport", "StorePath", "console", "fail", "print_json", "progress_bars", "warn"]
+
+console = Console()
+
+
+class ProgressReport(Protocol):
+    """Takes the progress of any long work; metrics, where there are some, stand beside the bar."""
+
+    def __call__(
+        self, stage: str, done: int, total: int | None, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Shows how far a stage is."""
+
+
+_messages = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")]
+StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.", show_default=False)]
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    _messages.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(error: HmiError) -> NoReturn:
+    """Says on one line of standard error what was wrong, and exits with 2."""
+    message = " ".join(str(error).split())
+    _messages.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
+
+
+@contextmanager
+def progress_bars() -> Iterator[ProgressReport]:
+    """Progress bars on standard error, one per stage."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=_messages) as bars:
+
+        def report(stage: str, done: int, total: int | None, metrics: dict[str, float] | None = None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            described = "".join(f"  {name} {value:.3f}" for name, value in (metrics or {}).items())
+            bars.update(tasks[stage], completed=done, total=total, description=stage + described)
+
+        yield report

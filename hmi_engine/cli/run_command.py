@@ -1,0 +1,86 @@
+"""``hmi run``: JSON lines in, JSON lines out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Annotated, Any, Literal, TextIO, cast
+
+import typer
+
+from hmi_engine.cli.output import StorePath, warn
+from hmi_engine.engine import Engine
+from hmi_engine.errors import InvalidRequestError
+from hmi_engine.request import Request, Response
+from hmi_engine.store import Store
+
+_FIELDS = ("tenant", "text", "input_ids", "long_text", "id")
+
+
+def run(
+    store: StorePath,
+    miss: Annotated[
+        str, typer.Option(help="Where the table has no row: backoff (compose it) or exact (compute it).")
+    ] = "backoff",
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
+    host_memory: Annotated[str, typer.Option(help="Budget for resident adapters.")] = "2GiB",
+    chunk: Annotated[int, typer.Option(min=1, help="Lines read before the first answers.")] = 256,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Accepted for symmetry: the output always is JSON lines.")
+    ] = True,
+) -> None:
+    """Answer requests from standard input: lines {"tenant": ..., "text": ...}; one line out per line in.
+
+    A line that cannot be served is answered by {"error": {"type", "message"}}; the others go on.
+    """
+    if miss not in ("backoff", "exact"):
+        raise typer.BadParameter("must be backoff or exact", param_hint="--miss")
+    policy = cast("Literal['backoff', 'exact']", miss)
+    failed = total = 0
+    with (
+        Store.open(store, read_only=True) as opened,
+        Engine(opened, miss=policy, max_batch_tokens=max_batch_tokens, host_memory=host_memory) as engine,
+    ):
+        for lines in _chunks(sys.stdin, chunk):
+            for answer in _answer(engine, lines):
+                total += 1
+                failed += "error" in answer
+                sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+    if failed:
+        warn(f"{failed} of {total} lines were answered with an error")
+
+
+def _chunks(source: TextIO, size: int) -> Iterator[list[tuple[int, str]]]:
+    numbered = ((number, line) for number, line in enumerate(source, start=1) if line.strip())
+    while chunk := list(islice(numbered, size)):
+        yield chunk
+
+
+def _answer(engine: Engine, lines: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Answers in the order of the lines; the good ones go through the engine together."""
+    parsed = [_parse(number, line) for number, line in lines]
+    requests = [request for request in parsed if isinstance(request, Request)]
+    served = iter(engine.run(requests))
+    return [(next(served) if isinstance(request, Request) else request).to_dictionary() for request in parsed]
+
+
+def _parse(number: int, line: str) -> Request | Response:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        return _refused(f"line {number}: no JSON: {error.msg} at column {error.colno}")
+    if not isinstance(fields, dict):
+        return _refused(f'line {number}: not an object; expected {{"tenant": ..., "text": ...}}')
+    unknown = sorted(set(fields) - set(_FIELDS))
+    if unknown:
+        return _refused(f"line {number}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+    if "tenant" not in fields:
+        return _refused(f"line {number}: the field 'tenant' is missing")
+    return Request(**fields)
+
+
+def _refused(message: str) -> Response:
+    return Response(tenant="", kind="error", error=InvalidRequestError(message))

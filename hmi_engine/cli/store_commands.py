@@ -1,0 +1,79 @@
+"""``hmi init`` and ``hmi verify``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, cast
+
+import typer
+from rich.table import Table
+
+from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars
+from hmi_engine.knowledge.sizes import format_bytes
+from hmi_engine.store import Store
+
+
+def init(
+    store: StorePath,
+    general: Annotated[str, typer.Option(help="Folder or hub id of a BERT-architecture model.")],
+    plot_layers: Annotated[
+        int | None, typer.Option(help="How many of the lowest layers are looked up; default: half of them.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, max=3, help="Width of the n-gram windows.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Make a store around a base model."""
+    with (
+        progress_bars() as progress,
+        Store.create(
+            store,
+            general=general,
+            plot_layers=plot_layers,
+            window=cast("Literal[2, 3]", window),
+            progress=progress,
+        ) as created,
+    ):
+        info = created.general
+    if as_json:
+        print_json({"store": str(store), "general": info.model_dump()})
+        return
+    console.print(
+        f"{store}: {info.num_layers} layers of width {info.hidden_size}, the lowest {info.plot_layers} "
+        f"looked up by windows of {info.window} tokens.\nNext: hmi domain add {store} NAME --corpus FILE...",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def verify(
+    store: StorePath,
+    quick: Annotated[bool, typer.Option(help="Check presence, sizes and headers only.")] = False,
+    repair: Annotated[bool, typer.Option(help="Remove files that belong to nobody.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file of a store; exit code 1 if something is wrong."""
+    with Store.open(store, read_only=not repair) as opened, progress_bars() as progress:
+        problems = opened.verify(deep=not quick, progress=progress)
+        removed = opened.repair(problems) if repair else []
+        total = sum(file.stat().st_size for file in opened.layout.root.rglob("*") if file.is_file())
+    left = [problem for problem in problems if problem.path not in removed]
+    if as_json:
+        print_json(
+            {
+                "problems": [problem._asdict() for problem in left],
+                "removed": [str(path) for path in removed],
+                "bytes": total,
+            }
+        )
+    elif not left:
+        console.print(f"{store}: sound, {format_bytes(total)}", markup=False, highlight=False)
+    else:
+        table = Table("problem", "file", "what to do")
+        for problem in left:
+            advice = f"hmi verify {store} --repair" if problem.repairable else "see the message"
+            table.add_row(problem.kind, problem.message, advice)
+        console.print(table)
+    for path in removed:
+        console.print(f"removed {path}", markup=False, highlight=False)
+    if left:
+        raise typer.Exit(1)

@@ -1,0 +1,201 @@
+"""``hmi tenant``: task knowledge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+from rich.table import Table
+
+from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, warn
+from hmi_engine.construct.training import TrainingSettings
+from hmi_engine.errors import CorpusError
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN
+from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_examples
+from hmi_engine.knowledge.sizes import format_bytes
+from hmi_engine.store import Store
+
+app = typer.Typer(help="Tenants: adapters and heads.", no_args_is_help=True)
+
+TenantName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the tenant, such as acme/chemprot.", show_default=False)
+]
+DomainOption = Annotated[str, typer.Option(help="The tenant's domain.")]
+ReplaceOption = Annotated[bool, typer.Option(help="Replace a tenant of this name.")]
+
+
+@app.command()
+def add(
+    store: StorePath,
+    name: TenantName,
+    peft: Annotated[Path, typer.Option(help="Folder that PEFT saved: LoRA with a classifier.")],
+    domain: DomainOption = ROOT_DOMAIN,
+    labels: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
+    drop_lower_layers: Annotated[
+        bool, typer.Option(help="Leave out blocks on layers that the store looks up, instead of refusing.")
+    ] = False,
+    replace: ReplaceOption = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a tenant from an adapter trained elsewhere."""
+    lower_layers: Literal["error", "drop"] = "drop" if drop_lower_layers else "error"
+    with Store.open(store) as opened:
+        imported = opened.import_peft(
+            peft,
+            tenant=name,
+            domain=domain,
+            labels=labels.split(",") if labels else None,
+            lower_layers=lower_layers,
+            replace=replace,
+        )
+        info = opened.tenants[name]
+    for message in imported.warnings:
+        warn(message)
+    if as_json:
+        print_json(_describe(info))
+    else:
+        console.print(
+            f"{name}: {info.kind} of rank {info.rank}, {len(info.labels)} labels, {format_bytes(info.bytes)}",
+            markup=False,
+            highlight=False,
+        )
+
+
+@app.command()
+def train(
+    store: StorePath,
+    name: TenantName,
+    data: Annotated[Path, typer.Option(help='JSON lines: {"text": ..., "label": ...}.')],
+    test: Annotated[Path | None, typer.Option(help="Held-out JSON lines to report on.")] = None,
+    domain: DomainOption = ROOT_DOMAIN,
+    kind: Annotated[str, typer.Option(help="bottleneck or lora.")] = "bottleneck",
+    rank: Annotated[int, typer.Option(min=1, help="Width of the adapter.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the data.")] = 10,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the kind's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=3, help="Longer texts are cut.")] = 128,
+    miss: Annotated[
+        str, typer.Option(help="Policy that it will be served with: backoff or exact.")
+    ] = "backoff",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tenant.")] = 0,
+    text_field: Annotated[str, typer.Option(help="Field of the text.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Field of the label.")] = "label",
+    replace: ReplaceOption = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter and a head on labelled texts; the base stays as it is."""
+    settings = _settings(
+        kind=kind,
+        rank=rank,
+        max_epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        miss=miss,
+        seed=seed,
+    )
+    examples = _read_examples(data, text_field, label_field)
+    test_examples = _read_examples(test, text_field, label_field) if test else []
+    with Store.open(store) as opened, progress_bars() as progress:
+        trained = opened.train_tenant(
+            name,
+            examples,
+            domain=domain,
+            test_examples=test_examples,
+            settings=settings,
+            replace=replace,
+            progress=progress,
+        )
+        info = opened.tenants[name]
+    if as_json:
+        print_json(trained.report.model_dump(mode="json") | {"bytes": info.bytes})
+        return
+    _print_report(name, trained.report, info.bytes)
+
+
+def _settings(**fields: Any) -> TrainingSettings:
+    try:
+        return TrainingSettings(**fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("max_epochs", "epochs").replace("_", "-")
+        raise typer.BadParameter(problem["msg"], param_hint=option) from error
+
+
+def _read_examples(path: Path, text_field: str, label_field: str) -> list[Example]:
+    report = CorpusReport()
+    examples = list(stream_examples(path, text_field, label_field, report=report))
+    for bad in report.bad_lines[:5]:
+        warn(f"left out: {bad}")
+    if not examples:
+        raise CorpusError(
+            f'{path} holds no example; each line is {{"{text_field}": ..., "{label_field}": ...}}'
+        )
+    return examples
+
+
+def _print_report(name: str, report: Any, num_bytes: int) -> None:
+    table = Table("split", "texts", "accuracy", "macro-F1", "majority class", title=name)
+    for split, scores in (("validation", report.validation), ("test", report.test)):
+        if scores is not None:
+            table.add_row(
+                split,
+                str(scores.num_examples),
+                f"{scores.accuracy:.1%}",
+                f"{scores.macro_f1:.1%}",
+                f"{scores.majority_accuracy:.1%}",
+            )
+    console.print(table)
+    console.print(
+        f"{report.num_parameters} parameters, {format_bytes(num_bytes)}, trained in {report.seconds:.0f} s",
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command("list")
+def list_tenants(
+    store: StorePath,
+    limit: Annotated[int, typer.Option(min=1, help="Most rows printed as text.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """List tenants by name."""
+    with Store.open(store, read_only=True) as opened:
+        if as_json:
+            print_json([_describe(info) for info in opened.tenants.values()])
+            return
+        table = Table("tenant", "domain", "adapter", "rank", "head", "labels", "bytes")
+        for number, info in enumerate(opened.tenants.values()):
+            if number == limit:
+                break
+            table.add_row(
+                info.name,
+                info.domain,
+                info.kind,
+                str(info.rank),
+                info.head_kind,
+                str(len(info.labels)),
+                format_bytes(info.bytes),
+            )
+        count = len(opened.tenants)
+    console.print(table)
+    if count > limit:
+        console.print(f"{count - limit} more; --limit shows them, --json lists all", highlight=False)
+
+
+@app.command()
+def remove(store: StorePath, name: TenantName, as_json: AsJson = False) -> None:
+    """Remove a tenant."""
+    with Store.open(store) as opened:
+        opened.remove_tenant(name)
+    if as_json:
+        print_json({"removed": name})
+    else:
+        console.print(f"removed tenant {name}", markup=False, highlight=False)
+
+
+def _describe(info: Any) -> dict[str, Any]:
+    described: dict[str, Any] = info.model_dump(mode="json", exclude={"id", "domain_id", "file"})
+    return described
