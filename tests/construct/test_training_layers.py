@@ -1,0 +1,186 @@
+"""The differentiable layers: equal to those that serve; gradients equal to those of PEFT and plain torch."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import BertModel
+
+from hmi_engine.construct.trainable_adapter import AppliedAdapter, TrainableAdapter
+from hmi_engine.construct.trainable_layers import DenseBatch, TrainableLayers
+from hmi_engine.errors import InvalidAdapterError
+from hmi_engine.interop.peft_export import MODULE_OF_SITE
+from hmi_engine.knowledge.adapters import BOTTLENECK_SITES, LORA_SITES, Site
+from hmi_engine.models.packing import PackedSequences, Readout
+
+LENGTHS = (9, 1, 12, 5)
+
+
+@pytest.fixture
+def base(make_store):
+    """A store without domain layers: the plain base model."""
+    return make_store(plot_layers=0)
+
+
+@pytest.fixture
+def sequences():
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(5, 100, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def make_adapter(general, kind, layers=None, sites=None, **settings):
+    generator = torch.Generator().manual_seed(1)
+    adapter = TrainableAdapter(
+        general,
+        kind=kind,
+        rank=5,
+        layers=general.upper_layers if layers is None else layers,
+        sites=sites,
+        generator=generator,
+        **settings,
+    )
+    for parameter in adapter.parameters():  # also those that start at zero
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return adapter
+
+
+def dense_input(model, sequences, first):
+    """Hidden states before layer ``first``, packed and padded (with noise, which must not matter)."""
+    packed = PackedSequences.pack(sequences)
+    with torch.no_grad():
+        states = model.embed(packed.input_ids, packed.positions())
+        states = model.run_layers(states, packed, first=0, last=first)
+    padded = torch.randn(len(sequences), max(LENGTHS), states.shape[1])
+    for row, part in zip(padded, states.split(packed.lengths), strict=True):
+        row[: len(part)] = part
+    return packed, states, DenseBatch(padded, torch.tensor(LENGTHS))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3), (3,)])
+@pytest.mark.parametrize(("kind", "sites"), [("bottleneck", BOTTLENECK_SITES), ("lora", LORA_SITES)])
+def test_equal_to_the_layers_that_serve(base, sequences, kind, sites, layers, pooling):
+    adapter = make_adapter(base.general, kind, layers, sites)
+    packed, states, batch = dense_input(base.model, sequences, layers[0])
+    with torch.no_grad():
+        found = TrainableLayers(base.model, adapter, pooling).pooled(batch)
+        output = base.model.run_layers(
+            states,
+            packed,
+            first=layers[0],
+            adapters=AppliedAdapter(adapter),
+            readout=Readout.select(packed, [pooling == "cls"] * len(LENGTHS)),
+        )
+    if pooling == "mean":
+        output = torch.stack([part.mean(0) for part in output.split(packed.lengths)])
+    torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_equal_those_of_peft(base, tiny_bert, sequences):
+    adapter = make_adapter(base.general, "lora", layers=(1, 2, 3), sites=LORA_SITES, lora_scale=1.5)
+    _, _, batch = dense_input(base.model, sequences, 1)
+    weight = torch.randn(base.general.hidden_size)
+    (TrainableLayers(base.model, adapter, "mean").pooled(batch) @ weight).square().sum().backward()
+
+    targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+    config = LoraConfig(r=5, lora_alpha=7.5, target_modules=targets, layers_to_transform=[1, 2, 3])
+    peft = get_peft_model(BertModel.from_pretrained(tiny_bert, attn_implementation="eager"), config).eval()
+    modules = dict(peft.base_model.model.named_modules())
+    theirs = {
+        (layer, site): modules[f"encoder.layer.{layer}.{MODULE_OF_SITE[site]}"]
+        for layer, site in adapter.places
+    }
+    blocks = adapter.to_adapter().blocks
+    for place, module in theirs.items():
+        module.lora_A["default"].weight.data.copy_(blocks[place].a.T)
+        module.lora_B["default"].weight.data.copy_(blocks[place].b.T)
+    pooled = torch.stack([peft(torch.tensor([ids])).last_hidden_state[0].mean(0) for ids in sequences])
+    (pooled @ weight).square().sum().backward()
+
+    for layer, site in adapter.places:
+        ours = adapter.blocks[f"layer_{layer:03d}_{site}"]
+        module = theirs[layer, site]
+        for mine, expected in ((ours.a, module.lora_A["default"]), (ours.b, module.lora_B["default"])):
+            torch.testing.assert_close(mine.grad, expected.weight.grad.T, atol=1e-4, rtol=1e-3)
+
+
+def adapted_bert(tiny_bert, adapter, parameters):
+    """transformers' BERT whose modules are replaced by the formulas of the three bottleneck places."""
+    model = BertModel.from_pretrained(tiny_bert, attn_implementation="eager").eval()
+
+    def bottleneck(layer, site, x):
+        if (layer, site) not in adapter.places:
+            return 0.0
+        down, down_bias, up, up_bias = parameters[layer, site]
+        return functional.silu(x @ down + down_bias) @ up + up_bias
+
+    def replace(layer, module, houlsby, pfeiffer):
+        def forward(hidden_states, input_tensor):
+            output = module.dense(hidden_states)
+            output = output + bottleneck(layer, houlsby, output)
+            if pfeiffer:
+                output = output + bottleneck(layer, pfeiffer, module.LayerNorm(output + input_tensor))
+            return module.LayerNorm(output + input_tensor)
+
+        module.forward = forward
+
+    for number, layer in enumerate(model.encoder.layer):
+        replace(number, layer.attention.output, Site.AFTER_ATTENTION, None)
+        replace(number, layer.output, Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED)
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_gradients_equal_those_of_plain_torch(base, tiny_bert, sequences, pooling):
+    adapter = make_adapter(base.general, "bottleneck", (2, 3), BOTTLENECK_SITES, activation="silu")
+    _, _, batch = dense_input(base.model, sequences, 2)
+    weight = torch.randn(base.general.hidden_size)
+    (TrainableLayers(base.model, adapter, pooling).pooled(batch) @ weight).square().sum().backward()
+
+    parameters = {
+        place: [tensor.clone().requires_grad_() for tensor in block.tensors().values()]
+        for place, block in adapter.to_adapter().blocks.items()
+    }
+    model = adapted_bert(tiny_bert, adapter, parameters)
+    states = [model(torch.tensor([ids])).last_hidden_state[0] for ids in sequences]
+    pooled = torch.stack([state[0] if pooling == "cls" else state.mean(0) for state in states])
+    (pooled @ weight).square().sum().backward()
+
+    for (layer, site), expected in parameters.items():
+        block = adapter.blocks[f"layer_{layer:03d}_{site}"]
+        ours = (block.down, block.down_bias, block.up, block.up_bias)
+        for mine, reference in zip(ours, expected, strict=True):
+            torch.testing.assert_close(mine.grad, reference.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_the_base_gets_no_gradient(base, sequences):
+    adapter = make_adapter(base.general, "lora")
+    _, _, batch = dense_input(base.model, sequences, 0)
+    TrainableLayers(base.model, adapter, "cls").pooled(batch).sum().backward()
+    for layer in base.model.layers:
+        for linear in (layer.query_key_value, layer.ffn_up, layer.ffn_down, layer.attention_output):
+            assert not linear.weight.requires_grad
+            assert linear.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "lora"])
+def test_a_new_adapter_changes_nothing(base, sequences, kind):
+    general = base.general
+    adapter = TrainableAdapter(
+        general, kind=kind, rank=3, layers=general.upper_layers, generator=torch.Generator().manual_seed(0)
+    )
+    packed, states, batch = dense_input(base.model, sequences, 0)
+    with torch.no_grad():
+        plain = base.model.run_layers(states, packed, first=0)
+        found = TrainableLayers(base.model, adapter, "cls").pooled(batch)
+    torch.testing.assert_close(found, plain[packed.offsets[:-1]], atol=1e-5, rtol=1e-4)
+
+
+def test_settings_that_do_not_fit(make_store):
+    general = make_store(plot_layers=2).general
+    with pytest.raises(InvalidAdapterError, match="layer 1"):
+        make_adapter(general, "lora", layers=(1, 2))
+    with pytest.raises(InvalidAdapterError, match="activation"):
+        make_adapter(general, "bottleneck", activation="square")
+    with pytest.raises(InvalidAdapterError, match="LoraBlock"):
+        make_adapter(general, "bottleneck", sites=(Site.QUERY,))
