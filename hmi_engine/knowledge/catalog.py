@@ -292,8 +292,12 @@ class Catalog:
 
     def integrity_problems(self) -> list[str]:
         """Return what SQLite's own checks find wrong with the catalog; empty if it is sound."""
-        found = [str(row[0]) for row in self._database.query("PRAGMA integrity_check") if row[0] != "ok"]
-        dangling = self._database.query("PRAGMA foreign_key_check")
+        try:
+            checks = self._database.query("PRAGMA integrity_check")
+            dangling = self._database.query("PRAGMA foreign_key_check")
+        except StoreCorruptError as error:
+            return [str(error)]
+        found = [str(row[0]) for row in checks if row[0] != "ok"]
         return found + [
             f"row {row['rowid']} of {row['table']} refers to a missing row of {row['parent']}"
             for row in dangling

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hmi_engine.errors import HmiError, StoreError
+from hmi_engine.errors import HmiError, StoreCorruptError, StoreError
 from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
@@ -44,25 +44,34 @@ def verify(
 
     ``deep`` reads all files: checksums and contents (adapters and heads against the base model, the n-gram
     index against its rows). Without it, presence, sizes and headers are checked. An empty list means a sound
-    store. Raises :class:`StoreError` only if the catalog itself cannot be read.
+    store. Where the catalog itself is damaged, nothing is called an orphan: its entry may only be unreadable.
     """
     problems = [Problem("catalog", layout.catalog, text) for text in catalog.integrity_problems()]
-    general_files = catalog.general_files()
-    total = len(general_files) + len(catalog.domains) + len(catalog.tenants)
-    for done, found in enumerate(_file_problems(layout, catalog, deep), start=1):
-        problems += found
-        if progress:
-            progress("checking files", done, total)
-    return problems + _find_orphans(layout, catalog)
+    try:
+        total = len(catalog.general_files()) + len(catalog.domains) + len(catalog.tenants)
+        for done, found in enumerate(_file_problems(layout, catalog, deep), start=1):
+            problems += found
+            if progress:
+                progress("checking files", done, total)
+        if not any(problem.kind == "catalog" for problem in problems):
+            problems += _find_orphans(layout, catalog)
+    except StoreCorruptError as error:
+        problems.append(Problem("catalog", layout.catalog, str(error)))
+    return problems
 
 
 def repair(layout: StoreLayout, catalog: Catalog, problems: Iterable[Problem]) -> list[Path]:
     """Remove the orphans among ``problems`` and return what was removed; nothing else is ever changed.
 
     A file that the catalog refers to by now stays. Raises :class:`StoreBusyError` while another process has
-    the store open for writing, as its unfinished files look like orphans, and :class:`ReadOnlyStoreError`.
+    the store open for writing, as its unfinished files look like orphans, :class:`StoreCorruptError` where
+    the catalog is damaged, and :class:`ReadOnlyStoreError`.
     """
     with catalog.alone():
+        if catalog.integrity_problems():
+            raise StoreCorruptError(
+                f"{layout.catalog} is damaged, so nothing is removed; restore it from a copy"
+            )
         orphans = {problem.path for problem in _find_orphans(layout, catalog)}
         wanted = [problem.path for problem in problems if problem.repairable and problem.path in orphans]
         return [path for path in wanted if remove_quietly(path)]
@@ -164,10 +173,9 @@ def _find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
     files = [path for folder in (layout.domains, layout.tenants) for path in sorted(folder.rglob("*"))]
     partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
     partials += sorted(layout.general.rglob(f"*{PARTIAL_SUFFIX}"))
-    known = {info.file for info in catalog.tenants.values()} | {
-        info.file for info in catalog.domains.values()
-    }
-    orphans = [path for path in files if path.relative_to(layout.root).as_posix() not in known] + partials
+    known = {layout.resolve(tenant.file) for tenant in catalog.tenants.values()}
+    known |= {layout.resolve(domain.file) for domain in catalog.domains.values() if domain.file is not None}
+    orphans = [path for path in files if path not in known] + partials
     return [
         Problem(
             "orphan", path, f"{path} belongs to nothing in the catalog (left by a crash?)", repairable=True

@@ -175,7 +175,9 @@ def test_numbers_are_never_given_twice(catalog: Catalog, layout: StoreLayout) ->
 
 def test_views_are_ordered_mappings(catalog: Catalog) -> None:
     names = ["b", "acme/x", "Z", "a.1", "0"] + [f"n{number:04d}" for number in range(1200)]
-    catalog.add_tenants([tenant(name, number) for name, number in zip(names, catalog.reserve(len(names)), strict=True)])
+    catalog.add_tenants(
+        [tenant(name, number) for name, number in zip(names, catalog.reserve(len(names)), strict=True)]
+    )
     assert len(catalog.tenants) == len(names)
     assert list(catalog.tenants) == sorted(names)
     assert [info.name for info in catalog.tenants.values()] == sorted(names)
@@ -268,7 +270,9 @@ def test_domains_are_refused_like_tenants(catalog: Catalog) -> None:
     with pytest.raises(InvalidNameError):
         catalog.add_domain(domain("../x", *catalog.reserve(), parent))
     with pytest.raises(UnknownDomainError, match="'gone'"):
-        catalog.add_domain(domain("x", *catalog.reserve(), parent.model_copy(update={"id": 99, "name": "gone"})))
+        catalog.add_domain(
+            domain("x", *catalog.reserve(), parent.model_copy(update={"id": 99, "name": "gone"}))
+        )
 
 
 def test_the_chain_ends_where_the_layers_change(catalog: Catalog) -> None:
@@ -298,7 +302,9 @@ def test_a_damaged_entry_is_corrupt_and_named(catalog: Catalog) -> None:
         _ = catalog.tenants["a"]
 
 
-def test_read_only_catalogs_refuse_every_change(catalog: Catalog, layout: StoreLayout, general: GeneralInfo) -> None:
+def test_read_only_catalogs_refuse_every_change(
+    catalog: Catalog, layout: StoreLayout, general: GeneralInfo
+) -> None:
     catalog.add_tenants([tenant("a", *catalog.reserve())])
     root = catalog.domains["general"]
     with Catalog.open(layout, read_only=True) as reader:
@@ -323,7 +329,11 @@ def test_a_long_writer_makes_others_busy(
     catalog: Catalog, layout: StoreLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_BUSY_SECONDS", 0.05)
-    with Catalog.open(layout) as second, catalog._database.transaction(), pytest.raises(StoreBusyError, match="later"):
+    with (
+        Catalog.open(layout) as second,
+        catalog._database.transaction(),
+        pytest.raises(StoreBusyError, match="later"),
+    ):
         second.reserve()
 
 

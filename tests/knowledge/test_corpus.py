@@ -117,7 +117,9 @@ def test_texts_are_streamed_not_collected() -> None:
 def test_missing_and_unsupported_files_are_refused(tmp_path: Path, name: str) -> None:
     if name != "gone.txt":
         write(tmp_path / name, b"x")
-    with pytest.raises(CorpusError, match="does not exist" if name == "gone.txt" else r"must end in \.txt, \.jsonl"):
+    with pytest.raises(
+        CorpusError, match="does not exist" if name == "gone.txt" else r"must end in \.txt, \.jsonl"
+    ):
         list(stream_texts(tmp_path / name))
     with pytest.raises(CorpusError):
         corpus_bytes([tmp_path / name])
@@ -153,7 +155,13 @@ def test_json_lines_come_back_as_they_were(tmp_path: Path, texts: list[str], esc
 
 def test_examples_have_labels_as_text_and_line_numbers(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "x"}, {"text": "b", "label": 1}, {"text": "c", "label": True}]
-    bad = [{"text": "d"}, {"text": "d", "label": None}, {"text": "d", "label": 0.5}, {"text": "d", "label": ""}, {}]
+    bad = [
+        {"text": "d"},
+        {"text": "d", "label": None},
+        {"text": "d", "label": 0.5},
+        {"text": "d", "label": ""},
+        {},
+    ]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows + bad + rows[:1])).encode())
     report = CorpusReport()
     assert list(stream_examples(path, report=report)) == [
