@@ -87,11 +87,12 @@ class Engine(AbstractContextManager["Engine"]):
         self._residency = AdapterResidency(
             store.layout, store.catalog, store.general, parse_bytes(host_memory)
         )
-        self._plots = None
+        self._plots: PlotLibrary | None = None
         if store.general.plot_layers:
-            self._plots = PlotLibrary(
-                store.layout, store.catalog, store.general, overlay_bytes=parse_bytes(overlay_memory)
-            )
+            overlay_bytes = parse_bytes(overlay_memory)
+            self._plots = PlotLibrary(store.layout, store.catalog, store.general, overlay_bytes=overlay_bytes)
+            if miss == "exact":
+                self.max_batch_tokens = _fit_overlay(self._plots, store, max_batch_tokens)
         self._runner = BatchRunner(store.general, store.model, self._plots, self._residency, miss=miss)
         self._lock = threading.Lock()
         self._closed = False
@@ -204,6 +205,17 @@ class Engine(AbstractContextManager["Engine"]):
         self._statistics.requests += len(finished)
         self._statistics.errors += sum(response.error is not None for response in finished)
         return finished
+
+
+def _fit_overlay(plots: PlotLibrary, store: Store, max_batch_tokens: int) -> int:
+    """Tokens of a batch whose windows, were all of them new, the overlay could hold at once."""
+    rows = plots.overlay.rows_per_generation
+    if rows < store.general.max_positions:
+        raise ValueError(
+            f"overlay_memory holds {rows} windows in each half; the longest text has "
+            f"{store.general.max_positions}: give it more"
+        )
+    return min(max_batch_tokens, rows)
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -163,8 +163,8 @@ class AdapterResidency:
             victim = next((digest for digest, entry in self._entries.items() if not entry.pins), None)
             if victim is None:
                 raise OverloadedError(
-                    f"no room for tenant {info.name!r}: this batch uses all {self.arena.capacity_bytes} bytes of "
-                    "adapter memory; give the engine more host_memory or a smaller max_batch_tokens"
+                    f"no room for tenant {info.name!r}: this batch uses all {self.arena.capacity_bytes} "
+                    "bytes of adapter memory; give the engine more host_memory or a smaller max_batch_tokens"
                 )
             self._evict(victim)
         return offset
