@@ -25,7 +25,6 @@ void ThreadPool::run(int num_helpers, const std::function<void()>& entry) {
     std::lock_guard<std::mutex> lock(mutex_);
     entry_ = &entry;
     num_invited_ = num_helpers;
-    num_running_.store(num_helpers, std::memory_order_relaxed);
     ++region_;
   }
   wake_.notify_all();
@@ -47,22 +46,26 @@ void ThreadPool::helper_loop(int index) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (uint64_t seen = 0;; seen = region_) {
     wake_.wait(lock, [&] { return region_ != seen; });
-    if (index >= num_invited_) continue;
+    if (entry_ == nullptr || index >= num_invited_) continue;
     const std::function<void()>* entry = entry_;
+    num_inside_.fetch_add(1, std::memory_order_relaxed);
     lock.unlock();
     (*entry)();
     lock.lock();
-    if (num_running_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_one();
+    if (num_inside_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
   }
 }
 
 void ThreadPool::wait_for_helpers() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  entry_ = nullptr;  // whoever has not come yet finds the door closed
+  lock.unlock();
   for (int i = 0; i < kSpinsBeforeSleeping; ++i) {
-    if (num_running_.load(std::memory_order_acquire) == 0) return;
+    if (num_inside_.load(std::memory_order_acquire) == 0) return;
     pause_briefly();
   }
-  std::unique_lock<std::mutex> lock(mutex_);
-  done_.wait(lock, [&] { return num_running_.load(std::memory_order_acquire) == 0; });
+  lock.lock();
+  done_.wait(lock, [&] { return num_inside_.load(std::memory_order_acquire) == 0; });
 }
 
 }  // namespace hmi

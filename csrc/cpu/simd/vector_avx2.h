@@ -11,8 +11,9 @@ constexpr int kLanes = 8;
 constexpr int kMaxTileVectors = 2;
 using Vector = __m256;
 
-// Rows of a register tile that is `vectors` wide: 16 registers hold the sums, one row of weights and one broadcast.
-constexpr int max_tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+// Rows of a register tile that is `vectors` wide, and its sums for each element: 16 registers hold the sums, one row of weights and one broadcast.
+constexpr int tile_chains(int vectors) { return vectors == 1 ? 4 : 1; }
+constexpr int max_tile_rows(int vectors) { return vectors == 1 ? 3 : 6; }
 
 alignas(32) constexpr int32_t kLaneMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 

@@ -11,8 +11,9 @@ constexpr int kLanes = 16;
 constexpr int kMaxTileVectors = 4;
 using Vector = __m512;
 
-// Rows of a register tile that is `vectors` wide: 32 registers hold the sums, one row of weights and one broadcast.
-constexpr int max_tile_rows(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
+// Rows of a register tile that is `vectors` wide, and its sums for each element: 32 registers hold the sums, one row of weights and one broadcast.
+constexpr int tile_chains(int vectors) { return vectors == 1 ? 4 : vectors == 2 ? 2 : 1; }
+constexpr int max_tile_rows(int vectors) { return vectors == 3 ? 8 : 6; }
 
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 

@@ -15,8 +15,9 @@ constexpr int kMaxTileVectors = 2;
 using Vector = float __attribute__((vector_size(16)));
 using IntegerVector = int32_t __attribute__((vector_size(16)));
 
-// Rows of a register tile that is `vectors` wide, for 16 registers.
-constexpr int max_tile_rows(int vectors) { return vectors == 2 ? 6 : 8; }
+// Rows of a register tile that is `vectors` wide, and its sums for each element, for 16 registers.
+constexpr int tile_chains(int vectors) { return vectors == 1 ? 4 : 1; }
+constexpr int max_tile_rows(int vectors) { return vectors == 1 ? 3 : 6; }
 
 inline Vector zero() { return Vector{0, 0, 0, 0}; }
 inline Vector broadcast(float value) { return Vector{value, value, value, value}; }
