@@ -103,7 +103,7 @@ def fit(
     lengths = [len(ids) for ids in task.states.token_ids]
     history: list[Epoch] = []
     best, best_epoch = _copy_of_state(classifier), -1
-    while len(history) < settings.max_epochs and len(history) - best_epoch <= settings.patience:
+    while len(history) < settings.max_epochs and not _is_exhausted(history, settings.patience):
         losses = []
         for batch in length_batches(task.split.training, lengths, settings.batch_size, generator):
             with torch.enable_grad():
@@ -129,6 +129,15 @@ def _metrics(losses: list[float], history: list[Epoch]) -> dict[str, float]:
 
 def _rank(epoch: Epoch) -> tuple[float, float]:
     return epoch.accuracy, -epoch.validation_loss
+
+
+def _is_exhausted(history: list[Epoch], patience: int) -> bool:
+    """Whether neither measure got better in the last epochs: accuracy alone is coarse on few examples."""
+    earlier, recent = history[:-patience], history[-patience:]
+    return bool(earlier) and not (
+        max(epoch.accuracy for epoch in recent) > max(epoch.accuracy for epoch in earlier)
+        or min(epoch.validation_loss for epoch in recent) < min(epoch.validation_loss for epoch in earlier)
+    )
 
 
 def _copy_of_state(classifier: TrainableClassifier) -> dict[str, Tensor]:

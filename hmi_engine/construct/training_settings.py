@@ -44,7 +44,8 @@ class TrainingSettings(BaseModel):
         learning_rate: peak of the linear warm-up and decay; None for the kind's default.
         batch_size: texts per step.
         max_epochs: passes over the training split at most.
-        patience: the training stops after so many epochs without a better validation result.
+        patience: the training stops after so many epochs in which neither accuracy nor loss on the
+            validation split got better.
         warmup_fraction: share of all steps in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
         validation_fraction: share of each label's examples that is held out to choose the best epoch.
