@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from hmi_engine.errors import (
     InvalidAdapterError,
     InvalidHeadError,
     InvalidNameError,
+    ReadOnlyStoreError,
     StoreFullError,
     TenantExistsError,
     UnknownDomainError,
@@ -272,3 +274,36 @@ def test_many_files_are_flushed_once_and_before_the_commit(
     monkeypatch.setattr(catalog, "add_tenants", record_commit)
     save_tenants(catalog, [make_tenant(f"t{seed}", seed) for seed in range(5)])
     assert events == ["sync 5 files", "commit"]
+
+
+def test_a_really_full_disk_keeps_every_tenant_that_was_saved(
+    small_disk: Path, general: GeneralInfo, make_tenant: MakeTenant
+) -> None:
+    layout = StoreLayout(small_disk / "store")
+    layout.general.mkdir(parents=True)
+    saved = []
+    with Catalog.create(layout, general) as catalog:
+        with pytest.raises(StoreFullError, match="no room"):
+            for seed in range(1000):
+                name = f"t{seed:03d}"
+                save_tenants(catalog, [make_tenant(name, seed)])
+                saved.append(name)
+        assert list(catalog.tenants) == saved != []
+        assert verify(layout, catalog) == []
+    with Catalog.open(layout, read_only=True) as reopened:
+        assert list(reopened.tenants) == saved
+
+
+def test_a_store_on_a_read_only_disk_can_be_read(
+    small_disk: Path, general: GeneralInfo, make_tenant: MakeTenant
+) -> None:
+    layout = StoreLayout(small_disk / "store")
+    layout.general.mkdir(parents=True)
+    with Catalog.create(layout, general) as catalog:
+        save_tenants(catalog, [make_tenant("a")])
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with Catalog.open(layout, read_only=True) as reader:
+        assert list(reader.tenants) == ["a"]
+        assert verify(layout, reader) == []
+    with pytest.raises(ReadOnlyStoreError):
+        Catalog.open(layout)
