@@ -1,7 +1,7 @@
 """What is kept, and its files: general, domain and task knowledge, the catalog, corpora and verification.
 
 Nothing here runs a model. Modules are imported by their own names (``from hmi_engine.knowledge.catalog
-import Catalog``); DESIGN and ``docs/architecture.md`` describe the files of a store.
+import Catalog``); ``docs/architecture.md`` describes the files of a store.
 """
 
 __all__: list[str] = []

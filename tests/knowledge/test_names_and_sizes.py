@@ -9,7 +9,7 @@ from hmi_engine.errors import HmiError, InvalidNameError, InvalidSizeError
 from hmi_engine.knowledge.names import check_name
 from hmi_engine.knowledge.sizes import format_bytes, parse_bytes
 
-DESIGN_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(/[A-Za-z0-9][A-Za-z0-9._-]{0,63})?"
 
 
 @pytest.mark.parametrize("name", ["a", "acme/chemprot", "A.b-c_9", "0", "x" * 64, "x" * 64 + "/" + "y" * 64])
@@ -45,9 +45,9 @@ def test_names_of_other_types_are_refused(name: object) -> None:
         check_name(name, "domain")
 
 
-@given(st.one_of(st.text(), st.from_regex(DESIGN_PATTERN, fullmatch=True), st.text(string.printable)))
-def test_exactly_the_names_of_the_design_are_allowed(name: str) -> None:
-    if re.fullmatch(DESIGN_PATTERN, name):
+@given(st.one_of(st.text(), st.from_regex(NAME_PATTERN, fullmatch=True), st.text(string.printable)))
+def test_exactly_the_names_of_the_pattern_are_allowed(name: str) -> None:
+    if re.fullmatch(NAME_PATTERN, name):
         assert check_name(name) == name
         return
     with pytest.raises(InvalidNameError) as caught:
