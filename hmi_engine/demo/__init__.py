@@ -1,3 +1,6 @@
 """``hmi demo``: the whole system on real text and real weights, measured beside its peers in the same run."""
 
-__all__: list[str] = []
+from hmi_engine.demo.result import DemoResult
+from hmi_engine.demo.run import run_demo
+
+__all__ = ["DemoResult", "run_demo"]

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 def interleave(
-    systems: Mapping[str, Callable[[], object]],
+    systems: Mapping[str, Callable[[int], object]],
     repetitions: int,
     *,
     warm_up: int = 1,
@@ -25,20 +25,22 @@ def interleave(
     """Times each system once a repetition, in turn (A B C, B C A, C A B, ...), so that drift hits all alike.
 
     The order rotates, so that no system always follows the same one. ``warm_up`` untimed rounds come first.
+    A system is called with the number of the round, 0 to ``warm_up + repetitions - 1``, by which it can take
+    inputs that are new to all.
 
     Returns:
         Seconds by system, in the order of repetitions: sample i of all systems is from the same repetition.
     """
     names = list(systems)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repetition in range(-warm_up, repetitions):
-        shift = repetition % len(names)
+    for number in range(warm_up + repetitions):
+        shift = number % len(names)
         gc.collect()
         for name in names[shift:] + names[:shift]:
             started = time.perf_counter()
-            systems[name]()
+            systems[name](number)
             elapsed = time.perf_counter() - started
-            if repetition >= 0:
+            if number >= warm_up:
                 seconds[name].append(elapsed)
         if on_repetition is not None:
             on_repetition()

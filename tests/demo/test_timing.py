@@ -1,5 +1,7 @@
 """Order of interleaved measurements, and bootstrap intervals against scipy's."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -9,16 +11,26 @@ from hmi_engine.demo.timing import interleave, median, median_interval, ratio_in
 
 def test_interleave_rotates_the_order_and_leaves_warm_up_out() -> None:
     calls: list[str] = []
+    numbers: list[int] = []
     ticks: list[None] = []
+
+    def record(name: str) -> Callable[[int], None]:
+        def call(number: int) -> None:
+            calls.append(name)
+            numbers.append(number)
+
+        return call
+
     seconds = interleave(
-        {name: (lambda name=name: calls.append(name)) for name in "abc"},
+        {name: record(name) for name in "abc"},
         4,
         warm_up=2,
         on_repetition=lambda: ticks.append(None),
     )
     assert {name: len(samples) for name, samples in seconds.items()} == {"a": 4, "b": 4, "c": 4}
     rounds = ["".join(calls[start : start + 3]) for start in range(0, len(calls), 3)]
-    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
+    assert rounds == ["abc", "bca", "cab", "abc", "bca", "cab"]
+    assert numbers == [number for number in range(6) for _ in "abc"]
     assert len(ticks) == 6
     assert all(sample >= 0 for samples in seconds.values() for sample in samples)
 

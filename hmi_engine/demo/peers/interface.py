@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from hmi_engine.request import Request, Response
 
@@ -20,11 +20,13 @@ class ServedTenant:
         name: its name in requests.
         directory: its LoRA and classifier in PEFT's format.
         labels: names of the classifier's rows.
+        pooling: what the classifier reads: the base model's pooler, or the first token as it is.
     """
 
     name: str
     directory: Path
     labels: tuple[str, ...]
+    pooling: Literal["pooler", "cls"] = "pooler"
 
 
 class Peer(Protocol):

@@ -33,12 +33,12 @@ class _PeftPeer(TransformersPeer):
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:
-            copies, num_rows = with_equal_heads(tenants, Path(folder))
+            copies, num_rows, pooling = with_equal_heads(tenants, Path(folder))
             # PEFT keeps adapters as submodules, whose names cannot hold the dots of a tenant's name.
             self._adapter_names = {tenant.name: f"tenant_{n}" for n, tenant in enumerate(copies)}
             first, *others = copies
             self._model: PeftModel = PeftModel.from_pretrained(
-                load_base(self._base, num_rows),
+                load_base(self._base, num_rows, pooling),
                 first.directory,
                 adapter_name=self._adapter_names[first.name],
                 low_cpu_mem_usage=True,

@@ -40,8 +40,8 @@ class OneModelPerTenant(TransformersPeer):
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:
-            copies, num_rows = with_equal_heads(tenants, Path(folder))
-            base = load_base(self._base, num_rows)
+            copies, num_rows, pooling = with_equal_heads(tenants, Path(folder))
+            base = load_base(self._base, num_rows, pooling)
             self._models: dict[str, BertForSequenceClassification] = {}
             for tenant in copies:
                 adapted = PeftModel.from_pretrained(_copy(base), tenant.directory)

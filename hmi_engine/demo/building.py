@@ -1,0 +1,96 @@
+"""Builds the demo's store: base model, domain tree, trained tenants, and many more of the same shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmi_engine.construct.training import TrainingSettings
+from hmi_engine.demo.progress import DemoProgress
+from hmi_engine.demo.settings import DemoSettings
+from hmi_engine.demo.tasks import DemoData, Task
+from hmi_engine.knowledge.adapters import Adapter, random_adapter
+from hmi_engine.knowledge.heads import ClassificationHead, Pooling
+from hmi_engine.store import Store
+
+__all__ = ["add_random_tenants", "build_domains", "create_store", "train_tenants"]
+
+RANDOM_PREFIX = "random"
+
+
+def create_store(directory: Path, model: str | Path, progress: DemoProgress) -> Store:
+    """A store with half of the layers looked up, over bigram windows.
+
+    Raises:
+        StoreExistsError: the folder exists.
+        UnsupportedModelError: the model cannot be served.
+    """
+
+    def report(step: str, done: int, total: int | None) -> None:
+        progress(f"base model: {step}", done, total)
+
+    return Store.create(directory, general=model, window=2, progress=report)
+
+
+def build_domains(store: Store, data: DemoData, settings: DemoSettings, progress: DemoProgress) -> None:
+    """Adds the domains, parents first, each with the table of its corpus."""
+    parents = {domain.parent for domain in data.domains}
+    for domain in data.domains:
+        is_parent = domain.name in parents
+        budget = settings.parent_plot_bytes if is_parent else settings.domain_plot_bytes
+
+        def report(step: str, done: int, total: int | None, name: str = domain.name) -> None:
+            progress(f"domain {name}: {step}", done, total)
+
+        store.add_domain(
+            domain.name, iter(domain.texts), parent=domain.parent, plot_bytes=budget, progress=report
+        )
+
+
+def train_tenants(
+    store: Store, tasks: Sequence[Task], settings: DemoSettings, progress: DemoProgress
+) -> dict[str, float]:
+    """Trains a LoRA tenant for each task; returns the seconds that each took."""
+    training = TrainingSettings(
+        kind="lora", rank=settings.rank, max_epochs=settings.max_epochs, max_tokens=settings.max_tokens
+    )
+    seconds = {}
+    for task in tasks:
+
+        def report(
+            stage: str, done: int, total: int, metrics: dict[str, float], name: str = task.name
+        ) -> None:
+            progress(f"tenant {name}: {stage}", done, total)
+
+        trained = store.train_tenant(
+            task.name, task.train, domain=task.domain, settings=training, progress=report
+        )
+        seconds[task.name] = trained.report.seconds
+    return seconds
+
+
+def add_random_tenants(
+    store: Store, tasks: Sequence[Task], count: int, *, rank: int, pooling: Pooling = "cls", seed: int = 0
+) -> list[str]:
+    """Adds tenants with weights of their own, drawn at random, in the shapes of the tasks' tenants.
+
+    They stand for other customers' models in measurements of size and speed; their answers mean nothing, and
+    their cards say so. Tenant i has the domain and labels of task i modulo the number of tasks.
+    """
+
+    def tenant(number: int) -> tuple[str, str, Adapter, ClassificationHead, dict[str, Any]]:
+        task = tasks[number % len(tasks)]
+        adapter = random_adapter(store.general, "lora", rank, seed + number)
+        head = _random_head(task.labels, store.general.hidden_size, pooling, seed + number)
+        return f"{RANDOM_PREFIX}/{number:05d}", task.domain, adapter, head, {"random_weights": True}
+
+    return [info.name for info in store.add_tenants(tenant(number) for number in range(count))]
+
+
+def _random_head(labels: Sequence[str], hidden_size: int, pooling: Pooling, seed: int) -> ClassificationHead:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(len(labels), hidden_size, generator=generator) * 0.02
+    return ClassificationHead(tuple(labels), weight, torch.zeros(len(labels)), pooling)
