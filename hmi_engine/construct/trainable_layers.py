@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.knowledge.adapters import Site
 from hmi_engine.models.bert import BertLayer, HierarchicalBert
 from hmi_engine.models.linear import SharedLinear
 
@@ -27,16 +28,25 @@ class DenseBatch:
     """Sequences padded to one length.
 
     Attributes:
-        hidden_states: float32 [B, L, H]; what stands in padded places is finite and never read.
+        hidden_states: float32 [B, L, H], the input of the first trained layer, or with ``halfway``
+            [B, L, 2H], what :meth:`TrainableLayers.start` made of it. What stands in padded places is finite
+            and never read.
         lengths: int64 [B].
+        halfway: which of the two.
     """
 
     hidden_states: Tensor
     lengths: Tensor
+    halfway: bool = False
 
     def present(self) -> Tensor:
         """Bool [B, L]: true where there is a token."""
         return torch.arange(self.hidden_states.shape[1]) < self.lengths[:, None]
+
+    def mask(self) -> Tensor | None:
+        """The same as bool [B, 1, 1, L] for attention, None where nothing is padded."""
+        present = self.present()
+        return None if bool(present.all()) else present[:, None, None]
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -80,6 +90,10 @@ class _TrainableLayer:
 
     def __call__(self, x: Tensor, mask: Tensor | None, *, first_only: bool) -> Tensor:
         """x [B, L, H], mask bool [B, 1, 1, L] -> [B, L, H], or [B, 1, H] with ``first_only``."""
+        return self.finish(*self.start(x, mask, first_only=first_only)).view(len(x), -1, x.shape[-1])
+
+    def start(self, x: Tensor, mask: Tensor | None, *, first_only: bool) -> tuple[Tensor, Tensor]:
+        """The attention's result and the feed-forward network's before its adapters, both [*, H]."""
         batch, _, size = x.shape
         flat = x.reshape(-1, size)
         residual = x[:, 0] if first_only else flat
@@ -94,21 +108,27 @@ class _TrainableLayer:
         query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = self._after_attention(context.transpose(1, 2).reshape(-1, size), residual)
-        return self._feed_forward(attended).view(batch, -1, size)
-
-    def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
-        output = self._adapt("attention_output", self._attention_output(context), context)
-        output = self._adapt("after_attention", output, output)
-        return self._layer.attention_norm(output + residual)
-
-    def _feed_forward(self, attended: Tensor) -> Tensor:
         inner = functional.gelu(self._adapt("ffn_up", self._ffn_up(attended), attended))
-        output = self._adapt("ffn_down", self._ffn_down(inner), inner)
+        return attended, self._adapt("ffn_down", self._ffn_down(inner), inner)
+
+    @property
+    def has_frozen_start(self) -> bool:
+        """Whether all blocks of this layer act in :meth:`finish`."""
+        sites = [site for layer, site in self._adapter.places if layer == self._layer.index]
+        return all(site in (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED) for site in sites)
+
+    def finish(self, attended: Tensor, output: Tensor) -> Tensor:
+        """The layer's result from the two that :meth:`start` gives, [*, H]."""
         output = self._adapt("after_ffn", output, output)
         if self._adapter.is_used(self._layer.index, "after_ffn_normalized"):
             normalized = self._layer.ffn_norm(output + attended)
             output = self._adapt("after_ffn_normalized", output, normalized)
         return self._layer.ffn_norm(output + attended)
+
+    def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
+        output = self._adapt("attention_output", self._attention_output(context), context)
+        output = self._adapt("after_attention", output, output)
+        return self._layer.attention_norm(output + residual)
 
     def _adapt(self, site: str, output: Tensor, hidden_states: Tensor) -> Tensor:
         if not self._adapter.is_used(self._layer.index, site):
@@ -129,12 +149,29 @@ class TrainableLayers:
 
     def pooled(self, batch: DenseBatch) -> Tensor:
         """The vectors that the head reads, [B, H]: first token or mean over tokens, after the last layer."""
-        x = batch.hidden_states
-        present = batch.present()
-        mask = None if bool(present.all()) else present[:, None, None]
-        for layer in self._layers:
-            is_last = layer is self._layers[-1]
+        x, layers = batch.hidden_states, self._layers
+        if batch.halfway:
+            x, layers = self.finish(x), layers[1:]
+        mask = batch.mask()
+        for layer in layers:
+            is_last = layer is layers[-1]
             x = layer(x, mask, first_only=is_last and self._pooling == "cls")
         if self._pooling == "cls":
             return x[:, 0]
-        return (x * present[:, :, None]).sum(1) / batch.lengths[:, None]
+        return (x * batch.present()[:, :, None]).sum(1) / batch.lengths[:, None]
+
+    @property
+    def can_start_halfway(self) -> bool:
+        """Whether :meth:`start` may be computed once for all epochs."""
+        return len(self._layers) > 1 and self._layers[0].has_frozen_start
+
+    @torch.no_grad()
+    def start(self, batch: DenseBatch) -> Tensor:
+        """What of the first layer no parameter changes, float32 [B, L, 2H]."""
+        x = batch.hidden_states
+        states = torch.cat(self._layers[0].start(x, batch.mask(), first_only=False), dim=-1)
+        return states.view(len(x), -1, states.shape[-1])
+
+    def finish(self, states: Tensor) -> Tensor:
+        """The first layer's result [*, H] from what :meth:`start` gave, [*, 2H]."""
+        return self._layers[0].finish(*states.flatten(0, -2).chunk(2, dim=-1)).view(*states.shape[:-1], -1)

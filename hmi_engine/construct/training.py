@@ -11,7 +11,7 @@ import torch
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.training_cache import HiddenStateCache, cache_hidden_states
 from hmi_engine.construct.training_data import LabelledTexts, encode_examples, stratified_split
-from hmi_engine.construct.training_loop import TrainableClassifier, TrainingTask, fit, predict
+from hmi_engine.construct.training_loop import TrainableClassifier, TrainingTask, fit
 from hmi_engine.construct.training_metrics import Metrics, evaluate
 from hmi_engine.construct.training_settings import (
     Epoch,
@@ -80,7 +80,7 @@ def train_classifier(
     Raises:
         TrainingDataError: no examples, fewer than two labels, a label with one example, or a test label that
             is not in the examples.
-        InvalidAdapterError: ``settings`` do not fit the base model.
+        InvalidAdapterError: ``settings`` do not fit the base model, or the training diverged (NaN).
         UnknownDomainError: no such domain.
         ValueError: ``plots`` is missing.
     """
@@ -93,49 +93,52 @@ def train_classifier(
         test_data = encode_examples(test_examples, encoder, settings.max_tokens, data.labels)
     generator = torch.Generator().manual_seed(settings.seed)
     split = stratified_split(data, settings.validation_fraction, generator)
-    classifier = TrainableClassifier(
-        _adapter(general, settings, generator), len(data.labels), general.hidden_size, settings, generator
-    )
+    adapter = _adapter(general, settings, generator)
+    classifier = TrainableClassifier(model, adapter, len(data.labels), settings.pooling, generator)
 
     def cache(texts: LabelledTexts) -> HiddenStateCache:
-        return cache_hidden_states(
+        states = cache_hidden_states(
             model,
             plots,
             domain,
             texts,
-            first_layer=classifier.adapter.first_layer,
+            first_layer=adapter.first_layer,
             window=general.window,
             miss=settings.miss,
             folds=settings.folds,
             progress=progress,
         )
+        return states.advanced(classifier.layers)
 
-    states = cache(data)
-    task = TrainingTask(model, states, torch.tensor(data.targets), split)
-    result = fit(task, classifier, settings, generator, progress)
-
-    def score(cached: HiddenStateCache, texts: LabelledTexts, numbers: Sequence[int]) -> Metrics:
-        predictions = predict(model, classifier, cached, numbers).argmax(dim=1).tolist()
+    def score(states: HiddenStateCache, texts: LabelledTexts, numbers: Sequence[int]) -> Metrics:
+        predictions = classifier.predict(states, numbers).argmax(dim=1).tolist()
         return evaluate([texts.targets[number] for number in numbers], predictions, data.majority)
 
-    test_states = cache(test_data) if test_data else None
+    states = cache(data)
+    task = TrainingTask(states, torch.tensor(data.targets), split)
+    result = fit(task, classifier, settings, generator, progress)
+    test, test_rates = None, None
+    if test_data is not None:
+        test_states = cache(test_data)
+        test, test_rates = score(test_states, test_data, range(len(test_data.texts))), test_states.rates
     report = TrainingReport(
         labels=data.labels,
         num_training=len(split.training),
         validation=score(states, data, split.validation),
-        test=score(test_states, test_data, range(len(test_data.texts)))
-        if test_states and test_data
-        else None,
+        test=test,
         history=result.history,
         best_epoch=result.best_epoch,
         num_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
         seconds=time.perf_counter() - started,
         hit_rates=states.rates,
-        test_hit_rates=test_states.rates if test_states else None,
+        test_hit_rates=test_rates,
         data_sha256=data.sha256(),
         settings=settings,
     )
-    return TrainedTenant(classifier.adapter.to_adapter(), classifier.to_head(data.labels), report)
+    trained = TrainedTenant(adapter.to_adapter(), classifier.to_head(data.labels), report)
+    trained.adapter.validate(general)
+    trained.head.validate(general)
+    return trained
 
 
 def _adapter(

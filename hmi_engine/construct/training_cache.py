@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hmi_engine.construct.crossfit import CrossFitter, HitRates, count_hits
-from hmi_engine.construct.trainable_layers import DenseBatch
+from hmi_engine.construct.trainable_layers import DenseBatch, TrainableLayers
 from hmi_engine.construct.training_data import LabelledTexts
 from hmi_engine.construct.training_settings import TrainingProgress
 from hmi_engine.memory.plots import PlotLibrary
@@ -21,32 +22,59 @@ from hmi_engine.models.packing import PackedSequences
 __all__ = ["HiddenStateCache", "cache_hidden_states"]
 
 TOKENS_PER_CHUNK = 4096
+TEXTS_PER_BATCH = 64
+MAX_HALFWAY_BYTES = 1 << 30
 CACHE_STAGE = "caching hidden states"
 
 
 @dataclass(frozen=True)
 class HiddenStateCache:
-    """Inputs of the first trained layer for every token of every text.
+    """What the trained parameters do not change, for every token of every text.
 
     Attributes:
-        hidden_states: float32 [T, H]. 1,500 texts of 40 tokens take 92 MB at H = 384.
+        hidden_states: float32 [T, H], inputs of the first trained layer, or with ``halfway`` [T, 2H]. 1,500
+            texts of 40 tokens take 92 MB, or 184 MB, at H = 384.
         offsets: int64 [S+1]; text s owns rows ``offsets[s]`` to ``offsets[s+1]``.
         token_ids: the texts' token ids.
         rates: how the PLOT was hit, None where it was not asked.
+        halfway: whether the states are those of ``TrainableLayers.start``.
     """
 
     hidden_states: Tensor
     offsets: Tensor
     token_ids: Sequence[list[int]]
     rates: HitRates | None
+    halfway: bool = False
 
     def dense(self, numbers: Sequence[int]) -> DenseBatch:
         """The texts ``numbers`` padded to the longest of them (with copies of the texts' last tokens)."""
+        rows, lengths = self._rows(numbers)
+        return DenseBatch(self.hidden_states[rows], lengths, self.halfway)
+
+    def _rows(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows of the texts' tokens, int64 [B, L], and the texts' lengths, int64 [B]."""
         chosen = torch.tensor(numbers)
         starts, lengths = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
         places = torch.arange(int(lengths.max())).expand(len(numbers), -1)
-        places = torch.minimum(places, lengths[:, None] - 1)
-        return DenseBatch(self.hidden_states[starts[:, None] + places], lengths)
+        return starts[:, None] + torch.minimum(places, lengths[:, None] - 1), lengths
+
+    def advanced(self, layers: TrainableLayers) -> HiddenStateCache:
+        """The same texts halfway through the first trained layer, where that is possible and fits in memory.
+
+        With bottlenecks behind the feed-forward network this spares a third of each step's arithmetic.
+        """
+        num_bytes = 2 * self.hidden_states.nbytes
+        if not layers.can_start_halfway or num_bytes > MAX_HALFWAY_BYTES:
+            return self
+        states = self.hidden_states.new_empty(len(self.hidden_states), 2 * self.hidden_states.shape[1])
+        by_length = sorted(range(len(self.token_ids)), key=lambda number: len(self.token_ids[number]))
+        for first in range(0, len(by_length), TEXTS_PER_BATCH):
+            numbers = by_length[first : first + TEXTS_PER_BATCH]
+            rows, _ = self._rows(numbers)
+            batch = self.dense(numbers)
+            present = batch.present()
+            states[rows[present]] = layers.start(batch)[present]
+        return dataclasses.replace(self, hidden_states=states, halfway=True)
 
     def packed(self, numbers: Sequence[int]) -> tuple[Tensor, PackedSequences]:
         """The texts ``numbers`` one after another, as the serving layers take them."""

@@ -1,25 +1,26 @@
-"""The loop over epochs and batches, and predictions through the serving layers."""
+"""The classifier that is trained, and the loop over epochs and batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hmi_engine.construct.trainable_adapter import AppliedAdapter, TrainableAdapter
-from hmi_engine.construct.trainable_layers import TrainableLayers
+from hmi_engine.construct.trainable_layers import DenseBatch, TrainableLayers
 from hmi_engine.construct.training_cache import HiddenStateCache
 from hmi_engine.construct.training_data import Split, length_batches
 from hmi_engine.construct.training_metrics import evaluate
 from hmi_engine.construct.training_settings import Epoch, TrainingProgress, TrainingSettings
 from hmi_engine.knowledge.heads import ClassificationHead
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.models.packing import Readout
 
-__all__ = ["FitResult", "TrainableClassifier", "TrainingTask", "fit", "predict"]
+__all__ = ["FitResult", "TrainableClassifier", "TrainingTask", "fit"]
 
 TRAINING_STAGE = "training"
 MAX_GRADIENT_NORM = 1.0
@@ -27,25 +28,52 @@ TEXTS_PER_PREDICTION = 64
 
 
 class TrainableClassifier(nn.Module):
-    """An adapter and a linear head; the head starts small, so that all labels are about equally likely."""
+    """An adapter on a frozen base, and a linear head on the pooled result.
+
+    The head starts small, so that all labels are about equally likely.
+    """
 
     def __init__(
         self,
+        model: HierarchicalBert,
         adapter: TrainableAdapter,
         num_labels: int,
-        hidden_size: int,
-        settings: TrainingSettings,
+        pooling: Literal["cls", "mean"],
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.adapter = adapter
-        self.pooling = settings.pooling
-        self.weight = nn.Parameter(torch.randn(num_labels, hidden_size, generator=generator) * 0.02)
+        self.model, self.adapter, self.pooling = model, adapter, pooling
+        self.layers = TrainableLayers(model, adapter, pooling)
+        size = model.configuration.hidden_size
+        self.weight = nn.Parameter(torch.randn(num_labels, size, generator=generator) * 0.02)
         self.bias = nn.Parameter(torch.zeros(num_labels))
 
-    def scores(self, pooled: Tensor) -> Tensor:
-        """pooled [B, H] -> one score for each label, [B, C]."""
-        return functional.linear(pooled, self.weight, self.bias)
+    def forward(self, batch: DenseBatch) -> Tensor:
+        """One score for each text and label, [B, C], with gradients."""
+        return functional.linear(self.layers.pooled(batch), self.weight, self.bias)
+
+    @torch.no_grad()
+    def predict(self, states: HiddenStateCache, numbers: Sequence[int]) -> Tensor:
+        """Scores float32 [len(numbers), C] through the layers that serve, not those that train."""
+        runs = range(0, len(numbers), TEXTS_PER_PREDICTION)
+        pooled = [self._served(states, numbers[start : start + TEXTS_PER_PREDICTION]) for start in runs]
+        return functional.linear(torch.cat(pooled), self.weight, self.bias)
+
+    def _served(self, states: HiddenStateCache, numbers: Sequence[int]) -> Tensor:
+        hidden_states, sequences = states.packed(numbers)
+        first, first_only = self.adapter.first_layer, self.pooling == "cls"
+        if states.halfway:
+            hidden_states, first = self.layers.finish(hidden_states), first + 1
+        output = self.model.run_layers(
+            hidden_states,
+            sequences,
+            first=first,
+            adapters=AppliedAdapter(self.adapter),
+            readout=Readout.select(sequences, [first_only] * sequences.num_sequences),
+        )
+        if first_only:
+            return output  # the readout is the first tokens
+        return torch.stack([part.mean(dim=0) for part in output.split(sequences.lengths)])
 
     def to_head(self, labels: tuple[str, ...]) -> ClassificationHead:
         """A copy of the current head, to store and serve."""
@@ -59,13 +87,11 @@ class TrainingTask:
     """What to learn.
 
     Attributes:
-        model: the frozen base.
-        states: inputs of the first trained layer for all texts.
+        states: what of the texts' hidden states the training does not change.
         targets: int64 [S] label numbers of all texts.
         split: which texts to learn from, and which to judge by.
     """
 
-    model: HierarchicalBert
     states: HiddenStateCache
     targets: Tensor
     split: Split
@@ -99,7 +125,6 @@ def fit(
     """
     steps_per_epoch = -(-len(task.split.training) // settings.batch_size)
     optimizer = _Optimizer(classifier, settings, steps_per_epoch * settings.max_epochs)
-    layers = TrainableLayers(task.model, classifier.adapter, settings.pooling)
     lengths = [len(ids) for ids in task.states.token_ids]
     history: list[Epoch] = []
     best, best_epoch = _copy_of_state(classifier), -1
@@ -107,8 +132,7 @@ def fit(
         losses = []
         for batch in length_batches(task.split.training, lengths, settings.batch_size, generator):
             with torch.enable_grad():
-                scores = classifier.scores(layers.pooled(task.states.dense(batch)))
-                loss = functional.cross_entropy(scores, task.targets[batch])
+                loss = functional.cross_entropy(classifier(task.states.dense(batch)), task.targets[batch])
             losses.append(optimizer.step(loss))
             if progress is not None:
                 progress(TRAINING_STAGE, optimizer.steps, optimizer.total_steps, _metrics(losses, history))
@@ -164,7 +188,7 @@ class _Optimizer:
     def step(self, loss: Tensor) -> float:
         """Follows the gradient of ``loss``; returns its value."""
         self._adamw.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
         self._adamw.step()
         self._schedule.step()
@@ -173,7 +197,7 @@ class _Optimizer:
 
 
 def _validate(task: TrainingTask, classifier: TrainableClassifier, training_loss: float) -> Epoch:
-    scores = predict(task.model, classifier, task.states, task.split.validation)
+    scores = classifier.predict(task.states, task.split.validation)
     expected = task.targets[list(task.split.validation)]
     metrics = evaluate(expected.tolist(), scores.argmax(dim=1).tolist(), majority=0)
     return Epoch(
@@ -182,38 +206,3 @@ def _validate(task: TrainingTask, classifier: TrainableClassifier, training_loss
         accuracy=metrics.accuracy,
         macro_f1=metrics.macro_f1,
     )
-
-
-@torch.no_grad()
-def predict(
-    model: HierarchicalBert,
-    classifier: TrainableClassifier,
-    states: HiddenStateCache,
-    numbers: Sequence[int],
-) -> Tensor:
-    """Scores float32 [len(numbers), C] through the layers that serve, not those that train."""
-    scores = []
-    for chosen in _runs(numbers, TEXTS_PER_PREDICTION):
-        hidden_states, sequences = states.packed(chosen)
-        first_only = classifier.pooling == "cls"
-        output = model.run_layers(
-            hidden_states,
-            sequences,
-            first=classifier.adapter.first_layer,
-            adapters=AppliedAdapter(classifier.adapter),
-            readout=Readout.select(sequences, [first_only] * sequences.num_sequences),
-        )
-        scores.append(classifier.scores(_pool(output, sequences, first_only)))
-    return torch.cat(scores)
-
-
-def _pool(output: Tensor, sequences: PackedSequences, first_only: bool) -> Tensor:
-    if first_only:
-        return output  # the readout is the first tokens
-    parts: tuple[Tensor, ...] = torch.split(output, list(sequences.lengths))
-    return torch.stack([part.mean(dim=0) for part in parts])
-
-
-def _runs(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), size):
-        yield numbers[start : start + size]

@@ -12,7 +12,7 @@ from hmi_engine.knowledge.adapters import MAX_RANK, Site
 
 __all__ = ["DEFAULT_LEARNING_RATES", "Epoch", "TrainingProgress", "TrainingReport", "TrainingSettings"]
 
-DEFAULT_LEARNING_RATES = {"bottleneck": 1e-3, "lora": 1e-3}
+DEFAULT_LEARNING_RATES = {"bottleneck": 5e-3, "lora": 2e-3}
 """Peak of the schedule by kind of adapter."""
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from hmi_engine.construct import training_cache
 from hmi_engine.construct.training import TrainingReport, TrainingSettings, train_classifier
 from hmi_engine.errors import InvalidAdapterError, TrainingDataError, UnknownDomainError
 from hmi_engine.knowledge.corpus import Example
@@ -123,6 +124,19 @@ def test_patience(train):
         ]
         assert len(history) == better[-1] + 1 + patience < 30
         assert all(after - before <= patience for before, after in pairwise(better))
+
+
+def test_without_memory_for_the_halfway_states(train, monkeypatch):
+    with_memory = train(max_epochs=1)
+    monkeypatch.setattr(training_cache, "MAX_HALFWAY_BYTES", 0)
+    without = train(max_epochs=1)
+    for found, expected in zip(tensors(without), tensors(with_memory), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+
+
+def test_a_diverged_training_is_refused(train):
+    with pytest.raises(InvalidAdapterError, match="NaN"):
+        train(learning_rate=1e30, max_epochs=1)
 
 
 def test_report_survives_json(train, topic_examples):

@@ -153,6 +153,38 @@ def test_gradients_equal_those_of_plain_torch(base, tiny_bert, sequences, poolin
             torch.testing.assert_close(mine.grad, reference.grad, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_starting_halfway_changes_nothing(base, sequences, pooling):
+    """What of the first layer is computed once for all epochs gives the same result and gradients."""
+    sites = (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED)
+    adapter = make_adapter(base.general, "bottleneck", (1, 2, 3), sites)
+    _, _, batch = dense_input(base.model, sequences, 1)
+    layers = TrainableLayers(base.model, adapter, pooling)
+    assert layers.can_start_halfway
+    halfway = DenseBatch(layers.start(batch), batch.lengths, halfway=True)
+    gradients = []
+    for start in (batch, halfway):
+        adapter.zero_grad()
+        pooled = layers.pooled(start)
+        pooled.square().sum().backward()
+        gradients.append([pooled.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "sites"),
+    [
+        ("lora", (1, 2), (Site.FFN_DOWN,)),
+        ("bottleneck", (1, 2), (Site.AFTER_ATTENTION, Site.AFTER_FFN)),
+        ("bottleneck", (3,), (Site.AFTER_FFN,)),
+    ],
+)
+def test_who_cannot_start_halfway(base, kind, layers, sites):
+    adapter = make_adapter(base.general, kind, layers, sites)
+    assert not TrainableLayers(base.model, adapter, "cls").can_start_halfway
+
+
 def test_the_base_gets_no_gradient(base, sequences):
     adapter = make_adapter(base.general, "lora")
     _, _, batch = dense_input(base.model, sequences, 0)
