@@ -150,7 +150,7 @@ def ninja_file(cxx: str, cu_files: list[str], module: Path, folder: Path) -> str
 
 
 class NinjaBuild(build_ext):
-    """Writes one build.ninja and runs it. The objects stay in build/, so that editable installs are incremental."""
+    """Writes one build.ninja and runs it; the objects stay in build/, so that a rebuild is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
         folder = (

@@ -1,4 +1,5 @@
-# Addresses are integers; sizes and strides count elements. hmi_kernels checks dtypes, shapes and strides before a call.
+# ruff: noqa: N999
+# Addresses are integers; sizes and strides count elements. The caller checks dtypes, shapes and strides.
 compiler: str
 with_cuda: bool
 

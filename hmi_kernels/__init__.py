@@ -1,21 +1,17 @@
-"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters. They know tensors, and nothing of tenants.
+"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters.
 
-Every op is registered with ``torch.library`` as ``hmi::<name>`` and runs on the backend that :func:`use_backend` or
-``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is the specification of them all.
+They know tensors, and nothing of tenants. Every op is registered with ``torch.library`` as ``hmi::<name>``
+and runs on the backend that :func:`use_backend` or ``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is
+the specification of them all.
 """
 
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
 from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
 from hmi_kernels.native import build_info
-from hmi_kernels.ngrams import MAX_TOKEN_ID, NgramCounter, count_ngrams, ngram_keys, ngram_tokens
-from hmi_kernels.plot import (
-    ROW_BITS,
-    plot_index_build,
-    plot_index_find,
-    plot_index_insert,
-    plot_lookup,
-    plot_merge,
-)
+from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
+from hmi_kernels.plot import plot_lookup, plot_merge
+from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
+from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
 
 __all__ = [
     "ACTIVATIONS",

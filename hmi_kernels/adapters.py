@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from hmi_kernels import reference
-from hmi_kernels.checks import require_no_overlap, require_one_device, require_tensor
+from hmi_kernels.checks import require_no_overlap, require_rows, require_vector
 from hmi_kernels.library import define
 from hmi_kernels.native import native
 
@@ -31,7 +33,8 @@ def grouped_bottleneck(
 
     Semantics, for ``slot = segment_slots[g]`` and ``t`` in ``segment_offsets[g] .. segment_offsets[g + 1]``:
     ``output[t] += scale * (activation(hidden_states[t] @ down + down_bias) @ up + up_bias)``, where the block
-    ``down[hidden, rank], down_bias[rank], up[rank, hidden], up_bias[hidden]`` starts at ``arena[slot_offsets[slot]]``.
+    ``down[hidden, rank], down_bias[rank], up[rank, hidden], up_bias[hidden]`` starts at
+    ``arena[slot_offsets[slot]]``.
     A token's result depends neither on the other tokens nor on the number of threads, bit for bit.
 
     Args:
@@ -72,8 +75,9 @@ def grouped_lora(
 ) -> None:
     """Adds each segment's LoRA to ``output``, in place (Hu et al., arXiv 2106.09685).
 
-    Semantics: ``output[t] += scale * ((hidden_states[t] @ a) @ b)``, where the block ``a[in, rank], b[rank, out]``
-    (the transposes of PEFT's ``lora_A`` and ``lora_B``) starts at ``arena[slot_offsets[slot]]``.
+    Semantics: ``output[t] += scale * ((hidden_states[t] @ a) @ b)``, where the block
+    ``a[in, rank], b[rank, out]`` (the transposes of PEFT's ``lora_A`` and ``lora_B``) starts at
+    ``arena[slot_offsets[slot]]``.
 
     Args:
         output: float32 [tokens, out]; rows may lie apart (a column slice of a wider tensor).
@@ -88,116 +92,79 @@ def grouped_lora(
     )
 
 
-def _check_lora(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_scales: Tensor,
-) -> None:
-    require_tensor("output", output, torch.float32, (None, None), strided_rows=True)
-    require_tensor("hidden_states", hidden_states, torch.float32, (output.shape[0], None), strided_rows=True)
+class _LoraArguments(NamedTuple):
+    output: Tensor
+    hidden_states: Tensor
+    arena: Tensor
+    segment_offsets: Tensor
+    segment_slots: Tensor
+    slot_offsets: Tensor
+    slot_ranks: Tensor
+    slot_scales: Tensor
+
+
+class _BottleneckArguments(NamedTuple):
+    output: Tensor
+    hidden_states: Tensor
+    arena: Tensor
+    segment_offsets: Tensor
+    segment_slots: Tensor
+    slot_offsets: Tensor
+    slot_ranks: Tensor
+    slot_activations: Tensor
+    slot_scales: Tensor
+
+
+def _check_lora(arguments: _LoraArguments | _BottleneckArguments) -> None:
+    output, hidden_states = arguments.output, arguments.hidden_states
+    require_rows("output", output, (None, None))
+    require_rows("hidden_states", hidden_states, (output.shape[0], None))
     require_no_overlap(output, hidden_states)
-    require_tensor("arena", arena, torch.float32, (None,))
-    require_tensor("segment_slots", segment_slots, torch.int32, (None,))
-    require_tensor("segment_offsets", segment_offsets, torch.int64, (segment_slots.shape[0] + 1,))
-    require_tensor("slot_offsets", slot_offsets, torch.int64, (None,))
-    num_slots = slot_offsets.shape[0]
-    require_tensor("slot_ranks", slot_ranks, torch.int32, (num_slots,))
-    require_tensor("slot_scales", slot_scales, torch.float32, (num_slots,))
-    require_one_device(
-        output=output,
-        hidden_states=hidden_states,
-        arena=arena,
-        segment_offsets=segment_offsets,
-        segment_slots=segment_slots,
-        slot_offsets=slot_offsets,
-        slot_ranks=slot_ranks,
-        slot_scales=slot_scales,
-    )
+    require_vector("arena", arguments.arena, torch.float32)
+    require_vector("segment_slots", arguments.segment_slots, torch.int32)
+    num_segments = arguments.segment_slots.shape[0]
+    require_vector("segment_offsets", arguments.segment_offsets, torch.int64, num_segments + 1)
+    require_vector("slot_offsets", arguments.slot_offsets, torch.int64)
+    num_slots = arguments.slot_offsets.shape[0]
+    require_vector("slot_ranks", arguments.slot_ranks, torch.int32, num_slots)
+    require_vector("slot_scales", arguments.slot_scales, torch.float32, num_slots)
 
 
-def _check_bottleneck(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_activations: Tensor,
-    slot_scales: Tensor,
-) -> None:
-    _check_lora(
-        output, hidden_states, arena, segment_offsets, segment_slots, slot_offsets, slot_ranks, slot_scales
-    )
-    require_tensor("hidden_states", hidden_states, torch.float32, tuple(output.shape), strided_rows=True)
-    require_tensor("slot_activations", slot_activations, torch.int32, (slot_offsets.shape[0],))
-    require_one_device(output=output, slot_activations=slot_activations)
+def _check_bottleneck(arguments: _BottleneckArguments) -> None:
+    _check_lora(arguments)
+    num_tokens, hidden_size = arguments.output.shape
+    require_rows("hidden_states", arguments.hidden_states, (num_tokens, hidden_size))
+    num_slots = arguments.slot_offsets.shape[0]
+    require_vector("slot_activations", arguments.slot_activations, torch.int32, num_slots)
 
 
-def _lora_on_cpu(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_scales: Tensor,
-    slot_activations: Tensor | None = None,
-) -> None:
+def _run_on_cpu(arguments: _LoraArguments | _BottleneckArguments) -> None:
+    output, hidden_states = arguments.output, arguments.hidden_states
+    num_tokens, output_size = output.shape
     native.grouped_adapter(
         output.data_ptr(),
         output.stride(0),
-        output.shape[1],
+        output_size,
         hidden_states.data_ptr(),
         hidden_states.stride(0),
         hidden_states.shape[1],
-        output.shape[0],
-        arena.data_ptr(),
-        arena.shape[0],
-        segment_offsets.data_ptr(),
-        segment_slots.data_ptr(),
-        segment_slots.shape[0],
-        slot_offsets.data_ptr(),
-        slot_ranks.data_ptr(),
-        0 if slot_activations is None else slot_activations.data_ptr(),
-        slot_scales.data_ptr(),
-        slot_offsets.shape[0],
+        num_tokens,
+        arguments.arena.data_ptr(),
+        arguments.arena.shape[0],
+        arguments.segment_offsets.data_ptr(),
+        arguments.segment_slots.data_ptr(),
+        arguments.segment_slots.shape[0],
+        arguments.slot_offsets.data_ptr(),
+        arguments.slot_ranks.data_ptr(),
+        arguments.slot_activations.data_ptr() if isinstance(arguments, _BottleneckArguments) else 0,
+        arguments.slot_scales.data_ptr(),
+        arguments.slot_offsets.shape[0],
         torch.get_num_threads(),
     )
 
 
-def _bottleneck_on_cpu(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_activations: Tensor,
-    slot_scales: Tensor,
-) -> None:
-    _lora_on_cpu(
-        output,
-        hidden_states,
-        arena,
-        segment_offsets,
-        segment_slots,
-        slot_offsets,
-        slot_ranks,
-        slot_scales,
-        slot_activations,
-    )
-
-
-def _fake_in_place(output: Tensor, *_: Tensor) -> None:
-    return None
+def _fake_in_place(arguments: _LoraArguments | _BottleneckArguments) -> None:
+    """The output exists; nothing is made."""
 
 
 _SHARED_ARGUMENTS = (
@@ -206,15 +173,17 @@ _SHARED_ARGUMENTS = (
 )
 _grouped_bottleneck = define(
     f"grouped_bottleneck({_SHARED_ARGUMENTS}, Tensor slot_activations, Tensor slot_scales) -> ()",
+    arguments=_BottleneckArguments,
     check=_check_bottleneck,
-    cpu=_bottleneck_on_cpu,
+    cpu=_run_on_cpu,
     reference=reference.grouped_bottleneck,
     fake=_fake_in_place,
 )
 _grouped_lora = define(
     f"grouped_lora({_SHARED_ARGUMENTS}, Tensor slot_scales) -> ()",
+    arguments=_LoraArguments,
     check=_check_lora,
-    cpu=_lora_on_cpu,
+    cpu=_run_on_cpu,
     reference=reference.grouped_lora,
     fake=_fake_in_place,
 )

@@ -64,10 +64,10 @@ _chosen = "auto"
 def use_backend(name: str) -> _Choice:
     """Chooses the backend of every op in this process, from now on or for a with-statement.
 
-    ``auto`` (the start, unless ``HMI_BACKEND`` says otherwise) takes ``cpu`` for CPU tensors if it is compiled, else
-    ``reference``. Raises ValueError on an unknown name and on a backend that cannot be used here.
+    ``auto`` (the start, unless ``HMI_BACKEND`` says otherwise) takes ``cpu`` for CPU tensors if it is
+    compiled, else ``reference``. Raises ValueError on an unknown name and on a backend that cannot be used here.
     """
-    global _chosen  # noqa: PLW0603 - one choice for the process is what this function is for
+    global _chosen
     if name not in ("auto", *BACKEND_NAMES):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKEND_NAMES)}, not {name!r}")
     if name != "auto" and (reason := backends()[name].reason):

@@ -1,68 +1,75 @@
 """Checks of what a tensor is (type, shape, layout), which every op makes before an address is passed on.
 
-What a tensor holds is checked by the kernels themselves, which read it anyway.
+What a tensor holds is checked by the kernels themselves, which read it anyway. All tensors of a call are on
+one device: torch's dispatcher and ``library`` see to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-Dtypes = torch.dtype | tuple[torch.dtype, ...]
-Shape = tuple[int | None, ...]
 FLOATS = (torch.float32, torch.float16)
 
 
+def require_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int | None = None) -> None:
+    """Raises TypeError on another dtype, ValueError unless this is a contiguous vector (of that size)."""
+    # Once per argument of every call: the reasons are looked for only if there is one.
+    if tensor.dtype is not dtype or tensor.dim() != 1 or not tensor.is_contiguous():
+        _refuse(name, tensor, (dtype,), (size,))
+    if size is not None and tensor.shape[0] != size:
+        _refuse(name, tensor, (dtype,), (size,))
+
+
 def require_tensor(
-    name: str, tensor: Tensor, dtype: Dtypes, shape: Shape, *, strided_rows: bool = False
+    name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> None:
-    """Raises TypeError on another dtype, ValueError on another shape (None: any size) or a layout that is not dense.
+    """Raises TypeError on another dtype, ValueError on another shape (None: any size) or gaps in memory."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes or not tensor.is_contiguous() or not _has_shape(tensor, shape):
+        _refuse(name, tensor, dtypes, shape)
 
-    With ``strided_rows`` rows may lie apart, as in a column slice of a wider matrix; each row must be dense.
+
+def require_rows(name: str, matrix: Tensor, shape: tuple[int | None, int | None]) -> None:
+    """Raises TypeError or ValueError unless this is a float32 matrix of that shape whose rows are dense.
+
+    The rows themselves may lie apart, as in a column slice of a wider matrix.
     """
-    expected = dtype if isinstance(dtype, tuple) else (dtype,)
-    if tensor.dtype not in expected:
-        raise TypeError(f"{name} must be {' or '.join(map(str, expected))}, not {tensor.dtype}")
+    if matrix.dtype is not torch.float32 or not _has_shape(matrix, shape):
+        _refuse(name, matrix, (torch.float32,), shape)
+    (num_rows, num_columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
+    if (column_stride != 1 and num_columns > 1) or (row_stride < num_columns and num_rows > 1):
+        raise ValueError(
+            f"{name} must have dense rows (strides [at least {num_columns}, 1]), not {list(matrix.stride())}"
+        )
+
+
+def _has_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     actual = tensor.shape
-    if len(actual) != len(shape) or any(
-        want is not None and have != want for have, want in zip(actual, shape, strict=True)
-    ):
+    return len(actual) == len(shape) and all(
+        want is None or have == want for have, want in zip(actual, shape, strict=True)
+    )
+
+
+def _refuse(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]
+) -> NoReturn:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
+    if not _has_shape(tensor, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have the shape [{wanted}], not {list(actual)}")
-    if strided_rows:
-        if not has_dense_rows(tensor):
-            raise ValueError(
-                f"{name} must have dense rows (strides [>= {actual[1]}, 1]), not {tensor.stride()}"
-            )
-    elif not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous: call .contiguous() on it")
-
-
-def has_dense_rows(matrix: Tensor) -> bool:
-    """Whether the rows of a matrix do not overlap and hold their elements next to each other."""
-    num_rows, num_columns = matrix.shape
-    row_stride, column_stride = matrix.stride()
-    return (column_stride == 1 or num_columns <= 1) and (row_stride >= num_columns or num_rows <= 1)
+        raise ValueError(f"{name} must have the shape [{wanted}], not {list(tensor.shape)}")
+    raise ValueError(f"{name} must be contiguous: call .contiguous() on it")
 
 
 def require_packed(input_ids: Tensor, sequence_offsets: Tensor) -> None:
-    """Raises unless these are token ids of sequences laid end to end: int32 [tokens], int64 [sequences + 1]."""
-    require_tensor("input_ids", input_ids, torch.int32, (None,))
-    require_tensor("sequence_offsets", sequence_offsets, torch.int64, (None,))
+    """Raises unless these are the ids of sequences laid end to end: int32 [tokens], int64 [sequences + 1]."""
+    require_vector("input_ids", input_ids, torch.int32)
+    require_vector("sequence_offsets", sequence_offsets, torch.int64)
     if sequence_offsets.shape[0] == 0:
         raise ValueError("sequence_offsets must hold at least the offset 0, not be empty")
-
-
-def require_one_device(**tensors: Tensor | Sequence[Tensor]) -> None:
-    """Raises ValueError unless all tensors lie on the device of the first."""
-    device: torch.device | None = None
-    for name, value in tensors.items():
-        for tensor in (value,) if isinstance(value, Tensor) else value:
-            device = device or tensor.device
-            if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}, but the tensors before it are on {device}")
 
 
 def require_window(window: int) -> None:

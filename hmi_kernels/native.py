@@ -21,11 +21,11 @@ class _MissingModule:
 
 
 if TYPE_CHECKING:
-    from hmi_kernels import _C as native
+    from hmi_kernels import _C as native  # noqa: N811 - its own name says nothing where it is used
 else:
     # torch is imported above: its OpenMP threads are the team that the kernels join.
     try:
-        from hmi_kernels import _C as native
+        from hmi_kernels import _C as native  # noqa: N811
     except ImportError as error:
         native = _MissingModule()
         native_reason = (
@@ -39,9 +39,9 @@ else:
 def build_info() -> dict[str, Any]:
     """What was compiled and what of it is in use, for bug reports and ``hmi doctor``.
 
-    Keys: ``compiled`` (bool), ``reason`` (why not), ``machine``, ``torch``, ``num_threads`` (int); and if compiled
-    ``compiler``, ``cuda_compiled`` (bool), ``simd_compiled`` and ``simd_available`` (lists of names), ``simd_active``
-    and ``threads_mode`` (``pool`` or ``openmp``).
+    Keys: ``compiled`` (bool), ``reason`` (why not), ``machine``, ``torch``, ``num_threads`` (int); and if
+    compiled ``compiler``, ``cuda_compiled`` (bool), ``simd_compiled`` and ``simd_available`` (lists of names),
+    ``simd_active`` and ``threads_mode`` (``pool`` or ``openmp``).
     """
     info: dict[str, Any] = {
         "compiled": not native_reason,

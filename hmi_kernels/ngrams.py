@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hmi_kernels import reference
-from hmi_kernels.checks import require_one_device, require_order, require_packed, require_tensor
+from hmi_kernels.checks import require_order, require_packed, require_tensor, require_vector
 from hmi_kernels.library import define
 from hmi_kernels.native import native, native_reason
+from hmi_kernels.reference import BITS_PER_SLOT, MAX_TOKEN_ID
 
-__all__ = ["BITS_PER_SLOT", "MAX_TOKEN_ID", "NgramCounter", "count_ngrams", "ngram_keys", "ngram_tokens"]
+__all__ = ["NgramCounter", "count_ngrams", "ngram_keys", "ngram_tokens"]
 
-BITS_PER_SLOT = 21
-MAX_TOKEN_ID = (1 << BITS_PER_SLOT) - 2
 _MAX_SLOTS = 3
 
 
@@ -57,7 +56,7 @@ def ngram_tokens(keys: Tensor) -> Tensor:
 
     Returns: int32 [n, 3], -1 for an absent place.
     """
-    require_tensor("keys", keys, torch.int64, (None,))
+    require_vector("keys", keys, torch.int64)
     mask = (1 << BITS_PER_SLOT) - 1
     fields = [keys >> (2 * BITS_PER_SLOT), keys >> BITS_PER_SLOT & mask, keys & mask]
     return (torch.stack(fields, dim=1) - 1).int()
@@ -74,26 +73,32 @@ def count_ngrams(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> 
         order: 1, 2 or 3 tokens, in slots 0..order-1 of the key.
 
     Returns: keys int64 [n], ascending and distinct; counts int64 [n].
-    Raises TypeError or ValueError on arguments of another kind, ValueError on ids outside 0..``MAX_TOKEN_ID``.
+    Raises TypeError or ValueError on arguments of another kind, ValueError on ids outside
+    0..``MAX_TOKEN_ID``.
     """
     return cast(tuple[Tensor, Tensor], _count_ngrams(input_ids, sequence_offsets, order=order))
 
 
-def _check_count(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> None:
-    require_packed(input_ids, sequence_offsets)
-    require_one_device(input_ids=input_ids, sequence_offsets=sequence_offsets)
-    require_order(order)
+class _CountArguments(NamedTuple):
+    input_ids: Tensor
+    sequence_offsets: Tensor
+    order: int
 
 
-def _count_on_cpu(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> tuple[Tensor, Tensor]:
-    counter = native.NgramCounter(order)
-    _add_to_native(counter, input_ids, sequence_offsets)
+def _check_count(arguments: _CountArguments) -> None:
+    require_order(arguments.order)
+    require_packed(arguments.input_ids, arguments.sequence_offsets)
+
+
+def _count_on_cpu(arguments: _CountArguments) -> tuple[Tensor, Tensor]:
+    counter = native.NgramCounter(arguments.order)
+    _add_to_native(counter, arguments.input_ids, arguments.sequence_offsets)
     return _native_items(counter, 1)
 
 
-def _fake_count(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> tuple[Tensor, Tensor]:
+def _fake_count(arguments: _CountArguments) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size()
-    keys = input_ids.new_empty(size, dtype=torch.int64)
+    keys = arguments.input_ids.new_empty(size, dtype=torch.int64)
     return keys, torch.empty_like(keys)
 
 
@@ -117,6 +122,7 @@ def _native_items(counter: native.NgramCounter, min_count: int) -> tuple[Tensor,
 
 _count_ngrams = define(
     "count_ngrams(Tensor input_ids, Tensor sequence_offsets, *, int order) -> (Tensor, Tensor)",
+    arguments=_CountArguments,
     check=_check_count,
     cpu=_count_on_cpu,
     reference=reference.count_ngrams,
@@ -124,8 +130,43 @@ _count_ngrams = define(
 )
 
 
+class _TorchCounter:
+    """The counter where the compiled one is missing: adds up the counts of batches."""
+
+    def __init__(self, order: int) -> None:
+        self._order = order
+        self._keys = torch.empty(0, dtype=torch.int64)
+        self._counts = torch.empty(0, dtype=torch.int64)
+
+    def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
+        """Counts a batch."""
+        keys, counts = reference.count_ngrams(input_ids, sequence_offsets, order=self._order)
+        self._keys, places = torch.unique(torch.cat([self._keys, keys]), return_inverse=True)
+        all_counts = torch.cat([self._counts, counts])
+        self._counts = torch.zeros_like(self._keys).index_add_(0, places, all_counts)
+
+    def __len__(self) -> int:
+        """How many distinct n-grams were seen."""
+        return self._keys.shape[0]
+
+    @property
+    def total(self) -> int:
+        """How many n-grams were seen."""
+        return int(self._counts.sum())
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory that the counts take."""
+        return 2 * self._keys.nbytes
+
+    def items(self, min_count: int) -> tuple[Tensor, Tensor]:
+        """Keys and counts of those seen at least so often."""
+        wanted = self._counts >= min_count
+        return self._keys[wanted], self._counts[wanted]
+
+
 class NgramCounter:
-    """Counts n-grams over any number of batches, in memory that grows with the distinct n-grams (about 32 to 64 bytes each).
+    """Counts n-grams over any number of batches; 32 to 64 bytes of memory for each distinct one.
 
     Not to be changed from two threads at once.
     """
@@ -134,12 +175,12 @@ class NgramCounter:
         """``order``: 1, 2 or 3 tokens. Raises ValueError on another."""
         require_order(order)
         self.order = order
-        self._counter = reference.ReferenceCounter(order) if native_reason else native.NgramCounter(order)
+        self._counter = _TorchCounter(order) if native_reason else native.NgramCounter(order)
 
     def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
-        """Counts a batch of CPU tensors, described as for :func:`count_ngrams`; on an error nothing of it is counted."""
-        _check_count(input_ids, sequence_offsets, order=self.order)
-        if isinstance(self._counter, reference.ReferenceCounter):
+        """Counts a batch of CPU tensors, as :func:`count_ngrams` takes it; on an error nothing of it."""
+        require_packed(input_ids, sequence_offsets)
+        if isinstance(self._counter, _TorchCounter):
             self._counter.add(input_ids, sequence_offsets)
         else:
             _add_to_native(self._counter, input_ids, sequence_offsets)
@@ -160,6 +201,6 @@ class NgramCounter:
 
     def items(self, min_count: int = 1) -> tuple[Tensor, Tensor]:
         """Those seen at least ``min_count`` times: keys int64 [n], ascending, and counts int64 [n]."""
-        if isinstance(self._counter, reference.ReferenceCounter):
+        if isinstance(self._counter, _TorchCounter):
             return self._counter.items(min_count)
         return _native_items(self._counter, min_count)

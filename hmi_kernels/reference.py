@@ -1,11 +1,13 @@
-"""The ops in plain torch: what they mean, the backend of last resort, and what the fast backends are tested against.
+"""The ops in plain torch: what they mean, the backend of last resort, and what the fast ones are tested against.
 
-Each takes the arguments of the op of its name, described there, after the op's own checks of dtypes and shapes; here
-the values are checked. Sums are made in float32. ``plot_merge`` and the grouped adapters can be differentiated with
-respect to tables, hidden states and arena.
+Each takes the arguments of the op of its name, described there, after the op's own checks of dtypes and shapes;
+here the values are checked. Sums are made in float32. ``plot_merge`` and the grouped adapters can be
+differentiated with respect to tables, hidden states and arena.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,9 +15,10 @@ from torch.nn import functional
 
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "tanh")
 
-_BITS_PER_SLOT = 21
-_MAX_TOKEN_ID = (1 << _BITS_PER_SLOT) - 2
-_ROW_BITS = 40
+BITS_PER_SLOT = 21
+MAX_TOKEN_ID = (1 << BITS_PER_SLOT) - 2
+ROW_BITS = 40
+"""A row reference is ``table << ROW_BITS | row``; -1 says that the n-gram is in no table."""
 _WORD = (1 << 64) - 1
 
 
@@ -29,41 +32,6 @@ def count_ngrams(input_ids: Tensor, sequence_offsets: Tensor, *, order: int) -> 
     slots = [input_ids[starts + i] if i < order else torch.full_like(starts, -1) for i in range(3)]
     keys, counts = torch.unique(_keys(*slots), return_counts=True)
     return keys, counts
-
-
-class ReferenceCounter:
-    """Adds up the counts of batches."""
-
-    def __init__(self, order: int) -> None:
-        self._order = order
-        self._keys = torch.empty(0, dtype=torch.int64)
-        self._counts = torch.empty(0, dtype=torch.int64)
-
-    def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
-        """Counts a batch."""
-        keys, counts = count_ngrams(input_ids, sequence_offsets, order=self._order)
-        self._keys, places = torch.unique(torch.cat([self._keys, keys]), return_inverse=True)
-        all_counts = torch.cat([self._counts, counts])
-        self._counts = torch.zeros_like(self._keys).index_add_(0, places, all_counts)
-
-    def __len__(self) -> int:
-        """How many distinct n-grams were seen."""
-        return self._keys.shape[0]
-
-    @property
-    def total(self) -> int:
-        """How many n-grams were seen."""
-        return int(self._counts.sum())
-
-    @property
-    def memory_bytes(self) -> int:
-        """The memory that the counts take."""
-        return 2 * self._keys.nbytes
-
-    def items(self, min_count: int) -> tuple[Tensor, Tensor]:
-        """Keys and counts of those seen at least so often."""
-        wanted = self._counts >= min_count
-        return self._keys[wanted], self._counts[wanted]
 
 
 def mix_key(key: int) -> int:
@@ -155,7 +123,7 @@ def _search(indexes: list[Tensor], token_chains: Tensor, keys: Tensor) -> Tensor
         is_open = is_open & (tables >= 0)
         for table, row in enumerate(rows):
             wanted = is_open & (tables == table) & (references < 0) & (row >= 0)
-            references = torch.where(wanted, table << _ROW_BITS | row, references)
+            references = torch.where(wanted, table << ROW_BITS | row, references)
     return references
 
 
@@ -185,37 +153,54 @@ def plot_merge(
         raise ValueError(f"sequence_unigram_tables must hold 0..{len(unigram_tables) - 1}")
     has_left = (position > 0).unsqueeze(1)
     has_right = (torch.arange(input_ids.shape[0], device=input_ids.device) < last).unsqueeze(1)
-    tables = sequence_unigram_tables[_sequence_of_tokens(sequence_offsets)]
-    if window == 2:
-        found_left = has_left & (references.roll(1, 0) >= 0)
-        found_right = has_right & (references >= 0)
-        unigrams = _unigram_rows(unigram_tables, tables, input_ids, (found_left == found_right).squeeze(1))
-        left = _gather(row_tables, torch.where(found_left, references.roll(1, 0), -1), 1)
-        right = _gather(row_tables, torch.where(found_right, references, -1), 0)
-        # Without the unigram's row where one neighbor alone says what the token is: U + (R - U).
-        both, none = found_left & found_right, ~(found_left | found_right)
-        merged = left + right + torch.where(none, unigrams, 0) - torch.where(both, unigrams, 0)
-    else:
-        whole, before, after = references.split(1, dim=1)
-        is_whole, found_left, found_right = whole >= 0, before >= 0, after >= 0
-        needs_unigram = ~is_whole & (found_left == found_right)
-        unigrams = _unigram_rows(unigram_tables, tables, input_ids, needs_unigram.squeeze(1))
-        composed = _gather(row_tables, before, 1) + _gather(row_tables, after, 1)
-        composed = composed + torch.where(found_left | found_right, 0, unigrams)
-        composed = composed - torch.where(found_left & found_right, unigrams, 0)
-        center = torch.where(is_whole, _gather(row_tables, whole, 1), composed)
-        from_left = torch.where(whole >= 0, whole, after).roll(1, 0)
-        from_right = torch.where(whole >= 0, whole, before).roll(-1, 0)
-        merged = center + _gather(row_tables, torch.where(has_left, from_left, -1), 2)
-        merged = merged + _gather(row_tables, torch.where(has_right, from_right, -1), 0)
-    summed = merged + position_embeddings[position]
+    table_of_token = sequence_unigram_tables[_sequence_of_tokens(sequence_offsets)]
+
+    def unigrams(needed: Tensor) -> Tensor:
+        return _unigram_rows(unigram_tables, table_of_token, input_ids, needed.squeeze(1))
+
+    merge = _merge_bigrams if window == 2 else _merge_trigrams
+    summed = merge(references, row_tables, unigrams, has_left, has_right) + position_embeddings[position]
     return functional.layer_norm(summed, summed.shape[1:], layer_norm_weight, layer_norm_bias, layer_norm_eps)
+
+
+UnigramRows = Callable[[Tensor], Tensor]
+"""The unigram rows of the tokens where a mask bool [tokens, 1] is true, zero elsewhere."""
+
+
+def _merge_bigrams(
+    references: Tensor, row_tables: list[Tensor], unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
+) -> Tensor:
+    left = torch.where(has_left, references.roll(1, 0), -1)
+    right = torch.where(has_right, references, -1)
+    rows = _gather(row_tables, left, 1) + _gather(row_tables, right, 0)
+    # U + (left - U) + (right - U), a bracket being zero without its row: U counts once, not at all, or minus once.
+    return rows + _unigrams_left_over(left >= 0, right >= 0, unigrams)
+
+
+def _merge_trigrams(
+    references: Tensor, row_tables: list[Tensor], unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
+) -> Tensor:
+    whole, before, after = references.split(1, dim=1)
+    is_whole = whole >= 0
+    before, after = torch.where(is_whole, -1, before), torch.where(is_whole, -1, after)
+    composed = _gather(row_tables, before, 1) + _gather(row_tables, after, 1)
+    left_over = _unigrams_left_over((before >= 0) | is_whole, after >= 0, unigrams)
+    center = _gather(row_tables, whole, 1) + composed + left_over
+    from_left = torch.where(has_left, torch.where(is_whole, whole, after).roll(1, 0), -1)
+    from_right = torch.where(has_right, torch.where(is_whole, whole, before).roll(-1, 0), -1)
+    return center + _gather(row_tables, from_left, 2) + _gather(row_tables, from_right, 0)
+
+
+def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: UnigramRows) -> Tensor:
+    """U where both rows are missing, -U where both are there, zero where one is."""
+    rows = unigrams(has_first == has_second)
+    return torch.where(has_first, -rows, rows)
 
 
 def _gather(row_tables: list[Tensor], references: Tensor, slot: int) -> Tensor:
     """float32 [tokens, hidden]: one slot of the referenced rows, zero where the reference is -1."""
     flat = references.squeeze(1)
-    table_of, row_of = flat >> _ROW_BITS, flat & ((1 << _ROW_BITS) - 1)
+    table_of, row_of = flat >> ROW_BITS, flat & ((1 << ROW_BITS) - 1)
     hidden_size = row_tables[0].shape[2] if row_tables else 1
     rows = torch.zeros(flat.shape[0], hidden_size, device=flat.device)
     if bool(((flat >= 0) & (table_of >= len(row_tables))).any()) or bool((flat < -1).any()):
@@ -260,7 +245,7 @@ def grouped_bottleneck(
     hidden_size = output.shape[1]
     segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
     blocks = []
-    for tokens, slot, offset, rank in segments:
+    for _, slot, offset, rank in segments:
         sizes = [hidden_size * rank, rank, rank * hidden_size, hidden_size]
         blocks.append(_split_block(arena, slot, offset, sizes))
         if not 0 <= int(slot_activations[slot]) < len(ACTIVATIONS):
@@ -319,7 +304,7 @@ def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tup
             f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements does not fit into the arena "
             f"of {arena.shape[0]}"
         )
-    return arena[offset : offset + sum(sizes)].split(sizes)
+    return torch.split(arena[offset : offset + sum(sizes)], sizes)
 
 
 def _activate(name: str, values: Tensor) -> Tensor:
@@ -333,7 +318,7 @@ def _activate(name: str, values: Tensor) -> Tensor:
 
 def _keys(slot0: Tensor, slot1: Tensor, slot2: Tensor) -> Tensor:
     fields = [slot.long() + 1 for slot in (slot0, slot1, slot2)]
-    return fields[0] << (2 * _BITS_PER_SLOT) | fields[1] << _BITS_PER_SLOT | fields[2]
+    return fields[0] << (2 * BITS_PER_SLOT) | fields[1] << BITS_PER_SLOT | fields[2]
 
 
 def _sequence_of_tokens(sequence_offsets: Tensor) -> Tensor:
@@ -355,5 +340,5 @@ def _require_sequences(input_ids: Tensor, sequence_offsets: Tensor) -> None:
 
 
 def _require_token_ids(input_ids: Tensor) -> None:
-    if bool(((input_ids < 0) | (input_ids > _MAX_TOKEN_ID)).any()):
-        raise ValueError(f"input_ids must lie in 0..{_MAX_TOKEN_ID}")
+    if bool(((input_ids < 0) | (input_ids > MAX_TOKEN_ID)).any()):
+        raise ValueError(f"input_ids must lie in 0..{MAX_TOKEN_ID}")

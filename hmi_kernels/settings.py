@@ -1,7 +1,7 @@
 """The environment variables that hmi_kernels reads; this is the only place that reads them.
 
 - ``HMI_BACKEND``: ``auto`` (default), ``cuda``, ``triton``, ``cpu`` or ``reference``.
-- ``HMI_SIMD``: ``auto`` (default), ``portable``, ``avx2`` or ``avx512``: the highest level the CPU kernels may use.
+- ``HMI_SIMD``: ``auto`` (default), ``portable``, ``avx2`` or ``avx512``: the level of the CPU kernels.
 - ``HMI_THREADS``: ``auto`` (default), ``pool`` or ``openmp``: whose threads the CPU kernels run on.
 """
 
