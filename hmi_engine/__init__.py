@@ -11,6 +11,7 @@ from hmi_engine.construct.training import TrainedTenant, TrainingReport, Trainin
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, random_adapter
+from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.corpus import Example, stream_examples
 from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
 from hmi_engine.request import Request, Response, Tag, Timing, Usage
@@ -28,6 +29,7 @@ __all__ = [
     "Example",
     "HmiError",
     "LoraBlock",
+    "NewTenant",
     "Request",
     "Response",
     "Site",

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -28,18 +27,24 @@ from hmi_engine.errors import (
 )
 from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
 from hmi_engine.knowledge.adapters import Adapter
-from hmi_engine.knowledge.atomic import remove_quietly
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
+from hmi_engine.knowledge.changes import (
+    NewTenant,
+    remove_domain,
+    remove_tenant,
+    save_domain,
+    save_tenants,
+)
 from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_texts
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
-from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
+from hmi_engine.knowledge.plot_table import PlotTable, open_plot
 from hmi_engine.knowledge.records import DomainInfo, TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
-from hmi_engine.knowledge.tenant_file import load_tenant, write_tenant
+from hmi_engine.knowledge.tenant_file import load_tenant
 from hmi_engine.knowledge.tensor_file import file_sha256
 from hmi_engine.knowledge.verification import Problem, repair, verify
 from hmi_engine.memory.plots import PlotLibrary
@@ -98,7 +103,7 @@ class Store(AbstractContextManager["Store"]):
             with cls(Catalog.create(partial, info)) as store:
                 if info.plot_layers:
                     table = build_unigram_plot(store.model, info, progress=progress)
-                    store._write_plot(store.domains[ROOT_DOMAIN], table, card={})
+                    save_domain(store.catalog, ROOT_DOMAIN, table)
             partial.root.rename(path)
         except BaseException:
             shutil.rmtree(partial.root, ignore_errors=True)
@@ -184,31 +189,13 @@ class Store(AbstractContextManager["Store"]):
             inherited=inherited,
             progress=progress,
         )
-        (domain_id,) = self.catalog.reserve()
-        info = DomainInfo(
-            id=domain_id,
-            name=name,
-            parent_id=above[0].id,
-            parent=above[0].name,
-            generation=0,
-            file=None,
-            bytes=0,
-            sha256="",
-            rows=0,
-            unigrams=False,
-            layer_identity=above[0].layer_identity,
-            corpus_tokens=0,
-            min_count=min_count,
-            admission_count=0,
-            created=datetime.now(timezone.utc),
-        )
         card = {
             "texts": counts.num_texts,
             "hit_mass": selection.hit_mass,
             "inherited_mass": selection.inherited_mass,
             "plot_bytes": budget,
         }
-        self._write_plot(info, table, card=card)
+        save_domain(self.catalog, name, table, parent=above[0].name, card=card)
         return report
 
     def remove_domain(self, name: str) -> None:
@@ -217,9 +204,7 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UnknownDomainError, DomainInUseError, ReadOnlyStoreError.
         """
-        info = self.catalog.remove_domain(name)
-        if info.file:
-            remove_quietly(self.layout.resolve(info.file))
+        remove_domain(self.catalog, name)
 
     def add_tenant(
         self,
@@ -246,34 +231,17 @@ class Store(AbstractContextManager["Store"]):
             InvalidAdapterError, InvalidHeadError: shapes, types or values (NaN, infinity) that do not fit.
             StoreFullError: no room; the store is as it was.
         """
-        return self.add_tenants([(name, domain, adapter, head, card or {})], replace=replace)[0]
+        new = NewTenant(name, domain, adapter, head, card or {})
+        return self.add_tenants([new], replace=replace)[0]
 
-    def add_tenants(
-        self,
-        tenants: Iterable[tuple[str, str, Adapter, Head, dict[str, Any]]],
-        *,
-        replace: bool = False,
-    ) -> list[TenantInfo]:
-        """Adds many tenants (name, domain, adapter, head, card) in one transaction: all or none.
+    def add_tenants(self, tenants: Sequence[NewTenant], *, replace: bool = False) -> list[TenantInfo]:
+        """Adds many tenants in one transaction: all or none.
 
         Raises:
             As :meth:`add_tenant`.
         """
         self._check_writable()
-        infos: list[TenantInfo] = []
-        try:
-            for name, domain, adapter, head, card in tenants:
-                infos.append(self._write_tenant(name, domain, adapter, head, card, replace=replace))
-            if len(infos) > 1:
-                os.sync()
-            replaced = self.catalog.add_tenants(infos, replace=replace)
-        except BaseException:
-            for info in infos:
-                remove_quietly(self.layout.resolve(info.file))
-            raise
-        for old in replaced:
-            remove_quietly(self.layout.resolve(old.file))
-        return infos
+        return save_tenants(self.catalog, tenants, replace=replace)
 
     def remove_tenant(self, name: str) -> None:
         """Removes a tenant; engines that hold it finish what runs.
@@ -281,7 +249,7 @@ class Store(AbstractContextManager["Store"]):
         Raises:
             UnknownTenantError, ReadOnlyStoreError.
         """
-        remove_quietly(self.layout.resolve(self.catalog.remove_tenant(name).file))
+        remove_tenant(self.catalog, name)
 
     def load_tenant(self, name: str) -> tuple[Adapter, Head]:
         """A tenant's adapter and head, as tensors of their own.
@@ -410,67 +378,6 @@ class Store(AbstractContextManager["Store"]):
 
     def _open_plot(self, domain: DomainInfo) -> PlotTable:
         return open_plot(self.layout.resolve(domain.file or ""), self.general)
-
-    def _write_plot(self, domain: DomainInfo, table: PlotTable, *, card: dict[str, Any]) -> None:
-        """Writes the next generation of a domain's table and puts it into the catalog."""
-        self._check_writable()
-        (generation,) = self.catalog.reserve()
-        file = self.layout.plot_file(domain.id, generation)
-        path = self.layout.resolve(file)
-        try:
-            digest = write_plot(path, table)
-            info = domain.model_copy(
-                update={
-                    "generation": generation,
-                    "file": file,
-                    "bytes": path.stat().st_size,
-                    "sha256": digest,
-                    "rows": len(table.rows),
-                    "unigrams": table.unigrams is not None,
-                    "corpus_tokens": table.metadata.corpus_tokens,
-                    "admission_count": table.metadata.admission_count,
-                    "card": card,
-                }
-            )
-            if domain.name in self.domains:
-                self.catalog.replace_domain(info)
-            else:
-                self.catalog.add_domain(info)
-        except BaseException:
-            remove_quietly(path)
-            raise
-        if domain.file:
-            remove_quietly(self.layout.resolve(domain.file))
-
-    def _write_tenant(
-        self, name: str, domain: str, adapter: Adapter, head: Head, card: dict[str, Any], *, replace: bool
-    ) -> TenantInfo:
-        check_name(name)
-        if not replace and name in self.tenants:
-            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
-        node = self.domains[domain]
-        adapter.validate(self.general)
-        head.validate(self.general)
-        (number,) = self.catalog.reserve()
-        file = self.layout.tenant_file(number, number)
-        path = self.layout.resolve(file)
-        digest = write_tenant(path, adapter, head)
-        return TenantInfo(
-            id=number,
-            name=name,
-            domain_id=node.id,
-            domain=node.name,
-            kind=adapter.kind,
-            rank=adapter.rank,
-            bytes=path.stat().st_size,
-            sha256=digest,
-            generation=number,
-            file=file,
-            head_kind=head.kind,
-            labels=tuple(head.labels),
-            card=card,
-            created=datetime.now(timezone.utc),
-        )
 
 
 def _import_general(

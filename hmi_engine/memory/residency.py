@@ -124,8 +124,15 @@ class AdapterResidency:
             self._entries.move_to_end(digest)
             self.statistics.hits += 1
             return entry
-        entry = _Entry(self._load(info))
-        self._entries[digest] = entry
+        try:
+            tenant = self._load(info)
+        except StoreCorruptError:
+            # Replaced since its record was read: the old file is gone, the new one is what to serve.
+            current = self._catalog.tenants.get(info.name)
+            if current is None or current.generation == info.generation:
+                raise
+            return self._resident(current)
+        entry = self._entries[digest] = _Entry(tenant)
         return entry
 
     def _load(self, info: TenantInfo) -> ResidentTenant:

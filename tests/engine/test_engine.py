@@ -316,3 +316,14 @@ def test_inference_leaves_no_gradients(store, make_head):
     with torch.enable_grad():
         (response,) = engine.run([hmi.Request("t0", text="the cell")])
     assert response.error is None and torch.is_grad_enabled()
+
+
+def test_tenant_replaced_between_admission_and_loading(store, make_head):
+    fill(store, make_head, 1)
+    engine = hmi.Engine(store)
+    stale = store.tenants["t0"]
+    head = make_head(store.general, labels=("a", "b"))
+    store.add_tenant("t0", domain="words", adapter=hmi.Adapter({}), head=head, replace=True)
+    with engine._residency.pinned([stale]) as (tenant,):
+        assert tenant.info.generation == store.tenants["t0"].generation
+        assert tenant.head.labels == ("a", "b")
