@@ -68,7 +68,7 @@ class _TrainableLora(nn.Module):
         self.b = nn.Parameter(torch.zeros(rank, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * ((x @ self.a) @ self.b)
+        return (self.scale * (x @ self.a)) @ self.b
 
     def to_block(self) -> LoraBlock:
         return LoraBlock(self.a.detach().clone(), self.b.detach().clone(), self.scale)

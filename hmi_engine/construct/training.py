@@ -61,8 +61,8 @@ def train_classifier(
 ) -> TrainedTenant:
     """Trains an adapter and a head for one domain, under the miss policy that will serve it.
 
-    Hidden states below the lowest trained layer are computed once and kept in memory: 4 H bytes for each
-    token. Texts that the domain's corpus holds are looked up as if their own fold were not in it
+    Hidden states below the lowest trained parameter are computed once and kept in memory: 4 H or 8 H bytes
+    for each token. Texts that the domain's corpus holds are looked up as if their own fold were not in it
     (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the best epoch
     on the validation split is kept. The same seed and number of threads give the same tenant, bit for bit.
 
@@ -87,44 +87,28 @@ def train_classifier(
     if plots is None and general.plot_layers:
         raise ValueError(f"plots is None, but layers 0 to {general.plot_layers - 1} are looked up")
     started = time.perf_counter()
-    data = encode_examples(examples, encoder, settings.max_tokens)
-    test_data = None
-    if test_examples:
-        test_data = encode_examples(test_examples, encoder, settings.max_tokens, data.labels)
+    session = _Session(general, model, encoder, plots, domain, settings, progress)
+    data = session.encode(examples)
+    test_data = session.encode(test_examples, data.labels) if test_examples else None
     generator = torch.Generator().manual_seed(settings.seed)
     split = stratified_split(data, settings.validation_fraction, generator)
-    adapter = _adapter(general, settings, generator)
-    classifier = TrainableClassifier(model, adapter, len(data.labels), settings.pooling, generator)
-
-    def cache(texts: LabelledTexts) -> HiddenStateCache:
-        states = cache_hidden_states(
-            model,
-            plots,
-            domain,
-            texts,
-            first_layer=adapter.first_layer,
-            window=general.window,
-            miss=settings.miss,
-            folds=settings.folds,
-            progress=progress,
-        )
-        return states.advanced(classifier.layers)
-
-    def score(states: HiddenStateCache, texts: LabelledTexts, numbers: Sequence[int]) -> Metrics:
-        predictions = classifier.predict(states, numbers).argmax(dim=1).tolist()
-        return evaluate([texts.targets[number] for number in numbers], predictions, data.majority)
-
-    states = cache(data)
+    classifier = session.new_classifier(len(data.labels), generator)
+    states = session.cache(data, classifier)
     task = TrainingTask(states, torch.tensor(data.targets), split)
     result = fit(task, classifier, settings, generator, progress)
+    trained = classifier.adapter.to_adapter(), classifier.to_head(data.labels)
+    for part in trained:
+        part.validate(general)
     test, test_rates = None, None
     if test_data is not None:
-        test_states = cache(test_data)
-        test, test_rates = score(test_states, test_data, range(len(test_data.texts))), test_states.rates
+        test_states = session.cache(test_data, classifier)
+        everything = range(len(test_data.texts))
+        test = _score(classifier, test_states, test_data, everything, data.majority)
+        test_rates = test_states.rates
     report = TrainingReport(
         labels=data.labels,
         num_training=len(split.training),
-        validation=score(states, data, split.validation),
+        validation=_score(classifier, states, data, split.validation, data.majority),
         test=test,
         history=result.history,
         best_epoch=result.best_epoch,
@@ -135,22 +119,59 @@ def train_classifier(
         data_sha256=data.sha256(),
         settings=settings,
     )
-    trained = TrainedTenant(adapter.to_adapter(), classifier.to_head(data.labels), report)
-    trained.adapter.validate(general)
-    trained.head.validate(general)
-    return trained
+    return TrainedTenant(*trained, report)
 
 
-def _adapter(
-    general: GeneralInfo, settings: TrainingSettings, generator: torch.Generator
-) -> TrainableAdapter:
-    return TrainableAdapter(
-        general,
-        kind=settings.kind,
-        rank=settings.rank,
-        layers=general.upper_layers if settings.layers is None else settings.layers,
-        sites=settings.sites,
-        activation=settings.activation,
-        lora_scale=settings.lora_scale,
-        generator=generator,
-    )
+@dataclass(frozen=True)
+class _Session:
+    """What stays the same in one call of :func:`train_classifier`."""
+
+    general: GeneralInfo
+    model: HierarchicalBert
+    encoder: TextEncoder
+    plots: PlotLibrary | None
+    domain: str
+    settings: TrainingSettings
+    progress: TrainingProgress | None
+
+    def encode(self, examples: Sequence[Example], labels: tuple[str, ...] | None = None) -> LabelledTexts:
+        return encode_examples(examples, self.encoder, self.settings.max_tokens, labels)
+
+    def new_classifier(self, num_labels: int, generator: torch.Generator) -> TrainableClassifier:
+        settings = self.settings
+        adapter = TrainableAdapter(
+            self.general,
+            kind=settings.kind,
+            rank=settings.rank,
+            layers=self.general.upper_layers if settings.layers is None else settings.layers,
+            sites=settings.sites,
+            activation=settings.activation,
+            lora_scale=settings.lora_scale,
+            generator=generator,
+        )
+        return TrainableClassifier(self.model, adapter, num_labels, settings.pooling, generator)
+
+    def cache(self, data: LabelledTexts, classifier: TrainableClassifier) -> HiddenStateCache:
+        states = cache_hidden_states(
+            self.model,
+            self.plots,
+            self.domain,
+            data,
+            first_layer=classifier.adapter.first_layer,
+            window=self.general.window,
+            miss=self.settings.miss,
+            folds=self.settings.folds,
+            progress=self.progress,
+        )
+        return states.advanced(classifier.layers)
+
+
+def _score(
+    classifier: TrainableClassifier,
+    states: HiddenStateCache,
+    data: LabelledTexts,
+    numbers: Sequence[int],
+    majority: int,
+) -> Metrics:
+    predictions = classifier.predict(states, numbers).argmax(dim=1).tolist()
+    return evaluate([data.targets[number] for number in numbers], predictions, majority)
