@@ -23,7 +23,6 @@ from hmi_engine.models.packing import PackedSequences
 __all__ = ["CrossFitter", "HitRates", "count_hits"]
 
 MISSING = -1
-_SLOT_BITS = 21
 
 
 class HitRates(BaseModel):
@@ -188,7 +187,9 @@ def _count_windows(token_ids: list[list[int]], window: int) -> tuple[Tensor, Ten
 
 def _canonical(keys: Tensor) -> Tensor:
     """Keys of bigrams at a window's slots 1 and 2 as they are at slots 0 and 1, where they are counted."""
-    return torch.where(keys >> (2 * _SLOT_BITS) == 0, keys << _SLOT_BITS, keys)
+    tokens = hmi_kernels.ngram_tokens(keys)
+    shifted = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], dim=1)
+    return hmi_kernels.ngram_keys(torch.where(tokens[:, :1] < 0, shifted, tokens))
 
 
 def _look_up(keys: Tensor, sorted_keys: Tensor, counts: Tensor) -> Tensor:
