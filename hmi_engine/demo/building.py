@@ -19,6 +19,8 @@ from hmi_engine.store import Store
 __all__ = ["add_random_tenants", "build_domains", "create_store", "train_tenants"]
 
 RANDOM_PREFIX = "random"
+LEARNING_RATE = 3e-3
+"""Higher than the default of long trainings: a tenant of the demo learns from few steps."""
 
 
 def create_store(directory: Path, model: str | Path, progress: DemoProgress) -> Store:
@@ -55,7 +57,11 @@ def train_tenants(
 ) -> dict[str, float]:
     """Trains a LoRA tenant for each task; returns the seconds that each took."""
     training = TrainingSettings(
-        kind="lora", rank=settings.rank, max_epochs=settings.max_epochs, max_tokens=settings.max_tokens
+        kind="lora",
+        rank=settings.rank,
+        learning_rate=LEARNING_RATE,
+        max_epochs=settings.max_epochs,
+        max_tokens=settings.max_tokens,
     )
     seconds = {}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""Times HMI and its peers on one mixed stream, in turn, with the same weights, texts, tokenizer and threads."""
+"""Times HMI and its peers in turn on one mixed stream, with the same weights, texts and threads."""
 
 from __future__ import annotations
 

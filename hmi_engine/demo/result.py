@@ -25,7 +25,7 @@ class DomainResult(_Frozen):
 
 
 class TenantResult(_Frozen):
-    """A trained tenant and its held-out accuracy; ``majority`` is the best constant answer's on the same texts."""
+    """A trained tenant; ``majority`` is the accuracy of the best constant answer on the same held-out texts."""
 
     name: str
     domain: str
@@ -72,7 +72,7 @@ class SystemResult(_Frozen):
 
 
 class HitRates(_Frozen):
-    """Share of the stream's n-grams whose row was found, by length of the n-gram; the rest is as ``miss`` says."""
+    """Share of the stream's n-grams whose row was found, by their length; the rest is as ``miss`` says."""
 
     miss: str
     unigram: float

