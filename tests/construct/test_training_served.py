@@ -6,9 +6,15 @@ import hmi_engine as hmi
 from hmi_engine.construct.training import TrainingSettings
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("miss", ["backoff", "exact"])
-@pytest.mark.parametrize(("kind", "window"), [("bottleneck", 2), ("lora", 3)])
+@pytest.mark.parametrize(
+    ("kind", "window", "miss", "pooling"),
+    [
+        ("bottleneck", 2, "backoff", "cls"),
+        ("bottleneck", 3, "exact", "mean"),
+        ("lora", 3, "backoff", "cls"),
+        ("lora", 2, "exact", "mean"),
+    ],
+)
 def test_served_accuracy_is_the_reported_one(make_store, topic_examples, kind, window, miss, pooling):
     store = make_store(window=window)
     examples = topic_examples(120, seed=1)
