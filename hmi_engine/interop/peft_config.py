@@ -131,15 +131,18 @@ def _settings(path: Path, fields: dict[str, Any]) -> LoraSettings:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise InvalidAdapterError(f"{path}: {place}: {first['msg']}, found {first['input']!r:.80}") from error
-    try:
-        re.compile("|".join((*settings.rank_pattern, *settings.alpha_pattern)))
-    except re.error as error:
-        raise InvalidAdapterError(
-            f"{path}: {error.pattern!r:.80} is no regular expression: {error}"
-        ) from error
+    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
+        _check_pattern(path, pattern)
     if any(rank < 1 for rank in settings.rank_pattern.values()):
         raise InvalidAdapterError(f"{path}: rank_pattern has a rank below 1")
     return settings
+
+
+def _check_pattern(path: Path, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InvalidAdapterError(f"{path}: {pattern!r:.80} is no regular expression: {error}") from error
 
 
 def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:

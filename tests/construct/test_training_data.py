@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -78,6 +78,7 @@ def labelled(targets):
     )
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(2, 30), min_size=2, max_size=5),
     st.floats(0.01, 0.99),
@@ -102,6 +103,7 @@ def test_too_few_examples_or_labels(targets, message):
         stratified_split(labelled(targets), 0.2, torch.Generator())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 2**40))
 def test_batches_are_a_partition(lengths, batch_size, seed):
     generator = torch.Generator().manual_seed(seed)

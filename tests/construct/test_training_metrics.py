@@ -1,7 +1,7 @@
 """Accuracy and macro-F1 against scikit-learn."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -10,6 +10,7 @@ from hmi_engine.construct.training_metrics import evaluate
 LABEL = st.integers(0, 4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(LABEL, LABEL), min_size=1, max_size=40), LABEL)
 def test_equal_to_scikit_learn(pairs, majority):
     truth, predictions = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -128,6 +128,7 @@ def change_config(folder, **fields):
         ({"r": 0}, r"adapter_config.json: r: .* 0"),
         ({"r": "four"}, r"adapter_config.json: r: .*four"),
         ({"rank_pattern": {"(": 4}}, "no regular expression"),
+        ({"rank_pattern": {"(": 4, ")": 4}}, "no regular expression"),
         ({"rank_pattern": {"query": 0}}, "rank below 1"),
         ({"rank_pattern": {"query": 5}}, "has rank 4, but adapter_config.json says 5"),
         ({"lora_alpha": float("nan")}, "scale"),
