@@ -1,0 +1,64 @@
+"""The arena never hands out memory twice, and grows together again."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.tenant_file import BlockLayout
+from hmi_engine.memory.arena import AdapterArena, SlotTables
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.arena = AdapterArena(64 * 4096)
+        self.held = {}
+
+    @rule(size=st.integers(1, 20_000))
+    def allocate(self, size):
+        offset = self.arena.allocate(size)
+        if offset is None:
+            assert size > 1024 or self.arena.used_bytes == self.arena.capacity_bytes
+        else:
+            assert offset + size <= self.arena.memory.numel()
+            self.held[offset] = size
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data):
+        offset = data.draw(st.sampled_from(sorted(self.held)))
+        self.arena.release(offset, self.held.pop(offset))
+
+    @invariant()
+    def ranges_are_disjoint_and_counted(self):
+        ranges = sorted((offset, offset + size) for offset, size in self.held.items())
+        assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+        assert self.arena.used_bytes == sum(map(AdapterArena.allocated_bytes, self.held.values()))
+
+    def teardown(self):
+        for offset, size in self.held.items():
+            self.arena.release(offset, size)
+        assert self.arena.allocate(self.arena.memory.numel()) == 0, "free neighbours grow together"
+
+
+ArenaMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestArena = ArenaMachine.TestCase
+
+
+def block(layer, site, rank, offset, activation=None):
+    return BlockLayout(layer, site, rank, activation, 0.5, 8, 8, offset, 16 * rank)
+
+
+def test_slot_tables_forget_everything_at_clear():
+    tables = SlotTables(num_layers=3, num_slots=1)
+    slot = tables.assign((block(1, Site.QUERY, 4, 10), block(2, Site.AFTER_FFN, 2, 99, "relu")), 1000)
+    assert [table[slot].item() for table in tables.at(1, Site.QUERY)] == [1010, 4, 0, 0.5]
+    assert [table[slot].item() for table in tables.at(2, Site.AFTER_FFN)] == [1099, 2, 0, 0.5]
+    assert tables.at(0, Site.QUERY)[1][slot] == 0
+    second = tables.assign((block(0, Site.KEY, 3, 0),), 0)  # grows
+    assert second != slot and tables.num_slots == 2
+    assert tables.at(1, Site.QUERY)[1].tolist() == [4, 0]
+    tables.clear(slot)
+    assert not tables.ranks[:, :, slot].any() and not tables.offsets[:, :, slot].any()
+    assert tables.assign((), 0) == slot, "a cleared slot is used again"
