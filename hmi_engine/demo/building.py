@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,13 +11,13 @@ from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.progress import DemoProgress
 from hmi_engine.demo.settings import DemoSettings
 from hmi_engine.demo.tasks import DemoData, Task
-from hmi_engine.knowledge.adapters import Adapter, random_adapter
+from hmi_engine.knowledge.adapters import random_adapter
+from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.heads import ClassificationHead, Pooling
 from hmi_engine.store import Store
 
 __all__ = ["add_random_tenants", "build_domains", "create_store", "train_tenants"]
 
-RANDOM_PREFIX = "random"
 LEARNING_RATE = 3e-3
 """Higher than the default of long trainings: a tenant of the demo learns from few steps."""
 
@@ -79,21 +78,29 @@ def train_tenants(
 
 
 def add_random_tenants(
-    store: Store, tasks: Sequence[Task], count: int, *, rank: int, pooling: Pooling = "cls", seed: int = 0
+    store: Store,
+    tasks: Sequence[Task],
+    count: int,
+    *,
+    rank: int,
+    pooling: Pooling = "cls",
+    prefix: str = "random",
+    seed: int = 0,
 ) -> list[str]:
     """Adds tenants with weights of their own, drawn at random, in the shapes of the tasks' tenants.
 
     They stand for other customers' models in measurements of size and speed; their answers mean nothing, and
-    their cards say so. Tenant i has the domain and labels of task i modulo the number of tasks.
+    their cards say so. Tenant i, named ``prefix/i``, has the domain and labels of task i modulo the number of
+    tasks.
     """
 
-    def tenant(number: int) -> tuple[str, str, Adapter, ClassificationHead, dict[str, Any]]:
+    def tenant(number: int) -> NewTenant:
         task = tasks[number % len(tasks)]
         adapter = random_adapter(store.general, "lora", rank, seed + number)
         head = _random_head(task.labels, store.general.hidden_size, pooling, seed + number)
-        return f"{RANDOM_PREFIX}/{number:05d}", task.domain, adapter, head, {"random_weights": True}
+        return NewTenant(f"{prefix}/{number:05d}", task.domain, adapter, head, {"random_weights": True})
 
-    return [info.name for info in store.add_tenants(tenant(number) for number in range(count))]
+    return [info.name for info in store.add_tenants([tenant(number) for number in range(count)])]
 
 
 def _random_head(labels: Sequence[str], hidden_size: int, pooling: Pooling, seed: int) -> ClassificationHead:

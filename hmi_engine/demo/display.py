@@ -104,13 +104,12 @@ def _add_hit_rates(table: Table, result: DemoResult) -> None:
 
 def _notes(result: DemoResult) -> list[str]:
     notes = [
-        f"Text: {result.text_source}. Held-out texts share no source file with any training "
-        "text or table; labels come from the source.",
-        "The majority class is that of the held-out texts themselves. Accuracies are those of HMI as it serves.",
+        f"Text: {result.text_source}.",
+        "The majority class is that of the held-out texts themselves; accuracies are of HMI as it serves.",
         "All systems got the same weights, texts, tokenizer, threads and batches in turn; medians of "
         f"{len(result.systems[0].seconds)} repetitions with new text each, and 95 % bootstrap intervals.",
-        f"The peers compute all {result.num_layers} layers; HMI looks {result.plot_layers} of them up, so its "
-        "answers are its own (its tenants are trained that way).",
+        f"The peers compute all {result.num_layers} layers; HMI looks {result.plot_layers} of them up: its "
+        "answers are its own, and its tenants are trained that way.",
         f"{result.num_random_tenants} tenants have random weights, for size and speed alone.",
     ]
     if result.num_repeated_texts:

@@ -25,7 +25,7 @@ class DomainResult(_Frozen):
 
 
 class TenantResult(_Frozen):
-    """A trained tenant; ``majority`` is the accuracy of the best constant answer on the same held-out texts."""
+    """A trained tenant; ``majority`` is what the best constant answer reaches on the same held-out texts."""
 
     name: str
     domain: str

@@ -1,8 +1,8 @@
 """Tasks with real labels: what the demo's tenants learn, and on which held-out texts they are measured.
 
-The labels come from the source that a documentation string was taken from, not from a person or a model: the
-module group it is listed under (:mod:`hmi_engine.demo.topics`), and whether it documents a class or a function
-(methods are functions). A person's own folder of JSON lines brings its own labels.
+The labels come from the source that a documentation string was taken from, not from a person or a model:
+the module group it is listed under (:mod:`hmi_engine.demo.topics`), and whether it documents a class or a
+function (methods are functions). A person's own folder of JSON lines brings its own labels.
 """
 
 from __future__ import annotations
@@ -82,22 +82,28 @@ def documentation_data(
     background_words: int | None = None,
     max_train: int = 1200,
     max_test: int = 300,
+    max_words: int = 40,
     seed: int = 0,
 ) -> DemoData:
     """Two tasks for each topic of the installed documentation, and the tree of their domains.
 
     All topics share the parent domain ``documentation``, whose corpus is theirs together with text of
     other packages, of at most about ``background_words`` words (None: all there is). ``max_train`` and
-    ``max_test`` limit each task.
+    ``max_test`` limit each task, ``max_words`` each text.
 
     Raises:
         TrainingDataError: the machine has too little documentation for a task.
     """
-    documentation = harvest(TOPICS[:num_topics], background_words=background_words, seed=seed)
+    documentation = harvest(
+        TOPICS[:num_topics], background_words=background_words, max_words=max_words, seed=seed
+    )
     sampler = _Sampler(max_train, max_test, seed)
     tasks = [task for topic in documentation.topics for task in _topic_tasks(topic, sampler)]
     return DemoData(
-        "documentation strings of the installed Python packages", _domains(documentation), tuple(tasks)
+        "documentation strings of the installed Python packages; held-out texts share no source file with "
+        "training text or tables, and labels come from the source",
+        _domains(documentation),
+        tuple(tasks),
     )
 
 
@@ -193,7 +199,7 @@ def folder_data(
         train = [example for example in train if example.text not in held_out]
         tasks.append(sampler.task(f"{name}/label", name, "the label in the file", examples=(train, test)))
         domains.append(DomainCorpus(name, "general", tuple(dict.fromkeys(text.text for text in train))))
-    return DemoData(str(folder), tuple(domains), tuple(tasks)), num_bad_lines
+    return DemoData(f"{folder}, a part of it held out", tuple(domains), tuple(tasks)), num_bad_lines
 
 
 def _set_name(path: Path) -> str:

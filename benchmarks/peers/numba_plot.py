@@ -1,0 +1,116 @@
+"""The PLOT baseline: typed numba dictionaries into float16 rows, gathered and summed in compiled loops.
+
+This is how the published systems retrieve (a dictionary of n-grams, rows in a memory map), with its loops
+compiled and, where it helps, parallel. It computes HMI's merge up to the sum of the rows; position and
+LayerNorm, which HMI's merge includes, are spared it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NumbaPlot"]
+
+_SLOT_BITS = 21
+_Array = npt.NDArray[Any]
+
+
+class NumbaPlot:
+    """N-gram rows [N, W, H] and unigram rows [V, H], both float16 and possibly memory-mapped."""
+
+    def __init__(self, keys: _Array, rows: _Array, unigrams: _Array, *, window: int, parallel: bool) -> None:
+        """``keys`` int64 [N] as HMI's; ``parallel`` runs the sequences of a batch on all threads."""
+        self._table = _dictionary(keys)
+        self._rows = rows
+        self._unigrams = unigrams
+        kernel = _merge_bigrams if window == 2 else _merge_trigrams
+        self._merge: Callable[..., None] = numba.njit(parallel=parallel, fastmath=True)(kernel)
+
+    def run(self, input_ids: _Array, offsets: _Array) -> _Array:
+        """input_ids int32 [T], offsets int64 [S+1] -> float32 [T, H], the merge before its LayerNorm."""
+        output = np.empty((len(input_ids), self._unigrams.shape[1]), dtype=np.float32)
+        self._merge(self._table, self._rows, self._unigrams, input_ids, offsets, output)
+        return output
+
+
+def _dictionary(keys: _Array) -> Any:
+    table = numba.typed.Dict.empty(numba.int64, numba.int64)
+    _fill(table, keys)
+    return table
+
+
+@numba.njit
+def _fill(table: Any, keys: _Array) -> None:
+    for row in range(len(keys)):
+        table[keys[row]] = row
+
+
+@numba.njit(inline="always")
+def _key(a: int, b: int, c: int) -> int:
+    return ((a + 1) << (2 * _SLOT_BITS)) | ((b + 1) << _SLOT_BITS) | (c + 1)
+
+
+@numba.njit(inline="always")
+def _find(table: Any, a: int, b: int, c: int) -> int:
+    row: int = table.get(_key(a, b, c), -1)
+    return row
+
+
+def _merge_bigrams(
+    table: Any, rows: _Array, unigrams: _Array, input_ids: _Array, offsets: _Array, output: _Array
+) -> None:
+    for sequence in numba.prange(len(offsets) - 1):
+        before = -1
+        for token in range(offsets[sequence], offsets[sequence + 1]):
+            after = -1
+            if token + 1 < offsets[sequence + 1]:
+                after = _find(table, input_ids[token], input_ids[token + 1], -1)
+            unigram = unigrams[input_ids[token]]
+            for column in range(output.shape[1]):
+                base = np.float32(unigram[column])
+                value = base
+                if before >= 0:
+                    value += np.float32(rows[before, 1, column]) - base
+                if after >= 0:
+                    value += np.float32(rows[after, 0, column]) - base
+                output[token, column] = value
+            before = after
+
+
+def _merge_trigrams(
+    table: Any, rows: _Array, unigrams: _Array, input_ids: _Array, offsets: _Array, output: _Array
+) -> None:
+    for sequence in numba.prange(len(offsets) - 1):
+        start, end = offsets[sequence], offsets[sequence + 1]
+        output[start:end] = 0
+        for token in range(start, end):
+            a = input_ids[token - 1] if token > start else -1
+            b = input_ids[token]
+            c = input_ids[token + 1] if token + 1 < end else -1
+            row = _find(table, a, b, c)
+            if row >= 0:
+                for column in range(output.shape[1]):
+                    output[token, column] += np.float32(rows[row, 1, column])
+                    if token > start:
+                        output[token - 1, column] += np.float32(rows[row, 0, column])
+                    if token + 1 < end:
+                        output[token + 1, column] += np.float32(rows[row, 2, column])
+                continue
+            left = _find(table, a, b, -1) if a >= 0 else -1
+            right = _find(table, -1, b, c) if c >= 0 else -1
+            unigram = unigrams[b]
+            for column in range(output.shape[1]):
+                base = np.float32(unigram[column])
+                middle = base
+                if left >= 0:
+                    middle += np.float32(rows[left, 1, column]) - base
+                    output[token - 1, column] += np.float32(rows[left, 0, column])
+                if right >= 0:
+                    middle += np.float32(rows[right, 1, column]) - base
+                    output[token + 1, column] += np.float32(rows[right, 2, column])
+                output[token, column] += middle

@@ -1,0 +1,145 @@
+"""The one format of all benchmark results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from hmi_engine.demo.environment import Machine, Versions
+from hmi_engine.demo.timing import median, median_interval, ratio_interval
+from hmi_engine.knowledge.atomic import atomic_write
+
+__all__ = ["BenchmarkResult", "Case", "Curve", "Interval", "Quantity", "Ratio", "System", "read_results"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(_Frozen):
+    """A median, or a ratio of medians, and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class System(_Frozen):
+    """One system in one case: raw samples and what follows from them.
+
+    Attributes:
+        name: the system.
+        description: how it was set up.
+        seconds: raw samples; sample i of all systems of a case is from the same repetition and input.
+        work: how much it did in one repetition, in ``unit``; repetitions may differ.
+        unit: such as ``texts``, ``tokens``, ``flop``.
+        rate: median of work per second.
+    """
+
+    name: str
+    description: str
+    seconds: tuple[float, ...]
+    work: tuple[float, ...]
+    unit: str
+    rate: Interval
+
+    @classmethod
+    def of(
+        cls, name: str, description: str, seconds: Sequence[float], work: Sequence[float], unit: str
+    ) -> System:
+        """Derives the rate from raw samples."""
+        rates = [amount / taken for amount, taken in zip(work, seconds, strict=True)]
+        low, high = median_interval(rates)
+        return cls(
+            name=name,
+            description=description,
+            seconds=tuple(seconds),
+            work=tuple(work),
+            unit=unit,
+            rate=Interval(value=median(rates), low=low, high=high),
+        )
+
+    def rates(self) -> list[float]:
+        """Work per second of each repetition."""
+        return [amount / taken for amount, taken in zip(self.work, self.seconds, strict=True)]
+
+
+class Ratio(_Frozen):
+    """How many times as fast ``faster`` is as ``baseline``: median rate over median rate."""
+
+    faster: str
+    baseline: str
+    times: Interval
+
+    @classmethod
+    def of(cls, system: System, baseline: System) -> Ratio:
+        """Derives the ratio and its interval from paired repetitions."""
+        low, high = ratio_interval(system.rates(), baseline.rates())
+        value = system.rate.value / baseline.rate.value
+        return cls(
+            faster=system.name, baseline=baseline.name, times=Interval(value=value, low=low, high=high)
+        )
+
+
+class Case(_Frozen):
+    """Systems measured interleaved on the same inputs."""
+
+    name: str
+    settings: dict[str, JsonValue]
+    systems: tuple[System, ...]
+    ratios: tuple[Ratio, ...] = ()
+
+
+class Quantity(_Frozen):
+    """A figure that is no time, such as a hit rate."""
+
+    name: str
+    value: float
+    unit: str
+
+
+class Curve(_Frozen):
+    """Points of one line of a figure."""
+
+    figure: str
+    name: str
+    x_label: str
+    y_label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+class BenchmarkResult(_Frozen):
+    """What one benchmark found, how, and on what."""
+
+    name: str
+    question: str
+    command: str
+    is_quick: bool
+    machine: Machine
+    versions: Versions
+    settings: dict[str, JsonValue]
+    notes: tuple[str, ...]
+    cases: tuple[Case, ...]
+    quantities: tuple[Quantity, ...] = ()
+    curves: tuple[Curve, ...] = ()
+
+    def write(self, path: Path) -> None:
+        """Writes the result as JSON, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.model_dump_json(indent=1) + "\n"
+
+        def write_text(partial: Path) -> None:
+            partial.write_text(text)
+
+        atomic_write(path, write_text)
+
+
+def read_results(folder: Path) -> list[BenchmarkResult]:
+    """Reads every result of a folder, by name.
+
+    Raises pydantic's ValidationError for a file of another format.
+    """
+    return [BenchmarkResult.model_validate_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
