@@ -65,7 +65,8 @@ def use_backend(name: str) -> _Choice:
     """Chooses the backend of every op in this process, from now on or for a with-statement.
 
     ``auto`` (the start, unless ``HMI_BACKEND`` says otherwise) takes ``cpu`` for CPU tensors if it is
-    compiled, else ``reference``. Raises ValueError on an unknown name and on a backend that cannot be used here.
+    compiled, else ``reference``. Raises ValueError on an unknown name and on a backend that cannot be used
+    here.
     """
     global _chosen
     if name not in ("auto", *BACKEND_NAMES):

@@ -40,8 +40,8 @@ def build_info() -> dict[str, Any]:
     """What was compiled and what of it is in use, for bug reports and ``hmi doctor``.
 
     Keys: ``compiled`` (bool), ``reason`` (why not), ``machine``, ``torch``, ``num_threads`` (int); and if
-    compiled ``compiler``, ``cuda_compiled`` (bool), ``simd_compiled`` and ``simd_available`` (lists of names),
-    ``simd_active`` and ``threads_mode`` (``pool`` or ``openmp``).
+    compiled ``compiler``, ``cuda_compiled`` (bool), ``simd_compiled`` and ``simd_available`` (lists of
+    names), ``simd_active`` and ``threads_mode`` (``pool`` or ``openmp``).
     """
     info: dict[str, Any] = {
         "compiled": not native_reason,

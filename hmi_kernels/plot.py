@@ -24,15 +24,15 @@ def plot_lookup(
 
     Semantics (``a, b, c = ids[t-1], ids[t], ids[t+1]``, absent outside the sequence):
     window 2: ``references[t, 0] = find(b, c)``, -1 at the last token.
-    window 3: ``references[t, 0] = find(a, b, c)``; where that is -1, ``references[t, 1] = find(a, b, -)`` unless
-    a is absent and ``references[t, 2] = find(-, b, c)`` unless c is; else -1.
+    window 3: ``references[t, 0] = find(a, b, c)``; where that is -1, ``references[t, 1] = find(a, b, -)``
+    unless a is absent and ``references[t, 2] = find(-, b, c)`` unless c is; else -1.
 
     Args:
         input_ids: int32 [tokens], the sequences laid end to end.
         sequence_offsets: int64 [sequences + 1].
         indexes: int64 [slots, 2] each, as :func:`plot_index_build` makes them.
-        chains: int32 [sequences, depth]: the indexes to search for each sequence, in order; the first hit wins,
-            the first -1 ends the search.
+        chains: int32 [sequences, depth]: the indexes to search for each sequence, in order; the first hit
+            wins, the first -1 ends the search.
         window: 2 or 3 tokens.
 
     Returns: references int64 [tokens, 1] or [tokens, 3], each ``table << ROW_BITS | row`` or -1.
@@ -58,8 +58,8 @@ def plot_merge(
     """Merges the rows that :func:`plot_lookup` found into the hidden states that the upper layers start from.
 
     Semantics, with R(t) the row of the window at t and U the unigram row of ``input_ids[t]``:
-    window 2: ``m[t] = U + (R(t-1)[1] - U) + (R(t)[0] - U)``; a bracket whose window is missing, or that reaches
-    over an end of the sequence, is zero.
+    window 2: ``m[t] = U + (R(t-1)[1] - U) + (R(t)[0] - U)``; a bracket whose window is missing, or that
+    reaches over an end of the sequence, is zero.
     window 3: ``m[t] = R(t)[1] + R(t-1)[2] + R(t+1)[0]`` inside the sequence. A missing R is composed of the
     bigrams of columns 1 and 2: slot 0 of left, slot 2 of right (zero if missing), and slot 1
     ``(left[1] or U) + (right[1] or U) - U``.

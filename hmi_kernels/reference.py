@@ -1,7 +1,7 @@
-"""The ops in plain torch: what they mean, the backend of last resort, and what the fast ones are tested against.
+"""The ops in plain torch: what they mean, the backend of last resort, and the oracle of the fast ones.
 
-Each takes the arguments of the op of its name, described there, after the op's own checks of dtypes and shapes;
-here the values are checked. Sums are made in float32. ``plot_merge`` and the grouped adapters can be
+Each takes the arguments of the op of its name, described there, after the op's own checks of dtypes and
+shapes; here the values are checked. Sums are made in float32. ``plot_merge`` and the grouped adapters can be
 differentiated with respect to tables, hidden states and arena.
 """
 
@@ -173,7 +173,7 @@ def _merge_bigrams(
     left = torch.where(has_left, references.roll(1, 0), -1)
     right = torch.where(has_right, references, -1)
     rows = _gather(row_tables, left, 1) + _gather(row_tables, right, 0)
-    # U + (left - U) + (right - U), a bracket being zero without its row: U counts once, not at all, or minus once.
+    # U + (left - U) + (right - U), a bracket being zero without its row: U counts 1, 0 or -1 times.
     return rows + _unigrams_left_over(left >= 0, right >= 0, unigrams)
 
 
@@ -301,8 +301,8 @@ def _segments(
 def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tuple[Tensor, ...]:
     if offset < 0 or offset + sum(sizes) > arena.shape[0]:
         raise ValueError(
-            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements does not fit into the arena "
-            f"of {arena.shape[0]}"
+            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements (slot_ranks) does not fit "
+            f"into the arena of {arena.shape[0]}"
         )
     return torch.split(arena[offset : offset + sum(sizes)], sizes)
 
