@@ -301,8 +301,8 @@ def _segments(
 def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tuple[Tensor, ...]:
     if offset < 0 or offset + sum(sizes) > arena.shape[0]:
         raise ValueError(
-            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements (slot_ranks) does not fit "
-            f"into the arena of {arena.shape[0]}"
+            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements (by slot_ranks) "
+            f"does not fit into the arena of {arena.shape[0]}"
         )
     return torch.split(arena[offset : offset + sum(sizes)], sizes)
 
