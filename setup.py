@@ -117,7 +117,7 @@ def ninja_file(cxx: str, cu_files: list[str], module: Path, folder: Path) -> str
 
     includes = [f"-I{ROOT / 'csrc'}"]
     # -isystem: their warnings are not ours.
-    system = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    system = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
     common = [*optimization_flags(), *includes, *system, f"-DHMI_WITH_CUDA={int(bool(cu_files))}"]
     nvcc_flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-ccbin", cxx, *architecture_flags()]
     linker = (
