@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hmi_engine.errors import InvalidHeadError
@@ -10,26 +12,32 @@ from hmi_engine.models.linear import SharedLinear
 __all__ = ["pool"]
 
 
-def pool(hidden_states: torch.Tensor, pooling: str, pooler: SharedLinear | None) -> torch.Tensor:
-    """Makes one vector of a sequence's hidden states.
+def pool(
+    hidden_states: Sequence[torch.Tensor], poolings: Sequence[str], pooler: SharedLinear | None
+) -> list[torch.Tensor | InvalidHeadError]:
+    """Makes one vector of each sequence's hidden states.
 
     Args:
-        hidden_states: [n, H]; of a sequence that is read at its first token only, [1, H].
-        pooling: ``"cls"`` (the first token), ``"pooler"`` (the base's tanh layer on it, as transformers'
-            ``BertPooler``), ``"mean"`` (the average over all tokens, special tokens included, as
-            sentence-transformers' mean pooling).
+        hidden_states: per sequence [n, H]; of one that is read at its first token only, [1, H].
+        poolings: per sequence ``"cls"`` (the first token), ``"pooler"`` (the base's tanh layer on it, as
+            transformers' ``BertPooler``) or ``"mean"`` (the average over all tokens, special tokens included,
+            as sentence-transformers' mean pooling).
         pooler: the base model's pooler layer, if it has one.
 
     Returns:
-        [H].
-
-    Raises:
-        InvalidHeadError: the base model has no pooler.
+        Per sequence [H], or the error that the base model has no pooler.
     """
-    if pooling == "mean":
-        return hidden_states.mean(dim=0)
-    if pooling == "cls":
-        return hidden_states[0]
+    results: list[torch.Tensor | InvalidHeadError] = [
+        states.mean(dim=0) if pooling == "mean" else states[0]
+        for states, pooling in zip(hidden_states, poolings, strict=True)
+    ]
+    pooled = [index for index, pooling in enumerate(poolings) if pooling == "pooler"]
+    if not pooled:
+        return results
     if pooler is None:
-        raise InvalidHeadError("the base model has no pooler; use a head with pooling 'cls' or 'mean'")
-    return torch.tanh(pooler(hidden_states[:1]))[0]
+        error = InvalidHeadError("the base model has no pooler; use a head with pooling 'cls' or 'mean'")
+        return [error if index in pooled else result for index, result in enumerate(results)]
+    vectors = torch.tanh(pooler(torch.stack([hidden_states[index][0] for index in pooled])))
+    for index, vector in zip(pooled, vectors, strict=True):
+        results[index] = vector
+    return results

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
-from hmi_engine.errors import HmiError, InvalidHeadError
+from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.heads import HeadKind
 from hmi_engine.memory.residency import ResidentTenant
 from hmi_engine.models.bert import HierarchicalBert
@@ -34,24 +35,23 @@ class HeadOutput:
 
 
 def read_out(
-    tenant: ResidentTenant, hidden_states: torch.Tensor, model: HierarchicalBert
-) -> HeadOutput | HmiError:
-    """Applies a tenant's head to float32 [n, H]; an error where the head asks for what the base lacks."""
-    head = tenant.head
-    try:
-        if head.kind == "token_classification":
-            values = functional.linear(hidden_states, tenant.head_weight(), tenant.head_bias()).softmax(-1)
-        else:
-            pooled = pool(hidden_states, head.pooling or "cls", model.pooler)
-            values = _pooled_output(tenant, pooled)
-    except InvalidHeadError as error:
-        return error
-    return HeadOutput(head.kind, head.labels, values, head.multi_label)
+    tenants: Sequence[ResidentTenant], hidden_states: Sequence[torch.Tensor], model: HierarchicalBert
+) -> list[HeadOutput | HmiError]:
+    """Applies each tenant's head to its sequence, float32 [n, H]; an error where the base lacks a pooler."""
+    poolings = [tenant.head.pooling or "cls" for tenant in tenants]
+    pooled = pool(hidden_states, poolings, model.pooler)
+    return [
+        vector if isinstance(vector, HmiError) else _output(tenant, states, vector)
+        for tenant, states, vector in zip(tenants, hidden_states, pooled, strict=True)
+    ]
 
 
-def _pooled_output(tenant: ResidentTenant, pooled: torch.Tensor) -> torch.Tensor:
+def _output(tenant: ResidentTenant, hidden_states: torch.Tensor, pooled: torch.Tensor) -> HeadOutput:
     head = tenant.head
     if head.kind == "embedding":
-        return functional.normalize(pooled, dim=0) if head.normalize else pooled.clone()
-    logits = functional.linear(pooled, tenant.head_weight(), tenant.head_bias())
-    return logits.sigmoid() if head.multi_label else logits.softmax(dim=0)
+        values = functional.normalize(pooled, dim=0) if head.normalize else pooled.clone()
+    else:
+        read = hidden_states if head.kind == "token_classification" else pooled
+        logits = functional.linear(read, tenant.head_weight(), tenant.head_bias())
+        values = logits.sigmoid() if head.multi_label else logits.softmax(dim=-1)
+    return HeadOutput(head.kind, head.labels, values, head.multi_label)

@@ -93,8 +93,9 @@ class BatchRunner:
             if served:
                 residents = [cast(ResidentTenant, tenant) for _, tenant in served]
                 prepared, parts = self._compute([items[index] for index, _ in served], residents)
-                for (index, _), resident, hidden_states in zip(served, residents, parts, strict=True):
-                    outputs[index] = read_out(resident, hidden_states, self._model)
+                read = read_out(residents, parts, self._model)
+                for (index, _), output in zip(served, read, strict=True):
+                    outputs[index] = output
         finished = time.perf_counter()
         return BatchResult(
             cast("list[HeadOutput | HmiError]", outputs), prepared - started, finished - prepared
