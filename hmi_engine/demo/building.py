@@ -10,7 +10,7 @@ import torch
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.progress import DemoProgress
 from hmi_engine.demo.settings import DemoSettings
-from hmi_engine.demo.tasks import DemoData, Task
+from hmi_engine.demo.tasks import DemoData, DomainCorpus, Task
 from hmi_engine.knowledge.adapters import random_adapter
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.heads import ClassificationHead, Pooling
@@ -43,8 +43,8 @@ def build_domains(store: Store, data: DemoData, settings: DemoSettings, progress
         is_parent = domain.name in parents
         budget = settings.parent_plot_bytes if is_parent else settings.domain_plot_bytes
 
-        def report(step: str, done: int, total: int | None, name: str = domain.name) -> None:
-            progress(f"domain {name}: {step}", done, total)
+        def report(step: str, done: int, total: int | None, domain: DomainCorpus = domain) -> None:
+            progress(f"domain {domain.name}: {step}", done, len(domain.texts) if total is None else total)
 
         store.add_domain(
             domain.name, iter(domain.texts), parent=domain.parent, plot_bytes=budget, progress=report

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +47,8 @@ class TransformersPeer(ABC):
     def prepare(self, tenants: Sequence[ServedTenant]) -> None:
         """Loads the base model and every tenant."""
         self._labels = {tenant.name: tenant.labels for tenant in tenants}
-        self._load(tenants)
+        with quiet_loading():
+            self._load(tenants)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> list[Response]:
@@ -134,17 +137,28 @@ class _FirstToken(torch.nn.Module):
         return hidden_states[:, 0]
 
 
-def load_base(base: Path, num_labels: int, pooling: str) -> BertForSequenceClassification:
-    """The base model with an untrained classifier of ``num_labels`` rows, for inference."""
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers and PEFT from telling what is of no use to a person who compares.
+
+    The warning that the classifier is untrained would be wrong (each tenant brings its own), and deprecations
+    inside their own code are theirs.
+    """
     verbosity = transformers_logging.get_verbosity()
-    # The warning that the classifier is untrained would be wrong: each tenant brings its own.
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        model: BertForSequenceClassification = BertForSequenceClassification.from_pretrained(
-            base, num_labels=num_labels, dtype=torch.float32
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def load_base(base: Path, num_labels: int, pooling: str) -> BertForSequenceClassification:
+    """The base model with an untrained classifier of ``num_labels`` rows, for inference."""
+    model: BertForSequenceClassification = BertForSequenceClassification.from_pretrained(
+        base, num_labels=num_labels, dtype=torch.float32
+    )
     if pooling == "cls":
         setattr(model.bert, "pooler", _FirstToken())  # noqa: B010  (declared as BertPooler)
     model.train(False)

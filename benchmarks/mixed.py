@@ -1,0 +1,336 @@
+"""How fast is a batch that mixes 32 tenants, on held-out real text, beside what people use today?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from unittest import mock
+
+from pydantic import JsonValue
+
+from benchmarks.arguments import Arguments, read_arguments, read_texts
+from benchmarks.peers import OneModelPerTenant, Peer, PeftMixedBatch, PeftOneAtATime
+from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
+from hmi_engine.demo.base_model import PACKAGE, packaged_model
+from hmi_engine.demo.building import add_random_tenants
+from hmi_engine.demo.environment import describe_machine, installed_versions
+from hmi_engine.demo.peers import HmiPeer, answer_stream, tune
+from hmi_engine.demo.peers.export import export_tenants
+from hmi_engine.demo.peers.transformers_batch import TransformersPeer
+from hmi_engine.demo.stream import MixedStream, StreamSource, cut_to_tokens
+from hmi_engine.demo.tasks import DemoData, Task
+from hmi_engine.demo.timing import interleave
+from hmi_engine.engine import Engine
+from hmi_engine.errors import HmiError
+from hmi_engine.request import Request, Response
+from hmi_engine.store import Store
+
+__all__ = ["check_same_work", "main"]
+
+QUESTION = "How fast is a batch that mixes 32 tenants, on held-out real text, beside what people use today?"
+NUM_TENANTS = 32
+RANK = 16
+MAX_TOKENS = 64
+MAX_WORDS = 60
+WARM_UP = 1
+TOLERANCE = 1e-3
+DEFAULT, EXACT, NO_PLOT = "HMI back-off, K = N/2", "HMI exact, K = N/2", "HMI, K = 0"
+NOTES = (
+    "Every batch holds one request of each of 32 tenants; they have random LoRA of rank 16 on query and value "
+    "of the upper half of the layers and random heads, the same weights in every system.",
+    "All systems get the same texts, tokenizer (inside the timed part), batches and threads. A repetition is "
+    "new text to all of them, and none of it is in a table's corpus.",
+    "The K = 0 engine and PEFT gave the same probabilities to 1e-3 before anything was timed. K = N/2 "
+    "computes another function, for which HMI's tenants are trained; the peers compute all layers.",
+    "HMI exact has seen other held-out text of the same domains before: its overlay is warm from that.",
+    "PEFT's forward passes hold as many texts, sorted by length, as a search beforehand found "
+    "fastest; so do those of one model per tenant, whose word embeddings are held once.",
+    "'plain torch linear' turns the oneDNN weight layout off that HMI's shared layers use, to show its part.",
+)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    repetitions: int
+    batches: int
+    traffic_batches: int
+    plot_bytes: int
+
+    @classmethod
+    def of(cls, arguments: Arguments) -> _Sizes:
+        if arguments.quick:
+            return cls(repetitions=2, batches=1, traffic_batches=1, plot_bytes=8 << 20)
+        return cls(repetitions=15, batches=3, traffic_batches=24, plot_bytes=256 << 20)
+
+
+@contextmanager
+def plain_linear() -> Iterator[None]:
+    """Shared layers run through ``torch.nn.functional.linear`` inside the block."""
+    with mock.patch("hmi_engine.models.linear.has_packed_matmul", lambda: False):
+        yield
+
+
+class PlainLinearPeer(HmiPeer):
+    """HMI without the oneDNN weight layout."""
+
+    def run(self, requests: Sequence[Request]) -> list[Response]:
+        """Answers one batch."""
+        with plain_linear():
+            return super().run(requests)
+
+
+def check_same_work(ours: Peer, theirs: Peer, requests: Sequence[Request]) -> None:
+    """Makes sure that two systems give the same probabilities, so that their times compare.
+
+    Raises:
+        HmiError: they do not, within ``TOLERANCE``; nothing should be measured then.
+    """
+    for request, mine, other in zip(requests, ours.run(requests), theirs.run(requests), strict=True):
+        if mine.error is not None:
+            raise mine.error
+        gap = max(abs(mine.scores[label] - other.scores[label]) for label in other.scores)
+        if gap > TOLERANCE or mine.scores.keys() != other.scores.keys():
+            raise HmiError(
+                f"{ours.name} and {theirs.name} differ by {gap:.1e} on tenant {request.tenant}: "
+                "they do not do the same work"
+            )
+
+
+def _build(directory: Path, data: DemoData, sizes: _Sizes, plot_layers: int | None) -> Store:
+    """A store with the domains' tables, 32 tenants over all domains, and 32 in the first task's domain."""
+    store = Store.create(directory, general=packaged_model(), plot_layers=plot_layers)
+    for domain in data.domains:
+        budget = sizes.plot_bytes if store.general.plot_layers else 0
+        store.add_domain(domain.name, iter(domain.texts), parent=domain.parent, plot_bytes=budget)
+    tasks = _one_task_per_domain(data)
+    add_random_tenants(store, tasks, NUM_TENANTS, rank=RANK, pooling="pooler", prefix="mixed")
+    largest = _largest_domain(data)
+    add_random_tenants(store, [largest], NUM_TENANTS, rank=RANK, pooling="pooler", prefix="alike")
+    return store
+
+
+def _one_task_per_domain(data: DemoData) -> list[Task]:
+    return list({task.domain: task for task in reversed(data.tasks)}.values())[::-1]
+
+
+def _largest_domain(data: DemoData) -> Task:
+    return max(data.tasks, key=lambda task: len(task.test))
+
+
+def _texts(data: DemoData, store: Store) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for task in data.tasks:
+        texts.setdefault(task.domain, []).extend(example.text for example in task.test)
+    return {domain: cut_to_tokens(part, store.encoder, MAX_TOKENS) for domain, part in texts.items()}
+
+
+def _measure(
+    name: str,
+    peers: Mapping[str, Callable[[Sequence[Request]], object]],
+    descriptions: Mapping[str, str],
+    rounds: Sequence[Sequence[Request]],
+    settings: dict[str, JsonValue],
+    baseline: str,
+) -> Case:
+    """One case: every system answers every round; the ratios compare ``baseline`` with all others."""
+
+    def on_round(run: Callable[[Sequence[Request]], object]) -> Callable[[int], object]:
+        return lambda number: run(rounds[number])
+
+    timed = {peer: on_round(run) for peer, run in peers.items()}
+    seconds = interleave(timed, len(rounds) - WARM_UP, warm_up=WARM_UP)
+    work = [len(batch) for batch in rounds[WARM_UP:]]
+    systems = {peer: System.of(peer, descriptions[peer], seconds[peer], work, "texts") for peer in peers}
+    ratios = tuple(
+        Ratio.of(systems[baseline], system) for peer, system in systems.items() if peer != baseline
+    )
+    return Case(name=name, settings=settings, systems=tuple(systems.values()), ratios=ratios)
+
+
+def _streamer(peer: Peer) -> Callable[[Sequence[Request]], object]:
+    return lambda requests: answer_stream(peer, requests, batch_size=NUM_TENANTS)
+
+
+@dataclass
+class _Bench:
+    """Everything that the cases share."""
+
+    data: DemoData
+    sizes: _Sizes
+    half: Store
+    plain: Store
+    folder: Path
+    stack: ExitStack
+
+    def tenants(self, prefix: str) -> dict[str, str]:
+        return {
+            name: info.domain for name, info in self.half.tenants.items() if name.startswith(f"{prefix}/")
+        }
+
+    def engine(self, store: Store, miss: Literal["backoff", "exact"]) -> Engine:
+        return self.stack.enter_context(Engine(store, miss=miss))
+
+
+def _mixed_case(bench: _Bench) -> tuple[list[Case], list[Quantity]]:
+    stream = MixedStream(StreamSource(bench.tenants("mixed"), _texts(bench.data, bench.half)))
+    rounds = [stream.batches(bench.sizes.batches) for _ in range(WARM_UP + bench.sizes.repetitions)]
+    traffic = stream.batches(max(1, min(bench.sizes.traffic_batches, stream.num_fresh_batches())))
+    engines = {"backoff": bench.engine(bench.half, "backoff"), "exact": bench.engine(bench.half, "exact")}
+    peers = _mixed_peers(bench, engines)
+    served = export_tenants(bench.half, list(bench.tenants("mixed")), bench.folder / "mixed")
+    tuned: dict[str, JsonValue] = {}
+    for peer in peers:
+        peer.prepare(served)
+        if isinstance(peer, TransformersPeer):
+            tune(peer, traffic[:NUM_TENANTS])
+            tuned[peer.name] = peer.max_sequences
+    by_name = {peer.name: peer for peer in peers}
+    check_same_work(by_name[NO_PLOT], by_name[PeftMixedBatch.name], traffic[:NUM_TENANTS])
+    answer_stream(by_name[EXACT], traffic, batch_size=NUM_TENANTS)
+    before = {miss: engine.stats().plot or {} for miss, engine in engines.items()}
+    settings: dict[str, JsonValue] = {
+        "tenants": NUM_TENANTS,
+        "batches_per_repetition": bench.sizes.batches,
+        "earlier_traffic_batches": len(traffic) // NUM_TENANTS,
+        "texts_that_came_twice": stream.num_repeated,
+        "texts_per_forward_pass": tuned,
+    }
+    case = _measure(
+        "32 tenants mixed",
+        {peer.name: _streamer(peer) for peer in peers},
+        {peer.name: peer.description for peer in peers},
+        rounds,
+        settings,
+        DEFAULT,
+    )
+    exact = next(system for system in case.systems if system.name == EXACT)
+    compared = (PeftMixedBatch.name, OneModelPerTenant.name)
+    others = [system for system in case.systems if system.name in compared]
+    case = case.model_copy(update={"ratios": (*case.ratios, *(Ratio.of(exact, other) for other in others))})
+    return [case], [*_hit_rates(engines, before), *_token_counts(bench.half, rounds)]
+
+
+def _mixed_peers(bench: _Bench, engines: Mapping[str, Engine]) -> list[Peer]:
+    base, encoder = bench.half.layout.general, bench.half.encoder
+    backoff_plain, no_plot = bench.engine(bench.half, "backoff"), bench.engine(bench.plain, "backoff")
+    no_plot_plain = bench.engine(bench.plain, "backoff")
+    torch_note = "the same with plain torch linear"
+    return [
+        HmiPeer(
+            engines["backoff"], name=DEFAULT, description="default engine; a missing bigram adds nothing"
+        ),
+        HmiPeer(engines["exact"], name=EXACT, description="missing bigrams are computed and kept"),
+        HmiPeer(no_plot, name=NO_PLOT, description="every layer computed: a multi-adapter server"),
+        PlainLinearPeer(backoff_plain, name=f"{DEFAULT}, plain torch linear", description=torch_note),
+        PlainLinearPeer(no_plot_plain, name=f"{NO_PLOT}, plain torch linear", description=torch_note),
+        PeftMixedBatch(base, encoder),
+        PeftOneAtATime(base, encoder),
+        OneModelPerTenant(base, encoder),
+    ]
+
+
+def _hit_rates(engines: Mapping[str, Engine], before: Mapping[str, dict[str, int]]) -> list[Quantity]:
+    rates = []
+    for miss, engine in engines.items():
+        after = engine.stats().plot or {}
+        windows = after["windows"] - before[miss]["windows"]
+        hits = after["window_hits"] - before[miss]["window_hits"]
+        rates.append(Quantity(name=f"bigrams found, {miss}", value=hits / max(1, windows), unit="share"))
+    return rates
+
+
+def _token_counts(store: Store, rounds: Sequence[Sequence[Request]]) -> list[Quantity]:
+    requests = [request for batch in rounds for request in batch]
+    lengths = [len(ids) for ids in store.encoder.token_ids([request.text or "" for request in requests])]
+    batches = [lengths[start : start + NUM_TENANTS] for start in range(0, len(lengths), NUM_TENANTS)]
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    return [
+        Quantity(name="tokens per text", value=sum(lengths) / len(lengths), unit="tokens"),
+        Quantity(
+            name="padding in a batch of one forward pass", value=1 - sum(lengths) / padded, unit="share"
+        ),
+    ]
+
+
+def _alike_case(bench: _Bench) -> Case:
+    """The same texts asked of 32 tenants and of one, in one domain: nothing but the tenants differs."""
+    tenants = bench.tenants("alike")
+    stream = MixedStream(StreamSource(tenants, _texts(bench.data, bench.half)), seed=1)
+    rounds = [stream.batches(bench.sizes.batches) for _ in range(WARM_UP + bench.sizes.repetitions)]
+    engine = bench.engine(bench.half, "backoff")
+    engine.prefetch(list(tenants))
+    only = next(iter(tenants))
+
+    def many(requests: Sequence[Request]) -> None:
+        for start in range(0, len(requests), NUM_TENANTS):
+            engine.run(requests[start : start + NUM_TENANTS])
+
+    def one(requests: Sequence[Request]) -> None:
+        many([Request(only, request.text) for request in requests])
+
+    settings: dict[str, JsonValue] = {"domain": tenants[only], "texts_that_came_twice": stream.num_repeated}
+    names = ("32 tenants", "1 tenant")
+    return _measure(
+        "32 tenants over 1 tenant, same text",
+        dict(zip(names, (many, one), strict=True)),
+        dict.fromkeys(names, f"{DEFAULT}, batches of 32 texts"),
+        rounds,
+        settings,
+        names[0],
+    )
+
+
+def measure(arguments: Arguments) -> BenchmarkResult:
+    """Builds two stores and runs both cases."""
+    sizes = _Sizes.of(arguments)
+    data = read_texts(arguments, max_words=MAX_WORDS)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        half = stack.enter_context(_build(folder / "half", data, sizes, None))
+        plain = stack.enter_context(_build(folder / "plain", data, sizes, 0))
+        bench = _Bench(data, sizes, half, plain, folder, stack)
+        cases, quantities = _mixed_case(bench)
+        cases.append(_alike_case(bench))
+        settings: dict[str, JsonValue] = {
+            "model": PACKAGE,
+            "text": data.source,
+            "layers": half.general.num_layers,
+            "plot_layers": half.general.plot_layers,
+            "window": half.general.window,
+            "rank": RANK,
+            "max_tokens": MAX_TOKENS,
+            "repetitions": sizes.repetitions,
+            "table_bytes": {name: half.domains[name].bytes for name in half.domains},
+            "corpus_tokens": {name: half.domains[name].corpus_tokens for name in half.domains},
+        }
+    return BenchmarkResult(
+        name="mixed",
+        question=QUESTION,
+        command=arguments.command,
+        is_quick=arguments.quick,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings=settings,
+        notes=NOTES,
+        cases=tuple(cases),
+        quantities=tuple(quantities),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes the result."""
+    arguments = read_arguments("mixed", QUESTION, argv)
+    result = measure(arguments)
+    result.write(arguments.out)
+    for case in result.cases:
+        for ratio in case.ratios:
+            print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

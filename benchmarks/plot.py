@@ -1,0 +1,257 @@
+"""How fast are PLOT rows retrieved, and how often are they there as the corpus grows?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import JsonValue
+
+import hmi_kernels
+from benchmarks.arguments import Arguments, read_arguments, read_texts
+from benchmarks.peers.numba_plot import NumbaPlot
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
+from hmi_engine.demo.base_model import PACKAGE, packaged_model
+from hmi_engine.demo.environment import describe_machine, installed_versions
+from hmi_engine.demo.tasks import DemoData
+from hmi_engine.demo.timing import interleave
+from hmi_engine.errors import HmiError
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.models.packing import PackedSequences
+from hmi_engine.models.tokenization import TextEncoder
+from hmi_engine.store import Store
+
+__all__ = ["hit_curves", "main"]
+
+QUESTION = (
+    "How fast are PLOT rows retrieved, how often are they there, and how does that grow with the corpus?"
+)
+DOMAIN = "everything"
+MAX_WORDS = 60
+TOLERANCE = 5e-3
+WARM_UP = 2
+OURS, SERIAL, PARALLEL = "HMI look-up and merge", "numba, one thread", "numba, all threads"
+NOTES = (
+    "Retrieval goes from token ids to the input of the first upper layer, in one call for all texts. HMI's "
+    "figure includes adding the position and the LayerNorm; the baseline's does not.",
+    "Both read the same rows (float16, memory-mapped) of the same table; their results were compared before "
+    "anything was timed. The texts are held out: none is in the table's corpus.",
+    "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram counts as found if the corpus "
+    "holds it at least twice, which is when a table takes it in.",
+)
+
+_Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Token ids of the corpus, shuffled, and of the held-out texts."""
+
+    corpus: list[list[int]]
+    held_out: PackedSequences
+
+
+def _read(data: DemoData, encoder: TextEncoder) -> _Texts:
+    texts = list(dict.fromkeys(text for domain in data.domains for text in domain.texts))
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    held_out = list(dict.fromkeys(example.text for task in data.tasks for example in task.test))
+    return _Texts(
+        encoder.token_ids([texts[index] for index in order]),
+        PackedSequences.pack(encoder.token_ids(held_out)),
+    )
+
+
+def hit_curves(corpus: Sequence[list[int]], held_out: PackedSequences, *, num_points: int) -> list[Curve]:
+    """Share of the held-out n-grams, by length, that a growing corpus holds at least twice.
+
+    Sizes halve from the whole corpus down; ``num_points`` of them.
+    """
+    sizes = [max(1, len(corpus) >> (num_points - 1 - point)) for point in range(num_points)]
+    tokens = [float(sum(map(len, corpus[:size]))) for size in sizes]
+    curves = []
+    for order, name in ((1, "unigrams"), (2, "bigrams"), (3, "trigrams")):
+        wanted, occurrences = hmi_kernels.count_ngrams(held_out.input_ids, held_out.offsets, order=order)
+        counter = hmi_kernels.NgramCounter(order)
+        shares, counted = [], 0
+        for size in sizes:
+            batch = PackedSequences.pack(list(corpus[counted:size]))
+            counter.add(batch.input_ids, batch.offsets)
+            counted = size
+            keys, _ = counter.items(2)
+            found = torch.isin(wanted, keys)
+            shares.append(float(occurrences[found].sum() / occurrences.sum()))
+        curves.append(
+            Curve(
+                figure="hit_rate",
+                name=name,
+                x_label="corpus tokens",
+                y_label="share of held-out n-grams found",
+                x=tuple(tokens),
+                y=tuple(shares),
+            )
+        )
+    return curves
+
+
+def _retrieval_case(
+    folder: Path, data: DemoData, *, window: Literal[2, 3], plot_bytes: int, repetitions: int
+) -> tuple[Case, list[Quantity]]:
+    with Store.create(folder / f"window{window}", general=packaged_model(), window=window) as store:
+        texts = list(dict.fromkeys(text for domain in data.domains for text in domain.texts))
+        store.add_domain(DOMAIN, iter(texts), plot_bytes=plot_bytes)
+        held_out = _read(data, store.encoder).held_out
+        plots = PlotLibrary(store.layout, store.catalog, store.general)
+        systems = _systems(store, plots, held_out, window)
+        _check_equal(store, held_out, systems)
+        seconds = interleave(
+            {name: _ignore_number(run) for name, run in systems.items()}, repetitions, warm_up=WARM_UP
+        )
+        references = plots.lookup(held_out, [DOMAIN] * held_out.num_sequences)
+        rates = _hit_rates(references, held_out, window)
+        rows = store.domains[DOMAIN].rows
+        plots.close()
+    measured = {
+        name: System.of(
+            name, _DESCRIPTIONS[name], seconds[name], [held_out.num_tokens] * repetitions, "tokens"
+        )
+        for name in systems
+    }
+    settings: dict[str, JsonValue] = {
+        "window": window,
+        "rows": rows,
+        "table_bytes": rows * window * store.general.hidden_size * 2,
+        "held_out_tokens": held_out.num_tokens,
+        "hidden_size": store.general.hidden_size,
+    }
+    ratios = tuple(Ratio.of(measured[OURS], measured[name]) for name in (SERIAL, PARALLEL))
+    return Case(
+        name=f"retrieval, window {window}",
+        settings=settings,
+        systems=tuple(measured.values()),
+        ratios=ratios,
+    ), rates
+
+
+_DESCRIPTIONS = {
+    OURS: "n-gram search in open-addressing tables, gather, sum, position, LayerNorm",
+    SERIAL: "typed dictionary, gather, sum; compiled",
+    PARALLEL: "the same, sequences shared out to all threads",
+}
+
+
+def _systems(
+    store: Store, plots: PlotLibrary, held_out: PackedSequences, window: int
+) -> dict[str, Callable[[], _Array]]:
+    domains = [DOMAIN] * held_out.num_sequences
+    table, root = plots.table(DOMAIN), plots.table("general")
+    if table is None or root is None or root.unigrams is None:
+        raise HmiError(f"the store at {store.layout.root} lacks a table; is plot_layers 0?")
+    keys, rows, unigrams = (tensor.numpy() for tensor in (table.row_keys, table.rows, root.unigrams))
+    ids, offsets = held_out.input_ids.numpy(), held_out.offsets.numpy()
+
+    def ours() -> _Array:
+        references = plots.lookup(held_out, domains)
+        result: _Array = plots.merge(store.model, held_out, domains, references).numpy()
+        return result
+
+    def baseline(parallel: bool) -> Callable[[], _Array]:
+        peer = NumbaPlot(keys, rows, unigrams, window=window, parallel=parallel)
+        return lambda: peer.run(ids, offsets)
+
+    return {OURS: ours, SERIAL: baseline(False), PARALLEL: baseline(True)}
+
+
+def _check_equal(store: Store, held_out: PackedSequences, systems: dict[str, Callable[[], _Array]]) -> None:
+    """The baselines' sums, with position and LayerNorm added here, must be HMI's output."""
+    expected = torch.from_numpy(systems[OURS]())
+    positions = store.model.merge_positions[held_out.positions()]
+    for name in (SERIAL, PARALLEL):
+        found = store.model.merge_norm(torch.from_numpy(systems[name]()) + positions)
+        gap = float((found - expected).abs().max())
+        if gap > TOLERANCE:
+            raise HmiError(f"{name} and {OURS} differ by {gap:.1e}: they do not retrieve the same")
+
+
+def _ignore_number(run: Callable[[], _Array]) -> Callable[[int], None]:
+    def call(_: int) -> None:
+        run()
+
+    return call
+
+
+def _hit_rates(references: torch.Tensor, held_out: PackedSequences, window: int) -> list[Quantity]:
+    """Found windows; in a window-3 table also what back-off finds of the others."""
+    num_windows = held_out.num_tokens - (held_out.num_sequences if window == 2 else 0)
+    found = references[:, 0] >= 0
+    rates = [
+        Quantity(name=f"window {window}: whole n-grams", value=float(found.sum()) / num_windows, unit="share")
+    ]
+    if window == 3:
+        for column, side in ((1, "left"), (2, "right")):
+            share = float((references[~found, column] >= 0).double().mean())
+            rates.append(
+                Quantity(name=f"window 3: {side} bigrams where the trigram misses", value=share, unit="share")
+            )
+    return rates
+
+
+def measure(arguments: Arguments) -> BenchmarkResult:
+    """Runs retrieval for both window widths, and the curves."""
+    data = read_texts(arguments, max_words=MAX_WORDS)
+    plot_bytes = (8 if arguments.quick else 256) << 20
+    repetitions = 3 if arguments.quick else 25
+    numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
+    texts = _read(data, TextEncoder(packaged_model(), 512))
+    cases, quantities = [], []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for window in (2, 3):
+            case, rates = _retrieval_case(
+                Path(folder),
+                data,
+                window=2 if window == 2 else 3,
+                plot_bytes=plot_bytes,
+                repetitions=repetitions,
+            )
+            cases.append(case)
+            quantities.extend(rates)
+    return BenchmarkResult(
+        name="plot",
+        question=QUESTION,
+        command=arguments.command,
+        is_quick=arguments.quick,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings={
+            "model": PACKAGE,
+            "text": data.source,
+            "corpus_tokens": sum(map(len, texts.corpus)),
+            "plot_bytes": plot_bytes,
+            "repetitions": repetitions,
+        },
+        notes=NOTES,
+        cases=tuple(cases),
+        quantities=tuple(quantities),
+        curves=tuple(hit_curves(texts.corpus, texts.held_out, num_points=4 if arguments.quick else 9)),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes the result."""
+    arguments = read_arguments("plot", QUESTION, argv)
+    result = measure(arguments)
+    result.write(arguments.out)
+    for case in result.cases:
+        for ratio in case.ratios:
+            print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
