@@ -30,7 +30,7 @@ CXX_FLAGS = [
     *WARNINGS,
 ]
 # The same kernels are compiled once per level; csrc/cpu/simd/dispatch.cpp chooses at run time.
-# GCC 12 takes the undefined lanes of its own AVX-512 header for a mistake (GCC bug 105593).
+# GCC 12 takes the lanes that its own AVX-512 header leaves undefined on purpose for a mistake of ours.
 HEADER_WARNINGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SIMD_FLAGS = {
     "csrc/cpu/simd/avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

@@ -8,6 +8,7 @@
 #include "common/parallel.h"
 #include "cpu/grouped_adapter.h"
 #include "cpu/ngram_counter.h"
+#include "cpu/packed_attention.h"
 #include "cpu/plot_index.h"
 #include "cpu/plot_lookup.h"
 #include "cpu/plot_merge.h"
@@ -91,6 +92,17 @@ void grouped_adapter(Address output, int64_t output_stride, int64_t output_size,
       num_threads);
 }
 
+void packed_attention(Address queries, int64_t query_stride, Address keys, int64_t key_stride, Address values,
+                      int64_t value_stride, Address output, int64_t output_stride, Address query_offsets,
+                      Address key_offsets, int64_t num_sequences, int64_t num_queries, int64_t num_keys,
+                      int64_t num_heads, int64_t head_size, int num_threads) {
+  hmi::packed_attention({pointer<const float>(queries), query_stride, pointer<const float>(keys), key_stride,
+                         pointer<const float>(values), value_stride, pointer<float>(output), output_stride,
+                         pointer<const int64_t>(query_offsets), pointer<const int64_t>(key_offsets), num_sequences,
+                         num_queries, num_keys, num_heads, head_size},
+                        num_threads);
+}
+
 // Items travel as the bytes of (key, count) pairs, which any array library can view without a copy per element.
 py::bytearray counter_items(const hmi::NgramCounter& counter, int64_t min_count, int num_threads) {
   std::vector<hmi::KeyCount> items;
@@ -158,6 +170,13 @@ void define_adapters(py::module_& m) {
         py::arg("slot_scales"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
 }
 
+void define_attention(py::module_& m) {
+  m.def("packed_attention", &packed_attention, py::arg("query"), py::arg("query_stride"), py::arg("key"),
+        py::arg("key_stride"), py::arg("value"), py::arg("value_stride"), py::arg("output"), py::arg("output_stride"),
+        py::arg("query_offsets"), py::arg("key_offsets"), py::arg("num_sequences"), py::arg("num_queries"),
+        py::arg("num_keys"), py::arg("num_heads"), py::arg("head_size"), py::arg("num_threads"), WithoutLock());
+}
+
 void define_counter(py::module_& m) {
   py::class_<hmi::NgramCounter>(m, "NgramCounter")
       .def(py::init<int>(), py::arg("order"))
@@ -176,5 +195,6 @@ PYBIND11_MODULE(_C, m) {
   define_settings(m);
   define_plot(m);
   define_adapters(m);
+  define_attention(m);
   define_counter(m);
 }

@@ -67,6 +67,25 @@ def grouped_adapter(
     num_threads: int,
 ) -> None: ...
 
+def packed_attention(
+    query: int,
+    query_stride: int,
+    key: int,
+    key_stride: int,
+    value: int,
+    value_stride: int,
+    output: int,
+    output_stride: int,
+    query_offsets: int,
+    key_offsets: int,
+    num_sequences: int,
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    head_size: int,
+    num_threads: int,
+) -> None: ...
+
 class NgramCounter:
     def __init__(self, order: int) -> None: ...
     def add(

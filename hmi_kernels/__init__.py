@@ -1,4 +1,4 @@
-"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters.
+"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters, packed attention.
 
 They know tensors, and nothing of tenants. Every op is registered with ``torch.library`` as ``hmi::<name>``
 and runs on the backend that :func:`use_backend` or ``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is
@@ -6,6 +6,7 @@ the specification of them all.
 """
 
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
+from hmi_kernels.attention import packed_attention
 from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
@@ -27,6 +28,7 @@ __all__ = [
     "grouped_lora",
     "ngram_keys",
     "ngram_tokens",
+    "packed_attention",
     "plot_index_build",
     "plot_index_find",
     "plot_index_insert",

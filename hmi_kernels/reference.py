@@ -7,6 +7,7 @@ differentiated with respect to tables, hidden states and arena.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -342,3 +343,30 @@ def _require_sequences(input_ids: Tensor, sequence_offsets: Tensor) -> None:
 def _require_token_ids(input_ids: Tensor) -> None:
     if bool(((input_ids < 0) | (input_ids > MAX_TOKEN_ID)).any()):
         raise ValueError(f"input_ids must lie in 0..{MAX_TOKEN_ID}")
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, num_heads: int
+) -> Tensor:
+    """See :func:`hmi_kernels.packed_attention`."""
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    head_size = query.shape[1] // num_heads
+    bounds = zip(_pairs(query_offsets, query), _pairs(key_offsets, key), strict=True)
+    for (first_query, last_query), (first_key, last_key) in bounds:
+        if first_query < last_query and first_key == last_key:
+            raise ValueError("a sequence has queries but no keys to attend to")
+        q, k, v = (
+            part.unflatten(1, (num_heads, head_size)).transpose(0, 1)
+            for part in (query[first_query:last_query], key[first_key:last_key], value[first_key:last_key])
+        )
+        weights = (q @ k.transpose(1, 2) * head_size**-0.5).softmax(dim=-1)
+        output[first_query:last_query] = (weights @ v).transpose(0, 1).flatten(1)
+    return output
+
+
+def _pairs(offsets: Tensor, rows: Tensor) -> list[tuple[int, int]]:
+    """Bounds of each sequence; raises unless they describe all rows."""
+    ends = offsets.tolist()
+    if ends[0] != 0 or ends[-1] != rows.shape[0] or ends != sorted(ends):
+        raise ValueError(f"offsets must run from 0 to the number of rows {rows.shape[0]} and not decrease")
+    return list(itertools.pairwise(ends))

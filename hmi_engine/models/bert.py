@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from hmi_engine.models.attention import packed_attention
+import hmi_kernels
 from hmi_engine.models.linear import SharedLinear
 from hmi_engine.models.loading import (
     MERGE_LAYER_NORM_EPS,
@@ -84,8 +84,14 @@ class BertLayer:
     ) -> torch.Tensor:
         """hidden_states [T, H] -> [T, H], or [Q, H] for the rows of ``readout`` alone."""
         query, key, value, residual = self._project(hidden_states, adapters, readout)
-        counts = sequences.lengths if readout is None else readout.counts
-        context = packed_attention(query, key, value, counts, sequences.lengths, self.num_heads)
+        context = hmi_kernels.packed_attention(
+            query,
+            key,
+            value,
+            sequences.offsets if readout is None else readout.offsets,
+            sequences.offsets,
+            num_heads=self.num_heads,
+        )
         at_readout = readout is not None
         attended = self.attention_output(context)
         self._adapt(adapters, "attention_output", attended, context, at_readout)
@@ -145,7 +151,8 @@ class HierarchicalBert:
     """The shared base of hBERT: embeddings, domain layers, merge parameters, upper layers and pooler.
 
     Method: "SkipBERT" (Wang et al., ACL 2022) and "HMI" (arXiv 2504.17449); see docs/architecture.md.
-    All tensors are float32 and shared by every tenant.
+    All tensors are float32 and shared by every tenant. Nothing here follows gradients:
+    training has its own layers (``hmi_engine.construct.trainable_layers``).
     """
 
     def __init__(

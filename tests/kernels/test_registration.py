@@ -32,7 +32,9 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     slots = torch.tensor([0]), int32([2])
     adapter = (torch.zeros(5, 6), torch.randn(5, 6), torch.randn(99), torch.tensor([0, 5]), int32([0]))
     norm = torch.randn(3, 6), torch.ones(6), torch.zeros(6)
+    rows = tuple(torch.randn(5, 6) for _ in range(3))
     return {
+        "packed_attention": ((*rows, offsets, offsets), {"num_heads": 2}),
         "count_ngrams": ((ids, offsets), {"order": 2}),
         "plot_index_build": ((keys,), {}),
         "plot_index_insert": ((torch.zeros(8, 2, dtype=torch.int64), keys, torch.tensor([5, 6])), {}),

@@ -3,5 +3,5 @@
 #include "cpu/simd/kernels.inl"
 
 namespace hmi {
-const SimdKernels avx2_kernels = {"avx2", merge_row, matmul_activate, matmul_accumulate};
+const SimdKernels avx2_kernels = {"avx2", merge_row, matmul_activate, matmul_accumulate, softmax_rows};
 }  // namespace hmi

@@ -3,5 +3,5 @@
 #include "cpu/simd/kernels.inl"
 
 namespace hmi {
-const SimdKernels avx512_kernels = {"avx512", merge_row, matmul_activate, matmul_accumulate};
+const SimdKernels avx512_kernels = {"avx512", merge_row, matmul_activate, matmul_accumulate, softmax_rows};
 }  // namespace hmi

@@ -4,3 +4,4 @@
 #include "cpu/simd/activations.inl"
 #include "cpu/simd/matmul.inl"
 #include "cpu/simd/merge_row.inl"
+#include "cpu/simd/softmax.inl"

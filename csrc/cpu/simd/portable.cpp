@@ -3,5 +3,5 @@
 #include "cpu/simd/kernels.inl"
 
 namespace hmi {
-const SimdKernels portable_kernels = {"portable", merge_row, matmul_activate, matmul_accumulate};
+const SimdKernels portable_kernels = {"portable", merge_row, matmul_activate, matmul_accumulate, softmax_rows};
 }  // namespace hmi

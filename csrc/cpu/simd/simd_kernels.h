@@ -51,6 +51,8 @@ struct SimdKernels {
   void (*matmul_activate)(const MatmulArguments&, Activation);
   // outputs += scale * (inputs @ weights + bias)
   void (*matmul_accumulate)(const MatmulArguments&, float scale);
+  // each row of values[num_rows, columns] = softmax(scale * row), in place
+  void (*softmax_rows)(float* values, int64_t num_rows, int64_t columns, float scale);
 };
 
 extern const SimdKernels portable_kernels;
