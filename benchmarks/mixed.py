@@ -40,10 +40,10 @@ WARM_UP = 1
 TOLERANCE = 1e-3
 DEFAULT, EXACT, NO_PLOT = "HMI back-off, K = N/2", "HMI exact, K = N/2", "HMI, K = 0"
 NOTES = (
-    "Every batch holds one request of each of 32 tenants; they have random LoRA of rank 16 on query and value "
-    "of the upper half of the layers and random heads, the same weights in every system.",
-    "All systems get the same texts, tokenizer (inside the timed part), batches and threads. A repetition is "
-    "new text to all of them, and none of it is in a table's corpus.",
+    "Every batch holds one request of each of 32 tenants, with random LoRA of rank 16 on query and value of "
+    "the upper half of the layers and random heads, the same weights in every system.",
+    "All systems get the same texts, tokenizer (inside the timed part), batches and threads. A repetition "
+    "is new text to all of them, and none of it is in a table's corpus.",
     "The K = 0 engine and PEFT gave the same probabilities to 1e-3 before anything was timed. K = N/2 "
     "computes another function, for which HMI's tenants are trained; the peers compute all layers.",
     "HMI exact has seen other held-out text of the same domains before: its overlay is warm from that.",

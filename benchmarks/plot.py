@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,18 +37,20 @@ QUESTION = (
 DOMAIN = "everything"
 MAX_WORDS = 60
 TOLERANCE = 5e-3
+BATCH_SIZES = (32, 256)
 WARM_UP = 2
 OURS, SERIAL, PARALLEL = "HMI look-up and merge", "numba, one thread", "numba, all threads"
 NOTES = (
-    "Retrieval goes from token ids to the input of the first upper layer, in one call for all texts. HMI's "
-    "figure includes adding the position and the LayerNorm; the baseline's does not.",
+    "Retrieval goes from token ids to the input of the first upper layer, one call for each batch of texts. "
+    "HMI's figure includes adding the position and the LayerNorm; the baseline's does not.",
     "Both read the same rows (float16, memory-mapped) of the same table; their results were compared before "
-    "anything was timed. The texts are held out: none is in the table's corpus.",
+    "timing. The texts are held out: none is in the table's corpus.",
     "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram counts as found if the corpus "
     "holds it at least twice, which is when a table takes it in.",
 )
 
 _Array = npt.NDArray[np.float32]
+_Run = Callable[[], Iterator[_Array]]
 
 
 @dataclass(frozen=True)
@@ -100,43 +103,52 @@ def hit_curves(corpus: Sequence[list[int]], held_out: PackedSequences, *, num_po
     return curves
 
 
-def _retrieval_case(
+def _retrieval_cases(
     folder: Path, data: DemoData, *, window: Literal[2, 3], plot_bytes: int, repetitions: int
-) -> tuple[Case, list[Quantity]]:
+) -> tuple[list[Case], list[Quantity]]:
+    """One case for each batch size, on one table."""
     with Store.create(folder / f"window{window}", general=packaged_model(), window=window) as store:
         texts = list(dict.fromkeys(text for domain in data.domains for text in domain.texts))
         store.add_domain(DOMAIN, iter(texts), plot_bytes=plot_bytes)
         held_out = _read(data, store.encoder).held_out
         plots = PlotLibrary(store.layout, store.catalog, store.general)
-        systems = _systems(store, plots, held_out, window)
-        _check_equal(store, held_out, systems)
-        seconds = interleave(
-            {name: _ignore_number(run) for name, run in systems.items()}, repetitions, warm_up=WARM_UP
-        )
+        cases = [
+            _retrieval_case(store, plots, held_out, batch_size, repetitions) for batch_size in BATCH_SIZES
+        ]
         references = plots.lookup(held_out, [DOMAIN] * held_out.num_sequences)
         rates = _hit_rates(references, held_out, window)
-        rows = store.domains[DOMAIN].rows
         plots.close()
-    measured = {
-        name: System.of(
-            name, _DESCRIPTIONS[name], seconds[name], [held_out.num_tokens] * repetitions, "tokens"
-        )
-        for name in systems
-    }
+    return cases, rates
+
+
+def _retrieval_case(
+    store: Store, plots: PlotLibrary, held_out: PackedSequences, batch_size: int, repetitions: int
+) -> Case:
+    systems = _systems(store, plots, _batches(held_out, batch_size))
+    _check_equal(store, held_out, systems)
+    seconds = interleave({name: _exhaust(run) for name, run in systems.items()}, repetitions, warm_up=WARM_UP)
+    work = [held_out.num_tokens] * repetitions
+    measured = {name: System.of(name, _DESCRIPTIONS[name], seconds[name], work, "tokens") for name in systems}
+    general, rows = store.general, store.domains[DOMAIN].rows
     settings: dict[str, JsonValue] = {
-        "window": window,
+        "window": general.window,
+        "texts_per_call": batch_size,
         "rows": rows,
-        "table_bytes": rows * window * store.general.hidden_size * 2,
+        "table_bytes": rows * general.window * general.hidden_size * 2,
         "held_out_tokens": held_out.num_tokens,
-        "hidden_size": store.general.hidden_size,
+        "hidden_size": general.hidden_size,
     }
-    ratios = tuple(Ratio.of(measured[OURS], measured[name]) for name in (SERIAL, PARALLEL))
     return Case(
-        name=f"retrieval, window {window}",
+        name=f"retrieval, window {general.window}, {batch_size} texts per call",
         settings=settings,
         systems=tuple(measured.values()),
-        ratios=ratios,
-    ), rates
+        ratios=tuple(Ratio.of(measured[OURS], measured[name]) for name in (SERIAL, PARALLEL)),
+    )
+
+
+def _batches(sequences: PackedSequences, size: int) -> list[PackedSequences]:
+    token_ids = [ids.tolist() for ids in sequences.input_ids.split(sequences.lengths)]
+    return [PackedSequences.pack(token_ids[start : start + size]) for start in range(0, len(token_ids), size)]
 
 
 _DESCRIPTIONS = {
@@ -146,42 +158,44 @@ _DESCRIPTIONS = {
 }
 
 
-def _systems(
-    store: Store, plots: PlotLibrary, held_out: PackedSequences, window: int
-) -> dict[str, Callable[[], _Array]]:
-    domains = [DOMAIN] * held_out.num_sequences
+def _systems(store: Store, plots: PlotLibrary, batches: Sequence[PackedSequences]) -> dict[str, _Run]:
+    """Each retrieves batch after batch. A batch's memory is given back before the next, as in service."""
     table, root = plots.table(DOMAIN), plots.table("general")
     if table is None or root is None or root.unigrams is None:
         raise HmiError(f"the store at {store.layout.root} lacks a table; is plot_layers 0?")
     keys, rows, unigrams = (tensor.numpy() for tensor in (table.row_keys, table.rows, root.unigrams))
-    ids, offsets = held_out.input_ids.numpy(), held_out.offsets.numpy()
+    arrays = [(batch.input_ids.numpy(), batch.offsets.numpy()) for batch in batches]
 
-    def ours() -> _Array:
-        references = plots.lookup(held_out, domains)
-        result: _Array = plots.merge(store.model, held_out, domains, references).numpy()
+    def retrieve(batch: PackedSequences) -> _Array:
+        domains = [DOMAIN] * batch.num_sequences
+        references = plots.lookup(batch, domains)
+        result: _Array = plots.merge(store.model, batch, domains, references).numpy()
         return result
 
-    def baseline(parallel: bool) -> Callable[[], _Array]:
-        peer = NumbaPlot(keys, rows, unigrams, window=window, parallel=parallel)
-        return lambda: peer.run(ids, offsets)
+    def ours() -> Iterator[_Array]:
+        return map(retrieve, batches)
+
+    def baseline(parallel: bool) -> _Run:
+        peer = NumbaPlot(keys, rows, unigrams, window=store.general.window, parallel=parallel)
+        return lambda: (peer.run(ids, offsets) for ids, offsets in arrays)
 
     return {OURS: ours, SERIAL: baseline(False), PARALLEL: baseline(True)}
 
 
-def _check_equal(store: Store, held_out: PackedSequences, systems: dict[str, Callable[[], _Array]]) -> None:
+def _check_equal(store: Store, held_out: PackedSequences, systems: dict[str, _Run]) -> None:
     """The baselines' sums, with position and LayerNorm added here, must be HMI's output."""
-    expected = torch.from_numpy(systems[OURS]())
+    expected = torch.from_numpy(np.concatenate(list(systems[OURS]())))
     positions = store.model.merge_positions[held_out.positions()]
     for name in (SERIAL, PARALLEL):
-        found = store.model.merge_norm(torch.from_numpy(systems[name]()) + positions)
+        found = store.model.merge_norm(torch.from_numpy(np.concatenate(list(systems[name]()))) + positions)
         gap = float((found - expected).abs().max())
         if gap > TOLERANCE:
             raise HmiError(f"{name} and {OURS} differ by {gap:.1e}: they do not retrieve the same")
 
 
-def _ignore_number(run: Callable[[], _Array]) -> Callable[[int], None]:
+def _exhaust(run: _Run) -> Callable[[int], None]:
     def call(_: int) -> None:
-        run()
+        deque(run(), maxlen=0)
 
     return call
 
@@ -209,17 +223,18 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     repetitions = 3 if arguments.quick else 25
     numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
     texts = _read(data, TextEncoder(packaged_model(), 512))
-    cases, quantities = [], []
+    cases: list[Case] = []
+    quantities: list[Quantity] = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for window in (2, 3):
-            case, rates = _retrieval_case(
+            of_window, rates = _retrieval_cases(
                 Path(folder),
                 data,
                 window=2 if window == 2 else 3,
                 plot_bytes=plot_bytes,
                 repetitions=repetitions,
             )
-            cases.append(case)
+            cases.extend(of_window)
             quantities.extend(rates)
     return BenchmarkResult(
         name="plot",

@@ -2,7 +2,8 @@
 
 This is how the published systems retrieve (a dictionary of n-grams, rows in a memory map), with its loops
 compiled and, where it helps, parallel. It computes HMI's merge up to the sum of the rows; position and
-LayerNorm, which HMI's merge includes, are spared it.
+LayerNorm, which HMI's merge includes, are spared it. numba has no float16 on a CPU: rows come as their bits
+and are widened by integer operations, which its compiler vectorizes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class NumbaPlot:
     def __init__(self, keys: _Array, rows: _Array, unigrams: _Array, *, window: int, parallel: bool) -> None:
         """``keys`` int64 [N] as HMI's; ``parallel`` runs the sequences of a batch on all threads."""
         self._table = _dictionary(keys)
-        self._rows = rows
-        self._unigrams = unigrams
+        self._rows = rows.view(np.uint16)
+        self._unigrams = unigrams.view(np.uint16)
         kernel = _merge_bigrams if window == 2 else _merge_trigrams
         self._merge: Callable[..., None] = numba.njit(parallel=parallel, fastmath=True)(kernel)
 
@@ -56,9 +57,16 @@ def _key(a: int, b: int, c: int) -> int:
 
 
 @numba.njit(inline="always")
+def _widen(half: Any) -> Any:
+    """The float32 value of a finite float16, from its bits (subnormals too)."""
+    bits = np.uint32(half)
+    magnitude = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
+    return -magnitude if bits & np.uint32(0x8000) else magnitude
+
+
+@numba.njit(inline="always")
 def _find(table: Any, a: int, b: int, c: int) -> int:
-    row: int = table.get(_key(a, b, c), -1)
-    return row
+    return int(table.get(_key(a, b, c), -1))
 
 
 def _merge_bigrams(
@@ -72,12 +80,12 @@ def _merge_bigrams(
                 after = _find(table, input_ids[token], input_ids[token + 1], -1)
             unigram = unigrams[input_ids[token]]
             for column in range(output.shape[1]):
-                base = np.float32(unigram[column])
+                base = _widen(unigram[column])
                 value = base
                 if before >= 0:
-                    value += np.float32(rows[before, 1, column]) - base
+                    value += _widen(rows[before, 1, column]) - base
                 if after >= 0:
-                    value += np.float32(rows[after, 0, column]) - base
+                    value += _widen(rows[after, 0, column]) - base
                 output[token, column] = value
             before = after
 
@@ -95,22 +103,22 @@ def _merge_trigrams(
             row = _find(table, a, b, c)
             if row >= 0:
                 for column in range(output.shape[1]):
-                    output[token, column] += np.float32(rows[row, 1, column])
+                    output[token, column] += _widen(rows[row, 1, column])
                     if token > start:
-                        output[token - 1, column] += np.float32(rows[row, 0, column])
+                        output[token - 1, column] += _widen(rows[row, 0, column])
                     if token + 1 < end:
-                        output[token + 1, column] += np.float32(rows[row, 2, column])
+                        output[token + 1, column] += _widen(rows[row, 2, column])
                 continue
             left = _find(table, a, b, -1) if a >= 0 else -1
             right = _find(table, -1, b, c) if c >= 0 else -1
             unigram = unigrams[b]
             for column in range(output.shape[1]):
-                base = np.float32(unigram[column])
+                base = _widen(unigram[column])
                 middle = base
                 if left >= 0:
-                    middle += np.float32(rows[left, 1, column]) - base
-                    output[token - 1, column] += np.float32(rows[left, 0, column])
+                    middle += _widen(rows[left, 1, column]) - base
+                    output[token - 1, column] += _widen(rows[left, 0, column])
                 if right >= 0:
-                    middle += np.float32(rows[right, 1, column]) - base
-                    output[token + 1, column] += np.float32(rows[right, 2, column])
+                    middle += _widen(rows[right, 1, column]) - base
+                    output[token + 1, column] += _widen(rows[right, 2, column])
                 output[token, column] += middle
