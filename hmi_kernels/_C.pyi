@@ -66,7 +66,6 @@ def grouped_adapter(
     num_slots: int,
     num_threads: int,
 ) -> None: ...
-
 def packed_attention(
     query: int,
     query_stride: int,

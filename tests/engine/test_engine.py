@@ -1,6 +1,7 @@
 """What users of the engine rely on: order, isolation, bad input, change under way, bounded memory."""
 
 import dataclasses
+import itertools
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import hmi_engine as hmi
+import hmi_kernels
 from hmi_engine.errors import (
     EngineClosedError,
     InvalidRequestError,
@@ -78,8 +80,8 @@ def test_exact_mode_does_not_depend_on_the_table(tiny_bert, tmp_path, corpus, he
             store.add_domain("words", texts)
             fill(store, make_head, 3)
             engine = hmi.Engine(store, miss="exact")
-            for _ in range(2):  # the second time out of the overlay
-                found.append([scores(r) for r in engine.run([hmi.Request("t1", text=t) for t in held_out])])
+            requests = [hmi.Request("t1", text=text) for text in held_out]
+            found += [list(map(scores, engine.run(requests))) for _ in range(2)]  # 2: out of the overlay
             assert engine.stats().plot["windows_computed"] > 0
     for other in found[1:]:
         np.testing.assert_allclose(found[0], other, atol=1e-4)
@@ -269,11 +271,9 @@ def test_statistics_count_windows_as_a_plain_count_does(store, make_head, held_o
     engine = hmi.Engine(store)
     engine.run([hmi.Request("t0", text=text) for text in held_out])
     ids = store.encoder.token_ids(held_out)
-    kept = {
-        tuple(row[:2])
-        for row in __import__("hmi_kernels").ngram_tokens(engine._plots.table("words").row_keys).tolist()
-    }
-    bigrams = [pair for sequence in ids for pair in zip(sequence, sequence[1:], strict=False)]
+    rows = hmi_kernels.ngram_tokens(engine._plots.table("words").row_keys).tolist()
+    kept = {tuple(row[:2]) for row in rows}
+    bigrams = [pair for sequence in ids for pair in itertools.pairwise(sequence)]
     statistics = engine.stats()
     assert statistics.plot["tokens"] == sum(map(len, ids)) == statistics.tokens
     assert statistics.plot["windows"] == len(bigrams)

@@ -1,4 +1,4 @@
-"""The engine against transformers and PEFT with the same weights, and against adapters written in plain torch."""
+"""The engine against transformers and PEFT with the same weights, and adapters in plain torch."""
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_token_classification_equals_peft(tiny_bert, tmp_path, held_out):
 
 
 def pfeiffer_layer(layer, hidden, block):
-    """AdapterHub's ``seq_bn``: the adapter sees LN(ffn + input), its output and the ffn's meet before the LN."""
+    """AdapterHub's ``seq_bn``: the adapter sees LN(ffn + input); its output joins the ffn's before the LN."""
     attended = layer.attention(hidden)
     attended = attended[0] if isinstance(attended, tuple) else attended
     output = layer.output.dense(layer.intermediate(attended))

@@ -1,5 +1,7 @@
 """The arena never hands out memory twice, and grows together again."""
 
+import itertools
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -33,7 +35,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def ranges_are_disjoint_and_counted(self):
         ranges = sorted((offset, offset + size) for offset, size in self.held.items())
-        assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
         assert self.arena.used_bytes == sum(map(AdapterArena.allocated_bytes, self.held.values()))
 
     def teardown(self):

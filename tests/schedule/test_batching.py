@@ -1,5 +1,7 @@
 """Batches hold every sequence once, within both budgets, tenants together."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +37,7 @@ def test_every_sequence_once_and_budgets_kept(queue, max_tokens, max_bytes):
 @given(queues, st.integers(1, 200))
 def test_first_come_first_served_and_no_needless_batch(queue, max_tokens):
     batches = list(form_batches(queue, max_batch_tokens=max_tokens, max_adapter_bytes=10**9))
-    for before, after in zip(batches, batches[1:], strict=False):
+    for before, after in itertools.pairwise(batches):
         assert max(before) < min(after)
         first = queue[min(after)].num_tokens
         assert sum(queue[index].num_tokens for index in before) + first > max_tokens
