@@ -41,12 +41,12 @@ BATCH_SIZES = (32, 256)
 WARM_UP = 2
 OURS, SERIAL, PARALLEL = "HMI look-up and merge", "numba, one thread", "numba, all threads"
 NOTES = (
-    "Retrieval goes from token ids to the input of the first upper layer, one call for each batch of texts. "
+    "Retrieval goes from token ids to the input of the first upper layer, one call for each batch. "
     "HMI's figure includes adding the position and the LayerNorm; the baseline's does not.",
-    "Both read the same rows (float16, memory-mapped) of the same table; their results were compared before "
-    "timing. The texts are held out: none is in the table's corpus.",
-    "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram counts as found if the corpus "
-    "holds it at least twice, which is when a table takes it in.",
+    "All read the same rows (float16, memory-mapped) of the same table; their results were compared "
+    "before timing. The texts are held out: none is in the table's corpus.",
+    "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram is found if the corpus holds "
+    "it at least twice, as a table asks.",
 )
 
 _Array = npt.NDArray[np.float32]

@@ -32,7 +32,7 @@ class LoopedAdapters:
     """What PEFT does: two small products for each segment, one after the other."""
 
     name = "torch.matmul, segment by segment"
-    description = "the same function as two products for each segment (LoRA: without activation)"
+    description = "two products for each segment with its own weights; no activation, no bias"
 
     def __init__(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]], bounds: Sequence[int]) -> None:
         """``blocks[g]``: ``down`` [in, R] and ``up`` [R, out] of tokens ``bounds[g]`` to ``bounds[g+1]``."""

@@ -1,0 +1,59 @@
+"""Figures of the report, as SVG without dates, so that the same results give the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from benchmarks.result import Case, Curve
+
+__all__ = ["draw_curves", "draw_rates"]
+
+_STYLE: Any = {"svg.hashsalt": "hmi", "svg.fonttype": "path", "font.size": 9}
+OURS, OTHERS = "#2a6f97", "#b8b8b8"
+
+
+def draw_rates(case: Case, path: Path) -> Path:
+    """Horizontal bars of the systems' rates with their intervals; ours are coloured. Returns ``path``."""
+    systems = case.systems[::-1]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 0.9 + 0.34 * len(systems)), layout="constrained")
+        axes = figure.subplots()
+        values = [system.rate.value for system in systems]
+        errors = [
+            [max(0.0, system.rate.value - system.rate.low) for system in systems],
+            [max(0.0, system.rate.high - system.rate.value) for system in systems],
+        ]
+        colors = [OURS if system.name.startswith(("HMI", "grouped")) else OTHERS for system in systems]
+        axes.barh([system.name for system in systems], values, xerr=errors, color=colors, ecolor="#333333")
+        axes.set_xlabel(f"{systems[0].unit} per second")
+        axes.set_title(case.name, loc="left")
+        _save(figure, path)
+    return path
+
+
+def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
+    """Lines over a logarithmic x axis. Returns ``path``."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for curve in curves:
+            axes.plot(curve.x, curve.y, marker="o", label=curve.name)
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel(curves[0].x_label)
+        axes.set_ylabel(curves[0].y_label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        _save(figure, path)
+    return path
+
+
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="svg", metadata={"Date": None})

@@ -1,0 +1,82 @@
+"""The PLOT baseline computes the reference merge, and the hit curves count what Counter counts."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+import hmi_kernels
+from hmi_engine.models.packing import PackedSequences
+
+REASON = "the PLOT baseline needs numba (extra: bench)"
+NumbaPlot = pytest.importorskip("benchmarks.peers.numba_plot", reason=REASON).NumbaPlot
+hit_curves = pytest.importorskip("benchmarks.plot", reason=REASON).hit_curves
+
+VOCABULARY, HIDDEN = 12, 16
+
+
+def random_sequences(seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 15, (20,), generator=generator).tolist()
+    return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+
+
+def windows(sequences: list[list[int]], window: int) -> set[tuple[int, ...]]:
+    """Half of all windows that occur, by slot, -1 where absent; with width 3, bigrams of both sides too."""
+    found = set()
+    for ids in sequences:
+        padded = [-1, *ids, -1]
+        for a, b, c in zip(padded[:-2], padded[1:-1], padded[2:], strict=True):
+            found |= {(b, c)} if window == 2 else {(a, b, c), (a, b, -1), (-1, b, c)}
+    return {slots for slots in sorted(found) if hash(slots) % 2 and sum(slot >= 0 for slot in slots) > 1}
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_numba_merge_is_the_reference_merge_before_its_layer_norm(window: int) -> None:
+    sequences = random_sequences(0)
+    packed = PackedSequences.pack(sequences)
+    slots = torch.tensor(sorted(windows(sequences, window)), dtype=torch.int32)
+    keys = hmi_kernels.ngram_keys(slots)
+    torch.manual_seed(1)
+    rows = torch.randn(len(keys), window, HIDDEN).half()
+    rows[(slots < 0)] = 0
+    unigrams = torch.randn(VOCABULARY, HIDDEN).half()
+    chains = torch.zeros(packed.num_sequences, 1, dtype=torch.int32)
+    with hmi_kernels.use_backend("reference"):
+        references = hmi_kernels.plot_lookup(
+            packed.input_ids, packed.offsets, [hmi_kernels.plot_index_build(keys)], chains, window=window
+        )
+        expected = hmi_kernels.plot_merge(
+            packed.input_ids,
+            packed.offsets,
+            references,
+            [rows],
+            [unigrams],
+            chains[:, 0].contiguous(),
+            torch.zeros(32, HIDDEN),
+            torch.ones(HIDDEN),
+            torch.zeros(HIDDEN),
+            layer_norm_eps=1e-5,
+            window=window,
+        )
+    for parallel in (False, True):
+        peer = NumbaPlot(keys.numpy(), rows.numpy(), unigrams.numpy(), window=window, parallel=parallel)
+        merged = torch.from_numpy(peer.run(packed.input_ids.numpy(), packed.offsets.numpy()))
+        found = torch.nn.functional.layer_norm(merged, (HIDDEN,), eps=1e-5)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hit_curves_count_like_counter() -> None:
+    corpus, held_out = random_sequences(2), random_sequences(3)
+    curves = hit_curves(corpus, PackedSequences.pack(held_out), num_points=3)
+    for order, curve in enumerate(curves, start=1):
+
+        def grams(texts: list[list[int]], order: int = order) -> Counter[tuple[int, ...]]:
+            return Counter(tuple(ids[i : i + order]) for ids in texts for i in range(len(ids) - order + 1))
+
+        wanted = grams(held_out)
+        for size, tokens, share in zip((5, 10, 20), curve.x, curve.y, strict=True):
+            held = {gram for gram, count in grams(corpus[:size]).items() if count >= 2}
+            hits = sum(count for gram, count in wanted.items() if gram in held)
+            assert share == pytest.approx(hits / wanted.total())
+            assert tokens == sum(map(len, corpus[:size]))
