@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from safetensors import SafetensorError
 
 from hmi_engine.construct.materialise import Progress, build_plot, build_unigram_plot, count_corpus
 from hmi_engine.construct.training import (
@@ -23,6 +26,7 @@ from hmi_engine.errors import (
     HmiError,
     ReadOnlyStoreError,
     StoreExistsError,
+    StoreFullError,
     TenantExistsError,
 )
 from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
@@ -105,8 +109,12 @@ class Store(AbstractContextManager["Store"]):
                     table = build_unigram_plot(store.model, info, progress=progress)
                     save_domain(store.catalog, ROOT_DOMAIN, table)
             partial.root.rename(path)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial.root, ignore_errors=True)
+            if _is_full_disk(error):
+                raise StoreFullError(
+                    f"{path}: no room for the store; free some space and try again"
+                ) from error
             raise
         return cls.open(path)
 
@@ -175,7 +183,8 @@ class Store(AbstractContextManager["Store"]):
         if name in self.domains:
             raise DomainExistsError(f"domain {name!r} is in {self.layout.root} already; remove it first")
         above = self.catalog.chain(parent)
-        budget = parse_bytes(plot_bytes)
+        # With K = 0 nothing is looked up: the domain is a name for its tenants, and no rows are kept.
+        budget = parse_bytes(plot_bytes) if self.general.plot_layers else 0
         report = CorpusReport()
         texts = stream_texts(corpus, text_field=text_field, report=report)
         counts = count_corpus(texts, self.encoder, window=self.general.window, progress=progress)
@@ -378,6 +387,14 @@ class Store(AbstractContextManager["Store"]):
 
     def _open_plot(self, domain: DomainInfo) -> PlotTable:
         return open_plot(self.layout.resolve(domain.file or ""), self.general)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a library's write failed for want of room; safetensors wraps the system's error in its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
+    return isinstance(error, SafetensorError) and any(reason in str(error) for reason in full)
 
 
 def _import_general(
