@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NumbaPlot"]
+__all__ = ["NumbaPlot", "build_dictionary", "find_row"]
 
 _SLOT_BITS = 21
 _Array = npt.NDArray[Any]
@@ -26,7 +26,7 @@ class NumbaPlot:
 
     def __init__(self, keys: _Array, rows: _Array, unigrams: _Array, *, window: int, parallel: bool) -> None:
         """``keys`` int64 [N] as HMI's; ``parallel`` runs the sequences of a batch on all threads."""
-        self._table = _dictionary(keys)
+        self._table = build_dictionary(keys)
         self._rows = rows.view(np.uint16)
         self._unigrams = unigrams.view(np.uint16)
         kernel = _merge_bigrams if window == 2 else _merge_trigrams
@@ -39,7 +39,8 @@ class NumbaPlot:
         return output
 
 
-def _dictionary(keys: _Array) -> Any:
+def build_dictionary(keys: _Array) -> Any:
+    """A typed dictionary from key to row number."""
     table = numba.typed.Dict.empty(numba.int64, numba.int64)
     _fill(table, keys)
     return table
@@ -65,7 +66,8 @@ def _widen(half: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def _find(table: Any, a: int, b: int, c: int) -> int:
+def find_row(table: Any, a: int, b: int, c: int) -> int:
+    """The row of the window with these tokens in its slots (-1: absent), or -1."""
     return int(table.get(_key(a, b, c), -1))
 
 
@@ -77,7 +79,7 @@ def _merge_bigrams(
         for token in range(offsets[sequence], offsets[sequence + 1]):
             after = -1
             if token + 1 < offsets[sequence + 1]:
-                after = _find(table, input_ids[token], input_ids[token + 1], -1)
+                after = find_row(table, input_ids[token], input_ids[token + 1], -1)
             unigram = unigrams[input_ids[token]]
             for column in range(output.shape[1]):
                 base = _widen(unigram[column])
@@ -100,7 +102,7 @@ def _merge_trigrams(
             a = input_ids[token - 1] if token > start else -1
             b = input_ids[token]
             c = input_ids[token + 1] if token + 1 < end else -1
-            row = _find(table, a, b, c)
+            row = find_row(table, a, b, c)
             if row >= 0:
                 for column in range(output.shape[1]):
                     output[token, column] += _widen(rows[row, 1, column])
@@ -109,8 +111,8 @@ def _merge_trigrams(
                     if token + 1 < end:
                         output[token + 1, column] += _widen(rows[row, 2, column])
                 continue
-            left = _find(table, a, b, -1) if a >= 0 else -1
-            right = _find(table, -1, b, c) if c >= 0 else -1
+            left = find_row(table, a, b, -1) if a >= 0 else -1
+            right = find_row(table, -1, b, c) if c >= 0 else -1
             unigram = unigrams[b]
             for column in range(output.shape[1]):
                 base = _widen(unigram[column])

@@ -10,6 +10,7 @@ from hmi_engine.models.packing import PackedSequences
 
 REASON = "the PLOT baseline needs numba (extra: bench)"
 NumbaPlot = pytest.importorskip("benchmarks.peers.numba_plot", reason=REASON).NumbaPlot
+GatheredPlot = pytest.importorskip("benchmarks.peers.gathered_plot", reason=REASON).GatheredPlot
 hit_curves = pytest.importorskip("benchmarks.plot", reason=REASON).hit_curves
 
 VOCABULARY, HIDDEN = 12, 16
@@ -32,7 +33,7 @@ def windows(sequences: list[list[int]], window: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("window", [2, 3])
-def test_numba_merge_is_the_reference_merge_before_its_layer_norm(window: int) -> None:
+def test_baselines_are_the_reference_merge_before_its_layer_norm(window: int) -> None:
     sequences = random_sequences(0)
     packed = PackedSequences.pack(sequences)
     slots = torch.tensor(sorted(windows(sequences, window)), dtype=torch.int32)
@@ -59,8 +60,12 @@ def test_numba_merge_is_the_reference_merge_before_its_layer_norm(window: int) -
             layer_norm_eps=1e-5,
             window=window,
         )
-    for parallel in (False, True):
-        peer = NumbaPlot(keys.numpy(), rows.numpy(), unigrams.numpy(), window=window, parallel=parallel)
+    arrays = (keys.numpy(), rows.numpy(), unigrams.numpy())
+    for peer in (
+        GatheredPlot(*arrays, window=window),
+        NumbaPlot(*arrays, window=window, parallel=False),
+        NumbaPlot(*arrays, window=window, parallel=True),
+    ):
         merged = torch.from_numpy(peer.run(packed.input_ids.numpy(), packed.offsets.numpy()))
         found = torch.nn.functional.layer_norm(merged, (HIDDEN,), eps=1e-5)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
