@@ -48,6 +48,8 @@ NOTES = (
     "HMI's figure includes adding the position and the LayerNorm; the baseline's does not.",
     "All read the same rows (float16, memory-mapped) of the same table; their results were compared "
     "before timing. The texts are held out: none is in the table's corpus.",
+    "numba's threads sleep between calls (workqueue layer) and a pause precedes every sample: otherwise the "
+    "waiting threads of one system take the cores of the next.",
     "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram is found if the corpus holds "
     "it at least twice, as a table asks.",
 )
@@ -230,6 +232,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     data = read_texts(arguments, max_words=MAX_WORDS)
     plot_bytes = (8 if arguments.quick else 256) << 20
     repetitions = 3 if arguments.quick else 25
+    numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]  # its threads sleep between calls
     numba.set_num_threads(min(torch.get_num_threads(), numba.get_num_threads()))
     texts = _read(data, TextEncoder(packaged_model(), 512))
     cases: list[Case] = []

@@ -13,6 +13,8 @@ __all__ = ["interleave", "median", "median_interval", "ratio_interval"]
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+PAUSE_SECONDS = 0.02
+"""Before each sample: threads of the system before it, which still wait actively for work, go to sleep."""
 
 
 def interleave(
@@ -37,6 +39,7 @@ def interleave(
         shift = number % len(names)
         gc.collect()
         for name in names[shift:] + names[:shift]:
+            time.sleep(PAUSE_SECONDS)
             started = time.perf_counter()
             systems[name](number)
             elapsed = time.perf_counter() - started
