@@ -1,9 +1,10 @@
-"""A tenant's file: head and adapter blocks as one run of float32, read by one call into the caller's memory.
+"""A tenant's file: adapter blocks and head as one run of float32, read by one call into the caller's memory.
 
-Order: ``head.bias``, ``head.weight``, then the blocks by layer and site name, each block in the order in
-which kernels read it (``down, down_bias, up, up_bias`` or ``a, b``). So all of one layer is contiguous, and
-the block's offset in the data section is all that an arena needs to know. What is no tensor (rank, scale,
-activation, labels) is JSON in the header's metadata.
+Order: the blocks by layer and site name, each block in the order in which kernels read it (``down, down_bias,
+up, up_bias`` or ``a, b``), then ``output_head.bias``, ``output_head.weight``. So all of one layer is contiguous, the block's
+offset in the data section is all that an arena needs to know, and with sizes that are multiples of 16 every
+matrix of a block begins on a cache line. What is no tensor (rank, scale, activation, labels) is JSON in the
+header's metadata.
 """
 
 import os
@@ -42,9 +43,10 @@ def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True)
     Adapter and head must have passed ``validate``. ``sync`` is that of
     :func:`~hmi_engine.knowledge.atomic.atomic_write`, whose errors are raised.
     """
-    tensors = {f"head.{name}": tensor for name, tensor in sorted(head.tensors().items())}
+    tensors: dict[str, Tensor] = {}
     for (layer, site), block in adapter.ordered_blocks():
         tensors |= {f"layer.{layer:03d}.{site}.{name}": tensor for name, tensor in block.tensors().items()}
+    tensors |= {f"output_head.{name}": tensor for name, tensor in sorted(head.tensors().items())}
     floats = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
     return write_tensors(path, floats, describe_tenant(adapter, head), sync=sync)
 

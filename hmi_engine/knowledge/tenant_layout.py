@@ -154,8 +154,8 @@ def read_layout(path: Path) -> TenantLayout:
     entries = list(header.entries)
     if any(entry.dtype != "F32" for entry in entries):
         raise StoreCorruptError(f"{path}: a tenant's tensors are all F32")
-    head = _head_layout(path, record.head, entries)
     blocks = tuple(_block_layout(path, block, entries) for block in record.blocks)
+    head = _head_layout(path, record.head, entries)
     if entries:
         raise StoreCorruptError(f"{path}: tensor {entries[0].name!r:.80} is not described by the metadata")
     places = [(block.layer, block.site.value) for block in blocks]
@@ -202,7 +202,7 @@ def _head_layout(path: Path, record: _HeadRecord, entries: list[TensorEntry]) ->
         raise StoreCorruptError(f"{path}: pooling of a {record.kind} head is {record.pooling}")
     hidden_size = weight_offset = bias_offset = None
     if record.kind != "embedding":
-        bias, weight = _take(path, entries, ["head.bias", "head.weight"])
+        bias, weight = _take(path, entries, ["output_head.bias", "output_head.weight"])
         hidden_size = weight.shape[-1] if weight.shape else 0
         _check_shapes(path, [bias, weight], [(len(labels),), (len(labels), hidden_size)])
         weight_offset, bias_offset = weight.start // _FLOAT_BYTES, bias.start // _FLOAT_BYTES

@@ -63,9 +63,9 @@ def test_the_layout_describes_the_data_that_safetensors_sees(tenant_file: Path) 
         assert block.outputs == parts[1 if block.kind == "lora" else 2].shape[1]
     assert layout.head.weight_offset is not None
     assert layout.head.bias_offset is not None
-    weight = tensors["head.weight"]
+    weight = tensors["output_head.weight"]
     assert torch.equal(data[layout.head.weight_offset :][: weight.numel()].view_as(weight), weight)
-    assert torch.equal(data[layout.head.bias_offset :][:3], tensors["head.bias"])
+    assert torch.equal(data[layout.head.bias_offset :][:3], tensors["output_head.bias"])
 
 
 def test_all_of_a_layer_is_one_span(tenant_file: Path, mixed_adapter: Adapter) -> None:
@@ -73,7 +73,7 @@ def test_all_of_a_layer_is_one_span(tenant_file: Path, mixed_adapter: Adapter) -
     assert tuple(layout.layer_spans) == mixed_adapter.layers
     head_elements = 3 * 8 + 3
     starts, ends = zip(*layout.layer_spans.values(), strict=True)
-    assert (head_elements, *ends) == (*starts, layout.num_elements)
+    assert (0, *ends) == (*starts, layout.num_elements - head_elements), "layers in turn, then the head"
     for layer, (start, end) in layout.layer_spans.items():
         sizes = [block.num_elements for block in layout.blocks if block.layer == layer]
         assert end - start == sum(sizes)
@@ -161,10 +161,13 @@ Edit = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda tensors, _: tensors.pop("head.bias"), "expected tensors"),
-        (lambda tensors, _: tensors.update({"head.weight": torch.ones(2, 8)}), "head.weight has shape"),
+        (lambda tensors, _: tensors.pop("output_head.bias"), "expected tensors"),
+        (
+            lambda tensors, _: tensors.update({"output_head.weight": torch.ones(2, 8)}),
+            "head.weight has shape",
+        ),
         (lambda tensors, _: tensors.update({"zzz": torch.ones(1)}), "'zzz' is not described"),
-        (lambda tensors, _: tensors.update({"head.bias": torch.ones(3).half()}), "all F32"),
+        (lambda tensors, _: tensors.update({"output_head.bias": torch.ones(3).half()}), "all F32"),
         (lambda tensors, _: tensors.update({"layer.003.value.a": torch.ones(3)}), "no matrices"),
         (lambda tensors, _: tensors.update({"layer.003.value.b": torch.ones(4, 8)}), "value.b has shape"),
         (lambda _, metadata: metadata.pop("format"), "no tenant file"),
