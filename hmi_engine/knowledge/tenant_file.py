@@ -1,10 +1,10 @@
 """A tenant's file: adapter blocks and head as one run of float32, read by one call into the caller's memory.
 
 Order: the blocks by layer and site name, each block in the order in which kernels read it (``down, down_bias,
-up, up_bias`` or ``a, b``), then ``output_head.bias``, ``output_head.weight``. So all of one layer is contiguous, the block's
-offset in the data section is all that an arena needs to know, and with sizes that are multiples of 16 every
-matrix of a block begins on a cache line. What is no tensor (rank, scale, activation, labels) is JSON in the
-header's metadata.
+up, up_bias`` or ``a, b``), then ``output_head.bias``, ``output_head.weight``. So all of one layer is
+contiguous, the block's offset in the data section is all that an arena needs to know, and with sizes that are
+multiples of 16 every matrix of a block begins on a cache line. What is no tensor (rank, scale, activation,
+labels) is JSON in the header's metadata.
 """
 
 import os
