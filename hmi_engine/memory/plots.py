@@ -103,7 +103,8 @@ class PlotLibrary:
         """
         # At most one new row per position, and all rows of a batch must stay until it has been merged.
         self.overlay.reserve(min(sequences.num_tokens, self.overlay.rows_per_generation))
-        chains = [(*range(OVERLAY_TABLES), *self._domain(domain).chain) for domain in domains]
+        overlay = tuple(range(OVERLAY_TABLES)) if self.overlay.num_rows else ()
+        chains = [self._domain(domain).chain + overlay for domain in domains]
         width = max(map(len, chains))
         padded = torch.tensor([chain + (-1,) * (width - len(chain)) for chain in chains], dtype=torch.int32)
         return hmi_kernels.plot_lookup(
