@@ -31,6 +31,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.mixed
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
+	python -m benchmarks.accuracy
 	python -m benchmarks.report
 
 report: ## Write docs/results.md from benchmarks/results/*.json
