@@ -21,8 +21,8 @@ __all__ = ["main"]
 
 QUESTION = "What does looking the lower half of the layers up cost in accuracy?"
 NOTES = (
-    "Every variant trains bottleneck adapters and a head of its own by the same recipe, seeds and examples, and "
-    "is scored on the same held-out texts through the layers that serve it. The mean is over seeds.",
+    "Every variant trains bottleneck adapters and a head of its own by the same recipe, seeds and examples, "
+    "and is scored on the same held-out texts through the layers that serve it. The mean is over seeds.",
     "K = 0 is the plain base model with adapters on all layers, as a server without tables runs it.",
     "K = N/2 looks the lower half up and has adapters on the upper half only; nothing is distilled.",
 )

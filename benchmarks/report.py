@@ -22,15 +22,25 @@ turn (A B C, B C A, ...) in one process. A ratio is that of median rates.
 """
 EMPTY = "\nNo results yet: run the benchmarks first.\n"
 QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it works and measures nothing.**"
+ORDER = ("mixed", "accuracy", "plot", "kernels")
+"""What people ask first comes first; other results follow by name."""
+
+MANY_CASES = 8
+"""More cases than that share one table, a row each."""
+
 _PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(results: Sequence[BenchmarkResult], figures: Path, *, relative_to: Path) -> str:
     """The page's Markdown; draws figures into ``figures``, linked as seen from ``relative_to``."""
     parts = [HEADER]
-    for result in results:
+    for result in sorted(results, key=_place):
         parts.extend(_result(result, figures, relative_to))
     return "\n".join(parts) + ("" if results else EMPTY)
+
+
+def _place(result: BenchmarkResult) -> tuple[int, str]:
+    return ORDER.index(result.name) if result.name in ORDER else len(ORDER), result.name
 
 
 def _result(result: BenchmarkResult, figures: Path, relative_to: Path) -> list[str]:
@@ -39,20 +49,11 @@ def _result(result: BenchmarkResult, figures: Path, relative_to: Path) -> list[s
         parts += [QUICK_WARNING, ""]
     parts += [*_provenance(result), ""]
     parts += [*(f"- {note}" for note in result.notes), ""]
-    for case in result.cases:
-        parts += [
-            f"### {case.name[:1].upper()}{case.name[1:]}",
-            "",
-            *_case_table(case),
-            "",
-            _settings(case),
-            "",
-        ]
-        if len(case.systems) > 3:
-            parts += [
-                _image(draw_rates(case, figures / f"{result.name}-{_slug(case.name)}.svg"), relative_to),
-                "",
-            ]
+    if len(result.cases) > MANY_CASES:
+        parts += [*_summary_table(result.cases), ""]
+    else:
+        for case in result.cases:
+            parts += _case(case, result.name, figures, relative_to)
     if result.quantities:
         parts += ["### Other figures", "", "| what | value |", "| --- | ---: |"]
         parts += [f"| {item.name} | {_quantity(item.value, item.unit)} |" for item in result.quantities]
@@ -79,6 +80,28 @@ def _provenance(result: BenchmarkResult) -> list[str]:
         f"Versions: Python {result.versions.python}, {versions}  ",
         f"Settings: {_pairs(result.settings)}",
     ]
+
+
+def _case(case: Case, result_name: str, figures: Path, relative_to: Path) -> list[str]:
+    parts = [f"### {case.name[:1].upper()}{case.name[1:]}", ""]
+    parts += [*_case_table(case), "", _settings(case), ""]
+    if len(case.systems) > 3:
+        picture = draw_rates(case, figures / f"{result_name}-{_slug(case.name)}.svg")
+        parts += [_image(picture, relative_to), ""]
+    return parts
+
+
+def _summary_table(cases: Sequence[Case]) -> list[str]:
+    """One row for each case: the rate of its first system, and that over each of the others."""
+    baselines = list(dict.fromkeys(ratio.baseline for case in cases for ratio in case.ratios))
+    header = ["case", "system", f"{cases[0].systems[0].unit}/s", *(f"over {name}" for name in baselines)]
+    lines = [f"| {' | '.join(header)} |", "| --- | --- |" + " ---: |" * (1 + len(baselines))]
+    for case in cases:
+        ours = case.systems[0]
+        times = {ratio.baseline: ratio.times for ratio in case.ratios if ratio.faster == ours.name}
+        cells = [_times(times[name]) if name in times else "" for name in baselines]
+        lines.append(f"| {' | '.join([case.name, ours.name, _rate(ours.rate), *cells])} |")
+    return lines
 
 
 def _case_table(case: Case) -> list[str]:
