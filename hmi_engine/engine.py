@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 
 import hmi_kernels
-from hmi_engine.errors import EngineClosedError, HmiError
+from hmi_engine.errors import EngineClosedError, HmiError, MissPolicyWarning
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.plots import PlotLibrary
@@ -84,6 +85,8 @@ class Engine(AbstractContextManager["Engine"]):
         self.store = store
         self.max_batch_tokens = max_batch_tokens
         self._backend = backend
+        self._miss = miss
+        self._warned: set[str] = set()
         self._residency = AdapterResidency(
             store.layout, store.catalog, store.general, parse_bytes(host_memory)
         )
@@ -115,6 +118,7 @@ class Engine(AbstractContextManager["Engine"]):
                     responses[index] = Response.failed(requests[index], result)
                 else:
                     queue.append((index, result))
+            self._warn_of_mismatches([item for _, item in queue])
             for batch in self._batches([item for _, item in queue]):
                 self._answer([queue[number] for number in batch], responses, started)
             return self._finish(responses)
@@ -161,6 +165,21 @@ class Engine(AbstractContextManager["Engine"]):
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the engine is closed; open another one on the store")
+
+    def _warn_of_mismatches(self, queue: list[AdmittedRequest]) -> None:
+        """Says once for each tenant that it was trained under another policy, which costs accuracy."""
+        if self._plots is None:
+            return
+        for tenant in {item.tenant.name: item.tenant for item in queue}.values():
+            trained = tenant.card.get("training", {}).get("settings", {}).get("miss", self._miss)
+            if trained != self._miss and tenant.name not in self._warned:
+                self._warned.add(tenant.name)
+                warnings.warn(
+                    f"tenant {tenant.name!r} was trained for miss={trained!r} and is served with "
+                    f"miss={self._miss!r}; its accuracy may suffer",
+                    MissPolicyWarning,
+                    stacklevel=3,
+                )
 
     def _batches(self, queue: list[AdmittedRequest]) -> list[list[int]]:
         described = [

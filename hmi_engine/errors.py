@@ -14,6 +14,7 @@ __all__ = [
     "InvalidNameError",
     "InvalidRequestError",
     "InvalidSizeError",
+    "MissPolicyWarning",
     "MissingDependencyError",
     "OverloadedError",
     "ReadOnlyStoreError",
@@ -135,3 +136,7 @@ class StoreFullError(StoreError, OSError):
 
 class ReadOnlyStoreError(StoreError):
     """The store was opened with ``read_only=True``."""
+
+
+class MissPolicyWarning(UserWarning):
+    """A tenant is served under another miss policy than the one it was trained under."""

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import hmi_kernels
 from hmi_engine.errors import (
     EngineClosedError,
     InvalidRequestError,
+    MissPolicyWarning,
     OverloadedError,
     StoreCorruptError,
     TextTooLongError,
@@ -327,3 +329,17 @@ def test_tenant_replaced_between_admission_and_loading(store, make_head):
     with engine._residency.pinned([stale]) as (tenant,):
         assert tenant.info.generation == store.tenants["t0"].generation
         assert tenant.head.labels == ("a", "b")
+
+
+def test_a_tenant_under_another_policy_than_its_training_is_told_once(store, make_head):
+    card = {"training": {"settings": {"miss": "backoff"}}}
+    adapter, head = hmi.Adapter({}), make_head(store.general)
+    store.add_tenant("trained", domain="words", adapter=adapter, head=head, card=card)
+    request = hmi.Request("trained", text="the cell")
+    exact, backoff = hmi.Engine(store, miss="exact"), hmi.Engine(store)
+    with pytest.warns(MissPolicyWarning, match="'trained'.*backoff.*exact"):
+        exact.run([request, request])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact.run([request])
+        backoff.run([request])
