@@ -6,6 +6,7 @@ are given their best case (their tables in one tensor, weights stacked, nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -180,5 +181,31 @@ def test_adapters(
         "hmi lora": lambda: hmi_kernels.grouped_lora(output, x, arena, offsets, slots, *of_slot, scales),
         "torch.bmm": lambda: torch.bmm(torch.bmm(x.view(segments, length, hidden), down), up),
         "torch.matmul, one adapter for all": lambda: (x @ down[0]) @ up[0],
+    }
+    benchmark(calls[peer])
+
+
+@pytest.mark.benchmark(group="packed_attention: 32 texts of 8 to 100 tokens, 12 heads of 32")
+@pytest.mark.parametrize("peer", ["hmi", "torch, text by text", "torch, padded"])
+def test_attention(benchmark: BenchmarkFixture, peer: str) -> None:
+    """Self-attention over texts of different lengths."""
+    lengths = torch.randint(8, 101, (32,)).tolist()
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)])
+    query, key, value = torch.randn(sum(lengths), 3 * HIDDEN_SIZE).split(HIDDEN_SIZE, dim=1)
+    benchmark.extra_info["tokens"] = sum(lengths)
+
+    def heads(part: Tensor) -> Tensor:
+        return part.unflatten(-1, (12, 32)).transpose(-3, -2)
+
+    def text_by_text() -> list[Tensor]:
+        texts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return [functional.scaled_dot_product_attention(*map(heads, text)) for text in texts]
+
+    padded = [heads(torch.randn(32, max(lengths), HIDDEN_SIZE)) for _ in range(3)]
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])[:, None, None]
+    calls: dict[str, Callable[[], object]] = {
+        "hmi": lambda: hmi_kernels.packed_attention(query, key, value, offsets, offsets, num_heads=12),
+        "torch, text by text": text_by_text,
+        "torch, padded": lambda: functional.scaled_dot_product_attention(*padded, attn_mask=mask),
     }
     benchmark(calls[peer])
