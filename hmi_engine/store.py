@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from safetensors import SafetensorError
-
-from hmi_engine.construct.materialise import Progress, build_plot, build_unigram_plot, count_corpus
+from hmi_engine.construct.creation import create_store
+from hmi_engine.construct.materialise import Progress, build_plot, count_corpus
 from hmi_engine.construct.training import (
     TrainedTenant,
     TrainingProgress,
@@ -25,8 +21,6 @@ from hmi_engine.errors import (
     DomainExistsError,
     HmiError,
     ReadOnlyStoreError,
-    StoreExistsError,
-    StoreFullError,
     TenantExistsError,
 )
 from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
@@ -49,11 +43,9 @@ from hmi_engine.knowledge.plot_table import PlotTable, open_plot
 from hmi_engine.knowledge.records import DomainInfo, TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tenant_file import load_tenant
-from hmi_engine.knowledge.tensor_file import file_sha256
 from hmi_engine.knowledge.verification import Problem, repair, verify
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert
 from hmi_engine.models.tokenization import TextEncoder
 
 __all__ = ["Corpus", "Store"]
@@ -97,25 +89,14 @@ class Store(AbstractContextManager["Store"]):
             UnsupportedModelError: the model cannot be served, or has too few layers.
             StoreFullError: no room; nothing is left behind.
         """
-        path = Path(path)
-        if path.exists():
-            raise StoreExistsError(f"{path} exists; choose a new folder for the store, or open it")
-        partial = StoreLayout(path.with_name(f".{path.name}.{os.getpid()}.partial"))
-        try:
-            partial.root.mkdir(parents=True)
-            info = _import_general(str(general), partial, plot_layers, window, row_dtype)
-            with cls(Catalog.create(partial, info)) as store:
-                if info.plot_layers:
-                    table = build_unigram_plot(store.model, info, progress=progress)
-                    save_domain(store.catalog, ROOT_DOMAIN, table)
-            partial.root.rename(path)
-        except BaseException as error:
-            shutil.rmtree(partial.root, ignore_errors=True)
-            if _is_full_disk(error):
-                raise StoreFullError(
-                    f"{path}: no room for the store; free some space and try again"
-                ) from error
-            raise
+        create_store(
+            Path(path),
+            source=str(general),
+            plot_layers=plot_layers,
+            window=window,
+            row_dtype=row_dtype,
+            progress=progress,
+        )
         return cls.open(path)
 
     @classmethod
@@ -387,39 +368,3 @@ class Store(AbstractContextManager["Store"]):
 
     def _open_plot(self, domain: DomainInfo) -> PlotTable:
         return open_plot(self.layout.resolve(domain.file or ""), self.general)
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether a library's write failed for want of room; safetensors wraps the system's error in its own."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
-    return isinstance(error, SafetensorError) and any(reason in str(error) for reason in full)
-
-
-def _import_general(
-    source: str,
-    layout: StoreLayout,
-    plot_layers: int | None,
-    window: Literal[2, 3],
-    row_dtype: Literal["float16", "float32"],
-) -> GeneralInfo:
-    configuration = import_bert(source, layout.general)
-    chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
-    info = GeneralInfo(
-        family="bert",
-        source=source,
-        num_layers=configuration.num_layers,
-        hidden_size=configuration.hidden_size,
-        num_heads=configuration.num_heads,
-        intermediate_size=configuration.intermediate_size,
-        vocab_size=configuration.vocab_size,
-        max_positions=configuration.max_positions,
-        plot_layers=chosen,
-        window=window,
-        row_dtype=row_dtype,
-        tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),
-        domain_layers=f"{file_sha256(layout.general / 'model.safetensors')[:16]}:{chosen}",
-    )
-    info.check_supported()
-    return info

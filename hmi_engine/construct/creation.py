@@ -1,0 +1,90 @@
+"""Makes the folder of a new store: the base model, the catalog, and the root's unigram rows."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+
+from hmi_engine.construct.materialise import Progress, build_unigram_plot
+from hmi_engine.errors import StoreExistsError, StoreFullError
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
+from hmi_engine.knowledge.changes import save_domain
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.tensor_file import file_sha256
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.loading import import_bert
+
+__all__ = ["create_store"]
+
+
+def create_store(
+    path: Path,
+    *,
+    source: str,
+    plot_layers: int | None,
+    window: Literal[2, 3],
+    row_dtype: Literal["float16", "float32"],
+    progress: Progress | None,
+) -> None:
+    """Makes a store at ``path``, all of it or nothing: it is built beside and renamed when it is whole.
+
+    Args and errors are those of :meth:`hmi_engine.store.Store.create`; ``source`` is its ``general``.
+    """
+    if path.exists():
+        raise StoreExistsError(f"{path} exists; choose a new folder for the store, or open it")
+    partial = StoreLayout(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+    try:
+        partial.root.mkdir(parents=True)
+        info = _import_general(source, partial, plot_layers, window, row_dtype)
+        with Catalog.create(partial, info) as catalog:
+            if info.plot_layers:
+                model = HierarchicalBert.load(partial.general, info.plot_layers)
+                save_domain(catalog, ROOT_DOMAIN, build_unigram_plot(model, info, progress=progress))
+        partial.root.rename(path)
+    except BaseException as error:
+        shutil.rmtree(partial.root, ignore_errors=True)
+        if _is_full_disk(error):
+            raise StoreFullError(f"{path}: no room for the store; free some space and try again") from error
+        raise
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a library's write failed for want of room; safetensors wraps the system's error in its own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
+    return isinstance(error, SafetensorError) and any(reason in str(error) for reason in full)
+
+
+def _import_general(
+    source: str,
+    layout: StoreLayout,
+    plot_layers: int | None,
+    window: Literal[2, 3],
+    row_dtype: Literal["float16", "float32"],
+) -> GeneralInfo:
+    configuration = import_bert(source, layout.general)
+    chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
+    info = GeneralInfo(
+        family="bert",
+        source=source,
+        num_layers=configuration.num_layers,
+        hidden_size=configuration.hidden_size,
+        num_heads=configuration.num_heads,
+        intermediate_size=configuration.intermediate_size,
+        vocab_size=configuration.vocab_size,
+        max_positions=configuration.max_positions,
+        plot_layers=chosen,
+        window=window,
+        row_dtype=row_dtype,
+        tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),
+        domain_layers=f"{file_sha256(layout.general / 'model.safetensors')[:16]}:{chosen}",
+    )
+    info.check_supported()
+    return info
