@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/packed_sequences.h"
 #include "common/parallel.h"
 #include "cpu/simd/dispatch.h"
 
@@ -20,19 +21,6 @@ constexpr int64_t kQueryBlock = 64;
 // Keys transposed together: one cache line of each column is written at once.
 constexpr int64_t kTransposeBlock = 16;
 constexpr int64_t kMultiplyAddsWorthAThread = 250'000;
-
-void check_offsets(const char* name, const int64_t* offsets, int64_t num_sequences, int64_t num_rows) {
-  if (offsets[0] != 0 || offsets[num_sequences] != num_rows) {
-    throw std::invalid_argument(std::string(name) + " must run from 0 to the number of rows " +
-                                std::to_string(num_rows) + ", got " + std::to_string(offsets[0]) + " to " +
-                                std::to_string(offsets[num_sequences]));
-  }
-  for (int64_t s = 0; s < num_sequences; ++s) {
-    if (offsets[s] > offsets[s + 1]) {
-      throw std::invalid_argument(std::string(name) + "[" + std::to_string(s + 1) + "] is smaller than the one before");
-    }
-  }
-}
 
 void check(const Arguments& a) {
   check_offsets("query_offsets", a.query_offsets, a.num_sequences, a.num_queries);

@@ -30,7 +30,6 @@ class WindowOverlay:
         self.indexes = [self._empty_index() for _ in range(OVERLAY_TABLES)]
         self._used = [0] * OVERLAY_TABLES
         self._young = 0
-        self.rows_computed = 0
 
     def _empty_index(self) -> torch.Tensor:
         # Load factor at most one half: open addressing stays at one or two probes.
@@ -74,5 +73,4 @@ class WindowOverlay:
         numbers = torch.arange(start, end)
         hmi_kernels.plot_index_insert(self.indexes[self._young], keys, numbers)
         self._used[self._young] = end
-        self.rows_computed += keys.numel()
         return (self._young << hmi_kernels.ROW_BITS) | numbers
