@@ -109,6 +109,8 @@ class Engine(AbstractContextManager["Engine"]):
         """
         with self._lock, hmi_kernels.use_backend(self._backend):
             self._check_open()
+            if self._plots is not None:
+                self._plots.forget()
             started = time.perf_counter()
             admitted = admit(requests, self.store.tenants, self.store.encoder)
             responses: list[Response | None] = [None] * len(requests)

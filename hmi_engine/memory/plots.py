@@ -35,7 +35,7 @@ class PlotLibrary:
     """Opens tables at first use, numbers them for the kernels and keeps them until :meth:`close`.
 
     Tables 0 and 1 are the overlay. A table once open stays valid when the store replaces its file: readers
-    keep the old generation; :meth:`forget` makes the next lookup of a domain see the new one.
+    keep the old generation; :meth:`forget` makes the next lookup see the new one.
 
     A caller that uses ``compute_misses`` holds the library for one batch at a time: references stay valid
     until the next ``lookup``.
@@ -61,12 +61,12 @@ class PlotLibrary:
         self._opened: dict[str, tuple[int, int | None]] = {}  # file -> row table, unigram table
         self._domains: dict[str, _DomainTables] = {}
 
-    def forget(self, domain: str | None = None) -> None:
-        """Reads the tree of ``domain`` (default: of all) from the catalog again at its next lookup."""
-        if domain is None:
-            self._domains.clear()
-        else:
-            self._domains.pop(domain, None)
+    def forget(self) -> None:
+        """Reads the tree from the catalog again at the next lookup: a name may stand for another domain now.
+
+        Tables stay open; files are never reused, so one that is still current is not opened again.
+        """
+        self._domains.clear()
 
     def ancestors(self, domain: str) -> tuple[str, ...]:
         """Names from the domain to the root among nodes with the same domain layers.

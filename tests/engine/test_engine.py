@@ -343,3 +343,21 @@ def test_a_tenant_under_another_policy_than_its_training_is_told_once(store, mak
         warnings.simplefilter("error")
         exact.run([request])
         backoff.run([request])
+
+
+def test_a_domain_made_anew_under_the_same_name_is_not_served_from_memory(store, make_head, held_out):
+    """As for tenants: what an engine keeps of a domain must not be known by its name alone."""
+    store.add_domain("other", ["nothing in common", "nothing in common"])
+    adapter, head = hmi.Adapter({}), make_head(store.general)
+    store.add_tenant("t", domain="other", adapter=adapter, head=head)
+    requests = [hmi.Request("t", text=text) for text in held_out]
+    engine = hmi.Engine(store)
+    before = engine.run(requests)
+    store.remove_tenant("t")
+    store.remove_domain("other")
+    store.add_domain("other", held_out * 2)
+    store.add_tenant("t", domain="other", adapter=adapter, head=head)
+    expected = hmi.Engine(store).run(requests)
+    assert not np.allclose([scores(r) for r in before], [scores(r) for r in expected], atol=1e-4)
+    for first, second in zip(expected, engine.run(requests), strict=True):
+        np.testing.assert_array_equal(scores(first), scores(second))
