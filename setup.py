@@ -83,21 +83,35 @@ def find_nvcc() -> str | None:
     return next((place for place in places if place and Path(place).exists()), None)
 
 
-def cuda_sources() -> list[str]:
-    """The .cu files to compile: none without nvcc, and none if HMI_BUILD_CUDA says so."""
+def wants_cuda() -> bool:
+    """Whether the CUDA kernels are compiled: where nvcc is found, unless HMI_BUILD_CUDA decides."""
     mode = os.environ.get("HMI_BUILD_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         sys.exit(f"HMI_BUILD_CUDA must be auto, 0 or 1, not {mode!r}")
-    found = sources(".cu")
     if mode == "1" and find_nvcc() is None:
         sys.exit("HMI_BUILD_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
-    if mode == "1" and not found:
-        sys.exit("HMI_BUILD_CUDA=1 but csrc/cuda holds no kernel: use HMI_BUILD_CUDA=auto")
-    return [] if mode == "0" or find_nvcc() is None else found
+    return mode != "0" and find_nvcc() is not None
 
 
 def sources(suffix: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(f"*{suffix}"))
+
+
+def needs_cuda(source: str) -> bool:
+    return source.startswith(("csrc/cuda/", "csrc/bindings/cuda"))
+
+
+def cuda_include() -> Path:
+    """The headers of the toolkit whose nvcc compiles (the nvcc on PATH may be a link or a script)."""
+    command = [str(find_nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null"]
+    dry_run = subprocess.run(
+        [str(find_nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    top = next(line.split("=", maxsplit=1)[1] for line in dry_run.stderr.splitlines() if "#$ TOP=" in line)
+    return Path(top).resolve() / "include"
 
 
 def architecture_flags() -> list[str]:
@@ -111,21 +125,22 @@ def architecture_flags() -> list[str]:
     return flags
 
 
-def ninja_file(cxx: str, cu_files: list[str], module: Path, folder: Path) -> str:
+def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
     import pybind11
 
-    includes = [f"-I{ROOT / 'csrc'}"]
-    # -isystem: their warnings are not ours.
+    # -isystem: their warnings are not ours. nvcc is not given pybind11's path, which differs between pip's
+    # isolated builds: its objects, the slowest ones, are made once.
     system = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
-    common = [*optimization_flags(), *includes, *system, f"-DHMI_WITH_CUDA={int(bool(cu_files))}"]
+    system += [f"-isystem {cuda_include()}"] if with_cuda else []
+    common = [*optimization_flags(), f"-I{ROOT / 'csrc'}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
     nvcc_flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-ccbin", cxx, *architecture_flags()]
     linker = (
-        f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if cu_files else f"{cxx} -pthread"
+        f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
     )
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx_flags = {' '.join([*CXX_FLAGS, *common])}",
+        f"cxx_flags = {' '.join([*CXX_FLAGS, *common, *system])}",
         f"nvcc_flags = {' '.join([*nvcc_flags, *common])} -Xcompiler -fPIC,-fvisibility=hidden",
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d $cxx_flags $file_flags -c $in -o $out",
@@ -140,8 +155,8 @@ def ninja_file(cxx: str, cu_files: list[str], module: Path, folder: Path) -> str
     ]
     skipped = set() if targets_x86(cxx) else set(SIMD_FLAGS)
     objects = []
-    for source in [*sources(".cpp"), *cu_files]:
-        if source in skipped:
+    for source in [*sources(".cpp"), *sources(".cu")]:
+        if source in skipped or (needs_cuda(source) and not with_cuda):
             continue
         objects.append(str(folder / f"{source.replace('/', '_')}.o"))
         lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT / source}")
@@ -160,7 +175,7 @@ class NinjaBuild(build_ext):
         )
         folder.mkdir(parents=True, exist_ok=True)
         built = folder / Path(self.get_ext_filename(ext.name)).name
-        (folder / "build.ninja").write_text(ninja_file(find_cxx(), cuda_sources(), built, folder))
+        (folder / "build.ninja").write_text(ninja_file(find_cxx(), wants_cuda(), built, folder))
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run(["ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
         module = Path(self.get_ext_fullpath(ext.name))

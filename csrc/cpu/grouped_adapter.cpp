@@ -1,11 +1,10 @@
 #include "cpu/grouped_adapter.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "common/parallel.h"
+#include "common/segments.h"
 #include "cpu/simd/dispatch.h"
 
 namespace hmi {
@@ -25,46 +24,12 @@ struct Task {
   int64_t num_rows;
 };
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
-
-std::string entry(const char* name, int64_t index, int64_t value) {
-  return std::string(name) + "[" + std::to_string(index) + "] is " + std::to_string(value);
-}
-
-int64_t block_size(const Arguments& a, int64_t rank) {
-  const int64_t biases = a.slot_activations != nullptr ? rank + a.output_size : 0;
-  return rank * (a.input_size + a.output_size) + biases;
-}
-
-void check_slot(const Arguments& a, int64_t slot) {
-  const int64_t rank = a.slot_ranks[slot];
-  if (rank < 0 || rank > a.arena_size) refuse(entry("slot_ranks", slot, rank) + ", which no block of the arena can have");
-  if (rank == 0) return;
-  const int64_t offset = a.slot_offsets[slot];
-  if (offset < 0 || offset > a.arena_size - block_size(a, rank)) {
-    refuse(entry("slot_offsets", slot, offset) + ", but its block of " + std::to_string(block_size(a, rank)) +
-           " elements does not fit into the arena of " + std::to_string(a.arena_size));
-  }
-  if (a.slot_activations == nullptr) return;
-  const int32_t activation = a.slot_activations[slot];
-  if (activation < 0 || activation >= kNumActivations) refuse(entry("slot_activations", slot, activation) + ", not 0..4");
-}
-
-void check_segments(const Arguments& a) {
-  for (int64_t g = 0; g <= a.num_segments; ++g) {
-    const int64_t offset = a.segment_offsets[g];
-    if (offset < (g == 0 ? 0 : a.segment_offsets[g - 1]) || offset > a.num_tokens) {
-      refuse(entry("segment_offsets", g, offset) + ", but offsets must not decrease and lie in 0.." +
-             std::to_string(a.num_tokens));
-    }
-  }
-  for (int64_t g = 0; g < a.num_segments; ++g) {
-    const int32_t slot = a.segment_slots[g];
-    if (slot < -1 || slot >= a.num_slots) {
-      refuse(entry("segment_slots", g, slot) + ", but there are " + std::to_string(a.num_slots) + " slots");
-    }
-    if (slot >= 0) check_slot(a, slot);
-  }
+void check(const Arguments& a) {
+  const Segments segments{a.segment_offsets, a.segment_slots, a.num_segments, a.num_tokens, a.num_slots};
+  check_segments(segments);
+  const bool has_biases = a.slot_activations != nullptr;
+  check_slots(segments, {a.slot_offsets, a.slot_ranks, a.slot_activations, a.arena_size,
+                         a.input_size + a.output_size + has_biases, has_biases ? a.output_size : 0, 1, a.arena_size});
 }
 
 std::vector<Task> split_into_tasks(const Arguments& a) {
@@ -100,7 +65,7 @@ void run_task(const Arguments& a, const SimdKernels& kernels, const Task& task, 
 }  // namespace
 
 void grouped_adapter(const Arguments& arguments, int num_threads) {
-  check_segments(arguments);
+  check(arguments);
   const std::vector<Task> tasks = split_into_tasks(arguments);
   int64_t scratch_size = 0;
   int64_t multiply_adds = 0;

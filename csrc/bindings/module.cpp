@@ -1,11 +1,7 @@
-// The only file that knows Python: addresses become pointers, and every call runs without the interpreter's lock.
-// hmi_kernels checks dtypes, shapes and strides before it passes an address; the kernels check every value.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstring>
-
+// The module _C: the settings and the CPU kernels, which check every value themselves.
+#include "bindings/bindings.h"
 #include "common/parallel.h"
+#include "common/segments.h"
 #include "cpu/grouped_adapter.h"
 #include "cpu/ngram_counter.h"
 #include "cpu/packed_attention.h"
@@ -14,17 +10,8 @@
 #include "cpu/plot_merge.h"
 #include "cpu/simd/dispatch.h"
 
-namespace py = pybind11;
-
+namespace hmi::bindings {
 namespace {
-
-using Address = uintptr_t;
-using WithoutLock = py::call_guard<py::gil_scoped_release>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 hmi::PlotIndex plot_index(Address slots, int64_t capacity) {
   return hmi::PlotIndex(pointer<hmi::IndexSlot>(slots), capacity);
@@ -90,6 +77,19 @@ void grouped_adapter(Address output, int64_t output_stride, int64_t output_size,
        pointer<const int32_t>(slot_ranks), pointer<const int32_t>(slot_activations), pointer<const float>(slot_scales),
        num_slots},
       num_threads);
+}
+
+// Addresses of 0 are of tensors that lie on a device: their values are not looked at.
+void check_segments(Address segment_offsets, Address segment_slots, int64_t num_segments, int64_t num_tokens,
+                    int64_t num_slots, Address slot_offsets, Address slot_ranks, Address slot_activations,
+                    int64_t arena_size, int64_t per_rank, int64_t fixed, int64_t multiple, int64_t max_rank) {
+  const hmi::Segments segments{pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots),
+                               num_segments, num_tokens, num_slots};
+  hmi::check_segments(segments);
+  if (slot_offsets == 0 || slot_ranks == 0) return;
+  hmi::check_slots(segments, {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_ranks),
+                              pointer<const int32_t>(slot_activations), arena_size, per_rank, fixed, multiple,
+                              max_rank});
 }
 
 void packed_attention(Address queries, int64_t query_stride, Address keys, int64_t key_stride, Address values,
@@ -170,6 +170,13 @@ void define_adapters(py::module_& m) {
         py::arg("slot_scales"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
 }
 
+void define_checks(py::module_& m) {
+  m.def("check_segments", &check_segments, py::arg("segment_offsets"), py::arg("segment_slots"),
+        py::arg("num_segments"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("slot_offsets"),
+        py::arg("slot_ranks"), py::arg("slot_activations"), py::arg("arena_size"), py::arg("per_rank"),
+        py::arg("fixed"), py::arg("multiple"), py::arg("max_rank"), WithoutLock());
+}
+
 void define_attention(py::module_& m) {
   m.def("packed_attention", &packed_attention, py::arg("query"), py::arg("query_stride"), py::arg("key"),
         py::arg("key_stride"), py::arg("value"), py::arg("value_stride"), py::arg("output"), py::arg("output_stride"),
@@ -189,12 +196,19 @@ void define_counter(py::module_& m) {
 }
 
 }  // namespace
+}  // namespace hmi::bindings
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of hmi_kernels over raw addresses. Use the functions of hmi_kernels instead.";
+  using namespace hmi::bindings;
+  m.doc() = "Kernels of hmi_kernels over raw addresses. Use the functions of hmi_kernels instead.";
   define_settings(m);
   define_plot(m);
   define_adapters(m);
+  define_checks(m);
   define_attention(m);
   define_counter(m);
+#if HMI_WITH_CUDA
+  py::module_ cuda = m.def_submodule("cuda");
+  define_cuda(cuda);
+#endif
 }
