@@ -82,6 +82,8 @@ __device__ __forceinline__ uint4 load16_once(const void* global) {
                : "l"(global));
   return value;
 }
+// 16 bytes of global memory that this thread alone writes, later in the launch.
+__device__ __forceinline__ uint4 load16_changing(const void* global) { return *static_cast<const uint4*>(global); }
 __device__ __forceinline__ void store16(void* global, const uint4& value) { *static_cast<uint4*>(global) = value; }
 
 // Says that an argument's value is out of bounds (see fault.h). Any thread may; one of them is heard.
