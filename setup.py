@@ -104,12 +104,7 @@ def needs_cuda(source: str) -> bool:
 def cuda_include() -> Path:
     """The headers of the toolkit whose nvcc compiles (the nvcc on PATH may be a link or a script)."""
     command = [str(find_nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null"]
-    dry_run = subprocess.run(
-        [str(find_nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    dry_run = subprocess.run(command, capture_output=True, text=True, check=True)
     top = next(line.split("=", maxsplit=1)[1] for line in dry_run.stderr.splitlines() if "#$ TOP=" in line)
     return Path(top).resolve() / "include"
 

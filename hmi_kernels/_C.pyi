@@ -96,3 +96,19 @@ class NgramCounter:
     def total(self) -> int: ...
     @property
     def memory_bytes(self) -> int: ...
+
+def check_segments(
+    segment_offsets: int,
+    segment_slots: int,
+    num_segments: int,
+    num_tokens: int,
+    num_slots: int,
+    slot_offsets: int,
+    slot_ranks: int,
+    slot_activations: int,
+    arena_size: int,
+    per_rank: int,
+    fixed: int,
+    multiple: int,
+    max_rank: int,
+) -> None: ...

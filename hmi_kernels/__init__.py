@@ -8,11 +8,14 @@ the specification of them all.
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
 from hmi_kernels.attention import packed_attention
 from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
+from hmi_kernels.cuda.adapters import check_adapter_shape
+from hmi_kernels.cuda.driver import raise_faults
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
 from hmi_kernels.plot import plot_lookup, plot_merge
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
+from hmi_kernels.vectors import grouped_bias, grouped_scale
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,9 +26,12 @@ __all__ = [
     "active_backend",
     "backends",
     "build_info",
+    "check_adapter_shape",
     "count_ngrams",
+    "grouped_bias",
     "grouped_bottleneck",
     "grouped_lora",
+    "grouped_scale",
     "ngram_keys",
     "ngram_tokens",
     "packed_attention",
@@ -34,5 +40,6 @@ __all__ = [
     "plot_index_insert",
     "plot_lookup",
     "plot_merge",
+    "raise_faults",
     "use_backend",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import require_rows, require_vector
-from hmi_kernels.library import define
+from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 
 __all__ = ["packed_attention"]
@@ -99,7 +99,7 @@ _packed_attention = define(
     "int num_heads) -> Tensor",
     arguments=_Arguments,
     check=_check,
-    cpu=_run_on_cpu,
+    implementations={"cpu": Implementation(_run_on_cpu)},
     reference=reference.packed_attention,
     fake=_make_output,
 )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Container
 from types import TracebackType
 from typing import NamedTuple
 
 import torch
 
-from hmi_kernels.native import native, native_reason
-from hmi_kernels.settings import BACKEND_NAMES, setting
+from hmi_kernels.cuda import driver
+from hmi_kernels.native import native_reason
+from hmi_kernels.settings import BACKEND_NAMES, is_triton_interpreted, setting
 
-__all__ = ["BackendStatus", "active_backend", "backends", "use_backend"]
+__all__ = ["BackendStatus", "active_backend", "backends", "candidates", "use_backend"]
 
 
 class BackendStatus(NamedTuple):
@@ -21,25 +23,22 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def _cuda_reason() -> str:
-    if native_reason:
-        return native_reason
-    if not native.with_cuda:
-        return (
-            "this release has no CUDA kernels yet" if torch.cuda.is_available() else "compiled without CUDA"
-        )
-    return "" if torch.cuda.is_available() else "no CUDA device or driver"
-
-
 def _triton_reason() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return "this release has no Triton kernels yet"
+    if torch.cuda.is_available() or is_triton_interpreted():
+        return ""
+    return "no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
 
 
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with the reason if it cannot be used here."""
-    reasons = {"cuda": _cuda_reason(), "triton": _triton_reason(), "cpu": native_reason, "reference": ""}
+    reasons = {
+        "cuda": driver.reason(),
+        "triton": _triton_reason(),
+        "cpu": native_reason,
+        "reference": "",
+    }
     return {name: BackendStatus(not reason, reason) for name, reason in reasons.items()}
 
 
@@ -59,14 +58,16 @@ class _Choice:
 
 
 _chosen = "auto"
+_automatic: dict[str, tuple[str, ...]] = {}
 
 
 def use_backend(name: str) -> _Choice:
     """Chooses the backend of every op in this process, from now on or for a with-statement.
 
-    ``auto`` (the start, unless ``HMI_BACKEND`` says otherwise) takes ``cpu`` for CPU tensors if it is
-    compiled, else ``reference``. Raises ValueError on an unknown name and on a backend that cannot be used
-    here.
+    ``auto`` (the start, unless ``HMI_BACKEND`` says otherwise) takes the first that can run the call: on a
+    GPU ``cuda``, ``triton``, ``reference``; on the CPU ``cpu``, ``reference``. Another name binds every op
+    that this backend implements: what it cannot run is an error. Ops that it does not implement stay
+    automatic. Raises ValueError on an unknown name and on a backend that cannot be used here.
     """
     global _chosen
     if name not in ("auto", *BACKEND_NAMES):
@@ -77,18 +78,43 @@ def use_backend(name: str) -> _Choice:
     return _Choice(previous)
 
 
-def active_backend(device_type: str = "cpu") -> str:
-    """The backend that an op takes for tensors on this kind of device: ``cpu`` or ``reference``.
+def candidates(device_type: str, implemented: Container[str]) -> tuple[str, ...]:
+    """The backends to try for tensors on this kind of device, in order, of those that are implemented.
 
     Raises ValueError if the chosen one cannot work on such tensors.
     """
-    if _chosen == "auto":
-        return "cpu" if device_type == "cpu" and not native_reason else "reference"
-    if _chosen == "cpu" and device_type != "cpu":
+    if _chosen == "reference":
+        return ("reference",)
+    if _chosen != "auto" and _chosen in implemented:
+        _require_device(_chosen, device_type)
+        return (_chosen,)
+    return tuple(name for name in _automatic_order(device_type) if name in implemented or name == "reference")
+
+
+def _automatic_order(device_type: str) -> tuple[str, ...]:
+    # What can be used does not change while a process runs, and asking it takes longer than a small op.
+    if device_type not in _automatic:
+        order = ("cpu", "reference") if device_type == "cpu" else ("cuda", "triton", "reference")
+        status = backends()
+        _automatic[device_type] = tuple(name for name in order if status[name].available)
+    return _automatic[device_type]
+
+
+def _require_device(backend: str, device_type: str) -> None:
+    works_on_cpu = {"cpu": True, "cuda": driver.is_emulated(), "triton": is_triton_interpreted()}[backend]
+    works_on_gpu = backend != "cpu" and not works_on_cpu
+    if not (works_on_cpu if device_type == "cpu" else works_on_gpu):
         raise ValueError(
-            f"backend cpu was chosen, but the tensors are on {device_type}: use auto or reference"
+            f"backend {backend} was chosen, but the tensors are on {device_type}: use auto or reference"
         )
-    return _chosen
+
+
+def active_backend(device_type: str = "cpu") -> str:
+    """The backend that an op which all implement tries first for tensors on this kind of device.
+
+    Raises ValueError if the chosen one cannot work on such tensors.
+    """
+    return candidates(device_type, BACKEND_NAMES)[0]
 
 
 use_backend(setting("HMI_BACKEND"))

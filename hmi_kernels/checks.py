@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16)
+COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of hidden states and weights; each backend says which of them it takes."""
 
 
 def require_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int | None = None) -> None:
@@ -32,13 +34,18 @@ def require_tensor(
         _refuse(name, tensor, dtypes, shape)
 
 
-def require_rows(name: str, matrix: Tensor, shape: tuple[int | None, int | None]) -> None:
-    """Raises TypeError or ValueError unless this is a float32 matrix of that shape whose rows are dense.
+def require_rows(
+    name: str,
+    matrix: Tensor,
+    shape: tuple[int | None, int | None],
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> None:
+    """Raises TypeError or ValueError unless this is a matrix of that dtype and shape whose rows are dense.
 
     The rows themselves may lie apart, as in a column slice of a wider matrix.
     """
-    if matrix.dtype is not torch.float32 or not _has_shape(matrix, shape):
-        _refuse(name, matrix, (torch.float32,), shape)
+    if matrix.dtype not in dtypes or not _has_shape(matrix, shape):
+        _refuse(name, matrix, dtypes, shape)
     (num_rows, num_columns), (row_stride, column_stride) = matrix.shape, matrix.stride()
     if (column_stride != 1 and num_columns > 1) or (row_stride < num_columns and num_rows > 1):
         raise ValueError(

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from hmi_kernels.backends import active_backend
+from hmi_kernels.backends import candidates
+
+__all__ = ["Implementation", "define", "implemented_in"]
 
 _LIBRARY = torch.library.Library("hmi", "DEF")
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+
+
+def _refuses_nothing(arguments: Any) -> str:
+    return ""
+
+
+class Implementation(NamedTuple):
+    """One backend's way to run an op.
+
+    ``run`` takes the gathered arguments after the op's checks. ``refuses`` says why it cannot take these
+    (another dtype, a size that its kernels do not know), "" if it can.
+    """
+
+    run: Callable[[Any], Any]
+    refuses: Callable[[Any], str] = _refuses_nothing
+
+
+def implemented_in(module: str, name: str) -> Implementation:
+    """``module.name`` and ``module.<name>_refuses``, imported when first asked: for optional backends."""
+
+    def run(arguments: Any) -> Any:
+        return getattr(import_module(module), name)(arguments)
+
+    def refuses(arguments: Any) -> str:
+        return str(getattr(import_module(module), f"{name}_refuses")(arguments))
+
+    return Implementation(run, refuses)
 
 
 def define(
@@ -19,43 +49,58 @@ def define(
     *,
     arguments: Callable[..., Arguments],
     check: Callable[[Arguments], None],
-    cpu: Callable[[Arguments], Any],
+    implementations: dict[str, Implementation],
     reference: Callable[..., Any],
     fake: Callable[[Arguments], Any],
+    may_be_on_host: tuple[str, ...] = (),
 ) -> Any:
     """Registers ``hmi::<schema>`` and returns the op, to be called like a function.
 
-    ``arguments`` gathers what the schema names into a named tuple. ``check`` sees it first and raises;
-    ``cpu`` may rely on that, as may ``reference``, which takes the schema's own arguments. ``fake`` makes
-    outputs of the right shape and dtype.
+    ``arguments`` gathers what the schema names into a named tuple. ``check`` sees it first and raises; the
+    ``implementations``, by the name of their backend, may rely on that, as may ``reference``, which takes
+    the schema's own arguments. ``fake`` makes outputs of the right shape and dtype. Tensors of
+    ``may_be_on_host`` may lie in host memory while the others lie on a device.
     """
     name = schema.split("(", maxsplit=1)[0]
 
-    def run_on_cpu(*args: Any, **kwargs: Any) -> Any:
-        # Dispatched here only if every tensor is on the CPU.
+    def run(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         gathered = arguments(*args, **kwargs)
+        if device_type != "cpu":
+            _require_one_device(gathered, may_be_on_host)
         check(gathered)
-        return cpu(gathered) if active_backend() == "cpu" else reference(*args, **kwargs)
-
-    def run_on_cuda(*args: Any, **kwargs: Any) -> Any:
-        gathered = arguments(*args, **kwargs)
-        _require_one_device(gathered)
-        check(gathered)
-        active_backend("cuda")
-        return reference(*args, **kwargs)
+        reasons = []
+        for backend in candidates(device_type, implementations):
+            if backend == "reference":
+                return reference(*args, **kwargs)
+            implementation = implementations[backend]
+            if not (reason := implementation.refuses(gathered)):
+                return implementation.run(gathered)
+            reasons.append(f"backend {backend} cannot run hmi::{name}: {reason}")
+        raise ValueError("; ".join(reasons))
 
     def make_fake(*args: Any, **kwargs: Any) -> Any:
         return fake(arguments(*args, **kwargs))
 
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run_on_cpu, "CPU")
-    _LIBRARY.impl(name, run_on_cuda, "CUDA")
+    # Dispatched to CPU only if every tensor is there, to CUDA if any is on a GPU.
+    _LIBRARY.impl(name, lambda *args, **kwargs: run("cpu", args, kwargs), "CPU")
+    _LIBRARY.impl(name, lambda *args, **kwargs: run("cuda", args, kwargs), "CUDA")
     torch.library.register_fake(f"hmi::{name}", make_fake, lib=_LIBRARY)
     return getattr(torch.ops.hmi, name).default
 
 
-def _require_one_device(arguments: tuple[Any, ...]) -> None:
-    flat = [item for value in arguments for item in (value if isinstance(value, list) else [value])]
-    devices = {str(tensor.device) for tensor in flat if isinstance(tensor, Tensor)}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, but they are on {', '.join(sorted(devices))}")
+def _tensors(arguments: tuple[Any, ...], names: Iterator[str]) -> Iterator[Tensor]:
+    for name in names:
+        value = getattr(arguments, name)
+        yield from (
+            item for item in (value if isinstance(value, list) else [value]) if isinstance(item, Tensor)
+        )
+
+
+def _require_one_device(arguments: Any, may_be_on_host: tuple[str, ...]) -> None:
+    bound = (name for name in arguments._fields if name not in may_be_on_host)
+    devices = {str(tensor.device) for tensor in _tensors(arguments, bound)}
+    free = {str(tensor.device) for tensor in _tensors(arguments, iter(may_be_on_host))} - {"cpu"}
+    if len(devices | free) > 1:
+        found = ", ".join(sorted(devices | free))
+        raise ValueError(f"all tensors must be on one device, but they are on {found}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import require_order, require_packed, require_tensor, require_vector
-from hmi_kernels.library import define
+from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native, native_reason
 from hmi_kernels.reference import BITS_PER_SLOT, MAX_TOKEN_ID
 
@@ -124,7 +124,7 @@ _count_ngrams = define(
     "count_ngrams(Tensor input_ids, Tensor sequence_offsets, *, int order) -> (Tensor, Tensor)",
     arguments=_CountArguments,
     check=_check_count,
-    cpu=_count_on_cpu,
+    implementations={"cpu": Implementation(_count_on_cpu)},
     reference=reference.count_ngrams,
     fake=_fake_count,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import FLOATS, require_packed, require_tensor, require_vector, require_window
-from hmi_kernels.library import define
+from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
 
@@ -211,7 +211,7 @@ _plot_lookup = define(
     "-> Tensor",
     arguments=_LookupArguments,
     check=_check_lookup,
-    cpu=_lookup_on_cpu,
+    implementations={"cpu": Implementation(_lookup_on_cpu)},
     reference=reference.plot_lookup,
     fake=_new_references,
 )
@@ -221,7 +221,7 @@ _plot_merge = define(
     "Tensor layer_norm_weight, Tensor layer_norm_bias, *, float layer_norm_eps, int window) -> Tensor",
     arguments=_MergeArguments,
     check=_check_merge,
-    cpu=_merge_on_cpu,
+    implementations={"cpu": Implementation(_merge_on_cpu)},
     reference=reference.plot_merge,
     fake=_new_hidden_states,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import require_tensor, require_vector
-from hmi_kernels.library import define
+from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 
 __all__ = ["plot_index_build", "plot_index_find", "plot_index_insert", "require_index"]
@@ -138,7 +138,7 @@ _plot_index_build = define(
     "plot_index_build(Tensor keys) -> Tensor",
     arguments=_BuildArguments,
     check=_check_build,
-    cpu=_build_on_cpu,
+    implementations={"cpu": Implementation(_build_on_cpu)},
     reference=reference.plot_index_build,
     fake=_fake_build,
 )
@@ -146,7 +146,7 @@ _plot_index_insert = define(
     "plot_index_insert(Tensor(a!) index, Tensor keys, Tensor rows) -> ()",
     arguments=_InsertArguments,
     check=_check_insert,
-    cpu=_insert_on_cpu,
+    implementations={"cpu": Implementation(_insert_on_cpu)},
     reference=reference.plot_index_insert,
     fake=_fake_insert,
 )
@@ -154,7 +154,7 @@ _plot_index_find = define(
     "plot_index_find(Tensor index, Tensor keys) -> Tensor",
     arguments=_FindArguments,
     check=_check_find,
-    cpu=_find_on_cpu,
+    implementations={"cpu": Implementation(_find_on_cpu)},
     reference=reference.plot_index_find,
     fake=_fake_find,
 )

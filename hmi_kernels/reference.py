@@ -8,7 +8,7 @@ differentiated with respect to tables, hidden states and arena.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -241,8 +241,13 @@ def grouped_bottleneck(
     slot_ranks: Tensor,
     slot_activations: Tensor,
     slot_scales: Tensor,
+    *,
+    layer_norm_weight: Tensor | None = None,
+    layer_norm_bias: Tensor | None = None,
+    layer_norm_eps: float = 1e-12,
+    max_rank: int | None = None,
 ) -> None:
-    """One segment after the other."""
+    """One segment after the other; ``max_rank`` is a hint to kernels."""
     hidden_size = output.shape[1]
     segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
     blocks = []
@@ -252,9 +257,13 @@ def grouped_bottleneck(
         if not 0 <= int(slot_activations[slot]) < len(ACTIVATIONS):
             raise ValueError(f"slot_activations[{slot}] is {int(slot_activations[slot])}, not 0..4")
     for (tokens, slot, _, rank), (down, down_bias, up, up_bias) in zip(segments, blocks, strict=True):
-        inner = hidden_states[tokens] @ down.view(hidden_size, rank) + down_bias
+        inner = hidden_states[tokens].float() @ down.view(hidden_size, rank) + down_bias
         inner = _activate(ACTIVATIONS[int(slot_activations[slot])], inner)
         output[tokens] += slot_scales[slot] * (inner @ up.view(rank, hidden_size) + up_bias)
+    if layer_norm_weight is not None and layer_norm_bias is not None and segment_slots.shape[0]:
+        rows = output[int(segment_offsets[0]) : int(segment_offsets[-1])]
+        norm = layer_norm_weight.float(), layer_norm_bias.float(), layer_norm_eps
+        rows.copy_(functional.layer_norm(rows.float(), rows.shape[1:], *norm))
 
 
 def grouped_lora(
@@ -266,17 +275,53 @@ def grouped_lora(
     slot_offsets: Tensor,
     slot_ranks: Tensor,
     slot_scales: Tensor,
+    *,
+    output_sizes: Sequence[int] = (),
+    max_rank: int | None = None,
+) -> None:
+    """One projection and one segment after the other; ``max_rank`` is a hint to kernels."""
+    in_size = hidden_states.shape[1]
+    columns = output.split(list(output_sizes or output.shape[1:]), dim=1)
+    tables = [table.view(len(columns), -1) for table in (slot_offsets, slot_ranks, slot_scales)]
+    work = []
+    for projection, offsets, ranks, scales in zip(columns, *tables, strict=True):
+        for tokens, slot, offset, rank in _segments(output, segment_offsets, segment_slots, offsets, ranks):
+            sizes = [in_size * rank, rank * projection.shape[1]]
+            work.append((projection, tokens, scales[slot], rank, _split_block(arena, slot, offset, sizes)))
+    for projection, tokens, scale, rank, (a, b) in work:
+        inner = hidden_states[tokens].float() @ a.view(in_size, rank)
+        projection[tokens] += scale * (inner @ b.view(rank, -1))
+
+
+def grouped_scale(
+    hidden_states: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
 ) -> None:
     """One segment after the other."""
-    in_size, out_size = hidden_states.shape[1], output.shape[1]
-    segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
-    blocks = [
-        _split_block(arena, slot, offset, [in_size * rank, rank * out_size])
-        for _, slot, offset, rank in segments
+    for tokens, vector in _vectors(hidden_states, arena, segment_offsets, segment_slots, slot_offsets):
+        hidden_states[tokens] *= vector
+
+
+def grouped_bias(
+    output: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
+) -> None:
+    """One segment after the other."""
+    for tokens, vector in _vectors(output, arena, segment_offsets, segment_slots, slot_offsets):
+        output[tokens] += vector
+
+
+def _vectors(
+    rows: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
+) -> list[tuple[slice, Tensor]]:
+    """The tokens and the vector of every segment that has one."""
+    # As blocks of rank 1 or 0, whose place is looked at below.
+    has_vector = (slot_offsets >= 0).to(torch.int32)
+    if bool((slot_offsets < -1).any()):
+        raise ValueError("slot_offsets must be -1 or not negative")
+    segments = _segments(rows, segment_offsets, segment_slots, slot_offsets, has_vector)
+    return [
+        (tokens, _split_block(arena, slot, offset, [rows.shape[1]])[0])
+        for tokens, slot, offset, _ in segments
     ]
-    for (tokens, slot, _, rank), (a, b) in zip(segments, blocks, strict=True):
-        inner = hidden_states[tokens] @ a.view(in_size, rank)
-        output[tokens] += slot_scales[slot] * (inner @ b.view(rank, out_size))
 
 
 def _segments(
@@ -300,12 +345,13 @@ def _segments(
 
 
 def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tuple[Tensor, ...]:
+    """The parts of a slot's block, as float32."""
     if offset < 0 or offset + sum(sizes) > arena.shape[0]:
         raise ValueError(
             f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements (by slot_ranks) "
             f"does not fit into the arena of {arena.shape[0]}"
         )
-    return torch.split(arena[offset : offset + sum(sizes)], sizes)
+    return torch.split(arena[offset : offset + sum(sizes)].float(), sizes)
 
 
 def _activate(name: str, values: Tensor) -> Tensor:

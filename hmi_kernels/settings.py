@@ -3,6 +3,7 @@
 - ``HMI_BACKEND``: ``auto`` (default), ``cuda``, ``triton``, ``cpu`` or ``reference``.
 - ``HMI_SIMD``: ``auto`` (default), ``portable``, ``avx2`` or ``avx512``: the level of the CPU kernels.
 - ``HMI_THREADS``: ``auto`` (default), ``pool`` or ``openmp``: whose threads the CPU kernels run on.
+- ``TRITON_INTERPRET`` (Triton's own): 1 runs the Triton kernels on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -24,3 +25,8 @@ def setting(name: str) -> str:
     if value not in _CHOICES[name]:
         raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
     return value
+
+
+def is_triton_interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

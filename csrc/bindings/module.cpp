@@ -79,14 +79,14 @@ void grouped_adapter(Address output, int64_t output_stride, int64_t output_size,
       num_threads);
 }
 
-// Addresses of 0 are of tensors that lie on a device: their values are not looked at.
+// slot_offsets 0: the slot tables lie on a device and are not looked at.
 void check_segments(Address segment_offsets, Address segment_slots, int64_t num_segments, int64_t num_tokens,
                     int64_t num_slots, Address slot_offsets, Address slot_ranks, Address slot_activations,
                     int64_t arena_size, int64_t per_rank, int64_t fixed, int64_t multiple, int64_t max_rank) {
   const hmi::Segments segments{pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots),
                                num_segments, num_tokens, num_slots};
   hmi::check_segments(segments);
-  if (slot_offsets == 0 || slot_ranks == 0) return;
+  if (slot_offsets == 0) return;
   hmi::check_slots(segments, {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_ranks),
                               pointer<const int32_t>(slot_activations), arena_size, per_rank, fixed, multiple,
                               max_rank});

@@ -20,7 +20,7 @@ void check_segments(const Segments& segments);
 // What a slot table says; the elements that a block of rank r takes are r * per_rank + fixed.
 struct SlotTable {
   const int64_t* offsets;      // in elements of the arena
-  const int32_t* ranks;        // 0 for nothing here
+  const int32_t* ranks;        // 0 for nothing here; null for blocks without a rank, whose offset -1 says nothing here
   const int32_t* activations;  // may be null
   int64_t arena_size;
   int64_t per_rank;

@@ -141,5 +141,5 @@ def test_simd_files_instantiate_nothing_of_the_library() -> None:
 
 def test_only_the_bindings_know_python() -> None:
     for path in (ROOT / "csrc").rglob("*"):
-        if path.suffix in (".h", ".cpp", ".inl") and path.name != "bindings.cpp":
+        if path.suffix in (".h", ".cpp", ".inl", ".cu", ".cuh") and path.parent.name != "bindings":
             assert not re.search(r"pybind|Python\.h|torch/", path.read_text()), path.name

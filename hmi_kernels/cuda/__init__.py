@@ -1,0 +1,1 @@
+"""The backend ``cuda``: from checked tensors to the addresses that the compiled kernels take."""

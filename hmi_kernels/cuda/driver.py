@@ -1,0 +1,119 @@
+"""The compiled CUDA kernels and what each of their calls needs: device, stream, word for faults."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hmi_kernels.native import native, native_reason
+
+__all__ = ["DATA_TYPES", "is_emulated", "launch_on", "module", "raise_faults", "reason", "use_module"]
+
+DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+"""csrc/cuda/data_type.h."""
+
+_FAULTS = (
+    "",
+    "segment_offsets are out of bounds or decrease at segment {}",
+    "segment_slots are out of bounds at segment {}",
+    "slot_offsets are out of bounds, or not a multiple of 8, at slot {}",
+    "slot_ranks are out of bounds, not a multiple of 8 or above max_rank at slot {}",
+    "slot_activations are out of bounds at slot {}",
+    "sequence_offsets are out of bounds or decrease at sequence {}",
+    "chains name an index that is not there at sequence {}",
+    "input_ids are out of bounds at token {}",
+    "references name a row that is not there at token {}",
+    "sequence_unigram_tables are out of bounds at sequence {}",
+    "sequence {} has more tokens than there are position_embeddings",
+)
+"""csrc/cuda/fault.h, in its order."""
+
+
+class _Module(NamedTuple):
+    functions: Any
+    is_emulated: bool
+
+
+_module = _Module(None if native_reason else getattr(native, "cuda", None), False)
+_fault_words: dict[int, tuple[ctypes.c_uint64, int]] = {}
+
+
+def reason() -> str:
+    """Why the CUDA kernels cannot run here, "" if they can."""
+    if native_reason and _module.functions is None:
+        return native_reason
+    if _module.functions is None:
+        return "compiled without CUDA (no nvcc when hmi_kernels was built, or HMI_BUILD_CUDA=0)"
+    return "" if _module.is_emulated or torch.cuda.is_available() else "no CUDA device or driver"
+
+
+def module() -> Any:
+    """The functions of ``_C.cuda``."""
+    return _module.functions
+
+
+def is_emulated() -> bool:
+    """Whether the CUDA kernels are compiled for the CPU (see :func:`use_module`)."""
+    return _module.is_emulated
+
+
+@contextlib.contextmanager
+def use_module(functions: Any) -> Iterator[None]:
+    """For tests: within the with-statement the backend ``cuda`` is these functions, over CPU tensors."""
+    global _module, _fault_words
+    previous = _module, _fault_words
+    _module, _fault_words = _Module(functions, True), {}
+    try:
+        yield
+    finally:
+        _module, _fault_words = previous
+
+
+class Launch(NamedTuple):
+    """What every launch is given: addresses."""
+
+    stream: int
+    fault: int
+
+
+@contextlib.contextmanager
+def launch_on(tensor: Tensor) -> Iterator[Launch]:
+    """Makes the tensor's device current and gives its current stream and fault word.
+
+    Raises ValueError if an earlier call on this device was given values out of bounds.
+    """
+    index = tensor.device.index or 0
+    raise_faults(index)
+    if _module.is_emulated:
+        yield Launch(0, _fault_word(index)[1])
+        return
+    with torch.cuda.device(index):
+        yield Launch(torch.cuda.current_stream(index).cuda_stream, _fault_word(index)[1])
+
+
+def raise_faults(device: int = 0) -> None:
+    """Raises ValueError if a kernel on the device found offsets, slots, ids or references out of bounds.
+
+    Such values lie on the device and cannot be checked before a launch. Kernels leave what they belong to
+    as it was (no memory out of bounds is read or written) and report it here. The ops call this first;
+    call it after synchronizing to learn of the last ones. Of several faults one is told.
+    """
+    if device not in _fault_words:
+        return
+    word, _ = _fault_words[device]
+    if value := word.value:
+        word.value = 0
+        what = _FAULTS[value >> 48].format(value & ((1 << 48) - 1))
+        raise ValueError(f"in an earlier call on cuda:{device} {what}; nothing was computed for it")
+
+
+def _fault_word(device: int) -> tuple[ctypes.c_uint64, int]:
+    if device not in _fault_words:
+        address, device_address = _module.functions.allocate_fault_word()
+        _fault_words[device] = (ctypes.c_uint64.from_address(address), device_address)
+    return _fault_words[device]

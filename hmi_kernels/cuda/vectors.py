@@ -1,0 +1,60 @@
+"""Grouped vectors on the backend ``cuda``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hmi_kernels.cuda import driver
+from hmi_kernels.cuda.segments import SlotTable, check_on_host, misaligned, on_device
+from hmi_kernels.library import Implementation
+
+if TYPE_CHECKING:
+    from hmi_kernels.vectors import VectorArguments
+
+__all__ = ["BIAS", "SCALE"]
+
+
+def _refuses(arguments: VectorArguments) -> str:
+    if arguments.rows.dtype not in (torch.float16, torch.bfloat16):
+        return f"the rows must be torch.float16 or torch.bfloat16, not {arguments.rows.dtype}"
+    return misaligned("the rows", arguments.rows) or misaligned("arena", arguments.arena)
+
+
+def _run(arguments: VectorArguments, *, is_scale: bool) -> None:
+    rows, arena, *indexes = arguments
+    num_tokens, hidden_size = rows.shape
+    table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
+    check_on_host(arguments.segment_offsets, arguments.segment_slots, num_tokens, table)
+    offsets, slots, slot_offsets = (on_device(index, rows.device) for index in indexes)
+    with driver.launch_on(rows) as launch:
+        driver.module().grouped_vector(
+            is_scale,
+            driver.DATA_TYPES[rows.dtype],
+            rows.data_ptr(),
+            rows.stride(0),
+            num_tokens,
+            hidden_size,
+            arena.data_ptr(),
+            arena.shape[0],
+            offsets.data_ptr(),
+            slots.data_ptr(),
+            slots.shape[0],
+            slot_offsets.data_ptr(),
+            slot_offsets.shape[0],
+            launch.fault,
+            launch.stream,
+        )
+
+
+def _scale(arguments: VectorArguments) -> None:
+    _run(arguments, is_scale=True)
+
+
+def _bias(arguments: VectorArguments) -> None:
+    _run(arguments, is_scale=False)
+
+
+SCALE = Implementation(_scale, _refuses)
+BIAS = Implementation(_bias, _refuses)
