@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kTokensPerTask = 2048;
 // Keys of a group are formed, and their slots fetched, before the first of them is searched.
 constexpr int64_t kTokensPerGroup = 32;
-constexpr int64_t kNoKey = 0;
 
 void check_chains(const PlotLookupArguments& a) {
   const int64_t num_tables = static_cast<int64_t>(a.indexes.size());
@@ -71,20 +70,15 @@ class LookupRange {
       bad_token_.report(t);
       return kNoKey;
     }
-    if (a_.window == 2) return has_right(t) ? checked_key(ids_[t], ids_[t + 1], kAbsent) : kNoKey;
-    return checked_key(has_left(t) ? ids_[t - 1] : kAbsent, ids_[t], has_right(t) ? ids_[t + 1] : kAbsent);
-  }
-  int64_t left_key(int64_t t) const {
-    return has_left(t) ? checked_key(ids_[t - 1], ids_[t], kAbsent) : kNoKey;
-  }
-  int64_t right_key(int64_t t) const {
-    return has_right(t) ? checked_key(kAbsent, ids_[t], ids_[t + 1]) : kNoKey;
+    if (a_.window == 2) return has_right(t) ? checked_ngram_key(ids_[t], ids_[t + 1], kAbsent) : kNoKey;
+    return checked_ngram_key(has_left(t) ? ids_[t - 1] : kAbsent, ids_[t], has_right(t) ? ids_[t + 1] : kAbsent);
   }
   // A neighbour that is no token id is reported at its own position; here it only must not form a key.
-  static int64_t checked_key(int32_t slot0, int32_t slot1, int32_t slot2) {
-    const bool valid = slot0 >= kAbsent && slot1 >= kAbsent && slot2 >= kAbsent && slot0 <= kMaxTokenId &&
-                       slot1 <= kMaxTokenId && slot2 <= kMaxTokenId;
-    return valid ? ngram_key(slot0, slot1, slot2) : kNoKey;
+  int64_t left_key(int64_t t) const {
+    return has_left(t) ? checked_ngram_key(ids_[t - 1], ids_[t], kAbsent) : kNoKey;
+  }
+  int64_t right_key(int64_t t) const {
+    return has_right(t) ? checked_ngram_key(kAbsent, ids_[t], ids_[t + 1]) : kNoKey;
   }
 
   int64_t prefetched(int64_t key) const {

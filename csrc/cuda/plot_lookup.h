@@ -13,7 +13,7 @@ constexpr int kMaxIndexes = 128;  // they travel as kernel parameters, of which 
 
 struct DeviceIndex {
   const IndexSlot* slots;
-  int64_t capacity;
+  int64_t capacity_bits;  // of 2 ** capacity_bits slots
 };
 
 struct PlotLookupArguments {
@@ -30,7 +30,7 @@ struct PlotLookupArguments {
   unsigned long long* fault;
 };
 
-// A token whose id or sequence is out of bounds gets -1.
+// A token whose id or sequence is out of bounds gets -1; a chain ends at an entry that names no index.
 cudaError_t plot_lookup(const PlotLookupArguments& arguments, cudaStream_t stream);
 
 }  // namespace hmi::cuda
