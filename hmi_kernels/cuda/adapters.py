@@ -44,8 +44,8 @@ def check_adapter_shape(*, input_size: int, output_size: int, rank: int, is_bott
             )
     if not SIZE_MULTIPLE <= rank <= MAX_RANK or rank % SIZE_MULTIPLE:
         raise ValueError(
-            f"rank must be a multiple of {SIZE_MULTIPLE} up to {MAX_RANK} on the cuda backend, not {rank}: pad "
-            "the adapter with zeros to the next multiple, which changes no result"
+            f"rank must be a multiple of {SIZE_MULTIPLE} up to {MAX_RANK} on the cuda backend, not {rank}: "
+            "pad the adapter with zeros to the next multiple, which changes no result"
         )
 
 

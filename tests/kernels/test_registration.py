@@ -44,8 +44,13 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             (ids, offsets, references, *tables, int32([0, 0]), *norm),
             {"layer_norm_eps": 1e-5, "window": 2},
         ),
-        "grouped_bottleneck": ((*adapter, *slots, int32([1]), torch.ones(1)), {}),
+        "grouped_bottleneck": (
+            (*adapter, *slots, int32([1]), torch.ones(1)),
+            {"layer_norm_weight": torch.ones(6), "layer_norm_bias": torch.zeros(6), "max_rank": 8},
+        ),
         "grouped_lora": ((*adapter, *slots, torch.ones(1)), {}),
+        "grouped_scale": ((*adapter[1:], slots[0]), {}),
+        "grouped_bias": ((*adapter[1:], slots[0]), {}),
     }
 
 

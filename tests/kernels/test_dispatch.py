@@ -1,0 +1,174 @@
+"""Who runs an op: by choice, by its tensors, by what a backend refuses; and what is checked before that."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hmi_kernels
+from hmi_kernels.adapters import BottleneckArguments, LoraArguments
+from hmi_kernels.cuda import adapters as cuda_adapters
+from hmi_kernels.cuda import driver
+from hmi_kernels.cuda import vectors as cuda_vectors
+from hmi_kernels.cuda.segments import misaligned
+from hmi_kernels.library import _require_one_device
+from hmi_kernels.vectors import VectorArguments
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def lora(dtype: torch.dtype = torch.float16, **changes: Any) -> LoraArguments:
+    arguments = LoraArguments(
+        output=torch.zeros(6, 256, dtype=dtype),
+        hidden_states=torch.ones(6, 256, dtype=dtype),
+        arena=torch.ones(512 * 8 * 2, dtype=dtype),
+        segment_offsets=torch.tensor([0, 2, 6]),
+        segment_slots=int32([0, 1]),
+        slot_offsets=torch.tensor([0, 512 * 8]),
+        slot_ranks=int32([8, 8]),
+        slot_scales=torch.ones(2),
+    )
+    return arguments._replace(**changes)
+
+
+def bottleneck(**changes: Any) -> BottleneckArguments:
+    shared = lora()
+    arguments = BottleneckArguments(
+        *shared[:7], slot_activations=int32([0, 1]), slot_scales=shared.slot_scales
+    )
+    return arguments._replace(arena=torch.ones(512 * 8 * 2 + 600, dtype=torch.float16), **changes)
+
+
+class RecordingModule:
+    """Stands for ``_C.cuda``: remembers what would have been launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.launches.append(name)
+
+
+@pytest.fixture
+def real_module(monkeypatch: pytest.MonkeyPatch) -> RecordingModule:
+    """CPU tensors count as lying in host memory, as they do beside a GPU."""
+    module = RecordingModule()
+    monkeypatch.setattr(driver, "_module", driver._Module(module, False))
+    return module
+
+
+def test_half_floats_on_the_cpu_go_to_the_reference() -> None:
+    arguments = lora()
+    expected = lora(dtype=torch.float32)
+    hmi_kernels.grouped_lora(*arguments[:8])
+    hmi_kernels.grouped_lora(*expected[:8])
+    torch.testing.assert_close(arguments.output.float(), expected.output, rtol=1e-3, atol=0)
+
+
+def test_a_chosen_backend_says_what_it_refuses() -> None:
+    with (
+        hmi_kernels.use_backend("cpu"),
+        pytest.raises(
+            ValueError, match=r"backend cpu cannot run hmi::grouped_lora: output must be torch.float32"
+        ),
+    ):
+        hmi_kernels.grouped_lora(*lora()[:8])
+
+
+def test_backends_that_are_not_there_cannot_be_chosen() -> None:
+    for name in ("cuda", "triton"):
+        if not hmi_kernels.backends()[name].available:
+            with pytest.raises(ValueError, match=name):
+                hmi_kernels.use_backend(name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("segment_offsets", torch.tensor([0, 3, 2])),
+        ("segment_offsets", torch.tensor([0, 2, 7])),
+        ("segment_slots", int32([0, 2])),
+        ("segment_slots", int32([-2, 0])),
+        ("slot_offsets", torch.tensor([0, 10**9])),
+        ("slot_offsets", torch.tensor([4, 512 * 8])),
+        ("slot_ranks", int32([8, 12])),
+        ("slot_ranks", int32([264, 8])),
+    ],
+)
+def test_values_in_host_memory_are_checked_before_a_launch(
+    real_module: RecordingModule, field: str, value: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=field):
+        cuda_adapters.LORA.run(lora(**{field: value}))
+    with pytest.raises(ValueError, match=field):
+        cuda_adapters.BOTTLENECK.run(bottleneck(**{field: value}))
+    if field != "slot_ranks":
+        arguments = VectorArguments(lora().output, *bottleneck()[2:5], bottleneck().slot_offsets)
+        with pytest.raises(ValueError, match=field):
+            cuda_vectors.SCALE.run(arguments._replace(**{field: value}))
+    assert not real_module.launches
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output": torch.zeros(6, 256)}, r"output must be torch.float16 or torch.bfloat16"),
+        ({"output": torch.zeros(6 * 256 + 1).half()[1:].view(6, 256)}, r"output must start at a multiple"),
+        ({"hidden_states": torch.zeros(6, 260).half()[:, :256]}, r"rows of hidden_states.*apart"),
+        ({"arena": torch.zeros(9000).half()[3:]}, r"arena must start at a multiple"),
+        ({"hidden_states": torch.zeros(6, 252).half()}, r"hidden_states must have .* multiple of 8"),
+    ],
+)
+def test_cuda_refuses_what_its_kernels_cannot_read(changes: dict[str, Tensor], message: str) -> None:
+    assert cuda_adapters.LORA.refuses(lora()) == ""
+    assert cuda_adapters.BOTTLENECK.refuses(bottleneck()) == ""
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(cuda_adapters.LORA.refuses(lora(**changes)))
+
+
+def test_cuda_refuses_a_bottleneck_that_is_too_wide() -> None:
+    wide = torch.zeros(1, 8192, dtype=torch.float16)
+    assert "256 to 4096" in cuda_adapters.BOTTLENECK.refuses(bottleneck(output=wide, hidden_states=wide))
+    weight = torch.zeros(300, dtype=torch.float16)[1:257]
+    assert "layer_norm" in cuda_adapters.BOTTLENECK.refuses(
+        bottleneck(layer_norm_weight=weight, layer_norm_bias=weight)
+    )
+
+
+def test_alignment_of_one_row_does_not_depend_on_its_stride() -> None:
+    assert misaligned("row", torch.zeros(1, 260).half()[:, :256]) == ""
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    arguments = lora(hidden_states=torch.ones(6, 256, device="meta"))
+    with pytest.raises(ValueError, match="one device, but they are on cpu, meta"):
+        _require_one_device(arguments, ())
+    on_host = lora()._replace(
+        output=torch.ones(6, 256, device="meta"),
+        hidden_states=torch.ones(6, 256, device="meta"),
+        arena=torch.ones(9, device="meta"),
+    )
+    names = ("segment_offsets", "segment_slots", "slot_offsets", "slot_ranks", "slot_scales")
+    _require_one_device(on_host, names)
+
+
+def test_a_fault_is_raised_once_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    word = ctypes.c_uint64(2 << 48 | 7)
+    monkeypatch.setattr(driver, "_fault_words", {0: (word, 0)})
+    with pytest.raises(ValueError, match="segment_slots are out of bounds at segment 7"):
+        hmi_kernels.raise_faults()
+    hmi_kernels.raise_faults()
+    assert word.value == 0
+
+
+def test_every_fault_of_the_kernels_has_a_text() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "fault.h").read_text()
+    enumerators = source.split("enum class Fault", 1)[1].split("}", 1)[0].count("\n  k")
+    assert enumerators == len(driver._FAULTS)
