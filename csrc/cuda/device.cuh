@@ -82,6 +82,17 @@ __device__ __forceinline__ uint4 load16_once(const void* global) {
                : "l"(global));
   return value;
 }
+// Likewise, eight and four bytes.
+__device__ __forceinline__ uint2 load8_once(const void* global) {
+  uint2 value;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];\n" : "=r"(value.x), "=r"(value.y) : "l"(global));
+  return value;
+}
+__device__ __forceinline__ unsigned load4_once(const void* global) {
+  unsigned value;
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];\n" : "=r"(value) : "l"(global));
+  return value;
+}
 // 16 bytes of global memory that this thread alone writes, later in the launch.
 __device__ __forceinline__ uint4 load16_changing(const void* global) { return *static_cast<const uint4*>(global); }
 __device__ __forceinline__ void store16(void* global, const uint4& value) { *static_cast<uint4*>(global) = value; }

@@ -42,7 +42,7 @@ struct PlotMergeArguments {
 };
 
 // Sums and the layer norm in float32, rounded once, at the end. A token that needs a row which its table does not have
-// gets zeros. Every row begins at a multiple of 16 bytes (hidden_size is a multiple of 8; of 16 for int8 rows).
+// gets zeros. hidden_size is a multiple of 8, up to 4096; all tensors begin at multiples of 16 bytes.
 cudaError_t plot_merge(const PlotMergeArguments& arguments, cudaStream_t stream);
 
 }  // namespace hmi::cuda

@@ -1,0 +1,258 @@
+// Everything in one pass. A block first finds the rows of its tokens, one thread a token, while the layer norm's
+// weights come into shared memory; then a token's threads load their 16 bytes (two vectors at most) of all its rows
+// before they use any, sum in float32 registers, normalize there in two passes and store 16 bytes. Rows of any table
+// are read once, from device memory or from pinned host memory alike.
+#include "cuda/plot_merge.h"
+#include "cuda/plot_merge_plan.h"
+#include "cuda/plot_merge_rows.cuh"
+
+namespace hmi::cuda {
+namespace {
+
+// As many elements as 16 bytes of output, of any type; room for float32.
+template <int kElements>
+struct Chunk {
+  uint4 parts[kElements / 4];
+};
+
+template <int kElements>
+__device__ __forceinline__ Chunk<kElements> load_chunk(const void* row, DataType type, int number) {
+  const char* from = static_cast<const char*>(row) + number * (kElements * size_of(type));
+  Chunk<kElements> chunk = {};
+  const int bytes = kElements * size_of(type);
+  if (bytes == 32) {
+    // Each load takes a half of every 32-byte sector: the cache keeps the other half for the second.
+    for (int part = 0; part < kElements / 4; ++part) chunk.parts[part] = load16(from + 16 * part);
+  } else if (bytes == 16) {
+    chunk.parts[0] = load16_once(from);
+  } else if (bytes == 8) {
+    const uint2 half = load8_once(from);
+    chunk.parts[0] = {half.x, half.y, 0, 0};
+  } else {
+    chunk.parts[0] = {load4_once(from), 0, 0, 0};
+  }
+  return chunk;
+}
+
+template <class Element, int kElements>
+__device__ __forceinline__ void add_elements(const Chunk<kElements>& chunk, float scale, float (&sums)[kElements]) {
+  Element elements[kElements];
+  static_assert(sizeof(elements) <= sizeof(chunk));
+  __builtin_memcpy(elements, &chunk, sizeof(elements));
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) {
+    if constexpr (std::is_same_v<Element, int8_t>) {
+      sums[e] += scale * static_cast<float>(elements[e]);
+    } else {
+      sums[e] += scale * to_float(elements[e]);
+    }
+  }
+}
+
+template <int kElements>
+__device__ __forceinline__ void add_chunk(const Chunk<kElements>& chunk, DataType type, float scale,
+                                          float (&sums)[kElements]) {
+  switch (type) {
+    case DataType::kFloat32:
+      return add_elements<float>(chunk, scale, sums);
+    case DataType::kFloat16:
+      return add_elements<__half>(chunk, scale, sums);
+    case DataType::kBfloat16:
+      return add_elements<__nv_bfloat16>(chunk, scale, sums);
+    case DataType::kInt8:
+      return add_elements<int8_t>(chunk, scale, sums);
+  }
+}
+
+// Where a thread stands: its token among those at once, its chunks, and the shared sums of its token's warps.
+struct Place {
+  int group;
+  int first_chunk;  // then first_chunk + stride
+  int stride;
+  int num_chunks;
+  int warps_per_token;
+};
+
+// The sum over all threads of a token, the same in each launch. Every thread of the block takes part.
+__device__ __forceinline__ float token_sum(const Place& place, float value, float* warp_sums) {
+  value = warp_sum(value);
+  if (place.warps_per_token == 1) return value;
+  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  float total = 0.0f;
+  for (int warp = 0; warp < place.warps_per_token; ++warp) {
+    total += warp_sums[place.group * place.warps_per_token + warp];
+  }
+  return total;
+}
+
+// sums = the token's rows, all loaded before the first is used.
+template <int kVectors, int kElements, int kSummands>
+__device__ __forceinline__ void sum_rows(const SummandRows<kSummands>& rows, int token, const Place& place,
+                                         float (&sums)[kVectors][kElements]) {
+  Chunk<kElements> chunks[kSummands][kVectors];
+#pragma unroll
+  for (int summand = 0; summand < kSummands; ++summand) {
+    const void* address = rows.addresses[summand][token];
+    const DataType type = rows.types[summand][token];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int number = place.first_chunk + v * place.stride;
+      if (address != nullptr && number < place.num_chunks) {
+        chunks[summand][v] = load_chunk<kElements>(address, type, number);
+      }
+    }
+  }
+#pragma unroll
+  for (int summand = 0; summand < kSummands; ++summand) {
+    if (rows.addresses[summand][token] == nullptr) continue;
+    const DataType type = rows.types[summand][token];
+    const float scale = rows.scales[summand][token];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (place.first_chunk + v * place.stride < place.num_chunks) {
+        add_chunk(chunks[summand][v], type, scale, sums[v]);
+      }
+    }
+  }
+}
+
+struct Normalization {
+  float mean;
+  float factor;
+};
+
+// The variance comes from the deviations, in a second pass: a difference of squares would cancel.
+template <int kVectors, int kElements>
+__device__ __forceinline__ Normalization normalization(const PlotMergeArguments& a, const Place& place,
+                                                       const float (&sums)[kVectors][kElements]) {
+  HMI_SHARED(float, warp_sums, [2][kWarpSize]);
+  float total = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) total += sums[v][e];
+  }
+  const float mean = token_sum(place, total, warp_sums[0]) / static_cast<float>(a.hidden_size);
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (place.first_chunk + v * place.stride >= place.num_chunks) continue;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) squares += (sums[v][e] - mean) * (sums[v][e] - mean);
+  }
+  const float variance = token_sum(place, squares, warp_sums[1]) / static_cast<float>(a.hidden_size);
+  return {mean, 1.0f / sqrtf(variance + a.layer_norm_epsilon)};
+}
+
+template <class Element, int kVectors, int kElements>
+__device__ __forceinline__ void store_normalized(const PlotMergeArguments& a, const Place& place, int64_t t,
+                                                 const uint4* layer_norm, const Normalization& norm, bool is_empty,
+                                                 const float (&sums)[kVectors][kElements]) {
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int number = place.first_chunk + v * place.stride;
+    if (number >= place.num_chunks) continue;
+    const Vector16<Element> weight = unpack<Element>(layer_norm[number]);
+    const Vector16<Element> bias = unpack<Element>(layer_norm[place.num_chunks + number]);
+    Vector16<Element> normalized;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) {
+      const float value = (sums[v][e] - norm.mean) * norm.factor * to_float(weight.elements[e]);
+      normalized.elements[e] = from_float<Element>(is_empty ? 0.0f : value + to_float(bias.elements[e]));
+    }
+    store16(static_cast<uint4*>(a.output) + t * place.num_chunks + number, pack(normalized));
+  }
+}
+
+__device__ __forceinline__ void copy_layer_norm(const PlotMergeArguments& a, int num_chunks, uint4* to) {
+  for (int number = threadIdx.x; number < num_chunks; number += blockDim.x) {
+    cp_async16(to + number, static_cast<const uint4*>(a.layer_norm_weight) + number);
+    cp_async16(to + num_chunks + number, static_cast<const uint4*>(a.layer_norm_bias) + number);
+  }
+  cp_async_commit();
+}
+
+// Thread i finds the rows of the block's token i.
+template <int kWindow>
+__device__ __forceinline__ void find_rows(const PlotMergeArguments& a, int64_t first, int num_tokens,
+                                          typename RowFinder<kWindow>::Rows& rows) {
+  const int token = threadIdx.x;
+  const int begin = token - token % kWarpSize, end = begin + kWarpSize;
+  if (begin >= num_tokens) return;
+  const DeviceSequences sequences = {a.sequence_offsets, a.num_sequences, a.num_tokens};
+  const int64_t low = find_sequence_by_warp(sequences, first + begin);
+  const int64_t high = find_sequence_by_warp(sequences, first + (end < num_tokens ? end : num_tokens) - 1);
+  if (token >= num_tokens) return;
+  RowFinder<kWindow> finder(a, first + token, find_sequence(sequences, low, high, first + token, a.fault));
+  finder.find(rows, token);
+}
+
+// The largest block that a layout makes for the element.
+template <class Element>
+constexpr int kMaxThreads = sizeof(Element) == 4 ? 512 : 384;
+
+template <class Element, int kWindow, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads<Element>)
+    plot_merge_kernel(const __grid_constant__ PlotMergeArguments a, const MergePlan plan) {
+  constexpr int kElements = 16 / sizeof(Element);
+  using Rows = typename RowFinder<kWindow>::Rows;
+  HMI_DYNAMIC_SHARED(shared);
+  HMI_SHARED(Rows, rows, [1]);
+  uint4* const layer_norm = reinterpret_cast<uint4*>(shared);
+  const int threads_per_token = plan.warps_per_token * kWarpSize;
+  const Place place = {static_cast<int>(threadIdx.x) / threads_per_token,
+                       static_cast<int>(threadIdx.x) % threads_per_token, threads_per_token,
+                       a.hidden_size / kElements, plan.warps_per_token};
+  const int64_t first = int64_t{blockIdx.x} * plan.tokens_at_once * plan.rounds;
+  const int64_t left = a.num_tokens - first;
+  const int num_tokens = left < plan.tokens_at_once * plan.rounds ? left : plan.tokens_at_once * plan.rounds;
+
+  copy_layer_norm(a, place.num_chunks, layer_norm);
+  check_offsets_rise({a.sequence_offsets, a.num_sequences, a.num_tokens}, a.fault);
+  find_rows<kWindow>(a, first, num_tokens, rows[0]);
+  cp_async_wait<0>();
+  __syncthreads();
+  // Groups without a token in the last round go along: the layer norm waits for all threads of the block.
+  for (int round = 0; round * plan.tokens_at_once < num_tokens; ++round) {
+    const int token = round * plan.tokens_at_once + place.group;
+    const bool is_token = token < num_tokens;
+    float sums[kVectors][kElements] = {};
+    if (is_token) sum_rows(rows[0], token, place, sums);
+    const Normalization norm = normalization(a, place, sums);
+    if (is_token) store_normalized<Element>(a, place, first + token, layer_norm, norm, rows[0].is_empty(token), sums);
+  }
+}
+
+template <class Element, int kWindow>
+cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
+  const MergePlan plan = plan_merge(a.num_tokens, ceil_div(a.hidden_size, 16 / sizeof(Element)));
+  if (plan.rounds == 0) return cudaErrorInvalidValue;
+  const auto kernel =
+      plan.vectors_per_lane == 1 ? plot_merge_kernel<Element, kWindow, 1> : plot_merge_kernel<Element, kWindow, 2>;
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.num_tokens, int64_t{plan.tokens_at_once} * plan.rounds)));
+  const dim3 block(static_cast<unsigned>(plan.tokens_at_once * plan.warps_per_token * kWarpSize));
+  return launch(kernel, grid, block, 2 * a.hidden_size * sizeof(Element), stream, a, plan);
+}
+
+template <class Element>
+cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
+  return a.window == 2 ? launch_plot_merge<Element, 2>(a, stream) : launch_plot_merge<Element, 3>(a, stream);
+}
+
+}  // namespace
+
+cudaError_t plot_merge(const PlotMergeArguments& arguments, cudaStream_t stream) {
+  switch (arguments.data_type) {
+    case DataType::kFloat32:
+      return launch_plot_merge<float>(arguments, stream);
+    case DataType::kFloat16:
+      return launch_plot_merge<__half>(arguments, stream);
+    case DataType::kBfloat16:
+      return launch_plot_merge<__nv_bfloat16>(arguments, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace hmi::cuda
