@@ -32,45 +32,55 @@ __device__ __forceinline__ SlotState refuse_slot(const GroupedAdapterArguments& 
   return SlotState::kFaulty;
 }
 
-// The tokens [begin, end) of a segment; false after a fault. The same answer for every thread of the block.
-__device__ __forceinline__ bool load_segment(const GroupedAdapterArguments& arguments, int64_t segment, int64_t& begin,
-                                             int64_t& end) {
-  begin = arguments.segment_offsets[segment];
-  end = arguments.segment_offsets[segment + 1];
-  if (begin >= 0 && begin <= end && end <= arguments.num_tokens) return true;
-  refuse_slot(arguments, Fault::kSegmentOffsets, segment);
+// Tokens [begin, end) with the adapter of one slot, not yet checked.
+struct Segment {
+  int64_t number;
+  int64_t begin;
+  int64_t end;
+  int64_t slot;
+};
+
+// False after a fault. The same answer for every thread of the block.
+__device__ __forceinline__ bool load_segment(const GroupedAdapterArguments& arguments, int64_t number,
+                                             Segment& segment) {
+  segment = {number, arguments.segment_offsets[number], arguments.segment_offsets[number + 1],
+             arguments.segment_slots[number]};
+  if (segment.begin >= 0 && segment.begin <= segment.end && segment.end <= arguments.num_tokens) return true;
+  refuse_slot(arguments, Fault::kSegmentOffsets, number);
   return false;
 }
 
-// The same answer for every thread of the block. Nothing of the arena is read.
+// Of segment.number and segment.slot. The same answer for every thread of the block; nothing of the arena is read.
 template <class Element>
-__device__ __forceinline__ SlotState load_slot(const GroupedAdapterArguments& arguments, int64_t segment,
+__device__ __forceinline__ SlotState load_slot(const GroupedAdapterArguments& arguments, const Segment& segment,
                                                int projection, AdapterSlot<Element>& slot) {
   slot = {};
-  const int64_t number = arguments.segment_slots[segment];
-  if (number == -1) return SlotState::kNothing;
-  if (number < 0 || number >= arguments.num_slots) return refuse_slot(arguments, Fault::kSegmentSlots, segment);
-  const int64_t entry = projection * arguments.num_slots + number;
+  if (segment.slot == -1) return SlotState::kNothing;
+  if (segment.slot < 0 || segment.slot >= arguments.num_slots) {
+    return refuse_slot(arguments, Fault::kSegmentSlots, segment.number);
+  }
 
+  // All at once, then the checks: one trip to memory instead of four.
+  const bool is_bottleneck = arguments.slot_activations != nullptr;
+  const int64_t entry = projection * arguments.num_slots + segment.slot;
   const int32_t rank = arguments.slot_ranks[entry];
+  const int64_t offset = arguments.slot_offsets[entry];
+  const float scale = arguments.slot_scales[entry];
+  const int32_t activation = is_bottleneck ? arguments.slot_activations[segment.slot] : kIdentity;
+
   if (rank == 0) return SlotState::kNothing;
   if (rank < 0 || rank > arguments.max_rank || rank % kSizeMultiple != 0) {
-    return refuse_slot(arguments, Fault::kSlotRanks, number);
+    return refuse_slot(arguments, Fault::kSlotRanks, segment.slot);
   }
-
-  const bool is_bottleneck = arguments.slot_activations != nullptr;
-  const int32_t activation = is_bottleneck ? arguments.slot_activations[number] : kIdentity;
   if (is_bottleneck && (activation < 0 || activation >= kNumActivations)) {
-    return refuse_slot(arguments, Fault::kSlotActivations, number);
+    return refuse_slot(arguments, Fault::kSlotActivations, segment.slot);
   }
-
   const int64_t output_size = arguments.output_sizes[projection];
   const int64_t down_size = rank * int64_t{arguments.input_size};
   const int64_t up_size = rank * output_size;
   const int64_t block_size = down_size + up_size + (is_bottleneck ? rank + output_size : 0);
-  const int64_t offset = arguments.slot_offsets[entry];
   if (offset < 0 || offset > arguments.arena_size - block_size || offset % kSizeMultiple != 0) {
-    return refuse_slot(arguments, Fault::kSlotOffsets, number);
+    return refuse_slot(arguments, Fault::kSlotOffsets, segment.slot);
   }
 
   slot.down = static_cast<const Element*>(arguments.arena) + offset;
@@ -79,8 +89,14 @@ __device__ __forceinline__ SlotState load_slot(const GroupedAdapterArguments& ar
   slot.up_bias = is_bottleneck ? slot.up + up_size : nullptr;
   slot.rank = rank;
   slot.activation = activation;
-  slot.scale = arguments.slot_scales[entry];
+  slot.scale = scale;
   return SlotState::kReady;
+}
+
+template <class Element>
+__device__ __forceinline__ SlotState load_slot(const GroupedAdapterArguments& arguments, int64_t segment,
+                                               int projection, AdapterSlot<Element>& slot) {
+  return load_slot(arguments, Segment{segment, 0, 0, arguments.segment_slots[segment]}, projection, slot);
 }
 
 }  // namespace hmi::cuda
