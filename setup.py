@@ -109,10 +109,14 @@ def cuda_include() -> Path:
     return Path(top).resolve() / "include"
 
 
+def architectures() -> list[str]:
+    """TORCH_CUDA_ARCH_LIST, e.g. "8.0 9.0a 10.0+PTX", read without importing torch."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split()
+
+
 def architecture_flags() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST syntax, e.g. "8.0 9.0a 10.0+PTX", read without importing torch."""
     flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split():
+    for arch in architectures():
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -129,13 +133,14 @@ def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     system = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
     system += [f"-isystem {cuda_include()}"] if with_cuda else []
     common = [*optimization_flags(), f"-I{ROOT / 'csrc'}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
+    names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else [])}\"'"]
     nvcc_flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-ccbin", cxx, *architecture_flags()]
     linker = (
         f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
     )
     lines = [
         "ninja_required_version = 1.3",
-        f"cxx_flags = {' '.join([*CXX_FLAGS, *common, *system])}",
+        f"cxx_flags = {' '.join([*CXX_FLAGS, *common, *system, *names])}",
         f"nvcc_flags = {' '.join([*nvcc_flags, *common])} -Xcompiler -fPIC,-fvisibility=hidden",
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d $cxx_flags $file_flags -c $in -o $out",

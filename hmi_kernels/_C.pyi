@@ -2,6 +2,7 @@
 # Addresses are integers; sizes and strides count elements. The caller checks dtypes, shapes and strides.
 compiler: str
 with_cuda: bool
+cuda_architectures: str
 
 def set_simd_level(level: str) -> None: ...
 def simd_level() -> str: ...

@@ -40,8 +40,8 @@ def build_info() -> dict[str, Any]:
     """What was compiled and what of it is in use, for bug reports and ``hmi doctor``.
 
     Keys: ``compiled`` (bool), ``reason`` (why not), ``machine``, ``torch``, ``num_threads`` (int); and if
-    compiled ``compiler``, ``cuda_compiled`` (bool), ``simd_compiled`` and ``simd_available`` (lists of
-    names), ``simd_active`` and ``threads_mode`` (``pool`` or ``openmp``).
+    compiled ``compiler``, ``cuda_compiled`` (bool), ``cuda_architectures`` (str), ``simd_compiled`` and
+    ``simd_available`` (lists of names), ``simd_active`` and ``threads_mode`` (``pool`` or ``openmp``).
     """
     info: dict[str, Any] = {
         "compiled": not native_reason,
@@ -54,6 +54,7 @@ def build_info() -> dict[str, Any]:
         info |= {
             "compiler": native.compiler,
             "cuda_compiled": native.with_cuda,
+            "cuda_architectures": native.cuda_architectures,
             "simd_compiled": native.compiled_simd_levels(),
             "simd_available": native.available_simd_levels(),
             "simd_active": native.simd_level(),

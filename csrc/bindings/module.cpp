@@ -131,6 +131,7 @@ std::string threads_mode() {
 
 void define_settings(py::module_& m) {
   m.attr("with_cuda") = py::bool_(HMI_WITH_CUDA);
+  m.attr("cuda_architectures") = HMI_CUDA_ARCHITECTURES;
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #else

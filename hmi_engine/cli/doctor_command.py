@@ -64,7 +64,7 @@ def _version(package: str) -> str:
 
 def _gpu() -> str:
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)} (this release computes on the CPU)"
+        return f"{torch.cuda.get_device_name(0)}: hmi_kernels runs on it, the engine still on the CPU"
     if torch.version.cuda is None:
         return "off: this torch is built for the CPU"
     return "off: torch finds no CUDA device or driver"
