@@ -8,21 +8,27 @@ the second axis of the grid: the inputs that they share come from the cache afte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hmi_kernels.settings import is_triton_interpreted
-from hmi_kernels.triton.language import Block, Pointer, Scalar, activate, dot, find_segment_tile, rounded
+from hmi_kernels.triton.language import activate, dot, rounded
 from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalize_segments
+from hmi_kernels.triton.segments import find_segment_tile, load_slot, num_segment_tiles
 
 if TYPE_CHECKING:
     from hmi_kernels.adapters import BottleneckArguments, LoraArguments
 
-__all__ = ["grouped_bottleneck", "grouped_bottleneck_refuses", "grouped_lora", "grouped_lora_refuses"]
+__all__ = [
+    "AdapterCall",
+    "grouped_bottleneck",
+    "grouped_bottleneck_refuses",
+    "grouped_lora",
+    "grouped_lora_refuses",
+]
 
 MAX_RANK = 256
 UNIT = 8
@@ -36,12 +42,283 @@ TILE_CONFIGS = [
     triton.Config({"tile_rows": 64}, num_warps=8, num_stages=3),
     triton.Config({"tile_rows": 128}, num_warps=8, num_stages=2),
 ]
-"""Tried for each new shape. Those with tiles of more than twice a segment's tokens are left out."""
+"""Tried for each new shape. Those with tiles of more rows than twice a segment's tokens are left out."""
 
-CHUNKS = {1: 64, 64: 64, 128: 32, 256: 32}
-"""Columns of a chunk by the least rank block: with wider ones two stages would not fit 64 KiB of shared memory."""
+CHUNKS = {16: 64, 128: 32}
+"""Columns of a chunk by the least rank block: several stages must fit into shared memory, 64 KiB on AMD."""
+
+
+class AdapterCall(NamedTuple):
+    """What both ops are to the kernels: a LoRA has no activations, a bottleneck has one projection."""
+
+    output: Tensor
+    hidden_states: Tensor
+    arena: Tensor
+    segment_offsets: Tensor
+    segment_slots: Tensor
+    slot_offsets: Tensor
+    slot_ranks: Tensor
+    slot_scales: Tensor
+    slot_activations: Tensor | None
+    output_sizes: tuple[int, ...]
+    max_rank: int
+
+
+def grouped_bottleneck(arguments: BottleneckArguments) -> None:
+    """See :func:`hmi_kernels.grouped_bottleneck`."""
+    call = _call(arguments, arguments.slot_activations, (arguments.output.shape[1],))
+    _launch(call)
+    if arguments.layer_norm_weight is not None and arguments.layer_norm_bias is not None:
+        weight, bias, epsilon = (
+            arguments.layer_norm_weight,
+            arguments.layer_norm_bias,
+            arguments.layer_norm_eps,
+        )
+        normalize_segments(call, weight, bias, epsilon)
+
+
+def grouped_lora(arguments: LoraArguments) -> None:
+    """See :func:`hmi_kernels.grouped_lora`."""
+    _launch(_call(arguments, None, tuple(arguments.output_sizes) or (arguments.output.shape[1],)))
+
+
+def grouped_bottleneck_refuses(arguments: BottleneckArguments) -> str:
+    """Why these kernels cannot take the arguments; "" if they can."""
+    hidden_size = arguments.output.shape[1]
+    if arguments.layer_norm_weight is not None and hidden_size > MAX_HIDDEN_SIZE:
+        return f"a layer norm needs at most {MAX_HIDDEN_SIZE} columns of output, which has {hidden_size}"
+    return grouped_lora_refuses(arguments)
+
+
+def grouped_lora_refuses(arguments: BottleneckArguments | LoraArguments) -> str:
+    """Why these kernels cannot take the arguments; "" if they can."""
+    max_rank = _max_rank(arguments)
+    return f"max_rank must be at most {MAX_RANK}, not {max_rank}" if max_rank > MAX_RANK else ""
+
+
+def _max_rank(arguments: BottleneckArguments | LoraArguments) -> int:
+    ranks = arguments.slot_ranks
+    if arguments.max_rank is not None:
+        return arguments.max_rank
+    if ranks.device.type != "cpu":
+        return MAX_RANK  # to read them would be to wait for the device
+    return int(ranks.max()) if ranks.numel() else 0
+
+
+def _call(
+    arguments: BottleneckArguments | LoraArguments,
+    slot_activations: Tensor | None,
+    output_sizes: tuple[int, ...],
+) -> AdapterCall:
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.to(arguments.output.device, non_blocking=True)
+
+    return AdapterCall(
+        arguments.output,
+        arguments.hidden_states,
+        arguments.arena,
+        on_device(arguments.segment_offsets),
+        on_device(arguments.segment_slots),
+        on_device(arguments.slot_offsets),
+        on_device(arguments.slot_ranks),
+        on_device(arguments.slot_scales),
+        None if slot_activations is None else on_device(slot_activations),
+        output_sizes,
+        _max_rank(arguments),
+    )
+
+
+def _launch(call: AdapterCall) -> None:
+    (num_tokens, num_columns), num_segments = call.output.shape, call.segment_slots.shape[0]
+    num_slots = call.slot_offsets.shape[-1]
+    if 0 in (num_tokens, num_columns, num_segments, num_slots, call.max_rank):
+        return
+    input_size = call.hidden_states.shape[1]
+    strides = (call.output.stride(0), call.hidden_states.stride(0))
+    is_even = all(size % UNIT == 0 for size in (input_size, *strides, *call.output_sizes))
+    rank_block = max(16, triton.next_power_of_2(call.max_rank))
+    tokens_per_segment = triton.next_power_of_2(triton.cdiv(num_tokens, num_segments))
+
+    def grid(chosen: dict[str, Any]) -> tuple[int, int]:
+        return num_segment_tiles(num_tokens, num_segments, chosen["tile_rows"]), len(call.output_sizes)
+
+    _adapter_kernel[grid](
+        call.output,
+        strides[0],
+        call.hidden_states,
+        strides[1],
+        num_tokens,
+        call.arena,
+        call.arena.shape[0],
+        call.segment_offsets,
+        call.segment_slots,
+        num_segments,
+        call.slot_offsets,
+        call.slot_ranks,
+        call.slot_activations,
+        call.slot_scales,
+        num_slots,
+        call.max_rank,
+        min(128, max(16, tokens_per_segment)),
+        input_size=input_size,
+        output_sizes=call.output_sizes,
+        is_bottleneck=int(call.slot_activations is not None),
+        rank_block=rank_block,
+        chunk=max((least, chunk) for least, chunk in CHUNKS.items() if least <= rank_block)[1],
+        unit=UNIT if is_even else 1,
+    )
 
 
 def _fitting_configs(configs: list[Any], named: dict[str, Any], **_: Any) -> list[Any]:
-    limit = max(16, 2 * int(named["tokens_per_segment"]))
-    return [config for config in configs if config.kwargs["tile_rows"] <= limit]
+    return [config for config in configs if config.kwargs["tile_rows"] <= 2 * named["tokens_per_segment"]]
+
+
+@triton.autotune(
+    configs=TILE_CONFIGS[:1] if is_triton_interpreted() else TILE_CONFIGS,
+    key=["tokens_per_segment", "input_size", "output_sizes", "is_bottleneck", "rank_block", "unit"],
+    prune_configs_by={"early_config_prune": _fitting_configs},
+    restore_value=["output"],
+)
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "arena_size", "num_segments", "num_slots", "max_rank", "tokens_per_segment"
+    ]
+)  # fmt: skip
+def _adapter_kernel(
+    output: tl.tensor,
+    output_stride: tl.tensor,
+    inputs: tl.tensor,
+    input_stride: tl.tensor,
+    num_tokens: tl.tensor,
+    arena: tl.tensor,
+    arena_size: tl.tensor,
+    segment_offsets: tl.tensor,
+    segment_slots: tl.tensor,
+    num_segments: tl.tensor,
+    slot_offsets: tl.tensor,
+    slot_ranks: tl.tensor,
+    slot_activations: tl.tensor,
+    slot_scales: tl.tensor,
+    num_slots: tl.tensor,
+    max_rank: tl.tensor,
+    tokens_per_segment: tl.tensor,  # only chooses the config
+    input_size: tl.constexpr,
+    output_sizes: tl.constexpr,
+    is_bottleneck: tl.constexpr,
+    rank_block: tl.constexpr,
+    chunk: tl.constexpr,
+    unit: tl.constexpr,
+    tile_rows: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0).to(tl.int64)
+    projection = tl.program_id(1)
+    segment, row, end = find_segment_tile(segment_offsets, num_segments, num_tokens, tile, tile_rows)
+    column, output_size = _columns_of(projection, output_sizes)
+    _, place, offset, rank = load_slot(
+        segment, projection, segment_slots, num_slots, slot_offsets, slot_ranks, slot_activations, max_rank,
+        input_size + output_size + is_bottleneck, output_size * is_bottleneck, arena_size,
+    )  # fmt: skip
+    if (row < end) & (rank > 0):
+        rows = row + tl.arange(0, tile_rows)
+        is_even = (rank % unit == 0) & (offset % unit == 0)
+        # The same twice: what is known to be a multiple of the unit is read in vectors.
+        if is_even:
+            _add_adapter(
+                output + column, output_stride, inputs, input_stride, arena, offset, rank, slot_activations,
+                slot_scales, place, rows, end, output_size, input_size, is_bottleneck, rank_block, chunk, unit,
+            )  # fmt: skip
+        else:
+            _add_adapter(
+                output + column, output_stride, inputs, input_stride, arena, offset, rank, slot_activations,
+                slot_scales, place, rows, end, output_size, input_size, is_bottleneck, rank_block, chunk, 1,
+            )  # fmt: skip
+
+
+@triton.jit
+def _columns_of(projection: tl.tensor, output_sizes: tl.constexpr) -> tuple[tl.tensor, ...]:
+    """The (first column, number of columns) of a projection."""
+    first = 0
+    size = 0
+    for p in tl.static_range(len(output_sizes)):
+        first += tl.where(p < projection, output_sizes[p], 0)
+        size += tl.where(p == projection, output_sizes[p], 0)
+    return first, size
+
+
+@triton.jit
+def _add_adapter(
+    output: tl.tensor,
+    output_stride: tl.tensor,
+    inputs: tl.tensor,
+    input_stride: tl.tensor,
+    arena: tl.tensor,
+    offset: tl.tensor,
+    rank: tl.tensor,
+    slot_activations: tl.tensor,
+    slot_scales: tl.tensor,
+    place: tl.tensor,
+    rows: tl.tensor,
+    end: tl.tensor,
+    output_size: tl.tensor,
+    input_size: tl.constexpr,
+    is_bottleneck: tl.constexpr,
+    rank_block: tl.constexpr,
+    chunk: tl.constexpr,
+    unit: tl.constexpr,
+) -> None:
+    # Changes no value: it tells the compiler of what they are multiples.
+    rank = rank // unit * unit
+    output_stride = output_stride // unit * unit
+    input_stride = input_stride // unit * unit
+    first = arena + offset // unit * unit
+    first_bias = first + input_size * rank
+    second = first_bias + rank * is_bottleneck
+    ranks = tl.arange(0, rank_block)
+    is_row = (rows < end)[:, None]
+
+    inner = _project(inputs + rows[:, None] * input_stride, is_row, first, rank, ranks, input_size, chunk)
+    if is_bottleneck:
+        inner += tl.load(first_bias + ranks, mask=ranks < rank, other=0.0).to(tl.float32)[None, :]
+        inner = activate(inner, tl.load(slot_activations + place))
+    # Beyond the rank stand zeros, whatever the row holds: infinity times a padding's zero would be NaN.
+    inner = rounded(tl.where((ranks < rank)[None, :], inner, 0.0), output.dtype.element_ty)
+
+    scale = tl.load(slot_scales + place)
+    nothing = tl.zeros([rows.shape[0], chunk], tl.float32)
+    for start in range(0, output_size, chunk):
+        columns = start + tl.arange(0, chunk)
+        is_column = (columns < output_size)[None, :]
+        weight_mask = (ranks < rank)[:, None] & is_column
+        weight = tl.load(
+            second + ranks[:, None] * output_size + columns[None, :], mask=weight_mask, other=0.0
+        )
+        sums = dot(inner, weight, nothing)
+        if is_bottleneck:
+            bias = second + rank * output_size + columns
+            sums += tl.load(bias, mask=columns < output_size, other=0.0).to(tl.float32)[None, :]
+        places = output + rows[:, None] * output_stride + columns[None, :]
+        before = tl.load(places, mask=is_row & is_column, other=0.0).to(tl.float32)
+        after = rounded(before + scale * sums, output.dtype.element_ty)
+        tl.store(places, after, mask=is_row & is_column)
+
+
+@triton.jit
+def _project(
+    rows: tl.tensor,
+    is_row: tl.tensor,
+    weights: tl.tensor,
+    rank: tl.tensor,
+    ranks: tl.tensor,
+    input_size: tl.constexpr,
+    chunk: tl.constexpr,
+) -> tl.tensor:
+    """float32 [rows, ranks]: the rows times weights [input_size, rank], zero beyond the rank."""
+    sums = tl.zeros([rows.shape[0], ranks.shape[0]], tl.float32)
+    for start in range(0, input_size, chunk):
+        columns = start + tl.arange(0, chunk)
+        is_column = columns < input_size
+        values = tl.load(rows + columns[None, :], mask=is_row & is_column[None, :], other=0.0)
+        weight_mask = is_column[:, None] & (ranks < rank)[None, :]
+        weight = tl.load(weights + columns[:, None] * rank + ranks[None, :], mask=weight_mask, other=0.0)
+        sums = dot(values, weight, sums)
+    return sums
