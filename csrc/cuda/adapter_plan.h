@@ -34,10 +34,13 @@ struct AdapterPlan {
   int64_t shared_bytes;
   int32_t launches;     // 1, or one a projection if the inner states of all do not fit together
   // kGemv: no tensor cores, for segments of a few tokens.
-  int32_t splits;  // of the first product's depth; sums are added in a fixed order
+  int32_t group_tokens;   // 1, 2 or 4 tokens of a segment share a reading of its weights
+  int32_t splits;         // of the first product's depth; sums are added in a fixed order. 1: one launch does both
+  int32_t column_chunks;  // of the second product's columns, if there are splits
   int64_t workspace_elements;  // float32
 };
 
 AdapterPlan plan_adapter(const AdapterShape& shape);
+AdapterPlan plan_gemv(const AdapterShape& shape);  // adapter_plan_gemv.cpp
 
 }  // namespace hmi::cuda

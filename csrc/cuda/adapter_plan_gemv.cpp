@@ -1,0 +1,76 @@
+// The table of the GEMV path. Derived from what A100 and H100 publish (108 and 132 multiprocessors, 64 KiB of loads
+// under way per multiprocessor at two blocks, some 2 us for a launch), not measured.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cuda/adapter_plan.h"
+#include "cuda/grouped_adapter_gemv.h"
+
+namespace hmi::cuda {
+namespace {
+
+// From how many blocks (segments x projections) on one launch does both products, by the bytes of a block's weights:
+// small weights are read in less time than a second launch takes; large ones want the whole machine.
+struct FusedRow {
+  int64_t max_bytes;
+  int64_t min_blocks;
+};
+constexpr FusedRow kFused[] = {
+    {48 * 1024, 1},
+    {256 * 1024, 32},
+    {std::numeric_limits<int64_t>::max(), 64},
+};
+
+// Two blocks for each multiprocessor: as many as splits and column chunks aim at.
+constexpr int64_t kTargetBlocks = 256;
+// Each column chunk reads the partial sums of each split again. With s of both that is 4 s^2 bytes for each rank, which
+// has 2 (input_size + output_size) bytes of weights: s^2 is at most their sum over this, an additional 1/16.
+constexpr int64_t kSizePerSplitSquared = 32;
+constexpr int64_t kMinSplitDepth = 64;
+
+// Inputs (or rows before a layer norm) of a group in shared memory: two blocks fit on a multiprocessor of sm_80.
+constexpr int64_t kMaxRowElements = 16 * 1024;
+constexpr int64_t kMaxSharedBytes = 81 * 1024;  // half of 163 KiB, less 1 KiB that the system takes per block
+static_assert(gemv_shared_bytes(1, kMaxRowElements) <= kMaxSharedBytes);
+static_assert(gemv_shared_bytes(2, kMaxRowElements / 2) <= kMaxSharedBytes);
+static_assert(gemv_shared_bytes(4, kMaxRowElements / 4) <= kMaxSharedBytes);
+
+int32_t group_tokens(const AdapterShape& shape) {
+  const int64_t per_segment = (shape.num_tokens + shape.num_segments - 1) / std::max<int64_t>(shape.num_segments, 1);
+  int32_t group = per_segment <= 1 ? 1 : per_segment == 2 ? 2 : 4;
+  while (group > 1 && group * int64_t{shape.input_size} > kMaxRowElements) group /= 2;
+  return group;
+}
+
+// 1 for the fused launch.
+int64_t num_splits(const AdapterShape& shape, int64_t blocks, int64_t output_size) {
+  const int64_t bytes = 2 * int64_t{shape.max_rank} * (shape.input_size + output_size);
+  const FusedRow* row = kFused;
+  while (bytes > row->max_bytes) ++row;
+  if (blocks >= row->min_blocks) return 1;
+  const auto by_traffic = static_cast<int64_t>(std::sqrt((shape.input_size + output_size) / kSizePerSplitSquared));
+  const int64_t limit = std::min(by_traffic, shape.input_size / kMinSplitDepth);
+  return std::clamp((kTargetBlocks + blocks - 1) / blocks, int64_t{1}, std::max<int64_t>(limit, 1));
+}
+
+}  // namespace
+
+AdapterPlan plan_gemv(const AdapterShape& shape) {
+  const int64_t blocks = std::max<int64_t>(shape.num_segments * shape.num_projections, 1);
+  const int64_t output_size = shape.total_output_size / shape.num_projections;
+  const int64_t splits = num_splits(shape, blocks, output_size);
+  AdapterPlan plan{};
+  plan.kernel = AdapterKernel::kGemv;
+  plan.group_tokens = group_tokens(shape);
+  plan.splits = static_cast<int32_t>(splits);
+  plan.column_chunks = shape.has_layer_norm ? 1 : plan.splits;
+  plan.launches = splits > 1 ? 2 : 1;
+  plan.workspace_elements =
+      splits > 1 ? shape.num_projections * shape.num_tokens * splits * int64_t{shape.max_rank} : 0;
+  plan.shared_bytes = gemv_shared_bytes(plan.group_tokens, shape.input_size);
+  return plan;
+}
+
+}  // namespace hmi::cuda
