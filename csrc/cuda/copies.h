@@ -1,4 +1,4 @@
-// Page-locked host memory, batches of copies to the device, and events that say when they are done.
+// Batches of copies to, from and within the device: many disjoint pieces, one call.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,23 +6,31 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/pieces.h"
+
 namespace hmi::cuda {
 
-// One disjoint piece of a batch.
-struct Piece {
-  void* destination;
-  const void* source;
-  int64_t bytes;
+// How a batch is carried out.
+enum class CopyMethod : int32_t {
+  kAuto,    // one of the others, by copy_batch.cu's table
+  kLoop,    // cudaMemcpyAsync for each piece: works everywhere
+  kBatch,   // one cudaMemcpyBatchAsync: needs CUDA 12.8, a stream that is neither the legacy default nor capturing
+  kKernel,  // a kernel that reads device memory and page-locked host memory in place, and writes device memory
 };
 
-// How a batch is carried out; kAuto chooses by what the driver has and by the pieces' sizes (copy_batch.cu's table).
-enum class CopyMethod : int32_t { kAuto, kLoop, kBatch, kKernel };
+// The device that the pieces lie on, or the current one if all are in host memory. Throws std::invalid_argument if the
+// stream is another device's.
+int require_stream_of_pieces(const std::vector<Piece>& pieces, cudaStream_t stream);
 
-// Starts all copies on the stream and returns; sources must stay as they are until the stream is past them. kKernel
-// reads page-locked host memory in place. Throws CudaError.
+// The stream's device; the current device for the default streams.
+int device_of_stream(cudaStream_t stream);
+
+// What kAuto stands for. Never kAuto.
+CopyMethod choose_copy_method(const std::vector<Piece>& pieces, cudaStream_t stream);
+
+// Starts all copies on the stream, a stream of the current device. Sources must stay as they are until the stream is
+// past them. Throws std::invalid_argument, with nothing started, if the method cannot do it; and CudaError, after it
+// has waited for the copies that it did start.
 void copy_batch(const std::vector<Piece>& pieces, CopyMethod method, cudaStream_t stream);
-
-// What kAuto would choose.
-CopyMethod choose_copy_method(const std::vector<Piece>& pieces, bool is_capturing);
 
 }  // namespace hmi::cuda

@@ -21,9 +21,12 @@ class CudaError : public std::runtime_error {
   cudaError_t code_;
 };
 
-// Throws CudaError unless the call succeeded.
+// Throws CudaError unless the call succeeded. Takes the error out of the runtime's memory of the last one, where the
+// next launch would find it.
 inline void require(const char* call, cudaError_t code) {
-  if (code != cudaSuccess) throw CudaError(call, code);
+  if (code == cudaSuccess) return;
+  cudaGetLastError();
+  throw CudaError(call, code);
 }
 
 }  // namespace hmi::cuda
