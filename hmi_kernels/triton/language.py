@@ -26,7 +26,7 @@ def rounded(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """float32 values in ``dtype``, to the nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)  # the interpreter would cut the low half off
-        bits = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        bits = tl.where(values == values, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)  # noqa: PLR0124
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
 

@@ -20,7 +20,7 @@ MAX_HIDDEN_SIZE = 16384
 """A row lies in registers."""
 
 WARPS_OF_ROW = {1: 1, 512: 2, 1024: 4, 4096: 8, 8192: 16}
-"""Warps of a program that holds a row, by the least row size. Not tuned: the order of its sums hangs on it."""
+"""Warps of a program that holds a row, by the least row size. Not tuned: the order of sums hangs on it."""
 
 
 def num_warps_of_row(row_size: int) -> int:

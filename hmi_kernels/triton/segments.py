@@ -1,10 +1,9 @@
-"""Where a program's rows lie, and what their slot has for them: searches and checks of values on the device."""
+"""Where a program's rows lie, and what their slot has for them: searches and checks on the device."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 
 __all__ = ["find_segment_tile", "last_at_most", "load_slot", "num_segment_tiles"]
 
@@ -34,7 +33,7 @@ def find_segment_tile(
     tile: tl.tensor,
     tile_rows: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (segment, first row, row after the last of the segment) of a tile; no rows if there is no such tile.
+    """The (segment, first row, end of the segment's rows) of a tile; no rows if there is no such tile.
 
     Segment g's tiles have the numbers from ``offsets[g] // tile_rows + g`` on. They rise with g and never
     meet, so ``tokens // tile_rows + segments`` programs find them all without a table.
@@ -67,7 +66,7 @@ def load_slot(
     elements_per_block: tl.tensor,
     arena_size: tl.tensor,
 ) -> tuple[tl.tensor, ...]:
-    """The (is_sane, place in the tables of slots, offset, rank) of a segment's slot; rank 0 if nothing is to do.
+    """The (is_sane, place in the slot tables, offset, rank) of a segment's slot; rank 0 for nothing to do.
 
     Sane is -1, and a slot whose rank, activation (if there are any) and block can be.
     """
