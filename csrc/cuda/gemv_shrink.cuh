@@ -56,9 +56,9 @@ __device__ __forceinline__ void multiply_inputs(const AdapterSlot<Element>& slot
   float sums[kTokens][kGemvUnit] = {};
   cp_async_wait<0>();
   __syncthreads();
-  multiply(
-      weights,
-      [&](int g, int i) { return to_float(shared.rows[g * depth.size + place.row + i * place.rows]); }, sums);
+  const Element* const inputs = shared.rows + place.row;
+  const int size = depth.size, rows = place.rows;
+  multiply(weights, [=](int g, int i) { return to_float(inputs[g * size + i * rows]); }, sums);
 #pragma unroll
   for (int g = 0; g < kTokens; ++g) {
 #pragma unroll

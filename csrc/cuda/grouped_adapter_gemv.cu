@@ -76,6 +76,8 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
   }
 }
 
+static_assert(kMaxRank <= kGemvThreads, "shrink_kernel's last step gives each column a thread");
+
 // Where the sums of a token's share of the depth lie in the workspace [projections, tokens, splits, max_rank].
 __device__ __forceinline__ float* partial_sums(const GroupedAdapterArguments& arguments, int64_t token, int split,
                                                int splits) {
@@ -102,9 +104,10 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
     __syncthreads();
     sum_partials(place, shared, [](float sum) { return sum; });
     __syncthreads();
-    for (int i = threadIdx.x; i < group.tokens * slot.rank; i += kGemvThreads) {
-      const int token = i / slot.rank, column = i % slot.rank;
-      partial_sums(arguments, first + token, split, splits)[column] = shared.inner_at(token, column);
+    for (int token = 0; token < group.tokens; ++token) {
+      float* const sums = partial_sums(arguments, first + token, split, splits);
+      const int column = threadIdx.x;
+      if (column < slot.rank) sums[column] = shared.inner_at(token, column);
     }
   }
 }
@@ -120,7 +123,7 @@ __device__ __forceinline__ void add_splits(const GroupedAdapterArguments& argume
     const float* sums = partial_sums(arguments, group.first + token, 0, splits) + column;
     const float bias = slot.down_bias != nullptr ? to_float(slot.down_bias[column]) : 0.0f;
     float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int split = 0; split < splits; ++split) sum += sums[int64_t{split} * arguments.max_rank];
     shared.inner_at(token, column) = finish_inner(slot, sum, bias);
   }

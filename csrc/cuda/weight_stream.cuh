@@ -49,6 +49,7 @@ template <class Element, int kTokens, class Factor>
 __device__ __forceinline__ void multiply(WeightStream<Element>& weights, const Factor& factor,
                                          float (&sums)[kTokens][kGemvUnit]) {
   uint4 units[kStreamBatch];
+#pragma unroll 1
   for (int first = 0; const int taken = weights.take(units); first += kStreamBatch) {
 #pragma unroll
     for (int b = 0; b < kStreamBatch; ++b) {
