@@ -30,6 +30,8 @@ struct AdapterPlan {
   // kTiles: tensor cores, one block for tile_rows tokens of a segment.
   int32_t tile_rows;    // 16, 32 or 64
   int32_t num_stages;   // of the cp.async ring
+  int32_t blocks_per_multiprocessor;  // on sm_80, as intended
+  int32_t chunk;        // columns of a stage: 64, or 16 where 64 do not fit
   int32_t rank_class;   // 16, 32, 64, 128 or 256: the most inner columns (all projections together, each padded to 16)
   int64_t shared_bytes;
   int32_t launches;     // 1, or one a projection if the inner states of all do not fit together
@@ -40,7 +42,10 @@ struct AdapterPlan {
   int64_t workspace_elements;  // float32
 };
 
+// Tiles, or GEMV if a segment has kMaxGemvTokens tokens or fewer on average.
+constexpr int64_t kMaxGemvTokens = 4;
 AdapterPlan plan_adapter(const AdapterShape& shape);
+AdapterPlan plan_tiles(const AdapterShape& shape);  // tile_rows 0: beyond the limits above, cannot be launched
 AdapterPlan plan_gemv(const AdapterShape& shape);  // adapter_plan_gemv.cpp
 
 }  // namespace hmi::cuda

@@ -1,0 +1,120 @@
+// The table of the tile kernel and the choice between the two adapter kernels. Derived from what A100 publishes (164 KiB
+// of shared memory and 65,536 registers for each of 108 multiprocessors), not measured.
+#include "cuda/adapter_plan.h"
+
+#include <algorithm>
+#include <iterator>
+#include <limits>
+
+#include "cuda/adapter_tile_shape.h"
+
+namespace hmi::cuda {
+namespace {
+
+constexpr int64_t kAnyNumber = std::numeric_limits<int64_t>::max();
+constexpr int32_t kNoLayerNorm = 0;
+
+// Longer tiles read weights less often, shorter ones make more blocks. A tile has no more rows than a segment has
+// tokens, and no more than leave each multiprocessor a tile.
+constexpr int64_t kMultiprocessors = 108;
+
+struct TileRow {
+  int32_t max_layer_norm_size;
+  int64_t max_tokens;  // of a tile: see above
+  TileShape shape;     // rows, rank class, chunk
+  int32_t num_stages;
+  int32_t blocks;  // on one multiprocessor of sm_80
+};
+
+// The first row that fits is taken. Layer norms keep whole rows in shared memory: 32 of them up to 1,024 columns.
+constexpr TileRow kTiles[] = {
+    {kNoLayerNorm, 16, {16, 16, 64}, 4, 4},
+    {kNoLayerNorm, 32, {32, 16, 64}, 4, 4},
+    {kNoLayerNorm, kAnyNumber, {64, 16, 64}, 3, 4},
+    {1024, 16, {16, 16, 64}, 3, 3},
+    {1024, kAnyNumber, {32, 16, 64}, 2, 2},
+    {4096, kAnyNumber, {16, 16, 64}, 3, 1},
+
+    {kNoLayerNorm, 16, {16, 32, 64}, 4, 4},
+    {kNoLayerNorm, 32, {32, 32, 64}, 3, 4},
+    {kNoLayerNorm, kAnyNumber, {64, 32, 64}, 3, 3},
+    {1024, 16, {16, 32, 64}, 3, 2},
+    {1024, kAnyNumber, {32, 32, 64}, 2, 1},
+    {4096, kAnyNumber, {16, 32, 64}, 3, 1},
+
+    {kNoLayerNorm, 16, {16, 64, 64}, 3, 4},
+    {kNoLayerNorm, 32, {32, 64, 64}, 3, 3},
+    {kNoLayerNorm, kAnyNumber, {64, 64, 64}, 3, 2},
+    {1024, 16, {16, 64, 64}, 2, 2},
+    {1024, kAnyNumber, {32, 64, 64}, 2, 1},
+    {4096, kAnyNumber, {16, 64, 64}, 2, 1},
+
+    {kNoLayerNorm, 16, {16, 128, 64}, 2, 3},
+    {kNoLayerNorm, 32, {32, 128, 64}, 2, 3},
+    {kNoLayerNorm, kAnyNumber, {64, 128, 64}, 2, 2},
+    {1024, 16, {16, 128, 64}, 2, 2},
+    {1024, kAnyNumber, {32, 128, 64}, 2, 1},
+    {3072, kAnyNumber, {16, 128, 64}, 2, 1},
+
+    {kNoLayerNorm, 16, {16, 256, 64}, 2, 2},
+    {kNoLayerNorm, 32, {32, 256, 64}, 2, 1},
+    {kNoLayerNorm, kAnyNumber, {64, 256, 64}, 2, 1},
+    {1024, 16, {16, 256, 64}, 2, 1},
+    {1024, kAnyNumber, {32, 256, 64}, 2, 1},
+    {2560, kAnyNumber, {16, 256, 64}, 2, 1},
+    {4096, kAnyNumber, {16, 256, 16}, 3, 1},
+};
+
+// Of the last row that a row size may take, what it leaves of the block's limit holds TileWork.
+constexpr int kStaticSharedBytes = 512;
+constexpr bool fits(const TileRow& row) {
+  return tile_memory(row.shape, row.num_stages, row.max_layer_norm_size).total + kStaticSharedBytes <= kMaxSharedBytes;
+}
+constexpr bool all_fit() {
+  for (const TileRow& row : kTiles) {
+    if (!fits(row)) return false;
+  }
+  return true;
+}
+static_assert(all_fit());
+
+const TileRow* find_row(int32_t columns, int32_t layer_norm_size, int64_t tokens) {
+  return std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& row) {
+    return columns <= row.shape.rank_class && tokens <= row.max_tokens &&
+           (layer_norm_size > 0) == (row.max_layer_norm_size > 0) && layer_norm_size <= row.max_layer_norm_size;
+  });
+}
+
+int64_t ceil_quotient(int64_t numerator, int64_t denominator) { return (numerator + denominator - 1) / denominator; }
+
+int64_t tokens_per_segment(const AdapterShape& shape) {
+  return ceil_quotient(shape.num_tokens, std::max<int64_t>(shape.num_segments, 1));
+}
+
+}  // namespace
+
+AdapterPlan plan_tiles(const AdapterShape& shape) {
+  const bool fits_together = inner_columns(shape.max_rank, shape.num_projections) <= kMaxRank;
+  const int32_t columns = inner_columns(shape.max_rank, fits_together ? shape.num_projections : 1);
+  const int32_t layer_norm_size = shape.has_layer_norm ? shape.total_output_size : kNoLayerNorm;
+  const int64_t tokens = std::min(tokens_per_segment(shape), ceil_quotient(shape.num_tokens, kMultiprocessors));
+  const TileRow* found = find_row(columns, layer_norm_size, tokens);
+  AdapterPlan plan{};
+  plan.kernel = AdapterKernel::kTiles;
+  if (found == std::end(kTiles)) return plan;
+  const TileRow& row = *found;
+  plan.tile_rows = row.shape.rows;
+  plan.num_stages = row.num_stages;
+  plan.chunk = row.shape.chunk;
+  plan.rank_class = row.shape.rank_class;
+  plan.shared_bytes = tile_memory(row.shape, row.num_stages, layer_norm_size).total;
+  plan.launches = fits_together ? 1 : shape.num_projections;
+  plan.blocks_per_multiprocessor = row.blocks;
+  return plan;
+}
+
+AdapterPlan plan_adapter(const AdapterShape& shape) {
+  return tokens_per_segment(shape) <= kMaxGemvTokens ? plan_gemv(shape) : plan_tiles(shape);
+}
+
+}  // namespace hmi::cuda
