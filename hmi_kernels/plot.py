@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from hmi_kernels import reference
-from hmi_kernels.checks import FLOATS, require_packed, require_tensor, require_vector, require_window
-from hmi_kernels.library import Implementation, define
+from hmi_kernels.checks import COMPUTE_TYPES, require_packed, require_tensor, require_vector, require_window
+from hmi_kernels.cuda.driver import DATA_TYPES
+from hmi_kernels.cuda.plot import LOOKUP, MERGE
+from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
 
-__all__ = ["plot_lookup", "plot_merge"]
+__all__ = ["plot_lookup", "plot_merge", "quantize_rows"]
+
+_ROW_TYPES = (*COMPUTE_TYPES, torch.int8)
+_LARGEST_INT8 = 127
+_ROWS_PER_STEP = 8192
 
 
 def plot_lookup(
@@ -54,6 +60,7 @@ def plot_merge(
     *,
     layer_norm_eps: float,
     window: int,
+    row_scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Merges the rows that :func:`plot_lookup` found into the hidden states that the upper layers start from.
 
@@ -69,18 +76,26 @@ def plot_merge(
         input_ids: int32 [tokens].
         sequence_offsets: int64 [sequences + 1].
         references: int64 [tokens, 1] for window 2, [tokens, 3] for window 3.
-        row_tables: float16 or float32 [rows, window, hidden] each; the table part of a reference counts them.
-        unigram_tables: float16 or float32 [vocabulary, hidden] each.
+        row_tables: float16, bfloat16, float32 or int8 [rows, window, hidden] each; the table part of a
+            reference counts them.
+        unigram_tables: float16, bfloat16 or float32 [vocabulary, hidden] each.
         sequence_unigram_tables: int32 [sequences]: which of them a sequence uses.
-        position_embeddings: float32 [positions, hidden].
-        layer_norm_weight: float32 [hidden].
-        layer_norm_bias: float32 [hidden].
+        position_embeddings: float32, float16 or bfloat16 [positions, hidden]; the output has its dtype. The
+            backend ``cpu`` takes float32.
+        layer_norm_weight: [hidden] of that dtype.
+        layer_norm_bias: likewise.
         layer_norm_eps: added to the variance.
         window: 2 or 3 tokens.
+        row_scales: for each of ``row_tables`` float32 [rows, window] if it is int8, empty otherwise (see
+            :func:`quantize_rows`). Needed only if one is int8.
 
-    Returns: float32 [tokens, hidden].
+    While the other tensors are on a GPU, ``row_tables``, ``unigram_tables`` and ``row_scales`` may lie in
+    pinned host memory: the kernel then reads the rows in place. Sums are made in float32.
+
+    Returns: [tokens, hidden].
     Raises TypeError or ValueError on arguments of another kind, ValueError on a sequence longer than there
-    are positions and on rows or ids that lie outside the tables.
+    are positions and on rows or ids that lie outside the tables. On a GPU the kernel finds such values: it
+    gives their tokens zeros, and :func:`raise_faults` tells of them.
     """
     output = _plot_merge(
         input_ids,
@@ -94,11 +109,44 @@ def plot_merge(
         layer_norm_bias,
         layer_norm_eps=layer_norm_eps,
         window=window,
+        row_scales=list(row_scales),
     )
     return cast(Tensor, output)
 
 
-class _LookupArguments(NamedTuple):
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as int8 with a scale each, for :func:`plot_merge`.
+
+    Semantics: ``rows[n, w] = scales[n, w] * int8_rows[n, w]``, symmetric: the largest magnitude is 127. What
+    is lost of an element is at most half of its row's scale, which is ``max(abs(row)) / 127``.
+
+    Args:
+        rows: floating point [rows, window, hidden], finite.
+
+    Returns: int8 [rows, window, hidden] and float32 [rows, window]; the scale of a row of zeros is 0.
+    Raises TypeError or ValueError on another dtype or shape, ValueError on NaN and infinity.
+    """
+    require_tensor("rows", rows.detach(), (*COMPUTE_TYPES, torch.float64), (None, None, None))
+    quantized = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scales = torch.zeros(rows.shape[:2], dtype=torch.float32, device=rows.device)
+    if rows.numel() == 0:
+        return quantized, scales
+    smallest = torch.finfo(torch.float32).tiny
+    steps = (tensor.split(_ROWS_PER_STEP) for tensor in (rows.detach(), quantized, scales))
+    for row, quantized_row, scale in zip(*steps, strict=True):
+        largest = row.abs().amax(dim=2).double()
+        if not bool(largest.isfinite().all()):
+            raise ValueError("rows hold NaN or infinity, which int8 cannot")
+        # A scale below the smallest normal number has fewer bits, and may round to zero.
+        scale.copy_(torch.where(largest > 0, (largest / _LARGEST_INT8).clamp(min=smallest), 0.0))
+        divisor = torch.where(scale > 0, scale, 1.0).double().unsqueeze(2)
+        quantized_row.copy_((row.double() / divisor).round())
+    return quantized, scales
+
+
+class LookupArguments(NamedTuple):
+    """What :func:`plot_lookup` is given."""
+
     input_ids: Tensor
     sequence_offsets: Tensor
     indexes: list[Tensor]
@@ -106,7 +154,9 @@ class _LookupArguments(NamedTuple):
     window: int
 
 
-class _MergeArguments(NamedTuple):
+class MergeArguments(NamedTuple):
+    """What :func:`plot_merge` is given."""
+
     input_ids: Tensor
     sequence_offsets: Tensor
     references: Tensor
@@ -118,9 +168,17 @@ class _MergeArguments(NamedTuple):
     layer_norm_bias: Tensor
     layer_norm_eps: float
     window: int
+    row_scales: list[Tensor]
+
+    def scaled_row_tables(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The row tables, those of int8 with their scales."""
+        return [
+            (table, self.row_scales[i] if table.dtype is torch.int8 else None)
+            for i, table in enumerate(self.row_tables)
+        ]
 
 
-def _check_lookup(arguments: _LookupArguments) -> None:
+def _check_lookup(arguments: LookupArguments) -> None:
     require_window(arguments.window)
     require_packed(arguments.input_ids, arguments.sequence_offsets)
     for i, index in enumerate(arguments.indexes):
@@ -128,12 +186,12 @@ def _check_lookup(arguments: _LookupArguments) -> None:
     require_tensor("chains", arguments.chains, torch.int32, (arguments.sequence_offsets.shape[0] - 1, None))
 
 
-def _new_references(arguments: _LookupArguments) -> Tensor:
+def _new_references(arguments: LookupArguments) -> Tensor:
     num_columns = 1 if arguments.window == 2 else 3
     return arguments.input_ids.new_empty(arguments.input_ids.shape[0], num_columns, dtype=torch.int64)
 
 
-def _lookup_on_cpu(arguments: _LookupArguments) -> Tensor:
+def _lookup_on_cpu(arguments: LookupArguments) -> Tensor:
     references = _new_references(arguments)
     native.plot_lookup(
         arguments.input_ids.data_ptr(),
@@ -150,7 +208,7 @@ def _lookup_on_cpu(arguments: _LookupArguments) -> Tensor:
     return references
 
 
-def _check_merge(arguments: _MergeArguments) -> None:
+def _check_merge(arguments: MergeArguments) -> None:
     window = arguments.window
     require_window(window)
     require_packed(arguments.input_ids, arguments.sequence_offsets)
@@ -158,26 +216,43 @@ def _check_merge(arguments: _MergeArguments) -> None:
     require_tensor(
         "references", arguments.references, torch.int64, (arguments.input_ids.shape[0], num_columns)
     )
-    require_tensor("position_embeddings", arguments.position_embeddings, torch.float32, (None, None))
-    hidden_size = arguments.position_embeddings.shape[1]
+    positions = arguments.position_embeddings
+    require_tensor("position_embeddings", positions, COMPUTE_TYPES, (None, None))
+    hidden_size = positions.shape[1]
     if hidden_size == 0:
         raise ValueError("position_embeddings must have at least one column")
-    for i, table in enumerate(arguments.row_tables):
-        require_tensor(f"row_tables[{i}]", table, FLOATS, (None, window, hidden_size))
+    _check_row_tables(arguments, hidden_size)
     for i, table in enumerate(arguments.unigram_tables):
-        require_tensor(f"unigram_tables[{i}]", table, FLOATS, (None, hidden_size))
+        require_tensor(f"unigram_tables[{i}]", table, COMPUTE_TYPES, (None, hidden_size))
     num_sequences = arguments.sequence_offsets.shape[0] - 1
     require_vector("sequence_unigram_tables", arguments.sequence_unigram_tables, torch.int32, num_sequences)
-    require_vector("layer_norm_weight", arguments.layer_norm_weight, torch.float32, hidden_size)
-    require_vector("layer_norm_bias", arguments.layer_norm_bias, torch.float32, hidden_size)
+    require_vector("layer_norm_weight", arguments.layer_norm_weight, positions.dtype, hidden_size)
+    require_vector("layer_norm_bias", arguments.layer_norm_bias, positions.dtype, hidden_size)
 
 
-def _new_hidden_states(arguments: _MergeArguments) -> Tensor:
+def _check_row_tables(arguments: MergeArguments, hidden_size: int) -> None:
+    tables, scales = arguments.row_tables, arguments.row_scales
+    if scales and len(scales) != len(tables):
+        raise ValueError(
+            f"row_scales must be as many as row_tables, {len(tables)}, or none; not {len(scales)}"
+        )
+    for i, table in enumerate(tables):
+        require_tensor(f"row_tables[{i}]", table, _ROW_TYPES, (None, arguments.window, hidden_size))
+        is_int8 = table.dtype is torch.int8
+        if is_int8 and not scales:
+            raise ValueError(f"row_tables[{i}] is int8: row_scales must hold its scales, see quantize_rows")
+        if is_int8:
+            require_tensor(f"row_scales[{i}]", scales[i], torch.float32, (table.shape[0], arguments.window))
+        elif scales and scales[i].numel():
+            raise ValueError(f"row_scales[{i}] must be empty, as row_tables[{i}] is {table.dtype}")
+
+
+def _new_hidden_states(arguments: MergeArguments) -> Tensor:
     positions = arguments.position_embeddings
     return positions.new_empty(arguments.input_ids.shape[0], positions.shape[1])
 
 
-def _merge_on_cpu(arguments: _MergeArguments) -> Tensor:
+def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
     output = _new_hidden_states(arguments)
     num_positions, hidden_size = arguments.position_embeddings.shape
     native.plot_merge(
@@ -186,8 +261,8 @@ def _merge_on_cpu(arguments: _MergeArguments) -> Tensor:
         arguments.sequence_offsets.data_ptr(),
         arguments.sequence_offsets.shape[0] - 1,
         arguments.references.data_ptr(),
-        [_native_table(table) for table in arguments.row_tables],
-        [_native_table(table) for table in arguments.unigram_tables],
+        [_native_table(*table) for table in arguments.scaled_row_tables()],
+        [_native_table(table, None) for table in arguments.unigram_tables],
         arguments.sequence_unigram_tables.data_ptr(),
         arguments.position_embeddings.data_ptr(),
         num_positions,
@@ -202,26 +277,46 @@ def _merge_on_cpu(arguments: _MergeArguments) -> Tensor:
     return output
 
 
-def _native_table(table: Tensor) -> tuple[int, int, bool]:
-    return table.data_ptr(), table.shape[0], table.dtype == torch.float16
+def _native_table(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
+    number = DATA_TYPES[table.dtype]
+    return table.data_ptr(), table.shape[0], number, 0 if scales is None else scales.data_ptr()
+
+
+def _merge_refuses_on_cpu(arguments: MergeArguments) -> str:
+    dtype = arguments.position_embeddings.dtype
+    if dtype is not torch.float32:
+        return f"position_embeddings must be torch.float32, not {dtype}"
+    tables = (*arguments.row_tables, *arguments.unigram_tables)
+    has_bfloat16 = any(table.dtype is torch.bfloat16 for table in tables)
+    return "row_tables and unigram_tables must not be torch.bfloat16" if has_bfloat16 else ""
 
 
 _plot_lookup = define(
     "plot_lookup(Tensor input_ids, Tensor sequence_offsets, Tensor[] indexes, Tensor chains, *, int window) "
     "-> Tensor",
-    arguments=_LookupArguments,
+    arguments=LookupArguments,
     check=_check_lookup,
-    implementations={"cpu": Implementation(_lookup_on_cpu)},
+    implementations={
+        "cuda": LOOKUP,
+        "triton": implemented_in("hmi_kernels.triton.plot_lookup", "plot_lookup"),
+        "cpu": Implementation(_lookup_on_cpu),
+    },
     reference=reference.plot_lookup,
     fake=_new_references,
 )
 _plot_merge = define(
     "plot_merge(Tensor input_ids, Tensor sequence_offsets, Tensor references, Tensor[] row_tables, "
     "Tensor[] unigram_tables, Tensor sequence_unigram_tables, Tensor position_embeddings, "
-    "Tensor layer_norm_weight, Tensor layer_norm_bias, *, float layer_norm_eps, int window) -> Tensor",
-    arguments=_MergeArguments,
+    "Tensor layer_norm_weight, Tensor layer_norm_bias, *, float layer_norm_eps, int window, "
+    "Tensor[] row_scales) -> Tensor",
+    arguments=MergeArguments,
     check=_check_merge,
-    implementations={"cpu": Implementation(_merge_on_cpu)},
+    implementations={
+        "cuda": MERGE,
+        "triton": implemented_in("hmi_kernels.triton.plot_merge", "plot_merge"),
+        "cpu": Implementation(_merge_on_cpu, _merge_refuses_on_cpu),
+    },
     reference=reference.plot_merge,
     fake=_new_hidden_states,
+    may_be_on_host=("row_tables", "unigram_tables", "row_scales"),
 )

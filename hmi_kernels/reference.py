@@ -141,6 +141,7 @@ def plot_merge(
     *,
     layer_norm_eps: float,
     window: int,
+    row_scales: Sequence[Tensor] = (),
 ) -> Tensor:
     """Gathers every slot of every window, then sums as the formula says."""
     _require_sequences(input_ids, sequence_offsets)
@@ -159,37 +160,44 @@ def plot_merge(
     def unigrams(needed: Tensor) -> Tensor:
         return _unigram_rows(unigram_tables, table_of_token, input_ids, needed.squeeze(1))
 
+    def gather(needed: Tensor, slot: int) -> Tensor:
+        return _gather(row_tables, row_scales, needed.squeeze(1), slot)
+
     merge = _merge_bigrams if window == 2 else _merge_trigrams
-    summed = merge(references, row_tables, unigrams, has_left, has_right) + position_embeddings[position]
-    return functional.layer_norm(summed, summed.shape[1:], layer_norm_weight, layer_norm_bias, layer_norm_eps)
+    summed = merge(references, gather, unigrams, has_left, has_right) + position_embeddings[position].float()
+    weight, bias = layer_norm_weight.float(), layer_norm_bias.float()
+    merged = functional.layer_norm(summed, summed.shape[1:], weight, bias, layer_norm_eps)
+    return merged.to(position_embeddings.dtype)
 
 
 UnigramRows = Callable[[Tensor], Tensor]
 """The unigram rows of the tokens where a mask bool [tokens, 1] is true, zero elsewhere."""
+Gather = Callable[[Tensor, int], Tensor]
+"""One slot of the rows that int64 [tokens, 1] references, zero where it is -1."""
 
 
 def _merge_bigrams(
-    references: Tensor, row_tables: list[Tensor], unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
+    references: Tensor, gather: Gather, unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
 ) -> Tensor:
     left = torch.where(has_left, references.roll(1, 0), -1)
     right = torch.where(has_right, references, -1)
-    rows = _gather(row_tables, left, 1) + _gather(row_tables, right, 0)
+    rows = gather(left, 1) + gather(right, 0)
     # U + (left - U) + (right - U), a bracket being zero without its row: U counts 1, 0 or -1 times.
     return rows + _unigrams_left_over(left >= 0, right >= 0, unigrams)
 
 
 def _merge_trigrams(
-    references: Tensor, row_tables: list[Tensor], unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
+    references: Tensor, gather: Gather, unigrams: UnigramRows, has_left: Tensor, has_right: Tensor
 ) -> Tensor:
     whole, before, after = references.split(1, dim=1)
     is_whole = whole >= 0
     before, after = torch.where(is_whole, -1, before), torch.where(is_whole, -1, after)
-    composed = _gather(row_tables, before, 1) + _gather(row_tables, after, 1)
+    composed = gather(before, 1) + gather(after, 1)
     left_over = _unigrams_left_over((before >= 0) | is_whole, after >= 0, unigrams)
-    center = _gather(row_tables, whole, 1) + composed + left_over
+    center = gather(whole, 1) + composed + left_over
     from_left = torch.where(has_left, torch.where(is_whole, whole, after).roll(1, 0), -1)
     from_right = torch.where(has_right, torch.where(is_whole, whole, before).roll(-1, 0), -1)
-    return center + _gather(row_tables, from_left, 2) + _gather(row_tables, from_right, 0)
+    return center + gather(from_left, 2) + gather(from_right, 0)
 
 
 def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: UnigramRows) -> Tensor:
@@ -198,22 +206,29 @@ def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: Unigram
     return torch.where(has_first, -rows, rows)
 
 
-def _gather(row_tables: list[Tensor], references: Tensor, slot: int) -> Tensor:
+def _gather(row_tables: list[Tensor], row_scales: Sequence[Tensor], references: Tensor, slot: int) -> Tensor:
     """float32 [tokens, hidden]: one slot of the referenced rows, zero where the reference is -1."""
-    flat = references.squeeze(1)
-    table_of, row_of = flat >> ROW_BITS, flat & ((1 << ROW_BITS) - 1)
+    table_of, row_of = references >> ROW_BITS, references & ((1 << ROW_BITS) - 1)
     hidden_size = row_tables[0].shape[2] if row_tables else 1
-    rows = torch.zeros(flat.shape[0], hidden_size, device=flat.device)
-    if bool(((flat >= 0) & (table_of >= len(row_tables))).any()) or bool((flat < -1).any()):
+    rows = torch.zeros(references.shape[0], hidden_size, device=references.device)
+    if bool(((references >= 0) & (table_of >= len(row_tables))).any()) or bool((references < -1).any()):
         raise ValueError(f"references must name a table 0..{len(row_tables) - 1} or be -1")
     for table, content in enumerate(row_tables):
-        here = (flat >= 0) & (table_of == table)
+        here = (references >= 0) & (table_of == table)
         if bool((row_of[here] >= content.shape[0]).any()):
             raise ValueError(
                 f"references name a row outside row_tables[{table}], which has {content.shape[0]}"
             )
-        rows = rows.index_put((here.nonzero().squeeze(1),), content[row_of[here], slot].float())
+        found = _take(content, row_of[here], slot)
+        if content.dtype is torch.int8:
+            found = found * _take(row_scales[table], row_of[here], slot).unsqueeze(1)
+        rows = rows.index_put((here.nonzero().squeeze(1),), found)
     return rows
+
+
+def _take(table: Tensor, rows: Tensor, slot: int) -> Tensor:
+    """One slot of these rows as float32 beside ``rows``; the table may lie in host memory."""
+    return table[rows.to(table.device), slot].float().to(rows.device)
 
 
 def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tensor, needed: Tensor) -> Tensor:
@@ -227,7 +242,8 @@ def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tenso
             raise ValueError(
                 f"input_ids hold an id outside unigram_tables[{table}], which has {content.shape[0]} rows"
             )
-        rows = rows.index_put((here.nonzero().squeeze(1),), content[ids].float())
+        found = content[ids.to(content.device)].float().to(rows.device)
+        rows = rows.index_put((here.nonzero().squeeze(1),), found)
     return rows
 
 

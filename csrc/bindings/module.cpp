@@ -21,10 +21,14 @@ hmi::PackedSequences packed(Address input_ids, int64_t num_tokens, Address offse
   return {pointer<const int32_t>(input_ids), pointer<const int64_t>(offsets), num_sequences, num_tokens};
 }
 
-std::vector<hmi::RowTable> row_tables(const std::vector<std::tuple<Address, int64_t, bool>>& tables) {
+// (address, rows, number of its DataType, address of its scales or 0)
+using NumberedTable = std::tuple<Address, int64_t, int, Address>;
+
+std::vector<hmi::RowTable> row_tables(const std::vector<NumberedTable>& tables) {
   std::vector<hmi::RowTable> converted;
-  for (const auto& [address, num_rows, is_half] : tables) {
-    converted.push_back({pointer<const void>(address), num_rows, is_half});
+  for (const auto& [address, num_rows, type, scales] : tables) {
+    converted.push_back(
+        {pointer<const void>(address), num_rows, static_cast<hmi::DataType>(type), pointer<const float>(scales)});
   }
   return converted;
 }
@@ -53,8 +57,8 @@ void plot_lookup(Address input_ids, int64_t num_tokens, Address sequence_offsets
 }
 
 void plot_merge(Address input_ids, int64_t num_tokens, Address sequence_offsets, int64_t num_sequences,
-                Address references, const std::vector<std::tuple<Address, int64_t, bool>>& rows,
-                const std::vector<std::tuple<Address, int64_t, bool>>& unigrams, Address sequence_unigram_tables,
+                Address references, const std::vector<NumberedTable>& rows,
+                const std::vector<NumberedTable>& unigrams, Address sequence_unigram_tables,
                 Address position_embeddings, int64_t num_positions, Address layer_norm_weight,
                 Address layer_norm_bias, float layer_norm_eps, int window, int64_t hidden_size, Address output,
                 int num_threads) {

@@ -66,11 +66,15 @@ class MergeRange {
                         a_.layer_norm_bias, a_.layer_norm_epsilon, a_.hidden_size, a_.output + t * a_.hidden_size});
   }
 
+  int64_t row_bytes(DataType type) const {
+    return a_.hidden_size * (type == DataType::kFloat16 ? 2 : type == DataType::kFloat32 ? 4 : 1);
+  }
+
   // NOTE: inlined by force, as GCC takes a function that only prefetches for one without effect and drops the call.
   [[gnu::always_inline]] void prefetch(const TokenSources& from) const noexcept {
     for (int i = 0; i < from.count; ++i) {
       const char* row = static_cast<const char*>(from.sources[i].row);
-      const int64_t bytes = a_.hidden_size * (from.sources[i].is_half ? 2 : 4);
+      const int64_t bytes = row_bytes(from.sources[i].type);
       for (int64_t at = 0; at < std::min(bytes, kPrefetchedBytes); at += kCacheLine) __builtin_prefetch(row + at);
     }
   }
@@ -126,8 +130,8 @@ class MergeRange {
   }
 
   void push(TokenSources& to, const RowTable& table, int64_t index) const noexcept {
-    const int64_t bytes = table.is_half ? 2 : 4;
-    to.sources[to.count++] = {static_cast<const char*>(table.data) + index * a_.hidden_size * bytes, table.is_half};
+    const char* row = static_cast<const char*>(table.data) + index * row_bytes(table.type);
+    to.sources[to.count++] = {row, table.type, table.scales == nullptr ? 1.0f : table.scales[index]};
   }
 
   const PlotMergeArguments& a_;

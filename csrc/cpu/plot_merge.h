@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/data_type.h"
 #include "common/packed_sequences.h"
 
 namespace hmi {
@@ -11,14 +12,15 @@ namespace hmi {
 struct RowTable {
   const void* data;
   int64_t num_rows;
-  bool is_half;  // float16, else float32
+  DataType type;        // kFloat32, kFloat16 or kInt8
+  const float* scales;  // [num_rows, window] for int8: a row is scale * int8, with a scale for each slot; else null
 };
 
 struct PlotMergeArguments {
   PackedSequences sequences;
   const int64_t* references;                  // as plot_lookup gives them
   const std::vector<RowTable>& row_tables;      // [num_rows, window, hidden_size] each
-  const std::vector<RowTable>& unigram_tables;  // [vocabulary, hidden_size] each
+  const std::vector<RowTable>& unigram_tables;  // [vocabulary, hidden_size] each, never int8
   const int32_t* sequence_unigram_tables;       // [num_sequences]
   const float* position_embeddings;             // [num_positions, hidden_size]
   int64_t num_positions;

@@ -1,10 +1,10 @@
-// The element types that cross the boundary between Python and the kernels.
+// The element types of device memory: those of the host.
 #pragma once
 
-#include <cstdint>
+#include "common/data_type.h"
 
 namespace hmi::cuda {
 
-enum class DataType : int32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
+using hmi::DataType;
 
 }  // namespace hmi::cuda

@@ -22,8 +22,12 @@ inline void load_block(const Element* row, Block block, Vector (&to)[kVectors]) 
 
 template <int kVectors>
 inline void load_source(const MergeSource& source, Block block, Vector (&to)[kVectors]) {
-  if (source.is_half) return load_block(static_cast<const uint16_t*>(source.row), block, to);
-  load_block(static_cast<const float*>(source.row), block, to);
+  if (source.type == DataType::kFloat16) return load_block(static_cast<const uint16_t*>(source.row), block, to);
+  if (source.type == DataType::kFloat32) return load_block(static_cast<const float*>(source.row), block, to);
+  load_block(static_cast<const int8_t*>(source.row), block, to);
+  const Vector scale = broadcast(source.scale);
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) to[v] = multiply(to[v], scale);
 }
 
 template <int kVectors>

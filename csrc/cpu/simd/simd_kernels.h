@@ -7,11 +7,14 @@
 
 #include <stdint.h>
 
+#include "common/data_type.h"
+
 namespace hmi {
 
 struct MergeSource {
   const void* row;
-  bool is_half;  // float16, else float32
+  DataType type;  // kFloat32, kFloat16 or kInt8
+  float scale;    // what an int8 element counts
 };
 
 struct MergeArguments {

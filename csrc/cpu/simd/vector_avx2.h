@@ -33,6 +33,14 @@ inline Vector load_first(const uint16_t* half, int count) {
   for (int i = 0; i < count; ++i) padded[i] = half[i];
   return load(padded);
 }
+inline Vector load(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vector load_first(const int8_t* from, int count) {
+  alignas(8) int8_t padded[kLanes] = {};
+  for (int i = 0; i < count; ++i) padded[i] = from[i];
+  return load(padded);
+}
 inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
 inline void store_first(float* to, Vector value, int count) { _mm256_maskstore_ps(to, first(count), value); }
 inline Vector keep_first(Vector value, int count) { return _mm256_and_ps(value, _mm256_castsi256_ps(first(count))); }

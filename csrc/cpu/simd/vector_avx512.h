@@ -27,6 +27,12 @@ inline Vector load(const uint16_t* half) {
 inline Vector load_first(const uint16_t* half, int count) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), half));
 }
+inline Vector load(const int8_t* from) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vector load_first(const int8_t* from, int count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
+}
 inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
 inline void store_first(float* to, Vector value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
 inline Vector keep_first(Vector value, int count) { return _mm512_maskz_mov_ps(first(count), value); }

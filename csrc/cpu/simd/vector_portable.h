@@ -45,6 +45,14 @@ inline Vector load_first(const uint16_t* half, int count) {
   for (int i = 0; i < count; ++i) value[i] = half[i];
   return from_half(value);
 }
+inline Vector load(const int8_t* from) {
+  return __builtin_convertvector((IntegerVector{from[0], from[1], from[2], from[3]}), Vector);
+}
+inline Vector load_first(const int8_t* from, int count) {
+  Vector value = zero();
+  for (int i = 0; i < count; ++i) value[i] = static_cast<float>(from[i]);
+  return value;
+}
 inline void store(float* to, Vector value) { __builtin_memcpy(to, &value, sizeof(value)); }
 inline void store_first(float* to, Vector value, int count) {
   for (int i = 0; i < count; ++i) to[i] = value[i];

@@ -1,0 +1,143 @@
+"""PLOT on the backend ``cuda``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hmi_kernels.cuda import driver
+from hmi_kernels.library import Implementation
+
+if TYPE_CHECKING:
+    from hmi_kernels.plot import LookupArguments, MergeArguments
+
+__all__ = ["LOOKUP", "MAX_INDEXES", "MAX_TABLES", "MERGE"]
+
+MAX_INDEXES = 128
+"""csrc/cuda/plot_lookup.h."""
+MAX_TABLES = 48
+"""Of each kind (csrc/cuda/plot_merge.h)."""
+_MAX_HIDDEN_SIZE = 4096
+_SIZE_MULTIPLE = 8
+_MAX_TOKENS = 2**31 - 1
+_ALIGNMENT = 16
+
+
+def _lookup_refuses(arguments: LookupArguments) -> str:
+    if len(arguments.indexes) > MAX_INDEXES:
+        return f"indexes must be at most {MAX_INDEXES}, not {len(arguments.indexes)}"
+    if arguments.input_ids.shape[0] > _MAX_TOKENS:
+        return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
+    return _misaligned((f"indexes[{i}]", index) for i, index in enumerate(arguments.indexes))
+
+
+def _lookup(arguments: LookupArguments) -> Tensor:
+    input_ids, num_tokens = arguments.input_ids, arguments.input_ids.shape[0]
+    num_columns = 1 if arguments.window == 2 else 3
+    references = input_ids.new_empty(num_tokens, num_columns, dtype=torch.int64)
+    with driver.launch_on(input_ids) as launch:
+        driver.module().plot_lookup(
+            input_ids.data_ptr(),
+            num_tokens,
+            arguments.sequence_offsets.data_ptr(),
+            arguments.sequence_offsets.shape[0] - 1,
+            [(index.data_ptr(), index.shape[0]) for index in arguments.indexes],
+            arguments.chains.data_ptr(),
+            arguments.chains.shape[1],
+            arguments.window,
+            references.data_ptr(),
+            launch.fault,
+            launch.stream,
+        )
+    return references
+
+
+def _merge_refuses(arguments: MergeArguments) -> str:
+    hidden_size = arguments.position_embeddings.shape[1]
+    if hidden_size % _SIZE_MULTIPLE or hidden_size > _MAX_HIDDEN_SIZE:
+        return (
+            f"hidden_size must be a multiple of {_SIZE_MULTIPLE} up to {_MAX_HIDDEN_SIZE}, not {hidden_size}"
+        )
+    if arguments.input_ids.shape[0] > _MAX_TOKENS:
+        return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
+    for name, tables in (
+        ("row_tables", arguments.row_tables),
+        ("unigram_tables", arguments.unigram_tables),
+    ):
+        if len(tables) > MAX_TABLES:
+            return f"{name} must be at most {MAX_TABLES}, not {len(tables)}"
+    on_host = [*_numbered("row_tables", arguments.row_tables), *_numbered("row_scales", arguments.row_scales)]
+    on_host += _numbered("unigram_tables", arguments.unigram_tables)
+    on_device = [
+        ("position_embeddings", arguments.position_embeddings),
+        ("layer_norm_weight", arguments.layer_norm_weight),
+        ("layer_norm_bias", arguments.layer_norm_bias),
+    ]
+    return _pageable(on_host) or _misaligned([*on_host, *on_device])
+
+
+def _merge(arguments: MergeArguments) -> Tensor:
+    positions, num_tokens = arguments.position_embeddings, arguments.input_ids.shape[0]
+    num_positions, hidden_size = positions.shape
+    output = positions.new_empty(num_tokens, hidden_size)
+    with driver.launch_on(positions) as launch:
+        driver.module().plot_merge(
+            arguments.input_ids.data_ptr(),
+            num_tokens,
+            arguments.sequence_offsets.data_ptr(),
+            arguments.sequence_offsets.shape[0] - 1,
+            arguments.references.data_ptr(),
+            [_device_table(*table) for table in arguments.scaled_row_tables()],
+            [_device_table(table, None) for table in arguments.unigram_tables],
+            arguments.sequence_unigram_tables.data_ptr(),
+            driver.DATA_TYPES[positions.dtype],
+            positions.data_ptr(),
+            num_positions,
+            arguments.layer_norm_weight.data_ptr(),
+            arguments.layer_norm_bias.data_ptr(),
+            arguments.layer_norm_eps,
+            arguments.window,
+            hidden_size,
+            output.data_ptr(),
+            launch.fault,
+            launch.stream,
+        )
+    return output
+
+
+def _device_table(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
+    number = driver.DATA_TYPES[table.dtype]
+    return _device_address(table), table.shape[0], number, 0 if scales is None else _device_address(scales)
+
+
+def _device_address(tensor: Tensor) -> int:
+    """Where a kernel reads the tensor: on the device, or in pinned host memory in place."""
+    if tensor.is_cuda or driver.is_emulated() or tensor.numel() == 0:
+        return tensor.data_ptr()
+    return int(driver.module().device_pointer(tensor.data_ptr()))
+
+
+def _numbered(name: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)]
+
+
+def _pageable(named: Iterable[tuple[str, Tensor]]) -> str:
+    for name, tensor in named:
+        is_readable = tensor.is_cuda or driver.is_emulated() or tensor.numel() == 0 or tensor.is_pinned()
+        if not is_readable:
+            return f"{name} lies in pageable host memory: pin it (Tensor.pin_memory) or move it to the device"
+    return ""
+
+
+def _misaligned(named: Iterable[tuple[str, Tensor]]) -> str:
+    for name, tensor in named:
+        if tensor.data_ptr() % _ALIGNMENT:
+            return f"{name} must start at a multiple of {_ALIGNMENT} bytes"
+    return ""
+
+
+LOOKUP = Implementation(_lookup, _lookup_refuses)
+MERGE = Implementation(_merge, _merge_refuses)
