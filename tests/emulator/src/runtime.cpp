@@ -13,6 +13,11 @@ cudaError_t& last_error() {
   return error;
 }
 
+cudaStreamCaptureMode& capture_mode() {
+  thread_local cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  return mode;
+}
+
 }  // namespace
 
 cudaError_t injected_error(const std::string& function) {
@@ -42,7 +47,7 @@ cudaError_t leave(cudaError_t error) {
 }
 
 cudaError_t enter_uncapturable(const char* function) {
-  if (is_any_stream_capturing()) {
+  if (is_any_stream_capturing() && capture_mode() != cudaStreamCaptureModeRelaxed) {
     invalidate_captures();
     return cudaErrorStreamCaptureUnsupported;
   }
@@ -122,6 +127,11 @@ cudaError_t cudaDriverGetVersion(int* version) {
 cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return leave(enter(__func__));
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode());
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceSynchronize() {
