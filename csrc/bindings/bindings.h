@@ -19,7 +19,8 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void define_pool(py::module_& m);  // pool.cpp
+void define_pool(py::module_& m);        // pool.cpp
+void define_pool_types(py::module_& m);  // pool.cpp; does nothing the second time
 
 // _C.cuda, if CUDA is compiled; the emulator of the tests makes a module of the same functions.
 void define_cuda(py::module_& m);           // cuda.cpp

@@ -66,17 +66,14 @@ void record(cuda::Event& event, Address stream) {
 
 void wait(const cuda::Event& event, Address stream) { event.wait(stream_of(stream)); }
 
-bool is_capturing(Address stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cuda::require("cudaStreamIsCapturing", cudaStreamIsCapturing(stream_of(stream), &status));
-  return status != cudaStreamCaptureStatusNone;
-}
+bool is_capturing(Address stream) { return cuda::is_capturing(stream_of(stream)); }
 
 }  // namespace
 
 void define_cuda_copies(py::module_& m) {
-  py::register_local_exception_translator(&translate);
-  py::class_<cuda::Event>(m, "Event", py::module_local())
+  define_pool_types(m);
+  py::register_exception_translator(&translate);
+  py::class_<cuda::Event>(m, "Event")
       .def(py::init<>())
       .def("record", &record, py::arg("stream"), WithoutLock())
       .def("wait", &wait, py::arg("stream"), WithoutLock())

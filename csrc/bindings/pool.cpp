@@ -46,12 +46,13 @@ py::cpp_function getter(Getter get) {
 
 }  // namespace
 
-void define_pool(py::module_& m) {
-  py::register_local_exception_translator(&translate);
+void define_pool_types(py::module_& m) {
+  if (py::detail::get_type_info(typeid(BlockPool)) != nullptr) return;
+  py::register_exception_translator(&translate);
   // To free page-locked memory can wait for the device.
-  py::class_<Block>(m, "Block", py::buffer_protocol(), py::module_local(), py::release_gil_before_calling_cpp_dtor())
+  py::class_<Block>(m, "Block", py::buffer_protocol(), py::release_gil_before_calling_cpp_dtor())
       .def_buffer(&bytes_of);
-  py::class_<BlockPool, std::shared_ptr<BlockPool>>(m, "BlockPool", py::module_local(),
+  py::class_<BlockPool, std::shared_ptr<BlockPool>>(m, "BlockPool",
                                                     py::release_gil_before_calling_cpp_dtor())
       .def("allocate", &BlockPool::allocate, py::arg("bytes"), WithoutLock())
       .def("enlist", &enlist, py::arg("address"), py::arg("bytes"), py::arg("is_read_only"), WithoutLock())
@@ -61,6 +62,10 @@ void define_pool(py::module_& m) {
       .def_property_readonly("bytes_in_use", getter(&BlockPool::bytes_in_use))
       .def_property_readonly("bytes_reserved", getter(&BlockPool::bytes_reserved))
       .def_property_readonly("budget_bytes", &BlockPool::budget_bytes);
+}
+
+void define_pool(py::module_& m) {
+  define_pool_types(m);
   m.def("block_size", &block_size, py::arg("bytes"));
   m.def(
       "plain_pool", [](size_t budget_bytes) { return std::make_shared<BlockPool>(budget_bytes, plain_allocator()); },

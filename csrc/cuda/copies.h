@@ -25,6 +25,9 @@ int require_stream_of_pieces(const std::vector<Piece>& pieces, cudaStream_t stre
 // The stream's device; the current device for the default streams.
 int device_of_stream(cudaStream_t stream);
 
+// Whether the stream is being captured into a graph; the legacy default stream cannot be.
+bool is_capturing(cudaStream_t stream);
+
 // What kAuto stands for. Never kAuto.
 CopyMethod choose_copy_method(const std::vector<Piece>& pieces, cudaStream_t stream);
 

@@ -76,11 +76,7 @@ bool is_aligned(const Piece& piece) {
   return (reinterpret_cast<uintptr_t>(piece.destination) | reinterpret_cast<uintptr_t>(piece.source)) % 16 == 0;
 }
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  require("cudaStreamIsCapturing", cudaStreamIsCapturing(stream, &status));
-  return status != cudaStreamCaptureStatusNone;
-}
+bool is_legacy_default(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
 
 bool driver_has_batches() {
   int version = 0;
@@ -91,7 +87,7 @@ bool driver_has_batches() {
 const char* batch_obstacle(cudaStream_t stream) {
 #if CUDART_VERSION >= 12080
   if (!driver_has_batches()) return "the driver is older than CUDA 12.8";
-  if (stream == nullptr || stream == cudaStreamLegacy) return "the stream is the legacy default stream";
+  if (is_legacy_default(stream)) return "the stream is the legacy default stream";
   return is_capturing(stream) ? "the stream is being captured" : nullptr;
 #else
   (void)stream;
@@ -193,6 +189,13 @@ void start(const std::vector<Piece>& pieces, CopyMethod method, cudaStream_t str
 }
 
 }  // namespace
+
+bool is_capturing(cudaStream_t stream) {
+  if (is_legacy_default(stream)) return false;  // and must not be asked while another one is
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  require("cudaStreamIsCapturing", cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
 
 int device_of_stream(cudaStream_t stream) {
   int device = 0;

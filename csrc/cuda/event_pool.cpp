@@ -6,6 +6,7 @@
 
 #include "cuda/device_guard.h"
 #include "cuda/error.h"
+#include "cuda/relaxed_capture.h"
 
 namespace hmi::cuda {
 namespace {
@@ -32,6 +33,7 @@ cudaEvent_t take(int device) {
     }
   }
   const DeviceGuard guard(device);
+  const RelaxedCapture relaxed;
   cudaEvent_t event = nullptr;
   require("cudaEventCreateWithFlags", cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return event;
@@ -65,6 +67,7 @@ void Event::wait(cudaStream_t stream) const {
 
 bool Event::query() const {
   if (handle_ == nullptr) return true;
+  const RelaxedCapture relaxed;
   const cudaError_t error = cudaEventQuery(handle_);
   if (error != cudaErrorNotReady) {
     require("cudaEventQuery", error);

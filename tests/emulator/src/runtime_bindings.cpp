@@ -87,7 +87,7 @@ void launch_graph(Address executable, Address stream) {
 }  // namespace
 
 void define_runtime(py::module_& m) {
-  py::class_<DeviceMemory>(m, "DeviceMemory", py::buffer_protocol(), py::module_local(),
+  py::class_<DeviceMemory>(m, "DeviceMemory", py::buffer_protocol(),
                            py::release_gil_before_calling_cpp_dtor())
       .def(py::init<size_t, int>(), py::arg("bytes"), py::arg("device"), WithoutLock())
       .def_buffer(&DeviceMemory::bytes);
