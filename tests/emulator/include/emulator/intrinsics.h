@@ -11,10 +11,11 @@
 
 namespace emulator {
 
-EMULATOR_UNOBSERVED inline const uint3& thread_index() { return current->index; }
-EMULATOR_UNOBSERVED inline const uint3& block_index() { return machine.block_index; }
-EMULATOR_UNOBSERVED inline const dim3& block_size() { return machine.grid->threads; }
-EMULATOR_UNOBSERVED inline const dim3& grid_size() { return machine.grid->blocks; }
+// By value: a reference would leave the load to the kernel's code, which is observed.
+EMULATOR_UNOBSERVED inline uint3 thread_index() { return current->index; }
+EMULATOR_UNOBSERVED inline uint3 block_index() { return machine.block_index; }
+EMULATOR_UNOBSERVED inline dim3 block_size() { return machine.grid->threads; }
+EMULATOR_UNOBSERVED inline dim3 grid_size() { return machine.grid->blocks; }
 
 template <class T>
 T shuffle_value(unsigned mask, T value, int source, Place place) {
