@@ -233,9 +233,7 @@ def _check_merge(arguments: MergeArguments) -> None:
 def _check_row_tables(arguments: MergeArguments, hidden_size: int) -> None:
     tables, scales = arguments.row_tables, arguments.row_scales
     if scales and len(scales) != len(tables):
-        raise ValueError(
-            f"row_scales must be as many as row_tables, {len(tables)}, or none; not {len(scales)}"
-        )
+        raise ValueError(f"row_scales must be {len(tables)}, one for each of row_tables, not {len(scales)}")
     for i, table in enumerate(tables):
         require_tensor(f"row_tables[{i}]", table, _ROW_TYPES, (None, arguments.window, hidden_size))
         is_int8 = table.dtype is torch.int8

@@ -1,180 +1,34 @@
-"""Look-up and merge against the formulas of the method, written token by token with dicts and lists."""
+"""Look-up and merge against the formulas of the method."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
+from kernels.plot_cases import (
+    VOCABULARY,
+    Case,
+    Tables,
+    expected_merge,
+    expected_references,
+    make_case,
+    make_tables,
+    merge,
+)
 
 import hmi_kernels
 from hmi_kernels.native import native
 
-NGram = tuple[int, ...]
-VOCABULARY = 7
-ABSENT = -1
 
-
-@dataclass
-class Case:
-    """Some sequences over two tables of n-grams that overlap and that lack many."""
-
-    sequences: list[list[int]]
-    ngrams: list[list[NGram]]
-    chains: list[list[int]]
-    window: int
-
-    def __post_init__(self) -> None:
-        lengths = torch.tensor([0, *map(len, self.sequences)])
-        ids = [token for sequence in self.sequences for token in sequence]
-        self.input_ids = torch.tensor(ids, dtype=torch.int32)
-        self.sequence_offsets = lengths.cumsum(0)
-        self.indexes = [
-            hmi_kernels.plot_index_build(hmi_kernels.ngram_keys(torch.tensor(table, dtype=torch.int32)))
-            for table in self.ngrams
-        ]
-        self.chain_tensor = torch.tensor(self.chains, dtype=torch.int32)
-
-    def lookup(self) -> Tensor:
-        return hmi_kernels.plot_lookup(
-            self.input_ids, self.sequence_offsets, self.indexes, self.chain_tensor, window=self.window
-        )
-
-    def find(self, sequence: int, ngram: NGram) -> int:
-        for table in self.chains[sequence]:
-            if table == ABSENT:
-                break
-            if ngram in self.ngrams[table]:
-                return table << 40 | self.ngrams[table].index(ngram)
-        return -1
-
-
-def make_case(window: int, *, share: float = 0.5) -> Case:
-    """Tables hold about that share of all windows there can be."""
-    places = [torch.arange(VOCABULARY) for _ in range(window)]
-    if window == 3:
-        places = [torch.arange(-1, VOCABULARY) for _ in range(3)]
-    every = [tuple(row) for row in torch.cartesian_prod(*places).tolist() if window == 2 or row[1] != ABSENT]
-    ngrams = []
-    for _ in range(2):
-        order = torch.randperm(len(every))[: max(1, int(len(every) * share))]
-        ngrams.append([every[i] for i in order.tolist()])
-    lengths = [5, 1, 0, 2, 3, 90, 40]
-    sequences = [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
-    chains = [[0, 1], [1, 0], [0, -1], [1, -1], [-1, 0], [0, 1], [1, 0]]
-    return Case(sequences, ngrams, chains, window)
-
-
-def windows_of(sequence: list[int], t: int) -> tuple[int, int, int]:
-    a = sequence[t - 1] if t > 0 else ABSENT
-    c = sequence[t + 1] if t + 1 < len(sequence) else ABSENT
-    return a, sequence[t], c
-
-
+@pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_lookup_of_bigrams(implementation: str, share: float) -> None:
-    case = make_case(2, share=share)
-    expected = [
-        [case.find(s, (b, c)) if c != ABSENT else -1]
-        for s, sequence in enumerate(case.sequences)
-        for _, b, c in (windows_of(sequence, t) for t in range(len(sequence)))
-    ]
-    assert case.lookup().tolist() == expected
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_lookup_of_trigrams_falls_back_to_bigrams(implementation: str, share: float) -> None:
-    case = make_case(3, share=share)
-    expected = []
-    for s, sequence in enumerate(case.sequences):
-        for t in range(len(sequence)):
-            a, b, c = windows_of(sequence, t)
-            whole = case.find(s, (a, b, c))
-            left = case.find(s, (a, b, ABSENT)) if whole < 0 and a != ABSENT else -1
-            right = case.find(s, (ABSENT, b, c)) if whole < 0 and c != ABSENT else -1
-            expected.append([whole, left, right])
-    assert case.lookup().tolist() == expected
-
-
-@dataclass
-class Tables:
-    rows: list[Tensor]
-    unigrams: list[Tensor]
-    unigram_table_of: list[int]
-    positions: Tensor
-    weight: Tensor
-    bias: Tensor
-
-
-def make_tables(case: Case, hidden_size: int, dtypes: tuple[torch.dtype, torch.dtype]) -> Tables:
-    return Tables(
-        rows=[
-            torch.randn(len(ngrams), case.window, hidden_size).to(dtype)
-            for ngrams, dtype in zip(case.ngrams, dtypes, strict=True)
-        ],
-        unigrams=[torch.randn(VOCABULARY, hidden_size).to(dtype) for dtype in dtypes],
-        unigram_table_of=[s % 2 for s in range(len(case.sequences))],
-        positions=torch.randn(90, hidden_size),
-        weight=torch.randn(hidden_size),
-        bias=torch.randn(hidden_size),
-    )
-
-
-def merge(case: Case, tables: Tables, references: Tensor) -> Tensor:
-    return hmi_kernels.plot_merge(
-        case.input_ids,
-        case.sequence_offsets,
-        references,
-        tables.rows,
-        tables.unigrams,
-        torch.tensor(tables.unigram_table_of, dtype=torch.int32),
-        tables.positions,
-        tables.weight,
-        tables.bias,
-        layer_norm_eps=1e-5,
-        window=case.window,
-    )
-
-
-def expected_bigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:
-    sequence = case.sequences[s]
-    u = tables.unigrams[tables.unigram_table_of[s]][sequence[t]].double()
-    state = u.clone()
-    if t > 0 and (reference := case.find(s, (sequence[t - 1], sequence[t]))) >= 0:
-        state += tables.rows[reference >> 40][reference & (2**40 - 1)][1].double() - u
-    if t + 1 < len(sequence) and (reference := case.find(s, (sequence[t], sequence[t + 1]))) >= 0:
-        state += tables.rows[reference >> 40][reference & (2**40 - 1)][0].double() - u
-    return state
-
-
-def expected_trigram_row(case: Case, tables: Tables, s: int, t: int) -> Tensor:
-    """R of the window at t, [3, hidden]: its row or, if it is missing, composed of its bigrams."""
-    a, b, c = windows_of(case.sequences[s], t)
-
-    def row(ngram: NGram) -> Tensor | None:
-        reference = case.find(s, ngram)
-        return tables.rows[reference >> 40][reference & (2**40 - 1)].double() if reference >= 0 else None
-
-    if (whole := row((a, b, c))) is not None:
-        return whole
-    u = tables.unigrams[tables.unigram_table_of[s]][b].double()
-    left = row((a, b, ABSENT)) if a != ABSENT else None
-    right = row((ABSENT, b, c)) if c != ABSENT else None
-    nothing = torch.zeros_like(u)
-    middle = (u if left is None else left[1]) + (u if right is None else right[1]) - u
-    return torch.stack([nothing if left is None else left[0], middle, nothing if right is None else right[2]])
-
-
-def expected_trigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:
-    state = expected_trigram_row(case, tables, s, t)[1]
-    if t > 0:
-        state = state + expected_trigram_row(case, tables, s, t - 1)[2]
-    if t + 1 < len(case.sequences[s]):
-        state = state + expected_trigram_row(case, tables, s, t + 1)[0]
-    return state
+def test_lookup_finds_windows_and_what_they_fall_back_to(
+    implementation: str, window: int, share: float
+) -> None:
+    case = make_case(window, share=share)
+    assert case.lookup().tolist() == expected_references(case)
 
 
 @pytest.mark.parametrize("window", [2, 3])
@@ -186,6 +40,9 @@ def expected_trigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor
         (37, (torch.float16, torch.float32)),
         (1, (torch.float32, torch.float32)),
         (150, (torch.float32, torch.float16)),
+        (64, (torch.int8, torch.int8)),
+        (37, (torch.float16, torch.int8)),
+        (150, (torch.int8, torch.float32)),
     ],
 )
 def test_merge_equals_the_formula(
@@ -193,18 +50,101 @@ def test_merge_equals_the_formula(
 ) -> None:
     case = make_case(window, share=share)
     tables = make_tables(case, hidden_size, dtypes)
-    state = expected_bigram_state if window == 2 else expected_trigram_state
-    sums = torch.stack(
-        [
-            state(case, tables, s, t) + tables.positions[t].double()
-            for s, sequence in enumerate(case.sequences)
-            for t in range(len(sequence))
-        ]
-    )
-    expected = functional.layer_norm(sums, (hidden_size,), tables.weight.double(), tables.bias.double(), 1e-5)
     actual = merge(case, tables, case.lookup())
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected_merge(case, tables).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("compute_type", [torch.float16, torch.bfloat16])
+def test_output_has_the_dtype_of_the_positions(window: int, compute_type: torch.dtype) -> None:
+    """On the CPU by the reference, which sums in float32 and rounds once."""
+    case = make_case(window)
+    tables = make_tables(case, 24, (torch.bfloat16, torch.int8), compute_type)
+    actual = merge(case, tables, case.lookup())
+    expected = expected_merge(case, tables)
+    assert actual.dtype == compute_type
+    half_of_last_bit = torch.finfo(compute_type).eps / 2
+    torch.testing.assert_close(actual.double(), expected, rtol=1.01 * half_of_last_bit, atol=1e-5)
+    with (
+        hmi_kernels.use_backend("cpu"),
+        pytest.raises(ValueError, match=r"position_embeddings must be torch\.float32"),
+    ):
+        merge(case, tables, case.lookup())
+
+
+def test_bfloat16_rows_are_left_to_the_reference() -> None:
+    case = make_case(2)
+    tables = make_tables(case, 24, (torch.bfloat16, torch.float16))
+    torch.testing.assert_close(
+        merge(case, tables, case.lookup()), expected_merge(case, tables).float(), rtol=1e-4, atol=1e-4
+    )
+    with hmi_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"must not be torch\.bfloat16"):
+        merge(case, tables, case.lookup())
+
+
+def test_every_int8_is_read_exactly(simd_level: str) -> None:
+    """The mean of all of them is zero, so that LayerNorm only scales."""
+    values = torch.arange(-127, 128, dtype=torch.int8)
+    size = values.shape[0]
+    spread = float(values.double().pow(2).mean().sqrt())
+    tables = Tables(
+        rows=[values.expand(1, 2, size).contiguous()],
+        unigrams=[torch.zeros(1, size)],
+        unigram_table_of=[0],
+        positions=torch.zeros(2, size),
+        weight=torch.full((size,), spread),
+        bias=torch.zeros(size),
+        scales=[torch.tensor([[0.5, 4.0]])],
+    )
+    case = Case([[0, 0]], [[(0, 0)]], [[0]], 2)
+    expected = values.float().expand(2, size)
+    torch.testing.assert_close(merge(case, tables, case.lookup()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_quantized_rows_lose_at_most_half_of_their_scale() -> None:
+    wide = torch.randn(64, 3, 40) * torch.logspace(-44, 30, 64).view(-1, 1, 1)
+    wide[5, 1] = 0.0
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        rows = wide.clamp(-60000, 60000).to(dtype)
+        quantized, scales = hmi_kernels.plot.quantize_rows(rows)
+        assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
+        assert quantized.abs().max() == 127 and scales[5, 1] == 0 and not quantized[5, 1].any()
+        largest = rows.double().abs().amax(dim=2)
+        expected = torch.where(largest > 0, (largest / 127).clamp(min=2.0**-126), 0.0)
+        torch.testing.assert_close(scales.double(), expected, rtol=2.0**-24, atol=0.0)
+        exact_scales = scales.double().unsqueeze(2)
+        lost = (rows.double() - quantized.double() * exact_scales).abs()
+        assert bool((lost <= exact_scales * (0.5 + 1e-6)).all())
+    assert [part.shape for part in hmi_kernels.plot.quantize_rows(torch.empty(0, 2, 8))] == [
+        (0, 2, 8),
+        (0, 2),
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_int8_cannot_hold_are_refused(bad: float) -> None:
+    rows = torch.zeros(3, 2, 8)
+    rows[1, 1, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        hmi_kernels.plot.quantize_rows(rows)
+    with pytest.raises(TypeError, match="rows must be"):
+        hmi_kernels.plot.quantize_rows(rows.int())
+
+
+def test_row_scales_belong_to_int8_tables() -> None:
+    case = make_case(2)
+    tables = make_tables(case, 8, (torch.int8, torch.float16))
+    for message, scales in (
+        (r"row_tables\[0\] is int8: row_scales", []),
+        ("row_scales must be 2, one for each", tables.scales[:1]),
+        (r"row_scales\[0\] must have the shape", [tables.scales[0][:, :1], tables.scales[1]]),
+        (r"row_scales\[1\] must be empty", [tables.scales[0]] * 2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(case, replace(tables, scales=scales), case.lookup())
+    with pytest.raises(TypeError, match=r"row_scales\[0\] must be torch.float32"):
+        merge(case, replace(tables, scales=[tables.scales[0].double(), tables.scales[1]]), case.lookup())
 
 
 def test_every_half_is_read_exactly(simd_level: str) -> None:
@@ -241,7 +181,7 @@ def test_neighbors_and_threads_change_no_bit(simd_level: str, threads_mode: str,
     torch.set_num_threads(before)
     for s, (begin, end) in enumerate(pairwise(case.sequence_offsets)):
         alone = Case([case.sequences[s]], case.ngrams, [case.chains[s]], window)
-        own = Tables(**{**vars(tables), "unigram_table_of": [tables.unigram_table_of[s]]})
+        own = replace(tables, unigram_table_of=[tables.unigram_table_of[s]])
         assert torch.equal(merge(alone, own, alone.lookup()), together[begin:end])
 
 
@@ -286,13 +226,11 @@ def test_merge_refuses_what_lies_outside(backend: str) -> None:
             merge(case, tables, nothing)
         case.input_ids[3] = 0
         with pytest.raises(ValueError, match="90 tokens, but position_embeddings has 89"):
-            merge(case, Tables(**{**vars(tables), "positions": tables.positions[:89]}), nothing)
+            merge(case, replace(tables, positions=tables.positions[:89]), nothing)
         with pytest.raises(ValueError, match="sequence_unigram_tables"):
-            merge(case, Tables(**{**vars(tables), "unigram_table_of": [2] * 7}), nothing)
+            merge(case, replace(tables, unigram_table_of=[2] * 7), nothing)
         with pytest.raises(TypeError, match=r"row_tables\[1\]"):
-            merge(
-                case, Tables(**{**vars(tables), "rows": [tables.rows[0], tables.rows[1].double()]}), nothing
-            )
+            merge(case, replace(tables, rows=[tables.rows[0], tables.rows[1].double()]), nothing)
         with pytest.raises(ValueError, match=r"references must have the shape \[141, 1\]"):
             merge(case, tables, torch.full((141, 3), -1))
 

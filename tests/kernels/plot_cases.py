@@ -1,0 +1,206 @@
+"""Batches over two tables of n-grams, and what look-up and merge make of them by the formulas of the method.
+
+Written token by token with dicts and lists, in float64: the oracle of every backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import hmi_kernels
+
+NGram = tuple[int, ...]
+VOCABULARY = 7
+ABSENT = -1
+
+
+@dataclass
+class Case:
+    """Some sequences over two tables of n-grams that overlap and that lack many."""
+
+    sequences: list[list[int]]
+    ngrams: list[list[NGram]]
+    chains: list[list[int]]
+    window: int
+
+    def __post_init__(self) -> None:
+        lengths = torch.tensor([0, *map(len, self.sequences)])
+        ids = [token for sequence in self.sequences for token in sequence]
+        self.input_ids = torch.tensor(ids, dtype=torch.int32)
+        self.sequence_offsets = lengths.cumsum(0)
+        self.indexes = [
+            hmi_kernels.plot_index_build(hmi_kernels.ngram_keys(torch.tensor(table, dtype=torch.int32)))
+            for table in self.ngrams
+        ]
+        self.chain_tensor = torch.tensor(self.chains, dtype=torch.int32)
+
+    def lookup(self) -> Tensor:
+        return hmi_kernels.plot_lookup(
+            self.input_ids, self.sequence_offsets, self.indexes, self.chain_tensor, window=self.window
+        )
+
+    def find(self, sequence: int, ngram: NGram) -> int:
+        for table in self.chains[sequence]:
+            if table == ABSENT:
+                break
+            if ngram in self.ngrams[table]:
+                return table << 40 | self.ngrams[table].index(ngram)
+        return -1
+
+
+def make_case(window: int, *, share: float = 0.5) -> Case:
+    """Tables hold about that share of all windows there can be."""
+    places = [torch.arange(VOCABULARY) for _ in range(window)]
+    if window == 3:
+        places = [torch.arange(-1, VOCABULARY) for _ in range(3)]
+    every = [tuple(row) for row in torch.cartesian_prod(*places).tolist() if window == 2 or row[1] != ABSENT]
+    ngrams = []
+    for _ in range(2):
+        order = torch.randperm(len(every))[: max(1, int(len(every) * share))]
+        ngrams.append([every[i] for i in order.tolist()])
+    lengths = [5, 1, 0, 2, 3, 90, 40]
+    sequences = [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
+    chains = [[0, 1], [1, 0], [0, -1], [1, -1], [-1, 0], [0, 1], [1, 0]]
+    return Case(sequences, ngrams, chains, window)
+
+
+def windows_of(sequence: list[int], t: int) -> tuple[int, int, int]:
+    a = sequence[t - 1] if t > 0 else ABSENT
+    c = sequence[t + 1] if t + 1 < len(sequence) else ABSENT
+    return a, sequence[t], c
+
+
+def expected_references(case: Case) -> list[list[int]]:
+    places = [
+        (s, *windows_of(sequence, t))
+        for s, sequence in enumerate(case.sequences)
+        for t in range(len(sequence))
+    ]
+    if case.window == 2:
+        return [[case.find(s, (b, c)) if c != ABSENT else -1] for s, _, b, c in places]
+    expected = []
+    for s, a, b, c in places:
+        whole = case.find(s, (a, b, c))
+        left = case.find(s, (a, b, ABSENT)) if whole < 0 and a != ABSENT else -1
+        right = case.find(s, (ABSENT, b, c)) if whole < 0 and c != ABSENT else -1
+        expected.append([whole, left, right])
+    return expected
+
+
+@dataclass
+class Tables:
+    rows: list[Tensor]
+    unigrams: list[Tensor]
+    unigram_table_of: list[int]
+    positions: Tensor
+    weight: Tensor
+    bias: Tensor
+    scales: list[Tensor] = field(default_factory=list)
+
+    def row(self, reference: int) -> Tensor:
+        """float64 [window, hidden]."""
+        table, row = reference >> 40, reference & (2**40 - 1)
+        content = self.rows[table][row].double()
+        is_int8 = self.rows[table].dtype is torch.int8
+        return content * self.scales[table][row].double().unsqueeze(1) if is_int8 else content
+
+
+def make_tables(
+    case: Case,
+    hidden_size: int,
+    dtypes: tuple[torch.dtype, ...],
+    compute_type: torch.dtype = torch.float32,
+) -> Tables:
+    """A table of each dtype; those of unigrams have no int8."""
+    rows, scales = [], []
+    for ngrams, dtype in zip(case.ngrams, dtypes, strict=True):
+        table = torch.randn(len(ngrams), case.window, hidden_size)
+        quantized = (
+            hmi_kernels.plot.quantize_rows(table)
+            if dtype is torch.int8
+            else (table.to(dtype), torch.empty(0))
+        )
+        rows.append(quantized[0])
+        scales.append(quantized[1])
+    float_types = [torch.float16 if dtype is torch.int8 else dtype for dtype in dtypes]
+    return Tables(
+        rows=rows,
+        unigrams=[torch.randn(VOCABULARY, hidden_size).to(dtype) for dtype in float_types],
+        unigram_table_of=[s % len(dtypes) for s in range(len(case.sequences))],
+        positions=torch.randn(90, hidden_size).to(compute_type),
+        weight=torch.randn(hidden_size).to(compute_type),
+        bias=torch.randn(hidden_size).to(compute_type),
+        scales=scales if torch.int8 in dtypes else [],
+    )
+
+
+def merge(case: Case, tables: Tables, references: Tensor) -> Tensor:
+    return hmi_kernels.plot_merge(
+        case.input_ids,
+        case.sequence_offsets,
+        references,
+        tables.rows,
+        tables.unigrams,
+        torch.tensor(tables.unigram_table_of, dtype=torch.int32),
+        tables.positions,
+        tables.weight,
+        tables.bias,
+        layer_norm_eps=1e-5,
+        window=case.window,
+        row_scales=tables.scales,
+    )
+
+
+def expected_bigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:
+    sequence = case.sequences[s]
+    u = tables.unigrams[tables.unigram_table_of[s]][sequence[t]].double()
+    state = u.clone()
+    if t > 0 and (reference := case.find(s, (sequence[t - 1], sequence[t]))) >= 0:
+        state += tables.row(reference)[1] - u
+    if t + 1 < len(sequence) and (reference := case.find(s, (sequence[t], sequence[t + 1]))) >= 0:
+        state += tables.row(reference)[0] - u
+    return state
+
+
+def expected_trigram_row(case: Case, tables: Tables, s: int, t: int) -> Tensor:
+    """R of the window at t, [3, hidden]: its row or, if it is missing, composed of its bigrams."""
+    a, b, c = windows_of(case.sequences[s], t)
+
+    def row(ngram: NGram) -> Tensor | None:
+        reference = case.find(s, ngram)
+        return tables.row(reference) if reference >= 0 else None
+
+    if (whole := row((a, b, c))) is not None:
+        return whole
+    u = tables.unigrams[tables.unigram_table_of[s]][b].double()
+    left = row((a, b, ABSENT)) if a != ABSENT else None
+    right = row((ABSENT, b, c)) if c != ABSENT else None
+    nothing = torch.zeros_like(u)
+    middle = (u if left is None else left[1]) + (u if right is None else right[1]) - u
+    return torch.stack([nothing if left is None else left[0], middle, nothing if right is None else right[2]])
+
+
+def expected_trigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:
+    state = expected_trigram_row(case, tables, s, t)[1]
+    if t > 0:
+        state = state + expected_trigram_row(case, tables, s, t - 1)[2]
+    if t + 1 < len(case.sequences[s]):
+        state = state + expected_trigram_row(case, tables, s, t + 1)[0]
+    return state
+
+
+def expected_merge(case: Case, tables: Tables) -> Tensor:
+    """float64 [tokens, hidden]."""
+    state = expected_bigram_state if case.window == 2 else expected_trigram_state
+    hidden_size = tables.positions.shape[1]
+    sums = [
+        state(case, tables, s, t) + tables.positions[t].double()
+        for s, sequence in enumerate(case.sequences)
+        for t in range(len(sequence))
+    ]
+    stacked = torch.stack(sums) if sums else torch.empty(0, hidden_size, dtype=torch.float64)
+    return functional.layer_norm(stacked, (hidden_size,), tables.weight.double(), tables.bias.double(), 1e-5)
