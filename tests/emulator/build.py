@@ -42,7 +42,7 @@ class Program(NamedTuple):
 PRODUCTION = Program(
     "hmi_emulated",
     kernels=("csrc/cuda/*.cu",),
-    host=("csrc/cuda/*.cpp", "csrc/common/*.cpp", "csrc/bindings/cuda*.cpp"),
+    host=("csrc/cuda/*.cpp", "csrc/common/*.cpp", "csrc/bindings/cuda*.cpp", "csrc/bindings/pool.cpp"),
 )
 EMULATOR_SOURCES = "tests/emulator/src/*.cpp"
 

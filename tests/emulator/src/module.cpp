@@ -92,6 +92,5 @@ PYBIND11_MODULE(HMI_EMULATOR_MODULE, m) {
   hmi::bindings::define_cuda(m);
   py::module_ controls = m.def_submodule("emulator");
   emulator::define_emulator(controls);
-  py::module_ runtime = m.def_submodule("runtime");
-  emulator::define_runtime(runtime);
+  emulator::define_runtime(controls);
 }
