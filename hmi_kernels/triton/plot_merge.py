@@ -1,0 +1,276 @@
+"""PLOT merge: one program makes the hidden state of one token, from its rows to the layer norm, in registers.
+
+Data movement: the references of the token and its neighbours say which rows are needed; each needed row is
+read once, from wherever its table lies (device memory, or page-locked host memory that the device can read),
+summed in float32 with the position's row, normalized and written once.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hmi_kernels.reference import ROW_BITS
+from hmi_kernels.triton.address_table import WORDS_PER_TABLE, address_table
+from hmi_kernels.triton.language import rounded
+from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalized, num_warps_of_row
+from hmi_kernels.triton.segments import last_at_most
+
+if TYPE_CHECKING:
+    from hmi_kernels.plot import MergeArguments
+
+__all__ = ["plot_merge", "plot_merge_refuses"]
+
+ELEMENT_TYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 4, torch.int8: 8}
+"""Of rows, one bit each: a kernel is compiled for the types that its call has."""
+
+_FLOAT16 = tl.constexpr(1)
+_FLOAT32 = tl.constexpr(2)
+_BFLOAT16 = tl.constexpr(4)
+_INT8 = tl.constexpr(8)
+_ROW_BITS = tl.constexpr(ROW_BITS)
+_MISSING = tl.constexpr(-1)
+_VECTOR_BYTES = tl.constexpr(16)
+
+
+def plot_merge(arguments: MergeArguments) -> Tensor:
+    """See :func:`hmi_kernels.plot_merge`."""
+    positions, input_ids = arguments.position_embeddings, arguments.input_ids
+    num_tokens, num_sequences = input_ids.shape[0], arguments.sequence_offsets.shape[0] - 1
+    num_positions, hidden_size = positions.shape
+    output = positions.new_empty(num_tokens, hidden_size)
+    if 0 in (num_tokens, num_sequences):
+        return output.zero_()
+    rows = [_words(table, scales) for table, scales in arguments.scaled_row_tables()]
+    unigrams = [_words(table, None) for table in arguments.unigram_tables]
+    _merge_kernel[(num_tokens,)](
+        output,
+        input_ids,
+        num_tokens,
+        arguments.sequence_offsets,
+        num_sequences,
+        arguments.references,
+        address_table(rows, input_ids.device),
+        len(rows),
+        address_table(unigrams, input_ids.device),
+        len(unigrams),
+        arguments.sequence_unigram_tables,
+        positions,
+        num_positions,
+        arguments.layer_norm_weight,
+        arguments.layer_norm_bias,
+        arguments.layer_norm_eps,
+        window=arguments.window,
+        hidden_size=hidden_size,
+        block=triton.next_power_of_2(hidden_size),
+        types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
+        is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
+        num_warps=num_warps_of_row(hidden_size),
+    )
+    return output
+
+
+def plot_merge_refuses(arguments: MergeArguments) -> str:
+    """Why these kernels cannot take the arguments; "" if they can."""
+    hidden_size = arguments.position_embeddings.shape[1]
+    if hidden_size > MAX_HIDDEN_SIZE:
+        return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
+    return ""
+
+
+def _words(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
+    """Address, rows, element type and address of the scales, as the kernel reads them."""
+    return (
+        table.data_ptr(),
+        table.shape[0],
+        ELEMENT_TYPES[table.dtype],
+        0 if scales is None else scales.data_ptr(),
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "num_sequences", "num_row_tables", "num_unigram_tables", "num_positions"
+    ]
+)  # fmt: skip
+def _merge_kernel(
+    output: tl.tensor,
+    input_ids: tl.tensor,
+    num_tokens: tl.tensor,
+    sequence_offsets: tl.tensor,
+    num_sequences: tl.tensor,
+    references: tl.tensor,
+    row_tables: tl.tensor,
+    num_row_tables: tl.tensor,
+    unigram_tables: tl.tensor,
+    num_unigram_tables: tl.tensor,
+    sequence_unigram_tables: tl.tensor,
+    positions: tl.tensor,
+    num_positions: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    epsilon: tl.tensor,
+    window: tl.constexpr,
+    hidden_size: tl.constexpr,
+    block: tl.constexpr,
+    types: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> None:
+    t = tl.program_id(0).to(tl.int64)
+    sequence = last_at_most(sequence_offsets, num_sequences, t)
+    begin = tl.load(sequence_offsets + sequence)
+    end = tl.load(sequence_offsets + sequence + 1)
+    is_sane = (begin >= 0) & (begin <= t) & (t < end) & (end <= num_tokens) & (t - begin < num_positions)
+    has_left = is_sane & (t > begin)
+    has_right = is_sane & (t + 1 < end)
+    columns = tl.arange(0, block)
+
+    own, composed = _missing(), _missing()
+    if window == 2:
+        before = tl.load(references + t - 1, mask=has_left, other=_MISSING)
+        after = tl.load(references + t, mask=has_right, other=_MISSING)
+        # U + (before - U) + (after - U), a bracket being zero without its row: U counts 1, 0 or -1 times.
+        num_unigrams = 1 - _is_found(before) - _is_found(after)
+    else:
+        row = references + 3 * t
+        before = _first_found(row - 3, row - 1, has_left)
+        after = _first_found(row + 3, row + 4, has_right)
+        own = _first_found(row, row + 1, is_sane)
+        is_composed = is_sane & (tl.load(row) == _MISSING)
+        composed = tl.load(row + 2, mask=is_composed, other=_MISSING)
+        num_unigrams = is_composed.to(tl.int32) * (1 - _is_found(own) - _is_found(composed))
+
+    is_needed = num_unigrams != 0
+    unigram_table = tl.load(sequence_unigram_tables + sequence).to(tl.int64)
+    token_id = tl.load(input_ids + t).to(tl.int64)
+    state, has_unigram = _read(
+        unigram_tables, num_unigram_tables, unigram_table, token_id, 0, is_sane & is_needed,
+        1, hidden_size, columns, types, is_aligned,
+    )  # fmt: skip
+    state *= num_unigrams
+    is_sane = is_sane & (has_unigram | ~is_needed)
+    state, is_sane = _add(
+        state, is_sane, before, window - 1, row_tables, num_row_tables,
+        window, hidden_size, columns, types, is_aligned,
+    )  # fmt: skip
+    state, is_sane = _add(
+        state, is_sane, after, 0, row_tables, num_row_tables,
+        window, hidden_size, columns, types, is_aligned,
+    )  # fmt: skip
+    if window == 3:
+        state, is_sane = _add(
+            state, is_sane, own, 1, row_tables, num_row_tables,
+            window, hidden_size, columns, types, is_aligned,
+        )  # fmt: skip
+        state, is_sane = _add(
+            state, is_sane, composed, 1, row_tables, num_row_tables,
+            window, hidden_size, columns, types, is_aligned,
+        )  # fmt: skip
+
+    is_column = columns < hidden_size
+    position = positions + tl.where(is_sane, t - begin, 0) * hidden_size + columns
+    state += tl.load(position, mask=is_column, other=0.0).to(tl.float32)
+    result = normalized(state, columns, hidden_size, weight, bias, epsilon)
+    result = rounded(tl.where(is_sane, result, 0.0), output.dtype.element_ty)
+    tl.store(output + t * hidden_size + columns, result, mask=is_column)
+
+
+@triton.jit
+def _missing() -> tl.tensor:
+    return tl.full([], _MISSING, tl.int64)
+
+
+@triton.jit
+def _is_found(reference: tl.tensor) -> tl.tensor:
+    return (reference != _MISSING).to(tl.int32)
+
+
+@triton.jit
+def _first_found(first: tl.tensor, second: tl.tensor, is_wanted: tl.tensor) -> tl.tensor:
+    """The reference at the first place or, if that is missing, at the second."""
+    whole = tl.load(first, mask=is_wanted, other=_MISSING)
+    return tl.load(second, mask=is_wanted & (whole == _MISSING), other=whole)
+
+
+@triton.jit
+def _add(
+    state: tl.tensor,
+    is_sane: tl.tensor,
+    reference: tl.tensor,
+    slot: tl.constexpr,
+    tables: tl.tensor,
+    num_tables: tl.tensor,
+    window: tl.constexpr,
+    hidden_size: tl.constexpr,
+    columns: tl.tensor,
+    types: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """The (state, is_sane) with one slot of a reference's row added; as they are if it is missing."""
+    is_found = reference != _MISSING
+    table = reference >> _ROW_BITS
+    row = reference - (table << _ROW_BITS)
+    values, is_there = _read(
+        tables, num_tables, table, row, slot, is_sane & is_found,
+        window, hidden_size, columns, types, is_aligned,
+    )  # fmt: skip
+    return state + values, is_sane & (is_there | ~is_found)
+
+
+@triton.jit
+def _read(
+    tables: tl.tensor,
+    num_tables: tl.tensor,
+    table: tl.tensor,
+    row: tl.tensor,
+    slot: tl.constexpr,
+    is_wanted: tl.tensor,
+    window: tl.constexpr,
+    hidden_size: tl.constexpr,
+    columns: tl.tensor,
+    types: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """The (float32 values, is_there) of one slot of one row; zeros, and nothing read, if it is not there."""
+    is_table = is_wanted & (table >= 0) & (table < num_tables)
+    words = tables + tl.where(is_table, table, 0) * WORDS_PER_TABLE
+    is_there = is_table & (row >= 0) & (row < tl.load(words + 1, mask=is_table, other=0))
+    address = tl.load(words, mask=is_there, other=0)
+    kind = tl.load(words + 2, mask=is_there, other=0)
+    vector = row * window + slot
+    places = vector * hidden_size + columns
+    values = tl.zeros(columns.shape, tl.float32)
+    # Masks by a size, not by a condition, which would be one for all columns: the interpreter mistakes those.
+    size = tl.where(is_there, hidden_size, 0)
+    if _FLOAT16 & types:
+        is_read = columns < tl.where(kind == _FLOAT16, size, 0)
+        values += _elements(address, tl.float16, places, is_read, is_aligned)
+    if _FLOAT32 & types:
+        is_read = columns < tl.where(kind == _FLOAT32, size, 0)
+        values += _elements(address, tl.float32, places, is_read, is_aligned)
+    if _BFLOAT16 & types:
+        is_read = columns < tl.where(kind == _BFLOAT16, size, 0)
+        values += _elements(address, tl.bfloat16, places, is_read, is_aligned)
+    if _INT8 & types:
+        is_read = columns < tl.where(kind == _INT8, size, 0)
+        scales = tl.load(words + 3, mask=is_there, other=0).to(tl.pointer_type(tl.float32))
+        scale = tl.load(scales + vector, mask=is_there & (kind == _INT8), other=0.0)
+        values += _elements(address, tl.int8, places, is_read, is_aligned) * scale
+    return values, is_there
+
+
+@triton.jit
+def _elements(
+    address: tl.tensor, dtype: tl.constexpr, places: tl.tensor, mask: tl.tensor, is_aligned: tl.constexpr
+) -> tl.tensor:
+    """The elements of that type from an address on, as float32; zeros where the mask is false."""
+    pointer = address.to(tl.pointer_type(dtype))
+    if is_aligned:
+        pointer = tl.multiple_of(pointer, _VECTOR_BYTES)
+    return tl.load(pointer + places, mask=mask, other=0).to(tl.float32)
