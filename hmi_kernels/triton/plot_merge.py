@@ -1,6 +1,6 @@
-"""PLOT merge: one program makes the hidden state of one token, from its rows to the layer norm, in registers.
+"""PLOT merge: a program makes the hidden states of a few tokens, from rows to layer norm, in registers.
 
-Data movement: the references of the token and its neighbours say which rows are needed; each needed row is
+Data movement: the references of a token and its neighbours say which rows are needed; each needed row is
 read once, from wherever its table lies (device memory, or page-locked host memory that the device can read),
 summed in float32 with the position's row, normalized and written once.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from hmi_kernels.reference import ROW_BITS
 from hmi_kernels.triton.address_table import WORDS_PER_TABLE, address_table
 from hmi_kernels.triton.language import rounded
-from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalized, num_warps_of_row
+from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalized, row_tile
 from hmi_kernels.triton.segments import last_at_most
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
         return output.zero_()
     rows = [_words(table, scales) for table, scales in arguments.scaled_row_tables()]
     unigrams = [_words(table, None) for table in arguments.unigram_tables]
-    _merge_kernel[(num_tokens,)](
+    tile_rows, num_warps = row_tile(hidden_size)
+    _merge_kernel[(triton.cdiv(num_tokens, tile_rows),)](
         output,
         input_ids,
         num_tokens,
@@ -71,7 +72,8 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
         block=triton.next_power_of_2(hidden_size),
         types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
         is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
-        num_warps=num_warps_of_row(hidden_size),
+        tile_rows=tile_rows,
+        num_warps=num_warps,
     )
     return output
 
@@ -121,17 +123,17 @@ def _merge_kernel(
     block: tl.constexpr,
     types: tl.constexpr,
     is_aligned: tl.constexpr,
+    tile_rows: tl.constexpr,
 ) -> None:
-    t = tl.program_id(0).to(tl.int64)
+    t = tl.program_id(0).to(tl.int64) * tile_rows + tl.arange(0, tile_rows)
     sequence = last_at_most(sequence_offsets, num_sequences, t)
     begin = tl.load(sequence_offsets + sequence)
     end = tl.load(sequence_offsets + sequence + 1)
     is_sane = (begin >= 0) & (begin <= t) & (t < end) & (end <= num_tokens) & (t - begin < num_positions)
     has_left = is_sane & (t > begin)
     has_right = is_sane & (t + 1 < end)
-    columns = tl.arange(0, block)
+    columns = tl.arange(0, block)[None, :]
 
-    own, composed = _missing(), _missing()
     if window == 2:
         before = tl.load(references + t - 1, mask=has_left, other=_MISSING)
         after = tl.load(references + t, mask=has_right, other=_MISSING)
@@ -142,18 +144,18 @@ def _merge_kernel(
         before = _first_found(row - 3, row - 1, has_left)
         after = _first_found(row + 3, row + 4, has_right)
         own = _first_found(row, row + 1, is_sane)
-        is_composed = is_sane & (tl.load(row) == _MISSING)
+        is_composed = is_sane & (tl.load(row, mask=is_sane, other=0) == _MISSING)
         composed = tl.load(row + 2, mask=is_composed, other=_MISSING)
         num_unigrams = is_composed.to(tl.int32) * (1 - _is_found(own) - _is_found(composed))
 
     is_needed = num_unigrams != 0
     unigram_table = tl.load(sequence_unigram_tables + sequence).to(tl.int64)
-    token_id = tl.load(input_ids + t).to(tl.int64)
+    token_id = tl.load(input_ids + t, mask=is_sane, other=0).to(tl.int64)
     state, has_unigram = _read(
         unigram_tables, num_unigram_tables, unigram_table, token_id, 0, is_sane & is_needed,
         1, hidden_size, columns, types, is_aligned,
     )  # fmt: skip
-    state *= num_unigrams
+    state *= num_unigrams[:, None]
     is_sane = is_sane & (has_unigram | ~is_needed)
     state, is_sane = _add(
         state, is_sane, before, window - 1, row_tables, num_row_tables,
@@ -174,16 +176,12 @@ def _merge_kernel(
         )  # fmt: skip
 
     is_column = columns < hidden_size
-    position = positions + tl.where(is_sane, t - begin, 0) * hidden_size + columns
+    position = positions + (tl.where(is_sane, t - begin, 0) * hidden_size)[:, None] + columns
     state += tl.load(position, mask=is_column, other=0.0).to(tl.float32)
     result = normalized(state, columns, hidden_size, weight, bias, epsilon)
-    result = rounded(tl.where(is_sane, result, 0.0), output.dtype.element_ty)
-    tl.store(output + t * hidden_size + columns, result, mask=is_column)
-
-
-@triton.jit
-def _missing() -> tl.tensor:
-    return tl.full([], _MISSING, tl.int64)
+    result = rounded(tl.where(is_sane[:, None], result, 0.0), output.dtype.element_ty)
+    place = output + (t * hidden_size)[:, None] + columns
+    tl.store(place, result, mask=(t < num_tokens)[:, None] & is_column)
 
 
 @triton.jit
@@ -212,7 +210,7 @@ def _add(
     types: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (state, is_sane) with one slot of a reference's row added; as they are if it is missing."""
+    """The (state, is_sane) with one slot of each reference's row added; as they are if it is missing."""
     is_found = reference != _MISSING
     table = reference >> _ROW_BITS
     row = reference - (table << _ROW_BITS)
@@ -237,31 +235,27 @@ def _read(
     types: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (float32 values, is_there) of one slot of one row; zeros, and nothing read, if it is not there."""
+    """The (float32 [tokens, columns], is_there) of one slot of each row; zeros, not read, if not there."""
     is_table = is_wanted & (table >= 0) & (table < num_tables)
     words = tables + tl.where(is_table, table, 0) * WORDS_PER_TABLE
     is_there = is_table & (row >= 0) & (row < tl.load(words + 1, mask=is_table, other=0))
     address = tl.load(words, mask=is_there, other=0)
     kind = tl.load(words + 2, mask=is_there, other=0)
     vector = row * window + slot
-    places = vector * hidden_size + columns
-    values = tl.zeros(columns.shape, tl.float32)
-    # Masks by a size, not by a condition, which would be one for all columns: the interpreter mistakes those.
-    size = tl.where(is_there, hidden_size, 0)
+    places = (vector * hidden_size)[:, None] + columns
+    values = tl.zeros(places.shape, tl.float32)
+    mask = is_there[:, None] & (columns < hidden_size)
     if _FLOAT16 & types:
-        is_read = columns < tl.where(kind == _FLOAT16, size, 0)
-        values += _elements(address, tl.float16, places, is_read, is_aligned)
+        values += _elements(address, tl.float16, places, mask & (kind == _FLOAT16)[:, None], is_aligned)
     if _FLOAT32 & types:
-        is_read = columns < tl.where(kind == _FLOAT32, size, 0)
-        values += _elements(address, tl.float32, places, is_read, is_aligned)
+        values += _elements(address, tl.float32, places, mask & (kind == _FLOAT32)[:, None], is_aligned)
     if _BFLOAT16 & types:
-        is_read = columns < tl.where(kind == _BFLOAT16, size, 0)
-        values += _elements(address, tl.bfloat16, places, is_read, is_aligned)
+        values += _elements(address, tl.bfloat16, places, mask & (kind == _BFLOAT16)[:, None], is_aligned)
     if _INT8 & types:
-        is_read = columns < tl.where(kind == _INT8, size, 0)
+        is_int8 = is_there & (kind == _INT8)
         scales = tl.load(words + 3, mask=is_there, other=0).to(tl.pointer_type(tl.float32))
-        scale = tl.load(scales + vector, mask=is_there & (kind == _INT8), other=0.0)
-        values += _elements(address, tl.int8, places, is_read, is_aligned) * scale
+        scale = tl.load(scales + vector, mask=is_int8, other=0.0)[:, None]
+        values += _elements(address, tl.int8, places, mask & is_int8[:, None], is_aligned) * scale
     return values, is_there
 
 
@@ -269,8 +263,8 @@ def _read(
 def _elements(
     address: tl.tensor, dtype: tl.constexpr, places: tl.tensor, mask: tl.tensor, is_aligned: tl.constexpr
 ) -> tl.tensor:
-    """The elements of that type from an address on, as float32; zeros where the mask is false."""
+    """The elements of that type from each row's address on, as float32; zeros where the mask is false."""
     pointer = address.to(tl.pointer_type(dtype))
     if is_aligned:
         pointer = tl.multiple_of(pointer, _VECTOR_BYTES)
-    return tl.load(pointer + places, mask=mask, other=0).to(tl.float32)
+    return tl.load(pointer[:, None] + places, mask=mask, other=0).to(tl.float32)
