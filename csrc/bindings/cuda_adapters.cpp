@@ -90,7 +90,9 @@ void define_cuda_adapters(py::module_& m) {
       .def_readonly("rank_class", &AdapterPlan::rank_class)
       .def_readonly("shared_bytes", &AdapterPlan::shared_bytes)
       .def_readonly("launches", &AdapterPlan::launches)
+      .def_readonly("group_tokens", &AdapterPlan::group_tokens)
       .def_readonly("splits", &AdapterPlan::splits)
+      .def_readonly("column_chunks", &AdapterPlan::column_chunks)
       .def_readonly("workspace_elements", &AdapterPlan::workspace_elements);
   m.def("plan_adapter", &plan_adapter, py::arg("num_tokens"), py::arg("num_segments"), py::arg("input_size"),
         py::arg("total_output_size"), py::arg("num_projections"), py::arg("max_rank"), py::arg("has_layer_norm"));
