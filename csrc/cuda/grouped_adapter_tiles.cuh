@@ -47,22 +47,26 @@ struct InnerSums {
 template <class Element, class TileType>
 __device__ __forceinline__ void multiply_down(const Block<Element, TileType>& block, const WarpPlace<TileType>& warp,
                                               int stage, int depth, InnerSums<TileType>& inner) {
+  constexpr int kGroups = InnerSums<TileType>::kGroups;
   const SwizzledTile inputs = block.columns(stage), weights = block.down_weights(stage);
   const int groups = block.work.inner_columns / kTensorTile;
+  const auto is_used = [&](int g) { return g * TileType::kWarpsAcrossRanks + warp.rank < groups; };
   const int left = round_up(block.arguments.input_size - depth, kTensorTile);
   const int steps = min(TileType::kChunk, left) / kTensorTile;
 #pragma unroll
   for (int s = 0; s < TileType::kChunk / kTensorTile; s += TileType::kWarpsAcrossDepth) {
     const int step = s + warp.depth;
     if (step >= steps) break;
-    unsigned rows[4], columns[4];
+    // All loads of a step before its products: what they wait for, they wait for together.
+    unsigned rows[4], columns[kGroups][4];
     load_left(rows, inputs, warp.row, step);
 #pragma unroll
-    for (int g = 0; g < InnerSums<TileType>::kGroups; ++g) {
-      const int group = g * TileType::kWarpsAcrossRanks + warp.rank;
-      if (group >= groups) break;
-      load_right(columns, weights, step, group);
-      multiply_add<Element>(inner.sums[g], rows, columns);
+    for (int g = 0; g < kGroups; ++g) {
+      if (is_used(g)) load_right(columns[g], weights, step, g * TileType::kWarpsAcrossRanks + warp.rank);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (is_used(g)) multiply_add<Element>(inner.sums[g], rows, columns[g]);
     }
   }
 }
@@ -109,36 +113,37 @@ __device__ __forceinline__ void add_partial_sums(const Block<Element, TileType>&
 template <class Element, class TileType>
 __device__ __forceinline__ void finish_inner(const Block<Element, TileType>& block, const WarpPlace<TileType>& warp,
                                              InnerSums<TileType>& inner) {
-  constexpr int kGroups = InnerSums<TileType>::kGroups;
+  constexpr int kHalves = InnerSums<TileType>::kGroups * 2;
   const int lane = threadIdx.x % kWarpSize;
   const SwizzledTile to = block.inner();
   const bool has_bias = block.work.down_bias != nullptr;
   const int activation = block.work.activation, groups = block.work.inner_columns / kTensorTile;
-  // Not unrolled, as activations are long: the sums move up to where the code is.
+  // Not unrolled, as activations are long: the sums of eight columns after the other move to where the code is.
 #pragma unroll 1
-  for (int group = warp.rank; group < groups; group += TileType::kWarpsAcrossRanks) {
-    const bool is_half = block.work.half_groups >> group & 1;
+  for (int i = 0; i < kHalves; ++i) {
+    const int group = i / 2 * TileType::kWarpsAcrossRanks + warp.rank, half = i % 2;
+    if (group >= groups) break;
+    const int column = group * kTensorTile + half * 8 + lane % 4 * 2;
+    const bool is_real = half == 0 || (block.work.half_groups >> group & 1) == 0;
+    float2 bias = {0.0f, 0.0f};
+    if (has_bias && is_real) {
+      bias = load_pair<Element>(block.shared + block.memory.down_bias + column * sizeof(Element));
+    }
+    const float(&sums)[4] = inner.sums[0][0];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int column = group * kTensorTile + half * 8 + lane % 4 * 2;
-      const bool is_real = half == 0 || !is_half;
-      float2 bias = {0.0f, 0.0f};
-      if (has_bias && is_real) {
-        bias = load_pair<Element>(block.shared + block.memory.down_bias + column * sizeof(Element));
-      }
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const int row = warp.row + lower * 8 + lane / 4;
-        const float(&sums)[4] = inner.sums[0][half];
-        const float first = activate(activation, sums[2 * lower] + bias.x);
-        const float second = activate(activation, sums[2 * lower + 1] + bias.y);
-        unsigned char* pair = to.unit(row, column / kUnitElements) + column % kUnitElements * sizeof(Element);
-        store_pair<Element>(pair, is_real ? first : 0.0f, is_real ? second : 0.0f);
-      }
+    for (int lower = 0; lower < 2; ++lower) {
+      const float first = activate(activation, sums[2 * lower] + bias.x);
+      const float second = activate(activation, sums[2 * lower + 1] + bias.y);
+      unsigned char* pair = to.unit(warp.row + lower * 8 + lane / 4, column / kUnitElements) +
+                            column % kUnitElements * sizeof(Element);
+      store_pair<Element>(pair, is_real ? first : 0.0f, is_real ? second : 0.0f);
     }
 #pragma unroll
-    for (int i = 0; i < (kGroups - 1) * 8; ++i) {
-      inner.sums[i / 8][i / 4 % 2][i % 4] = inner.sums[i / 8 + 1][i / 4 % 2][i % 4];
+    for (int next = 1; next < kHalves; ++next) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        inner.sums[(next - 1) / 2][(next - 1) % 2][k] = inner.sums[next / 2][next % 2][k];
+      }
     }
   }
 }
@@ -157,18 +162,18 @@ template <class Element, class TileType>
 __device__ __forceinline__ void multiply_up(const Block<Element, TileType>& block, const WarpPlace<TileType>& warp,
                                             int stage, const TileProjection<Element>& projection,
                                             OutputSums<TileType>& output) {
+  constexpr int kGroups = OutputSums<TileType>::kGroups;
   const SwizzledTile inner = block.inner(), weights = block.up_weights(stage);
   const int first = projection.inner_begin / kTensorTile;
   const int steps = round_up(projection.rank, kTensorTile) / kTensorTile;
 #pragma unroll 2
   for (int step = 0; step < steps; ++step) {
-    unsigned rows[4], columns[4];
+    unsigned rows[4], columns[kGroups][4];
     load_left(rows, inner, warp.row, first + step);
 #pragma unroll
-    for (int g = 0; g < OutputSums<TileType>::kGroups; ++g) {
-      load_right(columns, weights, step, warp.column * OutputSums<TileType>::kGroups + g);
-      multiply_add<Element>(output.sums[g], rows, columns);
-    }
+    for (int g = 0; g < kGroups; ++g) load_right(columns[g], weights, step, warp.column * kGroups + g);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) multiply_add<Element>(output.sums[g], rows, columns[g]);
   }
 }
 
