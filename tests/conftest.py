@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import hmi_engine as hmi
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 WORDS = """
 the a of and in to is was cell protein binds gene drug model data text parse file open close read
