@@ -106,14 +106,16 @@ class PinnedPool:
         return bool(self._blocks.is_closed)
 
     def __enter__(self) -> PinnedPool:
+        """The pool itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Closes it."""
         self.close()
 
     def __del__(self) -> None:
-        # Registered memory must not outlive its registration.
+        """Closes it if memory was registered, which must not outlive its registration."""
         if getattr(self, "_registered", None):
             self.close()

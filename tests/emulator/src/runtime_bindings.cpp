@@ -68,6 +68,13 @@ void submit_call(Address stream, py::function function) {
   });
 }
 
+void wait_for_unrecorded_event(Address stream) {
+  cudaEvent_t event = nullptr;
+  require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  require(cudaStreamWaitEvent(stream_of(stream), event, 0));
+  require(cudaEventDestroy(event));
+}
+
 void begin_capture(Address stream) { require(cudaStreamBeginCapture(stream_of(stream), cudaStreamCaptureModeGlobal)); }
 
 // Returns the executable graph.
@@ -110,6 +117,7 @@ void define_runtime(py::module_& m) {
   m.def("is_idle", [](Address stream) { return cudaStreamQuery(stream_of(stream)) == cudaSuccess; }, py::arg("stream"),
         WithoutLock());
   m.def("submit", &submit_call, py::arg("stream"), py::arg("function"));
+  m.def("wait_for_unrecorded_event", &wait_for_unrecorded_event, py::arg("stream"), WithoutLock());
   m.def("begin_capture", &begin_capture, py::arg("stream"), WithoutLock());
   m.def("end_capture", &end_capture, py::arg("stream"), WithoutLock());
   m.def("launch_graph", &launch_graph, py::arg("executable"), py::arg("stream"), WithoutLock());
