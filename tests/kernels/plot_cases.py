@@ -193,14 +193,18 @@ def expected_trigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor
     return state
 
 
-def expected_merge(case: Case, tables: Tables) -> Tensor:
-    """float64 [tokens, hidden]."""
+def expected_sums(case: Case, tables: Tables) -> Tensor:
+    """float64 [tokens, hidden]: what LayerNorm is given."""
     state = expected_bigram_state if case.window == 2 else expected_trigram_state
-    hidden_size = tables.positions.shape[1]
     sums = [
         state(case, tables, s, t) + tables.positions[t].double()
         for s, sequence in enumerate(case.sequences)
         for t in range(len(sequence))
     ]
-    stacked = torch.stack(sums) if sums else torch.empty(0, hidden_size, dtype=torch.float64)
-    return functional.layer_norm(stacked, (hidden_size,), tables.weight.double(), tables.bias.double(), 1e-5)
+    return torch.stack(sums) if sums else torch.empty(0, tables.positions.shape[1], dtype=torch.float64)
+
+
+def expected_merge(case: Case, tables: Tables) -> Tensor:
+    """float64 [tokens, hidden]."""
+    sums = expected_sums(case, tables)
+    return functional.layer_norm(sums, sums.shape[1:], tables.weight.double(), tables.bias.double(), 1e-5)
