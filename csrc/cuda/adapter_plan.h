@@ -34,11 +34,11 @@ struct AdapterPlan {
   int32_t chunk;        // columns of a stage: 64, or 16 where 64 do not fit
   int32_t rank_class;   // 16, 32, 64, 128 or 256: the most inner columns (all projections together, each padded to 16)
   int64_t shared_bytes;
-  int32_t launches;     // 1, or one a projection if the inner states of all do not fit together
+  int32_t launches;     // 1, or one a projection if the inner states of all do not fit together; kGemv: 1 or 2
   // kGemv: no tensor cores, for segments of a few tokens.
   int32_t group_tokens;   // 1, 2 or 4 tokens of a segment share a reading of its weights
-  int32_t splits;         // of the first product's depth; sums are added in a fixed order. 1: one launch does both
-  int32_t column_chunks;  // of the second product's columns, if there are splits
+  int32_t splits;         // of the first product's depth, in two launches; sums are added in a fixed order
+  int32_t column_chunks;  // of the second product's columns, in two launches
   int64_t workspace_elements;  // float32
 };
 

@@ -25,10 +25,11 @@ constexpr FusedRow kFused[] = {
 
 // Two blocks for each multiprocessor: as many as splits and column chunks aim at.
 constexpr int64_t kTargetBlocks = 256;
-// Each column chunk reads the partial sums of each split again. With s of both that is 4 s^2 bytes for each rank, which
-// has 2 (input_size + output_size) bytes of weights: s^2 is at most their sum over this, an additional 1/16.
-constexpr int64_t kSizePerSplitSquared = 32;
+// Each column chunk reads the partial sums of each split again: 4 splits * chunks bytes for each rank, which has
+// 2 (input_size + output_size) bytes of weights. Their product is at most that sum over this, an additional 1/16.
+constexpr int64_t kSizePerSplitAndChunk = 32;
 constexpr int64_t kMinSplitDepth = 64;
+constexpr int64_t kMinChunkColumns = 64;
 
 // Inputs (or rows before a layer norm) of a group in shared memory: two blocks fit on a multiprocessor of sm_80.
 constexpr int64_t kMaxRowElements = 16 * 1024;
@@ -44,32 +45,36 @@ int32_t group_tokens(const AdapterShape& shape) {
   return group;
 }
 
-// 1 for the fused launch.
-int64_t num_splits(const AdapterShape& shape, int64_t blocks, int64_t output_size) {
+bool is_fused(const AdapterShape& shape, int64_t blocks, int64_t output_size) {
   const int64_t bytes = 2 * int64_t{shape.max_rank} * (shape.input_size + output_size);
   const FusedRow* row = kFused;
   while (bytes > row->max_bytes) ++row;
-  if (blocks >= row->min_blocks) return 1;
-  const auto by_traffic = static_cast<int64_t>(std::sqrt((shape.input_size + output_size) / kSizePerSplitSquared));
-  const int64_t limit = std::min(by_traffic, shape.input_size / kMinSplitDepth);
-  return std::clamp((kTargetBlocks + blocks - 1) / blocks, int64_t{1}, std::max<int64_t>(limit, 1));
+  return blocks >= row->min_blocks;
 }
+
+int64_t at_least_one(int64_t number) { return std::max<int64_t>(number, 1); }
 
 }  // namespace
 
 AdapterPlan plan_gemv(const AdapterShape& shape) {
-  const int64_t blocks = std::max<int64_t>(shape.num_segments * shape.num_projections, 1);
+  const int64_t blocks = at_least_one(shape.num_segments * shape.num_projections);
   const int64_t output_size = shape.total_output_size / shape.num_projections;
-  const int64_t splits = num_splits(shape, blocks, output_size);
   AdapterPlan plan{};
   plan.kernel = AdapterKernel::kGemv;
   plan.group_tokens = group_tokens(shape);
-  plan.splits = static_cast<int32_t>(splits);
-  plan.column_chunks = shape.has_layer_norm ? 1 : plan.splits;
-  plan.launches = splits > 1 ? 2 : 1;
-  plan.workspace_elements =
-      splits > 1 ? shape.num_projections * shape.num_tokens * splits * int64_t{shape.max_rank} : 0;
   plan.shared_bytes = gemv_shared_bytes(plan.group_tokens, shape.input_size);
+  plan.launches = plan.splits = plan.column_chunks = 1;
+  if (is_fused(shape, blocks, output_size)) return plan;
+
+  const int64_t wanted = (kTargetBlocks + blocks - 1) / blocks;
+  const int64_t product = (shape.input_size + output_size) / kSizePerSplitAndChunk;
+  const auto even_share = static_cast<int64_t>(std::sqrt(product));
+  const int64_t splits = at_least_one(std::min({wanted, even_share, shape.input_size / kMinSplitDepth}));
+  const int64_t chunks = at_least_one(std::min({wanted, product / splits, output_size / kMinChunkColumns}));
+  plan.launches = 2;
+  plan.splits = static_cast<int32_t>(splits);
+  plan.column_chunks = shape.has_layer_norm ? 1 : static_cast<int32_t>(chunks);
+  plan.workspace_elements = shape.num_projections * shape.num_tokens * splits * int64_t{shape.max_rank};
   return plan;
 }
 

@@ -173,7 +173,7 @@ cudaError_t launch_splits(const GroupedAdapterArguments& arguments, const Adapte
 
 template <class Element, int kTokens>
 cudaError_t launch_groups(const GroupedAdapterArguments& arguments, const AdapterPlan& plan, cudaStream_t stream) {
-  if (plan.splits > 1) return launch_splits<Element, kTokens>(arguments, plan, stream);
+  if (plan.launches > 1) return launch_splits<Element, kTokens>(arguments, plan, stream);
   const dim3 grid(static_cast<unsigned>(arguments.num_segments), static_cast<unsigned>(arguments.num_projections));
   return launch(fused_kernel<Element, kTokens>, grid, dim3(kGemvThreads),
                 gemv_shared_bytes(kTokens, arguments.input_size), stream, arguments);
