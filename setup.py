@@ -134,7 +134,8 @@ def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     system += [f"-isystem {cuda_include()}"] if with_cuda else []
     common = [*optimization_flags(), f"-I{ROOT / 'csrc'}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
     names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else [])}\"'"]
-    nvcc_flags = ["-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-ccbin", cxx, *architecture_flags()]
+    nvcc_flags = ["-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "--expt-relaxed-constexpr"]
+    nvcc_flags += ["-ccbin", cxx, *architecture_flags()]
     linker = (
         f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
     )
