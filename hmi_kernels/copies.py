@@ -129,7 +129,7 @@ def copy_batch_async(
 
 
 def release_finished() -> None:
-    """Lets go of tensors whose copies are done; whatever starts copies or asks a pool for memory does this."""
+    """Lets go of tensors whose copies are done, as whatever starts copies or asks a pool for memory does."""
     # Without a lock, since to drop a tensor may run anybody's code, this function too.
     for entry in tuple(_under_way):
         if entry.event.query():

@@ -36,8 +36,10 @@ std::unique_ptr<Block> BlockPool::allocate(size_t bytes) {
   const size_t block_bytes = bytes > budget_bytes_ ? bytes : block_size(bytes);
   const std::lock_guard<std::mutex> lock(mutex_);
   require_open();
-  void* address;
-  if (const auto found = cached_.find(block_bytes); found != cached_.end()) {
+  void* address = nullptr;
+  if (bytes == 0) {
+    // A block of nothing.
+  } else if (const auto found = cached_.find(block_bytes); found != cached_.end()) {
     address = found->second.back().address;  // the newest: its pages are the likeliest to lie in the caches
     found->second.pop_back();
     if (found->second.empty()) cached_.erase(found);
@@ -88,6 +90,7 @@ void BlockPool::close() noexcept {
 }
 
 void BlockPool::give_back(void* address, size_t bytes) noexcept {
+  if (address == nullptr) return;
   const std::lock_guard<std::mutex> lock(mutex_);
   bytes_in_use_ -= bytes;
   if (is_closed_) return allocator_.release(address);
