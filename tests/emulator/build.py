@@ -1,14 +1,16 @@
-"""Compiles the CUDA kernels for the CPU, with the emulator in place of the device: one Python module per variant.
+"""Compiles the CUDA kernels for the CPU, with the emulator in place of the device.
 
-``python -m emulator.build plain`` from ``tests/`` does it by hand.
+``python -m emulator.build plain race`` from ``tests/`` does it by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["PRODUCTION", "BuildError", "Program", "build", "cuda_include_folders", "module_name"]
+__all__ = [
+    "EMULATOR_TESTS",
+    "PRODUCTION",
+    "ROOT",
+    "BuildError",
+    "Program",
+    "build",
+    "compiler_command",
+    "cuda_include_folders",
+    "module_name",
+    "packaged_include_folders",
+]
 
 EMULATOR = Path(__file__).parent.resolve()
 ROOT = EMULATOR.parent.parent
@@ -30,11 +43,11 @@ class BuildError(RuntimeError):
 
 
 class Program(NamedTuple):
-    """Kernels that become one module. Patterns are relative to the repository."""
+    """Sources that become one Python module, together with the emulator. Patterns start at the repository."""
 
     name: str
     kernels: tuple[str, ...]
-    """CUDA sources: the files whose accesses to memory are observed."""
+    """CUDA: the files whose accesses to memory are observed."""
     host: tuple[str, ...]
     """C++ without kernels, the definition of ``hmi::bindings::define_cuda`` among it."""
 
@@ -44,10 +57,15 @@ PRODUCTION = Program(
     kernels=("csrc/cuda/*.cu",),
     host=("csrc/cuda/*.cpp", "csrc/common/*.cpp", "csrc/bindings/cuda*.cpp", "csrc/bindings/pool.cpp"),
 )
-EMULATOR_SOURCES = "tests/emulator/src/*.cpp"
+EMULATOR_TESTS = Program(
+    "hmi_emulator_tests", kernels=("tests/emulator/kernels/*.cu",), host=("tests/emulator/kernels/*.cpp",)
+)
+PROGRAMS = (PRODUCTION, EMULATOR_TESTS)
+RUNTIME = ("tests/emulator/src/*.cpp",)
+MODULE = ROOT / "tests/emulator/src/module.cpp"
 
 COMMON_FLAGS = (
-    "-x c++ -std=c++17 -g -fPIC -pthread -Wall -Wno-unknown-pragmas",
+    "-x c++ -std=c++17 -fPIC -pthread -Wall -Wno-unknown-pragmas",
     # Device code may view memory as another type; the toolkit's own half and bfloat16 do.
     "-fno-strict-aliasing",
     # Two variants in one process keep their own variables, those of inline functions and templates included.
@@ -55,14 +73,25 @@ COMMON_FLAGS = (
     # As setup.py: a multiply-add is fused where the source says so.
     "-ffp-contract=off",
 )
-VARIANT_FLAGS = {
-    "plain": "-O2",
-    "race": "-O1",
-    "sanitize": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer",
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+class Variant(NamedTuple):
+    """How the parts of a program are compiled."""
+
+    kernels: str
+    others: str
+    link: str = ""
+    observes: bool = False
+
+
+VARIANTS = {
+    "plain": Variant("-O2", "-O2"),
+    # -fsanitize=thread without its library: src/memory_access.cpp defines what it calls. Without SRA a load
+    # of a struct stays one access, as of a uint4 on the device.
+    "race": Variant("-O1 -g -fsanitize=thread -fno-tree-sra", "-O2", observes=True),
+    "sanitize": Variant(f"-O1 -g {SANITIZERS}", f"-O1 -g {SANITIZERS}", SANITIZERS),
 }
-# Without SRA a load of a struct stays one access, as of a uint4 on the device.
-OBSERVED = "-O1 -fsanitize=thread -fno-tree-sra"
-UCONTEXT = "-DEMULATOR_UCONTEXT"
 
 
 def module_name(program: Program, variant: str) -> str:
@@ -70,26 +99,25 @@ def module_name(program: Program, variant: str) -> str:
 
 
 def build(variant: str, program: Program = PRODUCTION, *, flags: str = "") -> Path:
-    """Builds what is out of date and returns the module's file.
+    """Compiles what is out of date and returns the module's file.
 
-    ``variant``: plain (fast); race (kernels report every access: races and counters); sanitize (AddressSanitizer
-    and UndefinedBehaviorSanitizer; its runtime must be preloaded, see :func:`emulator.harness.run_sanitized`).
+    ``variant``: plain (fast); race (kernels report every access: races and counters); sanitize
+    (AddressSanitizer and UndefinedBehaviorSanitizer; for :func:`emulator.harness.run_sanitized`).
     ``flags`` are added to every compilation; such builds have a folder of their own.
     Raises :class:`BuildError` with the compiler's messages.
     """
-    if variant not in VARIANT_FLAGS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANT_FLAGS)}, not {variant!r}")
-    name = module_name(program, variant)
-    folder = BUILD / (name + ("-" + "".join(c if c.isalnum() else "_" for c in flags) if flags else ""))
-    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+    includes = _include_flags()
+    folder = BUILD / hashlib.sha256(f"{includes} {flags}".encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
+    module = _module(folder, program, variant)
     with _lock(folder):
-        _write_if_changed(folder / "build.ninja", _ninja_file(variant, program, module, flags))
-        ninja = subprocess.run(
-            [_ninja(), "-C", str(folder), "-j", str(JOBS)], capture_output=True, text=True, check=False
-        )
+        _write_if_changed(folder / "build.ninja", _ninja_file(folder, f"{includes} {flags}"))
+        command = [_ninja(), "-C", str(folder), "-j", str(JOBS), str(module)]
+        ninja = subprocess.run(command, capture_output=True, text=True, check=False)
     if ninja.returncode:
-        raise BuildError(f"building {name} failed:\n{ninja.stdout[-20000:]}{ninja.stderr}")
+        raise BuildError(f"building {module.name} failed:\n{ninja.stdout[-20000:]}{ninja.stderr}")
     return module
 
 
@@ -121,15 +149,16 @@ def packaged_include_folders() -> list[Path]:
     return []
 
 
+def compiler_command() -> list[str]:
+    """CXX, or g++."""
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
 def _ninja() -> str:
     found = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
     if not Path(found).exists():
         raise BuildError("the emulator is built by ninja: pip install ninja")
     return found
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX") or "g++"
 
 
 @contextlib.contextmanager
@@ -158,50 +187,67 @@ def _include_flags() -> str:
     )
 
 
-def _definitions(variant: str, module: Path) -> str:
-    name = module.name.split(".")[0]
-    return " ".join(
+def _module(folder: Path, program: Program, variant: str) -> Path:
+    return folder / f"{module_name(program, variant)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def _ninja_file(folder: Path, flags: str) -> str:
+    """All programs and variants: what they have in common is compiled once."""
+    compiler = shlex.join(compiler_command())
+    objects: dict[Path, str] = {}
+    modules: list[str] = []
+    for program in PROGRAMS:
+        for name, variant in VARIANTS.items():
+            compiled = _objects(folder, program, name, variant)
+            objects.update(compiled)
+            modules.append(f"build {_module(folder, program, name)}: link {' '.join(map(str, compiled))}")
+            modules.append(f"  link_flags = {variant.link}")
+    return "\n".join(
         [
-            f"-DHMI_EMULATOR_MODULE={name}",
-            f"-DHMI_EMULATOR_OBSERVES={int(variant == 'race')}",
-            # A table of bound types for each module: several define the same types.
-            f"-DPYBIND11_BUILD_ABI='\"_{name}\"'",
+            f"flags = {' '.join(COMMON_FLAGS)} {flags}",
+            "rule compile",
+            f"  command = {compiler} -MMD -MF $out.d $flags $file_flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            # Replaced, never overwritten: a process may have the old module mapped.
+            f"  command = {compiler} -shared -pthread $link_flags $in -o $out.new && mv $out.new $out",
+            *objects.values(),
+            *modules,
+            "",
         ]
     )
 
 
-def _ninja_file(variant: str, program: Program, module: Path, flags: str) -> str:
-    lines = [
-        f"flags = {' '.join(COMMON_FLAGS)} {_include_flags()} {_definitions(variant, module)} {flags}",
-        "rule compile",
-        f"  command = {_compiler()} -MMD -MF $out.d $flags $file_flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {_compiler()} -shared -pthread $link_flags $in -o $out.new && mv $out.new $out",
+def _objects(folder: Path, program: Program, name: str, variant: Variant) -> dict[Path, str]:
+    """The object files of a module, in the order of linking, and ninja's statements for them."""
+    module = module_name(program, name)
+    definitions = [
+        f"-DHMI_EMULATOR_MODULE={module}",
+        f"-DHMI_EMULATOR_OBSERVES={int(variant.observes)}",
     ]
-    kernels = set(_sources(program.kernels))
+    # A table of bound types for each module: several modules bind the same types.
+    isolation = f"-DPYBIND11_BUILD_ABI='\"_{module}\"'"
+    statements = {}
+
+    def compile_all(sources: list[Path], file_flags: str, subfolder: str) -> None:
+        for source in sources:
+            target = folder / subfolder / f"{'_'.join(source.relative_to(ROOT).parts)}.o"
+            statements[target] = f"build {target}: compile {source}\n  file_flags = {file_flags}"
+
+    # Bindings hold no kernel; they need no optimization, and pybind11 is slow to compile.
+    bindings = [source for source in _sources((*RUNTIME, *program.host)) if source.stem.endswith("bindings")]
+    bindings += [source for source in _sources(program.host) if source.parent.name == "bindings"]
+    others = [source for source in _sources(program.host) if source not in bindings]
+    runtime = [source for source in _sources(RUNTIME) if source not in (*bindings, MODULE)]
+    checks = "sanitized" if variant.link else "optimized"
+    compile_all([MODULE], f"-O0 {' '.join(definitions)} {isolation}", module)
+    compile_all(bindings, f"-O0 {isolation}", module)
+    compile_all([*runtime, *others], variant.others, checks)
     # Kernels last: of an inline function that is in several objects the first is kept, which must not be an
     # observed one.
-    sources = [*_sources((EMULATOR_SOURCES, *program.host)), *sorted(kernels)]
-    objects = [
-        module.parent / f"{source.relative_to(ROOT).as_posix().replace('/', '_')}.o" for source in sources
-    ]
-    for source, compiled in zip(sources, objects, strict=True):
-        lines.append(f"build {compiled}: compile {source}")
-        lines.append(f"  file_flags = {_file_flags(variant, source, observed=source in kernels)}")
-    lines.append(f"build {module}: link {' '.join(map(str, objects))}")
-    lines.append(f"  link_flags = {VARIANT_FLAGS[variant] if variant == 'sanitize' else ''}")
-    return "\n".join([*lines, ""])
-
-
-def _file_flags(variant: str, source: Path, *, observed: bool) -> str:
-    # Bindings need no optimization and no checks: they hold no kernel, and pybind11 is slow to compile.
-    if source.parent.name == "bindings" or source.stem.endswith(("bindings", "module")):
-        return "-O0 -g0"
-    if variant == "race":
-        return OBSERVED if observed else "-O2"
-    return VARIANT_FLAGS[variant]
+    compile_all(_sources(program.kernels), variant.kernels, name)
+    return statements
 
 
 if __name__ == "__main__":

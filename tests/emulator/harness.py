@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels of hmi_kernels on the CPU: ``with emulated(): ...`` makes the backend ``cuda`` the emulated one.
+"""Runs the CUDA kernels of hmi_kernels on the CPU: ``with emulated(): ...`` makes them the backend ``cuda``.
 
 Beside that the emulator tells which synchronizations ran (:func:`sites`), can skip some of them
 (``emulated(dropped=...)``), and counts the bytes and bank conflicts of every launch (:func:`counters`).
@@ -11,19 +11,20 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hmi_kernels
-from emulator.build import PRODUCTION, Program, build, module_name
+from emulator.build import PRODUCTION, ROOT, Program, build, compiler_command, module_name
+from emulator.counters import LaunchCounters, launch_counters
 from hmi_kernels.cuda import driver
 
-__all__ = ["ORDERS", "Site", "emulated", "load", "sites", "using"]
+__all__ = ["Site", "counters", "emulated", "load", "run_sanitized", "sites", "using"]
 
-ORDERS = ("in order", "reverse", "random")
 _BUILD_OF_VARIANT = {"plain": "plain", "race": "race", "count": "race", "sanitize": "sanitize"}
 
 
@@ -31,7 +32,8 @@ class Site(NamedTuple):
     """A place in the kernels where threads synchronize."""
 
     kind: str
-    """``barrier`` (__syncthreads), ``warp`` (__syncwarp) or ``copy wait`` (cp_async_wait)."""
+    """``barrier`` (__syncthreads), ``warp`` (__syncwarp) or ``copy wait`` (cp_async_wait; if dropped, it
+    waits for one group of copies less)."""
     file: str
     line: int
     count: int
@@ -63,71 +65,105 @@ def import_module(name: str, path: Path) -> ModuleType:
     return module
 
 
+_configurations: dict[ModuleType, dict[str, Any]] = {}
+"""What each module's emulator is set to; modules that no one has used are not in it."""
+_active: list[ModuleType] = []
+"""The modules of the with-statements that surround the caller, innermost last."""
+
+
 @contextlib.contextmanager
 def using(
-    module: ModuleType,
+    variant: str = "plain",
+    program: Program = PRODUCTION,
     *,
-    check_races: bool = False,
-    count_accesses: bool = False,
     order: str = "random",
     seed: int = 0,
     copy_time: str = "late",
     allow_sm90_shared: bool = False,
     dropped: Sequence[Site] = (),
 ) -> Iterator[ModuleType]:
-    """Within the with-statement the module's emulator has these settings, and has counted nothing before."""
-    previous = _settings.get(module, {})
-    settings = {
-        "check_races": check_races,
-        "count_accesses": count_accesses,
+    """Within the with-statement a program's emulator has these settings, and has counted nothing before.
+
+    ``variant``: ``plain``; ``race`` also finds unsynchronized accesses, at a thirtieth of the speed;
+    ``count`` counts accesses, see :func:`counters`; ``sanitize`` only within :func:`run_sanitized`.
+    ``order``: in which order threads that could go on do: ``in order``, ``reverse``, or ``random`` by the
+    seed.
+    ``copy_time``: when cp.async takes place: ``late`` (when waited for), ``early`` (at once) or ``random``.
+    ``allow_sm90_shared``: 227 KiB of shared memory a block, not 163 KiB.
+    ``dropped``: synchronizations to skip.
+    """
+    module = load(variant, program)
+    previous = _configurations.get(module)
+    configuration = {
         "order": order,
         "seed": seed,
         "copy_time": copy_time,
+        "check_races": variant == "race",
+        "count_accesses": variant == "count",
         "allow_sm90_shared": allow_sm90_shared,
         "dropped": [(site.kind, site.file, site.line) for site in dropped],
     }
-    _configure(module, settings)
+    _configure(module, configuration)
+    _active.append(module)
     try:
         yield module
     finally:
-        _configure(module, previous)
+        _active.pop()
+        if previous is not None:
+            _configure(module, previous)
 
 
-_settings: dict[ModuleType, dict[str, object]] = {}
-_DEFAULTS: dict[str, object] = {
-    "check_races": False,
-    "count_accesses": False,
-    "order": "random",
-    "seed": 0,
-    "copy_time": "late",
-    "allow_sm90_shared": False,
-    "dropped": [],
-}
-
-
-def _configure(module: ModuleType, settings: dict[str, object]) -> None:
-    module.emulator.configure(**{**_DEFAULTS, **settings})
-    _settings[module] = settings
+def _configure(module: ModuleType, configuration: dict[str, Any]) -> None:
+    module.emulator.configure(**configuration)
+    _configurations[module] = configuration
 
 
 @contextlib.contextmanager
-def emulated(variant: str = "plain", **settings: object) -> Iterator[ModuleType]:
+def emulated(variant: str = "plain", **settings: Any) -> Iterator[ModuleType]:
     """Within the with-statement the backend ``cuda`` runs the emulated kernels, on CPU tensors.
 
-    ``variant``: ``plain``; ``race`` also finds unsynchronized accesses, at a thirtieth of the speed; ``count``
-    counts the accesses, see :func:`counters`; ``sanitize`` only in a process of :func:`run_sanitized`.
-    ``settings``: those of :func:`using`. A mistake of a kernel is a RuntimeError that names the place.
+    The settings are those of :func:`using`. A mistake of a kernel is a RuntimeError that names the place.
     """
-    module = load(variant)
-    observed = {"check_races": variant == "race", "count_accesses": variant == "count"}
-    with (
-        using(module, **{**observed, **settings}),  # type: ignore[arg-type]
-        driver.use_module(module),
-        hmi_kernels.use_backend("cuda"),
-    ):
+    with using(variant, **settings) as module, driver.use_module(module), hmi_kernels.use_backend("cuda"):
         yield module
 
 
-def sites(module: ModuleType) -> list[Site]:
-    """The synchronizations that have run since the emulator was configured."""
-    return [Site(*site) for site in module.emulator.sites()]
+def sites() -> list[Site]:
+    """The synchronizations that have run since the innermost :func:`using` or :func:`emulated`."""
+    return [Site(*site) for site in _active[-1].emulator.sites()]
+
+
+def counters() -> list[LaunchCounters]:
+    """What every launch since the innermost :func:`using` or :func:`emulated` moved; variant ``count``."""
+    return launch_counters(_active[-1])
+
+
+def run_sanitized(code: str, *, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process in which ``variant="sanitize"`` can be used.
+
+    AddressSanitizer must be there before the interpreter, and ends the process when it finds something: look
+    at ``returncode`` and ``stderr`` of the result.
+    """
+    preload = [_runtime_library("libasan.so"), _runtime_library("libstdc++.so.6")]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        # The interpreter never frees all it has; CPython's own allocator would hide ends of small buffers.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def _runtime_library(name: str) -> str:
+    command = [*compiler_command(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

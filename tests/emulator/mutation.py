@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 from emulator.harness import Site, emulated, sites
 
 __all__ = ["SCHEDULES", "assert_every_site_matters", "surviving_sites"]
 
-Environment = Callable[..., AbstractContextManager[ModuleType]]
+Environment = Callable[..., AbstractContextManager[Any]]
 
 SCHEDULES: tuple[dict[str, Any], ...] = (
     {"order": "reverse"},
@@ -28,10 +27,11 @@ def assert_every_site_matters(
 ) -> None:
     """Asserts that every synchronization in the kernels is needed, and that its absence does not go unseen.
 
-    Each ``run`` calls the op and raises if the result is wrong. All must pass in all of :data:`SCHEDULES`. Then
-    each site that they reached is skipped (a ``copy wait`` waits for one group less): some run must fail
-    in some schedule, by its result or by what the emulator finds. A site may be redundant for one shape and not
-    for another: give a run for each. ``ignored`` excuses sites that other tests answer for.
+    Each ``run`` calls the op and raises AssertionError if the result is wrong. All must pass in all of
+    :data:`SCHEDULES`. Then each site that they reached is skipped (a ``copy wait`` waits for one group less):
+    some run must fail in some schedule, by its result or by what the emulator finds. A site may be redundant
+    for one shape and not for another: give a run for each. ``ignored`` excuses sites that other tests answer
+    for.
     """
     survivors = surviving_sites(*runs, ignored=ignored, environment=environment)
     if survivors:
@@ -53,9 +53,9 @@ def _used_sites(runs: Sequence[Callable[[], None]], environment: Environment) ->
     seen = set()
     for schedule in SCHEDULES:
         for run in runs:
-            with environment(**schedule) as module:
+            with environment(**schedule):
                 run()
-                found = sites(module)
+                found = sites()
             for site in found:
                 if (site.kind, site.file, site.line) not in seen:
                     seen.add((site.kind, site.file, site.line))
