@@ -7,10 +7,11 @@ Values that lie on the device (offsets, slots, ranks, ids, references) may be an
 writes out of bounds because of them. It leaves the rows of such a segment as they are, and gives such a token
 -1 (look-up) or zeros (merge). These kernels have no fault word: nothing is raised.
 
-Every call is one to three launches on torch's current stream, with no allocation but of outputs by torch and
-no wait, so that it can be captured in a CUDA graph, once a call of the same shapes has compiled and tuned it.
-Tuned are only tile rows, warps and stages of kernels whose sums do not depend on them: where the order of a
-sum hangs on the number of warps (the layer norms), that number comes from a table.
+Every call is a few launches on torch's current stream of the tensors' device. Nothing waits, and torch
+allocates only outputs and the small tables of addresses, so that a CUDA graph can capture it, once a call of
+the same shapes has compiled and tuned it. Tuned are tile rows, warps and stages, never the order in which a
+kernel adds: where that hangs on the number of warps (the layer norms), the number comes from a table. A GPU
+that has several matrix instructions may still round the products of high and of low tiles differently.
 
 With ``TRITON_INTERPRET=1``, set before the first import, numpy runs them on CPU tensors. What that does not
 show of a GPU: vector loads, races and shared memory; and its numerics differ in that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
@@ -52,11 +53,12 @@ def grouped_bottleneck(arguments: BottleneckArguments) -> None:
     """See :func:`hmi_kernels.grouped_bottleneck`."""
     hidden_size = arguments.output.shape[1]
     _check_on_host(arguments, arguments.slot_activations, 0, 2 * hidden_size + 1, hidden_size)
-    call = _call(arguments, arguments.slot_activations, (hidden_size,))
-    _launch(call)
     weight, bias = arguments.layer_norm_weight, arguments.layer_norm_bias
-    if weight is not None and bias is not None:
-        normalize_segments(call, weight, bias, arguments.layer_norm_eps)
+    with torch.cuda.device_of(arguments.output):
+        call = _call(arguments, arguments.slot_activations, (hidden_size,))
+        _launch(call)
+        if weight is not None and bias is not None:
+            normalize_segments(call, weight, bias, arguments.layer_norm_eps)
 
 
 def grouped_lora(arguments: LoraArguments) -> None:
@@ -64,7 +66,8 @@ def grouped_lora(arguments: LoraArguments) -> None:
     output_sizes = tuple(arguments.output_sizes) or (arguments.output.shape[1],)
     for projection, size in enumerate(output_sizes):
         _check_on_host(arguments, None, projection, arguments.hidden_states.shape[1] + size, 0)
-    _launch(_call(arguments, None, output_sizes))
+    with torch.cuda.device_of(arguments.output):
+        _launch(_call(arguments, None, output_sizes))
 
 
 def grouped_bottleneck_refuses(arguments: BottleneckArguments) -> str:

@@ -52,19 +52,20 @@ def plot_lookup(arguments: LookupArguments) -> Tensor:
     def grid(chosen: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(num_tokens, chosen["block"]),)
 
-    _lookup_kernel[grid](
-        references,
-        input_ids,
-        num_tokens,
-        arguments.sequence_offsets,
-        num_sequences,
-        address_table(words, input_ids.device),
-        len(words),
-        chains,
-        chains.shape[1],
-        triton.next_power_of_2(num_tokens),
-        window=window,
-    )
+    with torch.cuda.device_of(input_ids):
+        _lookup_kernel[grid](
+            references,
+            input_ids,
+            num_tokens,
+            arguments.sequence_offsets,
+            num_sequences,
+            address_table(words, input_ids.device),
+            len(words),
+            chains,
+            chains.shape[1],
+            triton.next_power_of_2(num_tokens),
+            window=window,
+        )
     return references
 
 

@@ -50,31 +50,32 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
     rows = [_words(table, scales) for table, scales in arguments.scaled_row_tables()]
     unigrams = [_words(table, None) for table in arguments.unigram_tables]
     tile_rows, num_warps = row_tile(hidden_size)
-    _merge_kernel[(triton.cdiv(num_tokens, tile_rows),)](
-        output,
-        input_ids,
-        num_tokens,
-        arguments.sequence_offsets,
-        num_sequences,
-        arguments.references,
-        address_table(rows, input_ids.device),
-        len(rows),
-        address_table(unigrams, input_ids.device),
-        len(unigrams),
-        arguments.sequence_unigram_tables,
-        positions,
-        num_positions,
-        arguments.layer_norm_weight,
-        arguments.layer_norm_bias,
-        arguments.layer_norm_eps,
-        window=arguments.window,
-        hidden_size=hidden_size,
-        block=triton.next_power_of_2(hidden_size),
-        types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
-        is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
-        tile_rows=tile_rows,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(input_ids):
+        _merge_kernel[(triton.cdiv(num_tokens, tile_rows),)](
+            output,
+            input_ids,
+            num_tokens,
+            arguments.sequence_offsets,
+            num_sequences,
+            arguments.references,
+            address_table(rows, input_ids.device),
+            len(rows),
+            address_table(unigrams, input_ids.device),
+            len(unigrams),
+            arguments.sequence_unigram_tables,
+            positions,
+            num_positions,
+            arguments.layer_norm_weight,
+            arguments.layer_norm_bias,
+            arguments.layer_norm_eps,
+            window=arguments.window,
+            hidden_size=hidden_size,
+            block=triton.next_power_of_2(hidden_size),
+            types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
+            is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
+            tile_rows=tile_rows,
+            num_warps=num_warps,
+        )
     return output
 
 

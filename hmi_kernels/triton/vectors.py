@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -55,27 +56,28 @@ def _launch(arguments: VectorArguments, *, is_scale: bool) -> None:
     check_on_host(rows.device, arguments.segment_offsets, arguments.segment_slots, num_tokens, table)
     if 0 in (num_tokens, hidden_size, num_segments, arguments.slot_offsets.shape[0]):
         return
-    segment_offsets, segment_slots, slot_offsets = (uploaded(index, rows.device) for index in indexes)
 
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
         tiles = num_segment_tiles(num_tokens, num_segments, chosen["tile_rows"])
         return tiles, triton.cdiv(hidden_size, chosen["tile_columns"])
 
-    _vector_kernel[grid](
-        rows,
-        rows.stride(0),
-        num_tokens,
-        arena,
-        arena.shape[0],
-        segment_offsets,
-        segment_slots,
-        num_segments,
-        slot_offsets,
-        slot_offsets.shape[0],
-        min(32, triton.next_power_of_2(triton.cdiv(num_tokens, num_segments))),
-        hidden_size=hidden_size,
-        is_scale=is_scale,
-    )
+    with torch.cuda.device_of(rows):
+        segment_offsets, segment_slots, slot_offsets = (uploaded(index, rows.device) for index in indexes)
+        _vector_kernel[grid](
+            rows,
+            rows.stride(0),
+            num_tokens,
+            arena,
+            arena.shape[0],
+            segment_offsets,
+            segment_slots,
+            num_segments,
+            slot_offsets,
+            slot_offsets.shape[0],
+            min(32, triton.next_power_of_2(triton.cdiv(num_tokens, num_segments))),
+            hidden_size=hidden_size,
+            is_scale=is_scale,
+        )
 
 
 @triton.autotune(

@@ -1,4 +1,4 @@
-"""Triton adapters against float64, within bounds that follow from the dtypes, and what keeps tenants apart."""
+"""Triton adapters against float64, within bounds that follow from the dtypes, and tenants kept apart."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ BAD = {
     "offset": ("segment_offsets", 10**12, 3),
     "offset below": ("segment_offsets", -(10**12), 3),
 }
-"""The name of a tensor, a value that cannot be, and where it stands: in the slot of segment 2, or at its end."""
+"""The name of a tensor, a value that cannot be, and its place: in the slot of segment 2, or at its end."""
 
 
 @pytest.mark.parametrize("name", BAD)
