@@ -1,4 +1,4 @@
-"""PLOT on the CUDA kernels: values out of bounds on the device, needless barriers, bytes, rows in host memory."""
+"""PLOT on the CUDA kernels: refusals, values out of bounds on the device, barriers, rows in host memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator.harness import emulated
+from emulator.harness import Site, emulated, run_sanitized
 from emulator.mutation import assert_every_site_matters
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +27,8 @@ from torch import Tensor
 import hmi_kernels
 from hmi_kernels.cuda import driver
 from hmi_kernels.cuda import plot as cuda_plot
-from hmi_kernels.plot import LookupArguments, MergeArguments
+from hmi_kernels.errors import CudaError
+from hmi_kernels.plot import MergeArguments
 
 INT64_EDGES = [-(2**63), -(2**40), -1, 2**40, 2**62, 2**63 - 1]
 
@@ -186,7 +187,8 @@ def test_garbage_on_the_device_is_never_followed(data: st.DataObject) -> None:
 
 def test_every_synchronization_of_lookup_matters() -> None:
     bigrams, trigrams = make_case(2), make_case(3)
-    assert_every_site_matters(lambda: check_lookup(bigrams), lambda: check_lookup(trigrams), ignored=is_foreign)
+    runs = (lambda: check_lookup(bigrams), lambda: check_lookup(trigrams))
+    assert_every_site_matters(*runs, ignored=is_foreign)
 
 
 def test_every_synchronization_of_merge_matters() -> None:
@@ -198,5 +200,133 @@ def test_every_synchronization_of_merge_matters() -> None:
     assert_every_site_matters(*runs, ignored=is_foreign)
 
 
-def is_foreign(site: Any) -> bool:
+def is_foreign(site: Site) -> bool:
     return "plot" not in site.file
+
+
+@pytest.mark.slow
+def test_garbage_on_the_device_touches_no_memory_that_is_not_ours() -> None:
+    code = """
+from emulator.harness import Site, emulated, run_sanitized
+from kernels.cuda import test_plot_hazards
+with emulated("sanitize"):
+    test_plot_hazards.test_garbage_on_the_device_is_never_followed()
+print("through")
+"""
+    result = run_sanitized(code, timeout=600)
+    assert result.returncode == 0 and "through" in result.stdout, result.stderr[-4000:]
+
+
+def merge_arguments(**changes: Any) -> MergeArguments:
+    case = make_case(2)
+    tables = make_tables(case, 256, (torch.int8, torch.float16), torch.float16)
+    arguments = MergeArguments(
+        case.input_ids,
+        case.sequence_offsets,
+        case.lookup(),
+        tables.rows,
+        tables.unigrams,
+        torch.tensor(tables.unigram_table_of, dtype=torch.int32),
+        tables.positions,
+        tables.weight,
+        tables.bias,
+        layer_norm_eps=1e-5,
+        window=2,
+        row_scales=tables.scales,
+    )
+    return arguments._replace(**changes)
+
+
+def test_merge_refuses_what_its_kernels_cannot_take() -> None:
+    wide = {name: torch.zeros(4104).half() for name in ("layer_norm_weight", "layer_norm_bias")}
+    tables: dict[str, Any] = {"row_tables": [], "row_scales": [], "unigram_tables": []}
+    many = [torch.zeros(1, 2, 256).half()] * 49
+    shifted = torch.zeros(257).half()[1:]
+    for reason, arguments in (
+        (
+            "hidden_size must be a multiple of 8 up to 4096, not 4104",
+            merge_arguments(position_embeddings=torch.zeros(1, 4104).half(), **wide, **tables),
+        ),
+        ("row_tables must be at most 48, not 49", merge_arguments(row_tables=many, row_scales=[])),
+        (
+            "unigram_tables must be at most 48, not 49",
+            merge_arguments(unigram_tables=[table[0] for table in many]),
+        ),
+        (
+            "layer_norm_bias must start at a multiple of 16 bytes",
+            merge_arguments(layer_norm_bias=shifted),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"backend cuda cannot run hmi::plot_merge: {reason}"):
+            hmi_kernels.plot_merge(
+                *arguments[:9],
+                layer_norm_eps=1e-5,
+                window=2,
+                row_scales=arguments.row_scales,
+            )
+
+
+def test_lookup_refuses_what_its_kernel_cannot_take() -> None:
+    case = make_case(2)
+    index = torch.zeros(5, dtype=torch.int64)[1:].view(2, 2)
+    for reason, indexes in (
+        ("indexes must be at most 128, not 129", case.indexes * 64 + case.indexes[:1]),
+        (r"indexes\[0\] must start at a multiple of 16 bytes", [index]),
+    ):
+        with pytest.raises(ValueError, match=f"backend cuda cannot run hmi::plot_lookup: {reason}"):
+            hmi_kernels.plot_lookup(
+                case.input_ids, case.sequence_offsets, indexes, case.chain_tensor, window=2
+            )
+
+
+class ModuleBesideAGpu:
+    """Stands for ``_C.cuda``: page-locked memory lies 1000 bytes further on for the device."""
+
+    def __init__(self, functions: Any) -> None:
+        self._functions = functions
+        self.tables: list[list[tuple[int, ...]]] = []
+
+    def device_pointer(self, host: int) -> int:
+        return host + 1000
+
+    def plot_merge(self, *arguments: Any) -> None:
+        self.tables += [arguments[5], arguments[6]]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
+
+
+def test_page_locked_rows_are_read_where_the_device_sees_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = merge_arguments()
+    module = ModuleBesideAGpu(driver.module())
+    monkeypatch.setattr(driver, "module", lambda: module)
+    monkeypatch.setattr(driver, "is_emulated", lambda: False)
+    assert cuda_plot.MERGE.refuses(arguments) == (
+        "row_tables[0] lies in pageable host memory: pin it (Tensor.pin_memory) or move it to the device"
+    )
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: True)
+    assert cuda_plot.MERGE.refuses(arguments) == ""
+    cuda_plot.MERGE.run(arguments)
+    (quantized, plain), unigrams = module.tables
+    first, second = arguments.row_tables
+    scales = arguments.row_scales[0].data_ptr() + 1000
+    assert quantized == (first.data_ptr() + 1000, len(first), 3, scales)
+    assert plain == (second.data_ptr() + 1000, len(second), 1, 0)
+    assert [table[0] for table in unigrams] == [table.data_ptr() + 1000 for table in arguments.unigram_tables]
+
+
+def test_page_locked_memory_has_an_address_on_the_device() -> None:
+    host, device = driver.module().allocate_fault_word()
+    assert driver.module().device_pointer(host) == device
+    pageable = torch.zeros(16)
+    with pytest.raises(CudaError, match="cudaHostGetDevicePointer failed: cudaErrorInvalidValue"):
+        driver.module().device_pointer(pageable.data_ptr())
+
+
+def test_rows_that_no_layout_serves_are_an_error_of_the_launch() -> None:
+    """Behind the checks in Python stands the launcher's own."""
+    too_wide = merge_arguments(position_embeddings=torch.zeros(1, 8200).half())
+    with pytest.raises(CudaError, match="launch of plot_merge failed: cudaErrorInvalidValue"):
+        cuda_plot.MERGE.run(too_wide)
