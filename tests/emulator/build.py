@@ -60,7 +60,6 @@ PRODUCTION = Program(
 EMULATOR_TESTS = Program(
     "hmi_emulator_tests", kernels=("tests/emulator/kernels/*.cu",), host=("tests/emulator/kernels/*.cpp",)
 )
-PROGRAMS = (PRODUCTION, EMULATOR_TESTS)
 RUNTIME = ("tests/emulator/src/*.cpp",)
 MODULE = ROOT / "tests/emulator/src/module.cpp"
 
@@ -109,11 +108,11 @@ def build(variant: str, program: Program = PRODUCTION, *, flags: str = "") -> Pa
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
     includes = _include_flags()
-    folder = BUILD / hashlib.sha256(f"{includes} {flags}".encode()).hexdigest()[:8]
+    folder = BUILD / f"{program.name}-{hashlib.sha256(f'{includes} {flags}'.encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     module = _module(folder, program, variant)
     with _lock(folder):
-        _write_if_changed(folder / "build.ninja", _ninja_file(folder, f"{includes} {flags}"))
+        _write_if_changed(folder / "build.ninja", _ninja_file(folder, program, f"{includes} {flags}"))
         command = [_ninja(), "-C", str(folder), "-j", str(JOBS), str(module)]
         ninja = subprocess.run(command, capture_output=True, text=True, check=False)
     if ninja.returncode:
@@ -191,17 +190,16 @@ def _module(folder: Path, program: Program, variant: str) -> Path:
     return folder / f"{module_name(program, variant)}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def _ninja_file(folder: Path, flags: str) -> str:
-    """All programs and variants: what they have in common is compiled once."""
+def _ninja_file(folder: Path, program: Program, flags: str) -> str:
+    """All variants: what they have in common is compiled once."""
     compiler = shlex.join(compiler_command())
     objects: dict[Path, str] = {}
     modules: list[str] = []
-    for program in PROGRAMS:
-        for name, variant in VARIANTS.items():
-            compiled = _objects(folder, program, name, variant)
-            objects.update(compiled)
-            modules.append(f"build {_module(folder, program, name)}: link {' '.join(map(str, compiled))}")
-            modules.append(f"  link_flags = {variant.link}")
+    for name, variant in VARIANTS.items():
+        compiled = _objects(folder, program, name, variant)
+        objects.update(compiled)
+        modules.append(f"build {_module(folder, program, name)}: link {' '.join(map(str, compiled))}")
+        modules.append(f"  link_flags = {variant.link}")
     return "\n".join(
         [
             f"flags = {' '.join(COMMON_FLAGS)} {flags}",

@@ -23,7 +23,7 @@ from emulator.build import PRODUCTION, ROOT, Program, build, compiler_command, m
 from emulator.counters import LaunchCounters, launch_counters
 from hmi_kernels.cuda import driver
 
-__all__ = ["Site", "counters", "emulated", "load", "run_sanitized", "sites", "using"]
+__all__ = ["Site", "active_module", "counters", "emulated", "load", "run_sanitized", "sites", "using"]
 
 _BUILD_OF_VARIANT = {"plain": "plain", "race": "race", "count": "race", "sanitize": "sanitize"}
 
@@ -128,14 +128,19 @@ def emulated(variant: str = "plain", **settings: Any) -> Iterator[ModuleType]:
         yield module
 
 
+def active_module() -> ModuleType:
+    """The module of the innermost :func:`using` or :func:`emulated`."""
+    return _active[-1]
+
+
 def sites() -> list[Site]:
     """The synchronizations that have run since the innermost :func:`using` or :func:`emulated`."""
-    return [Site(*site) for site in _active[-1].emulator.sites()]
+    return [Site(*site) for site in active_module().emulator.sites()]
 
 
 def counters() -> list[LaunchCounters]:
     """What every launch since the innermost :func:`using` or :func:`emulated` moved; variant ``count``."""
-    return launch_counters(_active[-1])
+    return launch_counters(active_module())
 
 
 def run_sanitized(code: str, *, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emulator.build import EMULATOR_TESTS
-from emulator.harness import using
+from emulator.harness import active_module, using
 
 __all__ = ["floats", "launch", "shim"]
 
@@ -19,15 +19,11 @@ def shim(variant: str = "plain", **settings: Any) -> Any:
 
 
 def launch(
-    module: Any,
-    kernel: str,
-    output: NDArray[Any] | None = None,
-    source: NDArray[Any] | None = None,
-    parameter: int = 0,
+    kernel: str, output: NDArray[Any] | None = None, source: NDArray[Any] | None = None, parameter: int = 0
 ) -> Any:
-    """Runs a kernel; returns its output."""
+    """Runs a kernel of the innermost :func:`shim`; returns its output."""
     addresses = [0 if array is None else array.ctypes.data for array in (output, source)]
-    getattr(module, kernel)(*addresses, parameter)
+    getattr(active_module(), kernel)(*addresses, parameter)
     return output
 
 

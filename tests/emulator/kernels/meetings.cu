@@ -25,14 +25,15 @@ __global__ void reverse_kernel(float* output, const float* input, int) {
   output[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
 }
 
-// Rounds through one buffer: the second barrier keeps a fast thread from writing what a slow one still reads.
-__global__ void rotate_kernel(float* output, const float* input, int rounds) {
+// Rounds through one buffer: the second barrier keeps a fast thread from writing what a slow one still reads. In order
+// of their numbers no thread is too fast.
+__global__ void shift_kernel(float* output, const float* input, int rounds) {
   HMI_SHARED(float, values, [kThreads]);
   float value = input[threadIdx.x];
   for (int round = 0; round < rounds; ++round) {
     values[threadIdx.x] = value;
     __syncthreads();
-    value = values[(threadIdx.x + 1) % kThreads];
+    value = values[min(threadIdx.x + 1, kThreads - 1u)];
     __syncthreads();
   }
   output[threadIdx.x] = value;
@@ -135,7 +136,7 @@ void launch_fault(void* output, const void*, int) {
 std::vector<NamedKernel> meeting_kernels() {
   return {{"coordinates", &launch_coordinates},
           {"reverse", &launch_block<reverse_kernel>},
-          {"rotate", &launch_block<rotate_kernel>},
+          {"shift", &launch_block<shift_kernel>},
           {"two_sums", &launch_block<two_sums_kernel>},
           {"exchange_in_warp", &launch_block<exchange_in_warp_kernel>},
           {"exchange_in_half", &launch_block<exchange_in_half_kernel, 32>},

@@ -1,6 +1,7 @@
 #include "emulator/collectives.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -33,6 +34,12 @@ BlockMeeting block;
 std::vector<WarpMeeting> warps;
 
 bool same(const Place& a, const Place& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+std::string hexadecimal(unsigned mask) {
+  char digits[16];
+  std::snprintf(digits, sizeof digits, "0x%08x", mask);
+  return digits;
+}
 
 void suspend() { Fiber::switch_between(current->fiber, machine.host); }
 
@@ -74,8 +81,8 @@ void join(WarpMeeting& meeting, unsigned mask, const char* what, const Place& pl
     std::fill(std::begin(meeting.hands), std::end(meeting.hands), nullptr);
   } else if (meeting.mask != mask || meeting.what != what || !same(meeting.place, place)) {
     fail(std::string("lanes of a warp meet in different collectives: ") + meeting.what + " at " + text(meeting.place) +
-         " with mask " + std::to_string(meeting.mask) + ", " + what + " at " + text(place) + " with mask " +
-         std::to_string(mask));
+         " with mask " + hexadecimal(meeting.mask) + ", " + what + " at " + text(place) + " with mask " +
+         hexadecimal(mask));
   }
 }
 
@@ -113,7 +120,7 @@ void meet_warp(unsigned mask, const char* what, void* hand, Combine combine, Pla
   const unsigned own = 1u << current->lane();
   if ((mask & own) == 0) {
     fail(std::string(what) + " at " + text(place) + ": lane " + std::to_string(current->lane()) +
-         " is not in its own mask " + std::to_string(mask));
+         " is not in its own mask " + hexadecimal(mask));
   }
   WarpMeeting& meeting = warps[current->warp() * kWarpSize + __builtin_ctz(mask)];
   join(meeting, mask, what, place);

@@ -70,7 +70,9 @@ py::list counters() {
 
 py::list sites() {
   py::list used;
-  for (const Site& site : used_sites()) used.append(py::make_tuple(site.kind, site.place.file, site.place.line, site.count));
+  for (const Site& site : used_sites()) {
+    used.append(py::make_tuple(site.kind, short_path(site.place.file), site.place.line, site.count));
+  }
   return used;
 }
 

@@ -122,8 +122,6 @@ std::vector<uint32_t> block_order(std::size_t num_blocks) {
 
 }  // namespace
 
-std::string text(const Place& place) { return std::string(place.file) + ":" + std::to_string(place.line); }
-
 void fail(const std::string& what) {
   observing = false;
   if (machine.error.empty()) {

@@ -7,6 +7,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "emulator/place.h"
+
 namespace emulator {
 namespace {
 
@@ -35,14 +37,8 @@ std::vector<std::string> lines_of_command(const std::string& command) {
   return lines;
 }
 
-// A line of addr2line without folders that are the same for all files, and without "(discriminator 2)".
-std::string shortened(const std::string& line) {
-  std::string place = line.substr(0, line.find(' '));
-  for (const char* const root : {"/csrc/", "/tests/"}) {
-    if (const auto at = place.rfind(root); at != std::string::npos) return place.substr(at + 1);
-  }
-  return place;
-}
+// A line of addr2line without "(discriminator 2)".
+std::string place_of_line(const std::string& line) { return short_path(line.substr(0, line.find(' '))); }
 
 bool is_of_the_emulator(const std::string& place) {
   return place.find("tests/emulator/include/") != std::string::npos || place[0] == '?';
@@ -60,7 +56,7 @@ std::vector<std::string> places_of(const std::vector<uint32_t>& codes) {
     if (line.rfind("0x", 0) == 0) {  // the head of the next instruction's places, innermost first
       places.push_back("?");
     } else if (!places.empty() && places.back() == "?" && !is_of_the_emulator(line)) {
-      places.back() = shortened(line);
+      places.back() = place_of_line(line);
     }
   }
   places.resize(codes.size(), "?");

@@ -94,7 +94,6 @@ class Unobserved {
 
 // Ends the launch with an error that names the running thread.
 [[noreturn]] void fail(const std::string& what);
-std::string text(const Place& place);
 
 // The running thread waits until make_ready is called for it.
 void wait_as(ThreadState state, const Place& place);

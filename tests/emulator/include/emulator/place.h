@@ -1,6 +1,8 @@
 // Where in the kernels' source a primitive is used.
 #pragma once
 
+#include <string>
+
 namespace emulator {
 
 // As a default argument, Place::here() is the place of the caller.
@@ -12,6 +14,11 @@ struct Place {
     return {file, line};
   }
 };
+
+// "file:line", as short_path.
+std::string text(const Place& place);
+// The path without the folders above csrc and tests.
+std::string short_path(const std::string& path);
 
 }  // namespace emulator
 
