@@ -134,3 +134,18 @@ class BlockPool:
 def block_size(bytes: int) -> int: ...
 def plain_pool(budget_bytes: int) -> BlockPool: ...
 def copy_pieces(destinations: list[int], sources: list[int], sizes: list[int]) -> None: ...
+def grouped_vector(
+    is_scale: bool,
+    rows: int,
+    stride: int,
+    num_tokens: int,
+    hidden_size: int,
+    arena: int,
+    arena_size: int,
+    segment_offsets: int,
+    segment_slots: int,
+    num_segments: int,
+    slot_offsets: int,
+    num_slots: int,
+    num_threads: int,
+) -> None: ...

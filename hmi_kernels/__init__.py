@@ -1,32 +1,42 @@
-"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters, packed attention.
+"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters, packed attention, copies.
 
 They know tensors, and nothing of tenants. Every op is registered with ``torch.library`` as ``hmi::<name>``
 and runs on the backend that :func:`use_backend` or ``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is
-the specification of them all.
+the specification of them all. Beside the ops, :class:`PinnedPool` and :func:`copy_batch_async` move memory.
 """
 
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
 from hmi_kernels.attention import packed_attention
 from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
+from hmi_kernels.copies import COPY_METHODS, CopyEvent, copy_batch_async, wait_for_copies
 from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
+from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
-from hmi_kernels.plot import plot_lookup, plot_merge
+from hmi_kernels.pinned_pool import PinnedPool
+from hmi_kernels.plot import plot_lookup, plot_merge, quantize_rows
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
 from hmi_kernels.vectors import grouped_bias, grouped_scale
 
 __all__ = [
     "ACTIVATIONS",
+    "COPY_METHODS",
     "MAX_TOKEN_ID",
     "ROW_BITS",
     "BackendStatus",
+    "CopyEvent",
+    "CudaError",
     "NgramCounter",
+    "PinnedPool",
+    "PoolClosedError",
+    "PoolExhaustedError",
     "active_backend",
     "backends",
     "build_info",
     "check_adapter_shape",
+    "copy_batch_async",
     "count_ngrams",
     "grouped_bias",
     "grouped_bottleneck",
@@ -40,6 +50,8 @@ __all__ = [
     "plot_index_insert",
     "plot_lookup",
     "plot_merge",
+    "quantize_rows",
     "raise_faults",
     "use_backend",
+    "wait_for_copies",
 ]

@@ -3,6 +3,7 @@
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "cpu/grouped_adapter.h"
+#include "cpu/grouped_vector.h"
 #include "cpu/ngram_counter.h"
 #include "cpu/packed_attention.h"
 #include "cpu/plot_index.h"
@@ -81,6 +82,16 @@ void grouped_adapter(Address output, int64_t output_stride, int64_t output_size,
        pointer<const int32_t>(slot_ranks), pointer<const int32_t>(slot_activations), pointer<const float>(slot_scales),
        num_slots},
       num_threads);
+}
+
+void grouped_vector(bool is_scale, Address rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, Address arena,
+                    int64_t arena_size, Address segment_offsets, Address segment_slots, int64_t num_segments,
+                    Address slot_offsets, int64_t num_slots, int num_threads) {
+  const auto operation = is_scale ? hmi::VectorOperation::kScale : hmi::VectorOperation::kAdd;
+  hmi::grouped_vector({operation, pointer<float>(rows), stride, num_tokens, hidden_size, pointer<const float>(arena),
+                       arena_size, pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots),
+                       num_segments, pointer<const int64_t>(slot_offsets), num_slots},
+                      num_threads);
 }
 
 // slot_offsets 0: the slot tables lie on a device and are not looked at.
@@ -175,6 +186,13 @@ void define_adapters(py::module_& m) {
         py::arg("slot_scales"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
 }
 
+void define_vectors(py::module_& m) {
+  m.def("grouped_vector", &grouped_vector, py::arg("is_scale"), py::arg("rows"), py::arg("stride"),
+        py::arg("num_tokens"), py::arg("hidden_size"), py::arg("arena"), py::arg("arena_size"),
+        py::arg("segment_offsets"), py::arg("segment_slots"), py::arg("num_segments"), py::arg("slot_offsets"),
+        py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
+}
+
 void define_checks(py::module_& m) {
   m.def("check_segments", &check_segments, py::arg("segment_offsets"), py::arg("segment_slots"),
         py::arg("num_segments"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("slot_offsets"),
@@ -209,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
   define_settings(m);
   define_plot(m);
   define_adapters(m);
+  define_vectors(m);
   define_checks(m);
   define_attention(m);
   define_counter(m);
