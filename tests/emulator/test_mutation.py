@@ -17,7 +17,6 @@ CASES = {
     "pipeline": (6, lambda x: np.roll(x.reshape(6, 64, 4).sum(2), -1, axis=1).ravel()),
 }
 SIZES = {"exchange_in_half": (32, 32), "pipeline": (1536, 384)}
-SCHEDULES = [{"order": "reverse"}, *({"order": "random", "seed": seed} for seed in range(5))]
 
 
 def run(kernel):
@@ -61,11 +60,11 @@ def test_sites_are_known_by_kind_and_count(kernel, kinds):
     assert len({site.line for site in found}) == len(kinds)
 
 
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kernel", CASES)
-def test_every_schedule_but_in_order_misses_every_site(kernel):
+def test_every_random_schedule_misses_every_site(kernel, seed):
     for site in sites_of(kernel):
-        for schedule in SCHEDULES:
-            assert fails(kernel, dropped=[site], **schedule), (site, schedule)
+        assert fails(kernel, order="random", seed=seed, dropped=[site]), site
 
 
 @pytest.mark.parametrize("kernel", CASES)
@@ -75,16 +74,13 @@ def test_the_race_check_misses_every_barrier(kernel):
             assert fails(kernel, variant="race", order="in order", dropped=[site]), site
 
 
-def test_running_in_order_is_not_enough():
-    """Write after read: why the other schedules exist."""
-    second = sites_of("shift")[1]
-    assert not fails("shift", order="in order", dropped=[second])
-
-
-def test_copies_that_arrive_early_hide_a_wait_that_waits_for_too_little():
-    (wait,) = (site for site in sites_of("pipeline") if site.kind == "copy wait")
-    assert not fails("pipeline", copy_time="early", dropped=[wait])
-    assert fails("pipeline", copy_time="late", dropped=[wait])
+def test_one_order_is_not_enough():
+    """In order nobody overtakes the one who reads what he will write; in reverse nobody reads too early."""
+    read_after_write, write_after_read = sites_of("shift")
+    assert fails("shift", order="in order", dropped=[read_after_write])
+    assert not fails("shift", order="in order", dropped=[write_after_read])
+    assert not fails("shift", order="reverse", dropped=[read_after_write])
+    assert fails("shift", order="reverse", dropped=[write_after_read])
 
 
 @pytest.mark.parametrize("seed", range(5))

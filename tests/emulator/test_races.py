@@ -18,7 +18,7 @@ SCHEDULES = [{"order": "in order"}, {"order": "reverse"}, {"order": "random", "s
         ("same_global_word", 0, "write after write in global memory: thread 0 of another block"),
         ("neighbour_block", 0, "in global memory: thread 0 of another block"),
         ("ordered_by_shuffle", 0, "read after write in shared memory"),
-        ("ordered_by_other_half", 0, "read after write in shared memory"),
+        ("ordered_by_other_half", 0, "(read after write|write after read) in shared memory"),
         ("two_readers", 0, "(write after read|read after write) in shared memory"),
         ("two_sums", 1, "(write after read|write after write|read after write) in shared memory"),
         ("constant_of_own", 0, "write of what a constant load has read"),
