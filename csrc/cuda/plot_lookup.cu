@@ -162,22 +162,20 @@ __device__ __forceinline__ void store_by_warp(const PlotLookupArguments& a, int6
 
 template <int kWindow>
 __global__ void __launch_bounds__(kThreads) plot_lookup_kernel(const __grid_constant__ PlotLookupArguments a) {
-  HMI_SHARED(int64_t, ends, [2]);  // the sequences of the block's first and last token
+  HMI_SHARED(SequenceRange, range, [1]);  // from the sequence of the block's first token to that of its last
   const DeviceSequences sequences = {a.sequence_offsets, a.num_sequences, a.num_tokens};
   const int64_t first = int64_t{blockIdx.x} * kThreads;
   const int64_t last = (first + kThreads < a.num_tokens ? first + kThreads : a.num_tokens) - 1;
-  check_offsets_rise(sequences, a.fault);
-  const int warp = threadIdx.x / kWarpSize;
-  if (warp < 2) {
-    const int64_t end = find_sequence_by_warp(sequences, warp == 0 ? first : last);
-    if (threadIdx.x % kWarpSize == 0) ends[warp] = end;
+  if (threadIdx.x < kWarpSize) {
+    const SequenceRange found = find_sequences_by_warp(sequences, first, last);
+    if (threadIdx.x == 0) range[0] = found;
   }
   __syncthreads();
 
   const int64_t t = first + threadIdx.x;
   const bool is_token = t < a.num_tokens;
   TokenSequence sequence = {-1, 0, 0};
-  if (is_token) sequence = find_sequence(sequences, ends[0], ends[1], t, a.fault);
+  if (is_token) sequence = find_sequence(sequences, range[0], t, a.fault);
   const Window window = load_window(a.input_ids, t, a.num_tokens, sequence);
   if (is_token && !is_token_id(window.token)) {
     report_fault(a.fault, fault_word(Fault::kInputIds, t));
@@ -190,6 +188,7 @@ __global__ void __launch_bounds__(kThreads) plot_lookup_kernel(const __grid_cons
     look_up_trigram(a, sequence.index, window, references);
     store_by_warp(a, t, references);
   }
+  check_offsets_rise(sequences, a.fault);
 }
 
 }  // namespace

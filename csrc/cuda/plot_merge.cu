@@ -9,38 +9,29 @@
 namespace hmi::cuda {
 namespace {
 
-// As many elements as 16 bytes of output, of any type; room for float32.
+// As many elements of a row as 16 bytes of output hold. Of float32 rows beside 16-bit output these are 32 bytes; only
+// the first half is loaded here, and the other half of each sector waits in the first-level cache for add_chunk: to
+// keep both would double the registers that all rows take.
 template <int kElements>
-struct Chunk {
-  uint4 parts[kElements / 4];
-};
-
-template <int kElements>
-__device__ __forceinline__ Chunk<kElements> load_chunk(const void* row, DataType type, int number) {
-  const char* from = static_cast<const char*>(row) + number * (kElements * size_of(type));
-  Chunk<kElements> chunk = {};
+__device__ __forceinline__ uint4 load_chunk(const void* row, DataType type, int number) {
   const int bytes = kElements * size_of(type);
-  if (bytes == 32) {
-    // Each load takes a half of every 32-byte sector: the cache keeps the other half for the second.
-    for (int part = 0; part < kElements / 4; ++part) chunk.parts[part] = load16(from + 16 * part);
-  } else if (bytes == 16) {
-    chunk.parts[0] = load16_once(from);
-  } else if (bytes == 8) {
+  const char* from = static_cast<const char*>(row) + number * bytes;
+  if (bytes == 32) return load16(from);
+  if (bytes == 16) return load16_once(from);
+  if (bytes == 8) {
     const uint2 half = load8_once(from);
-    chunk.parts[0] = {half.x, half.y, 0, 0};
-  } else {
-    chunk.parts[0] = {load4_once(from), 0, 0, 0};
+    return {half.x, half.y, 0, 0};
   }
-  return chunk;
+  return {load4_once(from), 0, 0, 0};
 }
 
-template <class Element, int kElements>
-__device__ __forceinline__ void add_elements(const Chunk<kElements>& chunk, float scale, float (&sums)[kElements]) {
-  Element elements[kElements];
-  static_assert(sizeof(elements) <= sizeof(chunk));
-  __builtin_memcpy(elements, &chunk, sizeof(elements));
+template <class Element, int kCount>
+__device__ __forceinline__ void add_elements(const uint4& bytes, float scale, float* sums) {
+  Element elements[kCount];
+  static_assert(sizeof(elements) <= sizeof(bytes));
+  __builtin_memcpy(elements, &bytes, sizeof(elements));
 #pragma unroll
-  for (int e = 0; e < kElements; ++e) {
+  for (int e = 0; e < kCount; ++e) {
     if constexpr (std::is_same_v<Element, int8_t>) {
       sums[e] += scale * static_cast<float>(elements[e]);
     } else {
@@ -49,18 +40,23 @@ __device__ __forceinline__ void add_elements(const Chunk<kElements>& chunk, floa
   }
 }
 
+// What load_chunk gave of the row.
 template <int kElements>
-__device__ __forceinline__ void add_chunk(const Chunk<kElements>& chunk, DataType type, float scale,
+__device__ __forceinline__ void add_chunk(const uint4& chunk, const void* row, DataType type, int number, float scale,
                                           float (&sums)[kElements]) {
   switch (type) {
     case DataType::kFloat32:
-      return add_elements<float>(chunk, scale, sums);
+      add_elements<float, 4>(chunk, scale, sums);
+      if constexpr (kElements == 8) {
+        add_elements<float, 4>(load16(static_cast<const char*>(row) + number * 32 + 16), scale, sums + 4);
+      }
+      return;
     case DataType::kFloat16:
-      return add_elements<__half>(chunk, scale, sums);
+      return add_elements<__half, kElements>(chunk, scale, sums);
     case DataType::kBfloat16:
-      return add_elements<__nv_bfloat16>(chunk, scale, sums);
+      return add_elements<__nv_bfloat16, kElements>(chunk, scale, sums);
     case DataType::kInt8:
-      return add_elements<int8_t>(chunk, scale, sums);
+      return add_elements<int8_t, kElements>(chunk, scale, sums);
   }
 }
 
@@ -90,28 +86,27 @@ __device__ __forceinline__ float token_sum(const Place& place, float value, floa
 template <int kVectors, int kElements, int kSummands>
 __device__ __forceinline__ void sum_rows(const SummandRows<kSummands>& rows, int token, const Place& place,
                                          float (&sums)[kVectors][kElements]) {
-  Chunk<kElements> chunks[kSummands][kVectors];
+  uint4 chunks[kSummands][kVectors];
 #pragma unroll
   for (int summand = 0; summand < kSummands; ++summand) {
-    const void* address = rows.addresses[summand][token];
+    const void* row = rows.addresses[summand][token];
     const DataType type = rows.types[summand][token];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int number = place.first_chunk + v * place.stride;
-      if (address != nullptr && number < place.num_chunks) {
-        chunks[summand][v] = load_chunk<kElements>(address, type, number);
-      }
+      if (row != nullptr && number < place.num_chunks) chunks[summand][v] = load_chunk<kElements>(row, type, number);
     }
   }
 #pragma unroll
   for (int summand = 0; summand < kSummands; ++summand) {
-    if (rows.addresses[summand][token] == nullptr) continue;
+    const void* row = rows.addresses[summand][token];
     const DataType type = rows.types[summand][token];
     const float scale = rows.scales[summand][token];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (place.first_chunk + v * place.stride < place.num_chunks) {
-        add_chunk(chunks[summand][v], type, scale, sums[v]);
+      const int number = place.first_chunk + v * place.stride;
+      if (row != nullptr && number < place.num_chunks) {
+        add_chunk(chunks[summand][v], row, type, number, scale, sums[v]);
       }
     }
   }
@@ -181,19 +176,15 @@ __device__ __forceinline__ void find_rows(const PlotMergeArguments& a, int64_t f
   const int begin = token - token % kWarpSize, end = begin + kWarpSize;
   if (begin >= num_tokens) return;
   const DeviceSequences sequences = {a.sequence_offsets, a.num_sequences, a.num_tokens};
-  const int64_t low = find_sequence_by_warp(sequences, first + begin);
-  const int64_t high = find_sequence_by_warp(sequences, first + (end < num_tokens ? end : num_tokens) - 1);
+  const int64_t last = first + (end < num_tokens ? end : num_tokens) - 1;
+  const SequenceRange range = find_sequences_by_warp(sequences, first + begin, last);
   if (token >= num_tokens) return;
-  RowFinder<kWindow> finder(a, first + token, find_sequence(sequences, low, high, first + token, a.fault));
+  RowFinder<kWindow> finder(a, first + token, find_sequence(sequences, range, first + token, a.fault));
   finder.find(rows, token);
 }
 
-// The largest block that a layout makes for the element.
-template <class Element>
-constexpr int kMaxThreads = sizeof(Element) == 4 ? 512 : 384;
-
 template <class Element, int kWindow, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads<Element>)
+__global__ void __launch_bounds__(max_merge_threads(kVectors, sizeof(Element)), min_merge_blocks(kVectors))
     plot_merge_kernel(const __grid_constant__ PlotMergeArguments a, const MergePlan plan) {
   constexpr int kElements = 16 / sizeof(Element);
   using Rows = typename RowFinder<kWindow>::Rows;
@@ -209,7 +200,6 @@ __global__ void __launch_bounds__(kMaxThreads<Element>)
   const int num_tokens = left < plan.tokens_at_once * plan.rounds ? left : plan.tokens_at_once * plan.rounds;
 
   copy_layer_norm(a, place.num_chunks, layer_norm);
-  check_offsets_rise({a.sequence_offsets, a.num_sequences, a.num_tokens}, a.fault);
   find_rows<kWindow>(a, first, num_tokens, rows[0]);
   cp_async_wait<0>();
   __syncthreads();
@@ -222,12 +212,13 @@ __global__ void __launch_bounds__(kMaxThreads<Element>)
     const Normalization norm = normalization(a, place, sums);
     if (is_token) store_normalized<Element>(a, place, first + token, layer_norm, norm, rows[0].is_empty(token), sums);
   }
+  check_offsets_rise({a.sequence_offsets, a.num_sequences, a.num_tokens}, a.fault);
 }
 
 template <class Element, int kWindow>
 cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
+  if (a.hidden_size > kMaxMergeHiddenSize) return cudaErrorInvalidValue;
   const MergePlan plan = plan_merge(a.num_tokens, ceil_div(a.hidden_size, 16 / sizeof(Element)));
-  if (plan.rounds == 0) return cudaErrorInvalidValue;
   const auto kernel =
       plan.vectors_per_lane == 1 ? plot_merge_kernel<Element, kWindow, 1> : plot_merge_kernel<Element, kWindow, 2>;
   const dim3 grid(static_cast<unsigned>(ceil_div(a.num_tokens, int64_t{plan.tokens_at_once} * plan.rounds)));

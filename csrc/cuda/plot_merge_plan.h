@@ -5,11 +5,18 @@
 
 namespace hmi::cuda {
 
+constexpr int kMaxMergeHiddenSize = 4096;
+
 // A chunk is 16 bytes of an output row; a lane holds vectors_per_lane of them.
 struct MergeLayout {
   int32_t max_chunks;        // of the rows that it serves
   int32_t vectors_per_lane;  // 1 or 2
   int32_t tokens_at_once;    // by a block
+
+  constexpr int32_t warps_per_token(int64_t num_chunks) const {
+    const int64_t chunks_per_warp = int64_t{32} * vectors_per_lane;
+    return static_cast<int32_t>((num_chunks + chunks_per_warp - 1) / chunks_per_warp);
+  }
 };
 
 constexpr MergeLayout kMergeLayouts[] = {
@@ -39,13 +46,28 @@ struct MergePlan {
   int32_t rounds;
 };
 
-// All zero if a row has more chunks than any layout serves.
+// Threads of the largest block with so many vectors a lane, for rows of elements of that size.
+constexpr int max_merge_threads(int vectors_per_lane, int element_size) {
+  const int most_chunks = kMaxMergeHiddenSize * element_size / 16;
+  int most = 0, served = 0;
+  for (const MergeLayout& layout : kMergeLayouts) {
+    if (served >= most_chunks) break;
+    served = layout.max_chunks < most_chunks ? layout.max_chunks : most_chunks;
+    const int threads = layout.tokens_at_once * layout.warps_per_token(served) * 32;
+    if (layout.vectors_per_lane == vectors_per_lane && threads > most) most = threads;
+  }
+  return most;
+}
+
+// Blocks that a multiprocessor shall hold: a bound on the registers of a thread.
+constexpr int min_merge_blocks(int vectors_per_lane) { return vectors_per_lane == 1 ? 2 : 1; }
+
+// For rows of at most kMaxMergeHiddenSize elements.
 constexpr MergePlan plan_merge(int64_t num_tokens, int64_t num_chunks) {
   for (const MergeLayout& layout : kMergeLayouts) {
     if (num_chunks > layout.max_chunks) continue;
     const int64_t groups = (num_tokens + layout.tokens_at_once - 1) / layout.tokens_at_once;
-    const int64_t chunks_per_warp = int64_t{32} * layout.vectors_per_lane;
-    const int32_t warps = static_cast<int32_t>((num_chunks + chunks_per_warp - 1) / chunks_per_warp);
+    const int32_t warps = layout.warps_per_token(num_chunks);
     for (const MergeRounds& entry : kMergeRounds) {
       if (groups >= entry.min_groups) return {layout.vectors_per_lane, warps, layout.tokens_at_once, entry.rounds};
     }

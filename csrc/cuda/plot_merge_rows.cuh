@@ -18,10 +18,11 @@ __host__ __device__ constexpr int size_of(DataType type) {
   return type == DataType::kFloat32 ? 4 : type == DataType::kInt8 ? 1 : 2;
 }
 
-// The summand is scale * row.
+// Where a summand lies. Its value is factor * row or, for int8, factor * *scale * row.
 struct SummandRow {
   const void* address = nullptr;  // null for none
-  float scale = 1.0f;
+  const float* scale = nullptr;   // null for none
+  float factor = 1.0f;
   DataType type = DataType::kFloat32;
 };
 
@@ -32,68 +33,92 @@ struct SummandRows {
   float scales[kSummands][kMaxMergeTokens];
   DataType types[kSummands][kMaxMergeTokens];
 
-  __device__ void set(int summand, int token, const SummandRow& row) {
+  __device__ void set(int summand, int token, const SummandRow& row, float scale) {
     addresses[summand][token] = row.address;
-    scales[summand][token] = row.scale;
+    scales[summand][token] = scale;
     types[summand][token] = row.type;
   }
   // A token without a position has no rows at all: its output is zero.
   __device__ bool is_empty(int token) const { return addresses[kPosition][token] == nullptr; }
-  __device__ void clear(int token) {
-    for (int summand = 0; summand < kSummands; ++summand) addresses[summand][token] = nullptr;
-  }
 };
 
 // One token's search for its rows. A value out of bounds is a fault and leaves the token without any.
+// References, id and table come in loads that do not wait for each other, and so do the scales after them: this search
+// is all latency, and no row is loaded before its end.
 template <int kWindow>
 class RowFinder {
  public:
-  using Rows = SummandRows<num_summands(kWindow)>;
+  static constexpr int kSummands = num_summands(kWindow);
+  using Rows = SummandRows<kSummands>;
 
   __device__ RowFinder(const PlotMergeArguments& arguments, int64_t t, const TokenSequence& sequence)
       : a_(arguments), t_(t), sequence_(sequence), is_valid_(sequence.index >= 0) {}
 
   __device__ void find(Rows& rows, int token) {
-    rows.clear(token);
-    if (!is_valid_) return;
-    rows.set(kPosition, token, position_row());
-    const DeviceTable* unigrams = unigram_table();
-    if constexpr (kWindow == 2) {
-      find_bigrams(rows, token, unigrams);
-    } else {
-      find_trigrams(rows, token, unigrams);
+    SummandRow found[kSummands];
+    if (is_valid_) find(found);
+    float scales[kSummands];
+#pragma unroll
+    for (int summand = 0; summand < kSummands; ++summand) {
+      if (!is_valid_) found[summand] = {};
+      scales[summand] = 1.0f;
+      if (found[summand].scale != nullptr) scales[summand] = load_scale(found[summand].scale);
     }
-    if (!is_valid_) rows.clear(token);
+#pragma unroll
+    for (int summand = 0; summand < kSummands; ++summand) {
+      rows.set(summand, token, found[summand], found[summand].factor * scales[summand]);
+    }
   }
 
  private:
-  // U + (left - U) + (right - U) is left + right - U, or the one that is there, or U alone.
-  __device__ void find_bigrams(Rows& rows, int token, const DeviceTable* unigrams) {
-    const int64_t left = has_left() ? a_.references[t_ - 1] : kMissing;
-    const int64_t right = has_right() ? a_.references[t_] : kMissing;
-    rows.set(kFromLeft, token, table_row(left, 1));
-    rows.set(kFromRight, token, table_row(right, 0));
-    rows.set(kUnigram, token, unigram_row(unigrams, left != kMissing, right != kMissing));
+  static constexpr int kColumns = kWindow == 2 ? 1 : 3;  // of references
+  enum Column : int { kWhole, kLeft, kRight };
+
+  __device__ void find(SummandRow (&found)[kSummands]) {
+    const int64_t id = a_.input_ids[t_];
+    const int32_t unigrams = a_.sequence_unigram_tables[sequence_.index];
+    if constexpr (kWindow == 2) {
+      find_bigrams(found, unigrams, id);
+    } else {
+      find_trigrams(found, unigrams, id);
+    }
+    found[kPosition] = position_row();
+    if (unigrams < 0 || unigrams >= a_.num_unigram_tables) refuse(Fault::kUnigramTables, sequence_.index);
   }
 
-  __device__ void find_trigrams(Rows& rows, int token, const DeviceTable* unigrams) {
-    if (has_left()) rows.set(kFromLeft, token, table_row(window_or_side(t_ - 1, 2), 2));
-    if (has_right()) rows.set(kFromRight, token, table_row(window_or_side(t_ + 1, 1), 0));
-    const int64_t whole = a_.references[t_ * 3];
-    const int64_t left = whole != kMissing ? whole : a_.references[t_ * 3 + 1];
-    const int64_t right = whole != kMissing ? kMissing : a_.references[t_ * 3 + 2];
-    rows.set(kCenter, token, table_row(left, 1));
-    rows.set(kCenterOfRight, token, table_row(right, 1));
-    if (whole == kMissing) rows.set(kUnigram, token, unigram_row(unigrams, left != kMissing, right != kMissing));
+  // U + (left - U) + (right - U) is left + right - U, or the one that is there, or U alone.
+  __device__ void find_bigrams(SummandRow (&found)[kSummands], int32_t unigrams, int64_t id) {
+    const int64_t left = reference(has_left(), t_ - 1, kWhole);
+    const int64_t right = reference(has_right(), t_, kWhole);
+    found[kFromLeft] = table_row(left, 1);
+    found[kFromRight] = table_row(right, 0);
+    found[kUnigram] = unigram_row(unigrams, id, left != kMissing, right != kMissing);
+  }
+
+  // Of each neighbor its window or, where that is missing, its bigram on our side; of the token its window or both.
+  __device__ void find_trigrams(SummandRow (&found)[kSummands], int32_t unigrams, int64_t id) {
+    const int64_t left_whole = reference(has_left(), t_ - 1, kWhole);
+    const int64_t left_side = reference(has_left(), t_ - 1, kRight);
+    const int64_t right_whole = reference(has_right(), t_ + 1, kWhole);
+    const int64_t right_side = reference(has_right(), t_ + 1, kLeft);
+    const int64_t whole = reference(true, t_, kWhole);
+    const int64_t left = reference(true, t_, kLeft);
+    const int64_t right = reference(true, t_, kRight);
+    found[kFromLeft] = table_row(left_whole != kMissing ? left_whole : left_side, 2);
+    found[kFromRight] = table_row(right_whole != kMissing ? right_whole : right_side, 0);
+    found[kCenter] = table_row(whole != kMissing ? whole : left, 1);
+    if (whole != kMissing) return;
+    found[kCenterOfRight] = table_row(right, 1);
+    found[kUnigram] = unigram_row(unigrams, id, left != kMissing, right != kMissing);
   }
 
   __device__ bool has_left() const { return t_ > sequence_.begin; }
   __device__ bool has_right() const { return t_ + 1 < sequence_.end; }
 
-  // The reference of the window at t or, where that is missing, of its bigram in the column.
-  __device__ int64_t window_or_side(int64_t t, int column) const {
-    const int64_t whole = a_.references[t * 3];
-    return whole != kMissing ? whole : a_.references[t * 3 + column];
+  // kMissing unless that token is there. Always loads, as a branch would wait for the loads before it.
+  __device__ int64_t reference(bool is_there, int64_t t, Column column) const {
+    const int64_t loaded = a_.references[(is_there ? t : t_) * kColumns + column];
+    return is_there ? loaded : kMissing;
   }
 
   __device__ SummandRow table_row(int64_t reference, int slot) {
@@ -107,20 +132,12 @@ class RowFinder {
   }
 
   // U where both rows are missing, -U where both are there, none where one is.
-  __device__ SummandRow unigram_row(const DeviceTable* table, bool has_left_row, bool has_right_row) {
-    if (table == nullptr || has_left_row != has_right_row) return {};
-    const int64_t id = a_.input_ids[t_];
-    if (id < 0 || id >= table->num_rows) return refuse(Fault::kInputIds, t_);
-    SummandRow row = row_at(*table, id);
-    if (has_left_row) row.scale = -1.0f;
+  __device__ SummandRow unigram_row(int32_t table, int64_t id, bool has_left_row, bool has_right_row) {
+    if (table < 0 || table >= a_.num_unigram_tables || has_left_row != has_right_row) return {};
+    if (id < 0 || id >= a_.unigram_tables[table].num_rows) return refuse(Fault::kInputIds, t_);
+    SummandRow row = row_at(a_.unigram_tables[table], id);
+    row.factor = has_left_row ? -1.0f : 1.0f;
     return row;
-  }
-
-  __device__ const DeviceTable* unigram_table() {
-    const int32_t table = a_.sequence_unigram_tables[sequence_.index];
-    if (table >= 0 && table < a_.num_unigram_tables) return &a_.unigram_tables[table];
-    refuse(Fault::kUnigramTables, sequence_.index);
-    return nullptr;
   }
 
   __device__ SummandRow position_row() {
@@ -131,8 +148,15 @@ class RowFinder {
 
   __device__ SummandRow row_at(const DeviceTable& table, int64_t index) const {
     const int64_t offset = index * a_.hidden_size * size_of(table.data_type);
-    const float scale = table.data_type == DataType::kInt8 ? table.scales[index] : 1.0f;
-    return {static_cast<const char*>(table.rows) + offset, scale, table.data_type};
+    const float* scale = table.data_type == DataType::kInt8 ? table.scales + index : nullptr;
+    return {static_cast<const char*>(table.rows) + offset, scale, 1.0f, table.data_type};
+  }
+
+  static __device__ float load_scale(const float* address) {
+    const unsigned bits = load4_once(address);
+    float scale;
+    __builtin_memcpy(&scale, &bits, sizeof(scale));
+    return scale;
   }
 
   __device__ SummandRow refuse(Fault kind, int64_t position) {

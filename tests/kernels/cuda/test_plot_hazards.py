@@ -327,6 +327,6 @@ def test_page_locked_memory_has_an_address_on_the_device() -> None:
 
 def test_rows_that_no_layout_serves_are_an_error_of_the_launch() -> None:
     """Behind the checks in Python stands the launcher's own."""
-    too_wide = merge_arguments(position_embeddings=torch.zeros(1, 8200).half())
+    too_wide = merge_arguments(position_embeddings=torch.zeros(1, 4104).half())
     with pytest.raises(CudaError, match="launch of plot_merge failed: cudaErrorInvalidValue"):
         cuda_plot.MERGE.run(too_wide)
