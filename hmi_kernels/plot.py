@@ -43,6 +43,7 @@ def plot_lookup(
 
     Returns: references int64 [tokens, 1] or [tokens, 3], each ``table << ROW_BITS | row`` or -1.
     Raises TypeError or ValueError on arguments of another kind, ValueError on ids and tables that cannot be.
+    On a GPU the kernel finds such values: it gives their tokens -1, and :func:`raise_faults` tells of them.
     """
     return cast(Tensor, _plot_lookup(input_ids, sequence_offsets, list(indexes), chains, window=window))
 

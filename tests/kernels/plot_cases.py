@@ -120,9 +120,7 @@ def make_tables(
     for ngrams, dtype in zip(case.ngrams, dtypes, strict=True):
         table = torch.randn(len(ngrams), case.window, hidden_size)
         quantized = (
-            hmi_kernels.plot.quantize_rows(table)
-            if dtype is torch.int8
-            else (table.to(dtype), torch.empty(0))
+            hmi_kernels.quantize_rows(table) if dtype is torch.int8 else (table.to(dtype), torch.empty(0))
         )
         rows.append(quantized[0])
         scales.append(quantized[1])

@@ -107,7 +107,7 @@ def test_quantized_rows_lose_at_most_half_of_their_scale() -> None:
     wide[5, 1] = 0.0
     for dtype in (torch.float32, torch.float16, torch.float64):
         rows = wide.clamp(-60000, 60000).to(dtype)
-        quantized, scales = hmi_kernels.plot.quantize_rows(rows)
+        quantized, scales = hmi_kernels.quantize_rows(rows)
         assert (quantized.dtype, scales.dtype) == (torch.int8, torch.float32)
         assert quantized.abs().max() == 127 and scales[5, 1] == 0 and not quantized[5, 1].any()
         largest = rows.double().abs().amax(dim=2)
@@ -116,7 +116,7 @@ def test_quantized_rows_lose_at_most_half_of_their_scale() -> None:
         exact_scales = scales.double().unsqueeze(2)
         lost = (rows.double() - quantized.double() * exact_scales).abs()
         assert bool((lost <= exact_scales * (0.5 + 1e-6)).all())
-    assert [part.shape for part in hmi_kernels.plot.quantize_rows(torch.empty(0, 2, 8))] == [
+    assert [part.shape for part in hmi_kernels.quantize_rows(torch.empty(0, 2, 8))] == [
         (0, 2, 8),
         (0, 2),
     ]
@@ -127,9 +127,9 @@ def test_rows_that_int8_cannot_hold_are_refused(bad: float) -> None:
     rows = torch.zeros(3, 2, 8)
     rows[1, 1, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
-        hmi_kernels.plot.quantize_rows(rows)
+        hmi_kernels.quantize_rows(rows)
     with pytest.raises(TypeError, match="rows must be"):
-        hmi_kernels.plot.quantize_rows(rows.int())
+        hmi_kernels.quantize_rows(rows.int())
 
 
 def test_row_scales_belong_to_int8_tables() -> None:
