@@ -5,6 +5,7 @@ Written token by token with dicts and lists, in float64: the oracle of every bac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,8 @@ import hmi_kernels
 NGram = tuple[int, ...]
 VOCABULARY = 7
 ABSENT = -1
+FLOAT32_UNIT = 2.0**-24
+"""Largest relative error of one rounding to float32."""
 
 
 @dataclass
@@ -206,3 +209,36 @@ def expected_merge(case: Case, tables: Tables) -> Tensor:
     """float64 [tokens, hidden]."""
     sums = expected_sums(case, tables)
     return functional.layer_norm(sums, sums.shape[1:], tables.weight.double(), tables.bias.double(), 1e-5)
+
+
+def assert_merged(case: Case, tables: Tables, actual: Tensor) -> None:
+    """Asserts that the output is as near to the formula in float64 as its dtype and float32 sums allow.
+
+    At most six rows are added, each times a scale: 12 roundings of numbers up to the sum A of their sizes.
+    The mean adds a chain of at most 40 (in a lane, over a warp, over warps; or in a SIMD lane). So sum minus
+    mean is wrong by 52 units of A, and of z = (sum - mean) / deviation that changes 1 / deviation of it
+    directly, and z times as much through the deviation. Variance, root, quotient and the last operations:
+    64 units of the result. Then one rounding to the dtype of the output.
+    """
+    expected = expected_merge(case, tables)
+    assert actual.shape == expected.shape and actual.dtype == tables.positions.dtype
+    if not expected.numel():
+        return
+    weight, bias = tables.weight.double(), tables.bias.double()
+    sums = expected_sums(case, tables)
+    deviation = (sums.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+    largest = 6 * max(float(part.abs().max()) for part in _all_rows(tables))
+    scaled = (expected - bias).abs()
+    units = 52 * largest / deviation * (weight.abs() + scaled) + 64 * scaled + bias.abs()
+    exact = FLOAT32_UNIT * units
+    rounding = FLOAT32_UNIT if actual.dtype is torch.float32 else torch.finfo(actual.dtype).eps / 2
+    smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
+    bound = exact + rounding * (expected.abs() + exact) + smallest
+    wrong = ((actual.double() - expected).abs() > bound).nonzero()
+    assert not wrong.numel(), f"{len(wrong)} elements too far off, first at {wrong[0].tolist()}"
+
+
+def _all_rows(tables: Tables) -> Iterator[Tensor]:
+    for t, table in enumerate(tables.rows):
+        yield from (tables.row(t << 40 | row) for row in range(table.shape[0]))
+    yield from (part.double() for part in (*tables.unigrams, tables.positions))

@@ -11,7 +11,7 @@ from kernels.plot_cases import (
     VOCABULARY,
     Case,
     Tables,
-    expected_merge,
+    assert_merged,
     expected_references,
     make_case,
     make_tables,
@@ -50,9 +50,7 @@ def test_merge_equals_the_formula(
 ) -> None:
     case = make_case(window, share=share)
     tables = make_tables(case, hidden_size, dtypes)
-    actual = merge(case, tables, case.lookup())
-    assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, expected_merge(case, tables).float(), rtol=1e-4, atol=1e-4)
+    assert_merged(case, tables, merge(case, tables, case.lookup()))
 
 
 @pytest.mark.parametrize("window", [2, 3])
@@ -61,11 +59,7 @@ def test_output_has_the_dtype_of_the_positions(window: int, compute_type: torch.
     """On the CPU by the reference, which sums in float32 and rounds once."""
     case = make_case(window)
     tables = make_tables(case, 24, (torch.bfloat16, torch.int8), compute_type)
-    actual = merge(case, tables, case.lookup())
-    expected = expected_merge(case, tables)
-    assert actual.dtype == compute_type
-    half_of_last_bit = torch.finfo(compute_type).eps / 2
-    torch.testing.assert_close(actual.double(), expected, rtol=1.01 * half_of_last_bit, atol=1e-5)
+    assert_merged(case, tables, merge(case, tables, case.lookup()))
     with (
         hmi_kernels.use_backend("cpu"),
         pytest.raises(ValueError, match=r"position_embeddings must be torch\.float32"),
@@ -76,9 +70,7 @@ def test_output_has_the_dtype_of_the_positions(window: int, compute_type: torch.
 def test_bfloat16_rows_are_left_to_the_reference() -> None:
     case = make_case(2)
     tables = make_tables(case, 24, (torch.bfloat16, torch.float16))
-    torch.testing.assert_close(
-        merge(case, tables, case.lookup()), expected_merge(case, tables).float(), rtol=1e-4, atol=1e-4
-    )
+    assert_merged(case, tables, merge(case, tables, case.lookup()))
     with hmi_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"must not be torch\.bfloat16"):
         merge(case, tables, case.lookup())
 

@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 from kernels.plot_cases import (
     VOCABULARY,
     Case,
-    Tables,
-    expected_merge,
+    assert_merged,
     expected_references,
-    expected_sums,
     make_case,
     make_tables,
     merge,
@@ -31,8 +29,6 @@ from hmi_kernels.reference import mix_key
 COMPUTE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_TYPES = (*COMPUTE_TYPES, torch.int8)
 HIDDEN_SIZES = (256, 264, 384, 768, 1024, 4096)
-FLOAT32_UNIT = 2.0**-24
-"""Largest relative error of one rounding to float32."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,38 +36,6 @@ def _emulator() -> Iterator[None]:
     with emulated():
         yield
         driver.raise_faults()
-
-
-def assert_merged(case: Case, tables: Tables, actual: Tensor) -> None:
-    """Asserts that the output is as near to the formula in float64 as its dtype and float32 sums allow.
-
-    At most six rows are added, each times a scale: 12 roundings of numbers up to the sum A of their sizes.
-    The mean adds a chain of 16 in a lane, 5 over a warp and 16 over warps, at most 40 more. Both count
-    1 / deviation, times the weight. Variance, root, quotient and the last operations: 64 of the result.
-    Then one rounding to the dtype of the output.
-    """
-    expected = expected_merge(case, tables)
-    assert actual.shape == expected.shape and actual.dtype == tables.positions.dtype
-    if not expected.numel():
-        return
-    weight, bias = tables.weight.double(), tables.bias.double()
-    sums = expected_sums(case, tables)
-    deviation = (sums.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
-    largest = 6 * max(float(part.abs().max()) for part in _all_rows(tables))
-    exact = FLOAT32_UNIT * (
-        52 * largest * weight.abs() / deviation + 64 * (expected - bias).abs() + bias.abs()
-    )
-    rounding = FLOAT32_UNIT if actual.dtype is torch.float32 else torch.finfo(actual.dtype).eps / 2
-    smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
-    bound = exact + rounding * (expected.abs() + exact) + smallest
-    wrong = ((actual.double() - expected).abs() > bound).nonzero()
-    assert not wrong.numel(), f"{len(wrong)} elements too far off, first at {wrong[0].tolist()}"
-
-
-def _all_rows(tables: Tables) -> Iterator[Tensor]:
-    for t, table in enumerate(tables.rows):
-        yield from (tables.row(t << 40 | row) for row in range(table.shape[0]))
-    yield from (part.double() for part in (*tables.unigrams, tables.positions))
 
 
 def empty_index() -> Tensor:
