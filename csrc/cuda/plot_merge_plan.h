@@ -37,7 +37,18 @@ struct MergeRounds {
 
 constexpr MergeRounds kMergeRounds[] = {{2048, 8}, {1024, 4}, {512, 2}, {0, 1}};
 
-constexpr int kMaxMergeTokens = 64;  // of a block: tokens_at_once * rounds at most
+constexpr int kMaxMergeTokens = 64;  // of a block
+
+constexpr int most_tokens_of_a_block() {
+  int most = 0;
+  for (const MergeLayout& layout : kMergeLayouts) {
+    for (const MergeRounds& entry : kMergeRounds) {
+      if (layout.tokens_at_once * entry.rounds > most) most = layout.tokens_at_once * entry.rounds;
+    }
+  }
+  return most;
+}
+static_assert(most_tokens_of_a_block() == kMaxMergeTokens);
 
 struct MergePlan {
   int32_t vectors_per_lane;
