@@ -107,17 +107,34 @@ def build(variant: str, program: Program = PRODUCTION, *, flags: str = "") -> Pa
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-    includes = _include_flags()
-    folder = BUILD / f"{program.name}-{hashlib.sha256(f'{includes} {flags}'.encode()).hexdigest()[:8]}"
+    folder = build_folder(program, flags)
+    modules = {
+        module_path(folder, program, name): (compilations(folder, program, name), VARIANTS[name].link)
+        for name in VARIANTS
+    }
+    module = module_path(folder, program, variant)
+    run_ninja(folder, ninja_file(f"{include_flags()} {flags}", modules), module)
+    return module
+
+
+def build_folder(program: Program, flags: str = "") -> Path:
+    """One for each way to compile: headers of another place are another way."""
+    return BUILD / f"{program.name}-{hashlib.sha256(f'{include_flags()} {flags}'.encode()).hexdigest()[:8]}"
+
+
+def module_path(folder: Path, program: Program, variant: str) -> Path:
+    return folder / f"{module_name(program, variant)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def run_ninja(folder: Path, text: str, target: Path) -> None:
+    """Builds the target by the text of a build.ninja. Raises :class:`BuildError`."""
     folder.mkdir(parents=True, exist_ok=True)
-    module = _module(folder, program, variant)
     with _lock(folder):
-        _write_if_changed(folder / "build.ninja", _ninja_file(folder, program, f"{includes} {flags}"))
-        command = [_ninja(), "-C", str(folder), "-j", str(JOBS), str(module)]
+        _write_if_changed(folder / "build.ninja", text)
+        command = [ninja_command(), "-C", str(folder), "-j", str(JOBS), str(target)]
         ninja = subprocess.run(command, capture_output=True, text=True, check=False)
     if ninja.returncode:
-        raise BuildError(f"building {module.name} failed:\n{ninja.stdout[-20000:]}{ninja.stderr}")
-    return module
+        raise BuildError(f"building {target.name} failed:\n{ninja.stdout[-20000:]}{ninja.stderr}")
 
 
 def cuda_include_folders() -> list[Path]:
@@ -153,7 +170,7 @@ def compiler_command() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "g++")
 
 
-def _ninja() -> str:
+def ninja_command() -> str:
     found = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
     if not Path(found).exists():
         raise BuildError("the emulator is built by ninja: pip install ninja")
@@ -177,7 +194,7 @@ def _sources(patterns: tuple[str, ...]) -> list[Path]:
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def _include_flags() -> str:
+def include_flags() -> str:
     import pybind11
 
     system = [*cuda_include_folders(), Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
@@ -186,66 +203,73 @@ def _include_flags() -> str:
     )
 
 
-def _module(folder: Path, program: Program, variant: str) -> Path:
-    return folder / f"{module_name(program, variant)}{sysconfig.get_config_var('EXT_SUFFIX')}"
+class Compilation(NamedTuple):
+    """One object file."""
+
+    source: Path | None
+    """None: the object is there already."""
+    target: Path
+    flags: str
 
 
-def _ninja_file(folder: Path, program: Program, flags: str) -> str:
-    """All variants: what they have in common is compiled once."""
+def ninja_file(flags: str, modules: dict[Path, tuple[list[Compilation], str]]) -> str:
+    """The text of build.ninja. For each module: compilations, in the order of linking, and linker's flags.
+
+    Targets that several modules share are compiled once.
+    """
     compiler = shlex.join(compiler_command())
-    objects: dict[Path, str] = {}
-    modules: list[str] = []
-    for name, variant in VARIANTS.items():
-        compiled = _objects(folder, program, name, variant)
-        objects.update(compiled)
-        modules.append(f"build {_module(folder, program, name)}: link {' '.join(map(str, compiled))}")
-        modules.append(f"  link_flags = {variant.link}")
+    objects: dict[Path, list[str]] = {}
+    links: list[str] = []
+    for module, (compiled, link_flags) in modules.items():
+        for source, target, file_flags in compiled:
+            if source is None:
+                continue
+            objects[target] = [f"build {target}: compile {source}", f"  file_flags = {file_flags}"]
+        links.append(f"build {module}: link {' '.join(str(each.target) for each in compiled)}")
+        links.append(f"  link_flags = {link_flags}")
     return "\n".join(
         [
             f"flags = {' '.join(COMMON_FLAGS)} {flags}",
             "rule compile",
-            f"  command = {compiler} -MMD -MF $out.d $flags $file_flags -c $in -o $out",
+            f"  command = {compiler} -MMD -MF $out.d $file_flags $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
             # Replaced, never overwritten: a process may have the old module mapped.
             f"  command = {compiler} -shared -pthread $link_flags $in -o $out.new && mv $out.new $out",
-            *objects.values(),
-            *modules,
+            *(line for statement in objects.values() for line in statement),
+            *links,
             "",
         ]
     )
 
 
-def _objects(folder: Path, program: Program, name: str, variant: Variant) -> dict[Path, str]:
-    """The object files of a module, in the order of linking, and ninja's statements for them."""
-    module = module_name(program, name)
-    definitions = [
-        f"-DHMI_EMULATOR_MODULE={module}",
-        f"-DHMI_EMULATOR_OBSERVES={int(variant.observes)}",
-    ]
+def compilations(folder: Path, program: Program, variant: str) -> list[Compilation]:
+    """The object files of a module, in the order of linking."""
+    module = module_name(program, variant)
+    how = VARIANTS[variant]
     # A table of bound types for each module: several modules bind the same types.
     isolation = f"-DPYBIND11_BUILD_ABI='\"_{module}\"'"
-    statements = {}
+    module_flags = f"-DHMI_EMULATOR_MODULE={module} -DHMI_EMULATOR_OBSERVES={int(how.observes)} {isolation}"
+    host = [source for source in _sources((*RUNTIME, *program.host)) if source != MODULE]
+    bindings = [source for source in host if "bindings" in (source.stem[-8:], source.parent.name)]
+    others = [source for source in host if source not in bindings]
 
-    def compile_all(sources: list[Path], file_flags: str, subfolder: str) -> None:
-        for source in sources:
-            target = folder / subfolder / f"{'_'.join(source.relative_to(ROOT).parts)}.o"
-            statements[target] = f"build {target}: compile {source}\n  file_flags = {file_flags}"
+    def compiled(source: Path, subfolder: str, file_flags: str) -> Compilation:
+        target = folder / subfolder / f"{'_'.join(source.relative_to(ROOT).parts)}.o"
+        return Compilation(source, target, file_flags)
 
-    # Bindings hold no kernel; they need no optimization, and pybind11 is slow to compile.
-    bindings = [source for source in _sources((*RUNTIME, *program.host)) if source.stem.endswith("bindings")]
-    bindings += [source for source in _sources(program.host) if source.parent.name == "bindings"]
-    others = [source for source in _sources(program.host) if source not in bindings]
-    runtime = [source for source in _sources(RUNTIME) if source not in (*bindings, MODULE)]
-    checks = "sanitized" if variant.link else "optimized"
-    compile_all([MODULE], f"-O0 {' '.join(definitions)} {isolation}", module)
-    compile_all(bindings, f"-O0 {isolation}", module)
-    compile_all([*runtime, *others], variant.others, checks)
-    # Kernels last: of an inline function that is in several objects the first is kept, which must not be an
-    # observed one.
-    compile_all(_sources(program.kernels), variant.kernels, name)
-    return statements
+    # Variants share what they compile alike.
+    shared = "sanitized" if how.link else "optimized"
+    return [
+        # Bindings hold no kernel; they need no optimization, and pybind11 is slow to compile.
+        compiled(MODULE, module, f"-O0 {module_flags}"),
+        *(compiled(source, module, f"-O0 {isolation}") for source in bindings),
+        *(compiled(source, shared, how.others) for source in others),
+        # Kernels last: of an inline function that is in several objects the first is kept, which must not be
+        # an observed one.
+        *(compiled(source, variant, how.kernels) for source in _sources(program.kernels)),
+    ]
 
 
 if __name__ == "__main__":

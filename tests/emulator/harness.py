@@ -13,7 +13,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,8 +23,20 @@ from emulator.build import PRODUCTION, ROOT, Program, build, compiler_command, m
 from emulator.counters import LaunchCounters, launch_counters
 from hmi_kernels.cuda import driver
 
-__all__ = ["Site", "active_module", "counters", "emulated", "load", "run_sanitized", "sites", "using"]
+__all__ = [
+    "Site",
+    "active_module",
+    "counters",
+    "emulated",
+    "load",
+    "run_python",
+    "run_sanitized",
+    "sites",
+    "using",
+]
 
+MODULE_VARIABLES = {"plain": "HMI_EMULATOR_PLAIN", "sanitize": "HMI_EMULATOR_SANITIZE"}
+"""Environment: the file to load for a variant, which is then not built; for processes that we start."""
 _BUILD_OF_VARIANT = {"plain": "plain", "race": "race", "count": "race", "sanitize": "sanitize"}
 
 
@@ -46,7 +58,8 @@ class Site(NamedTuple):
 @functools.cache
 def load(variant: str = "plain", program: Program = PRODUCTION) -> ModuleType:
     """Builds the variant if need be and imports it."""
-    path = build(_BUILD_OF_VARIANT[variant], program)
+    given = os.environ.get(MODULE_VARIABLES.get(variant, ""))
+    path = Path(given) if given else build(_BUILD_OF_VARIANT[variant], program)
     return import_module(module_name(program, _BUILD_OF_VARIANT[variant]), path)
 
 
@@ -143,7 +156,9 @@ def counters() -> list[LaunchCounters]:
     return launch_counters(active_module())
 
 
-def run_sanitized(code: str, *, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run_sanitized(
+    code: str, *, program: Program = PRODUCTION, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
     """Runs Python code in a process in which ``variant="sanitize"`` can be used.
 
     AddressSanitizer must be there before the interpreter, and ends the process when it finds something: look
@@ -151,17 +166,29 @@ def run_sanitized(code: str, *, timeout: float = 300.0) -> subprocess.CompletedP
     """
     preload = [_runtime_library("libasan.so"), _runtime_library("libstdc++.so.6")]
     environment = {
-        **os.environ,
+        # Built here: there the sanitizer would also watch the compiler.
+        MODULE_VARIABLES["sanitize"]: str(build("sanitize", program)),
         "LD_PRELOAD": " ".join(preload),
         # The interpreter never frees all it has; CPython's own allocator would hide ends of small buffers.
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONMALLOC": "malloc",
+    }
+    return run_python(code, environment, timeout=timeout)
+
+
+def run_python(
+    code: str, environment: Mapping[str, str] | None = None, *, timeout: float = 300.0
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python code in a process of its own that finds this package; ``environment`` is added to ours."""
+    settings = {
+        **os.environ,
+        **(environment or {}),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=environment,
+        env=settings,
         capture_output=True,
         text=True,
         check=False,

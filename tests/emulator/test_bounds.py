@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from emulator.build import EMULATOR_TESTS
 from emulator.harness import run_sanitized
 from emulator.shim import floats, launch, shim
 
@@ -14,15 +15,21 @@ SANITIZED = """
 import numpy as np
 from emulator.shim import launch, shim
 with shim("sanitize"):
-    launch({kernel!r}, np.zeros(32, np.float32), np.zeros(32, np.float32), {parameter})
+    launch({kernel!r}, np.zeros({size}, np.float32), np.zeros({size}, np.float32), {parameter})
 print("finished")
 """
+
+
+def run_case(kernel, parameter):
+    size = 128 if kernel == "zero_fill" else 32
+    code = SANITIZED.format(kernel=kernel, parameter=parameter, size=size)
+    return run_sanitized(code, program=EMULATOR_TESTS)
 
 
 @pytest.mark.parametrize("parameter", [0, 1, -1])
 @pytest.mark.parametrize("kernel", ["read_at_offset", "write_at_offset"])
 def test_the_sanitizer_sees_the_ends_of_global_memory(kernel, parameter):
-    result = run_sanitized(SANITIZED.format(kernel=kernel, parameter=parameter))
+    result = run_case(kernel, parameter)
     if parameter == 0:
         assert result.stdout == "finished\n", result.stderr
     else:
@@ -39,15 +46,14 @@ def test_the_sanitizer_sees_the_ends_of_global_memory(kernel, parameter):
     ],
 )
 def test_the_sanitizer_sees_the_ends_of_shared_memory_and_of_copies(kernel, parameter, message):
-    result = run_sanitized(SANITIZED.format(kernel=kernel, parameter=parameter))
+    result = run_case(kernel, parameter)
     assert result.returncode != 0
     assert re.search(message, result.stderr), result.stderr
 
 
 def test_barriers_and_copies_under_the_sanitizer():
     """Fibers must be told to it: false alarms otherwise."""
-    code = SANITIZED.format(kernel="zero_fill", parameter=7).replace("32,", "128,")
-    result = run_sanitized(code)
+    result = run_case("zero_fill", 7)
     assert result.stdout == "finished\n", result.stderr
 
 
