@@ -35,6 +35,7 @@ __all__ = [
 EMULATOR = Path(__file__).parent.resolve()
 ROOT = EMULATOR.parent.parent
 BUILD = ROOT / "build" / "emulator"
+USUAL_TOOLKIT = "/usr/local/cuda"
 JOBS = 2
 
 
@@ -143,7 +144,7 @@ def cuda_include_folders() -> list[Path]:
     CUDA_HOME's, the toolkit's usual place, or the PyPI packages nvidia-cuda-runtime, -crt and -cccl.
     Raises :class:`BuildError` if there are none.
     """
-    homes = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = [os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"), USUAL_TOOLKIT]
     for home in homes:
         if home and (Path(home) / "include" / "cuda_fp16.h").exists():
             return [Path(home) / "include", Path(home) / "include" / "cccl"]
