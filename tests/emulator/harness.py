@@ -18,12 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import hmi_kernels
 from emulator.build import PRODUCTION, ROOT, Program, build, compiler_command, module_name
 from emulator.counters import LaunchCounters, launch_counters
-from hmi_kernels.cuda import driver
 
 __all__ = [
+    "MODULE_VARIABLES",
     "Site",
     "active_module",
     "counters",
@@ -137,6 +136,9 @@ def emulated(variant: str = "plain", **settings: Any) -> Iterator[ModuleType]:
 
     The settings are those of :func:`using`. A mistake of a kernel is a RuntimeError that names the place.
     """
+    import hmi_kernels  # not above: torch takes seconds to import, and the emulator's own tests need none
+    from hmi_kernels.cuda import driver
+
     with using(variant, **settings) as module, driver.use_module(module), hmi_kernels.use_backend("cuda"):
         yield module
 
