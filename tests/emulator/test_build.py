@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
 
 from emulator import build as builds
-from emulator.build import EMULATOR, EMULATOR_TESTS, BuildError, build
+from emulator.build import EMULATOR, EMULATOR_TESTS, ROOT, BuildError, build
 from emulator.harness import MODULE_VARIABLES, run_python
 
 CODE = """
@@ -39,6 +40,16 @@ def test_kernels_compile_with_packaged_headers(packaged):
         [*builds.compiler_command(), *flags.split(), str(kernel)], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_the_emulated_device_has_all_names_of_the_real_one():
+    real = (ROOT / "csrc/cuda/device.cuh").read_text()
+    emulated = (ROOT / "tests/emulator/include/cuda/device.cuh").read_text()
+    functions = re.findall(r"^(?:__device__ __forceinline__|inline) [\w ]+?[ *&]+(\w+)\(", real, re.MULTILINE)
+    names = {*functions, *re.findall(r"^#define (HMI_\w+)\(", real, re.MULTILINE)}
+    assert {"cp_async16", "ldmatrix_x4", "launch", "HMI_SHARED"} <= names
+    missing = {name for name in names if not re.search(rf"\b{name}\(", emulated)}
+    assert missing == {"shared_address"}, "only PTX needs it"
 
 
 def test_the_error_without_headers_says_what_to_install(packaged, monkeypatch):

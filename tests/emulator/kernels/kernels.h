@@ -1,5 +1,5 @@
-// Small kernels whose results, races, bytes and bank conflicts are known by hand. Those that are right are made wrong by
-// dropping their synchronizations (harness.py); the others are wrong in the one way that their name says.
+// Small kernels whose results, races, bytes and bank conflicts are known by hand. Those that are right are made wrong
+// by dropping their synchronizations (harness.py); the others are wrong in the one way that their name says.
 #pragma once
 
 #include <vector>

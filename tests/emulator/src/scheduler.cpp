@@ -75,7 +75,8 @@ std::string deadlock() {
     if (thread.state == ThreadState::kExited) continue;
     if (told != nullptr && told->state == thread.state && told->waits_at.line == thread.waits_at.line) continue;
     told = &thread;
-    message += " from thread " + std::to_string(number) + " on" + what_it_does(thread.state) + text(thread.waits_at) + ";";
+    message += " from thread " + std::to_string(number) + " on" + what_it_does(thread.state) +
+               text(thread.waits_at) + ";";
   }
   return message + " " + std::to_string(machine.grid->num_threads() - machine.num_live) + " have exited" +
          " [block " + coordinates(machine.block_index) + "]";
@@ -125,7 +126,8 @@ std::vector<uint32_t> block_order(std::size_t num_blocks) {
 void fail(const std::string& what) {
   observing = false;
   if (machine.error.empty()) {
-    machine.error = what + " [block " + coordinates(machine.block_index) + ", thread " + coordinates(current->index) + "]";
+    machine.error = what + " [block " + coordinates(machine.block_index) + ", thread " +
+                    coordinates(current->index) + "]";
   }
   leave_for_good();
 }

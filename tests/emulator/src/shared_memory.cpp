@@ -98,7 +98,9 @@ void use_static_shared(void* address, std::size_t bytes) {
   }
   if (array == nullptr) {
     static_bytes += bytes;
-    if (static_bytes > kStaticLimit) fail(std::to_string(static_bytes) + " bytes of static shared memory, above 48 KiB");
+    if (static_bytes > kStaticLimit) {
+      fail(std::to_string(static_bytes) + " bytes of static shared memory, above 48 KiB");
+    }
     arrays.push_back({static_cast<unsigned char*>(address), bytes, 0});
     array = &arrays.back();
   }

@@ -35,7 +35,8 @@ bool is_named(const Site& site) {
 
 Site& find(const char* kind, const Place& place) {
   for (Site& site : sites) {
-    if (site.place.line == place.line && site.kind == kind && std::strcmp(site.place.file, place.file) == 0) return site;
+    const bool same_line = site.place.line == place.line && site.kind == kind;
+    if (same_line && std::strcmp(site.place.file, place.file) == 0) return site;
   }
   sites.push_back({kind, place, 0, false});
   sites.back().dropped = is_named(sites.back());
