@@ -96,7 +96,7 @@ def using(
 ) -> Iterator[ModuleType]:
     """Within the with-statement a program's emulator has these settings, and has counted nothing before.
 
-    ``variant``: ``plain``; ``race`` also finds unsynchronized accesses, at a thirtieth of the speed;
+    ``variant``: ``plain``; ``race`` also finds unsynchronized accesses, at some times the cost;
     ``count`` counts accesses, see :func:`counters`; ``sanitize`` only within :func:`run_sanitized`.
     ``order``: in which order threads that could go on do: ``in order``, ``reverse``, or ``random`` by the
     seed.
