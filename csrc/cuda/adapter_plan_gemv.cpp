@@ -25,8 +25,9 @@ constexpr FusedRow kFused[] = {
 
 // Two blocks for each multiprocessor: as many as splits and column chunks aim at.
 constexpr int64_t kTargetBlocks = 256;
-// Each column chunk reads the partial sums of each split again: 4 splits * chunks bytes for each rank, which has
-// 2 (input_size + output_size) bytes of weights. Their product is at most that sum over this, an additional 1/16.
+// Each column chunk reads the partial sums of each split again: 4 splits * chunks bytes for each token and rank, which
+// has 2 (input_size + output_size) bytes of weights. With their product at most that sum over this, and over the
+// tokens, it is an additional 1/16.
 constexpr int64_t kSizePerSplitAndChunk = 32;
 constexpr int64_t kMinSplitDepth = 64;
 constexpr int64_t kMinChunkColumns = 64;
@@ -38,9 +39,15 @@ static_assert(gemv_shared_bytes(1, kMaxRowElements) <= kMaxSharedBytes);
 static_assert(gemv_shared_bytes(2, kMaxRowElements / 2) <= kMaxSharedBytes);
 static_assert(gemv_shared_bytes(4, kMaxRowElements / 4) <= kMaxSharedBytes);
 
+int64_t at_least_one(int64_t number) { return std::max<int64_t>(number, 1); }
+
+int64_t tokens_per_segment(const AdapterShape& shape) {
+  return at_least_one((shape.num_tokens + shape.num_segments - 1) / at_least_one(shape.num_segments));
+}
+
 int32_t group_tokens(const AdapterShape& shape) {
-  const int64_t per_segment = (shape.num_tokens + shape.num_segments - 1) / std::max<int64_t>(shape.num_segments, 1);
-  int32_t group = per_segment <= 1 ? 1 : per_segment == 2 ? 2 : 4;
+  const int64_t tokens = tokens_per_segment(shape);
+  int32_t group = tokens == 1 ? 1 : tokens == 2 ? 2 : 4;
   while (group > 1 && group * int64_t{shape.input_size} > kMaxRowElements) group /= 2;
   return group;
 }
@@ -51,8 +58,6 @@ bool is_fused(const AdapterShape& shape, int64_t blocks, int64_t output_size) {
   while (bytes > row->max_bytes) ++row;
   return blocks >= row->min_blocks;
 }
-
-int64_t at_least_one(int64_t number) { return std::max<int64_t>(number, 1); }
 
 }  // namespace
 
@@ -67,7 +72,7 @@ AdapterPlan plan_gemv(const AdapterShape& shape) {
   if (is_fused(shape, blocks, output_size)) return plan;
 
   const int64_t wanted = (kTargetBlocks + blocks - 1) / blocks;
-  const int64_t product = (shape.input_size + output_size) / kSizePerSplitAndChunk;
+  const int64_t product = (shape.input_size + output_size) / (kSizePerSplitAndChunk * tokens_per_segment(shape));
   const auto even_share = static_cast<int64_t>(std::sqrt(product));
   const int64_t splits = at_least_one(std::min({wanted, even_share, shape.input_size / kMinSplitDepth}));
   const int64_t chunks = at_least_one(std::min({wanted, product / splits, output_size / kMinChunkColumns}));

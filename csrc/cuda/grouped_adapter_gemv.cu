@@ -112,19 +112,20 @@ __global__ void __launch_bounds__(kGemvThreads, 2)
   }
 }
 
-// From the workspace to shared.inner.
+// From the workspace to shared.inner; each warp has columns of one token.
 template <class Element, int kTokens>
 __device__ __forceinline__ void add_splits(const GroupedAdapterArguments& arguments, const AdapterSlot<Element>& slot,
                                            const TokenGroup& group, int splits,
                                            const GemvShared<Element, kTokens>& shared) {
-  for (int i = threadIdx.x; i < kTokens * slot.rank; i += kGemvThreads) {
-    const int token = i / slot.rank, column = i % slot.rank;
-    if (token >= group.tokens) break;
-    const float* sums = partial_sums(arguments, group.first + token, 0, splits) + column;
+  const int warp = threadIdx.x / kWarpSize, token = warp % kTokens;
+  if (token >= group.tokens) return;
+  const float* const sums = partial_sums(arguments, group.first + token, 0, splits);
+  const int first = warp / kTokens * kWarpSize + threadIdx.x % kWarpSize;
+  for (int column = first; column < slot.rank; column += kGemvThreads / kTokens) {
     const float bias = slot.down_bias != nullptr ? to_float(slot.down_bias[column]) : 0.0f;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int split = 0; split < splits; ++split) sum += sums[int64_t{split} * arguments.max_rank];
+    for (int split = 0; split < splits; ++split) sum += sums[int64_t{split} * arguments.max_rank + column];
     shared.inner_at(token, column) = finish_inner(slot, sum, bias);
   }
 }
