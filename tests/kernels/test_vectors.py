@@ -1,4 +1,4 @@
-"""Grouped vectors against PEFT's own IA3 layer, plain torch and float64, on the CPU and on the emulated CUDA kernel."""
+"""Grouped vectors against PEFT's IA3 layer, plain torch and float64; on the CPU and emulated CUDA."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ class Batch:
 
     def run(self, operation: str, rows: Tensor | None = None) -> Tensor:
         rows = self.rows.clone() if rows is None else rows
-        OPERATIONS[operation](
-            rows, self.arena, self.segment_offsets, self.segment_slots, self.slot_offsets
-        )
+        OPERATIONS[operation](rows, self.arena, self.segment_offsets, self.segment_slots, self.slot_offsets)
         return rows
 
     def expected(self, operation: str) -> Tensor:
@@ -128,7 +126,9 @@ def test_bias_equals_torch(dtype: torch.dtype) -> None:
     rows = functional.linear(x, weight, shared).to(dtype)
     hmi_kernels.grouped_bias(rows, own.to(dtype), torch.tensor([0, 9]), int32([0]), torch.tensor([0]))
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(rows.float(), functional.linear(x, weight, shared + own), rtol=eps, atol=16 * eps)
+    torch.testing.assert_close(
+        rows.float(), functional.linear(x, weight, shared + own), rtol=eps, atol=16 * eps
+    )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -1,4 +1,4 @@
-"""What the adapter kernels for a few tokens move, counted by the emulator, beside the least that they must."""
+"""What the adapter kernels for a few tokens move, counted by the emulator, beside the least."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["TrafficRow", "traffic_rows"]
 
 
 class TrafficRow(NamedTuple):
-    """One shape in the table of docs/kernels.md; bytes of global memory, read and written, over all launches."""
+    """One shape in the table of docs/kernels.md; bytes of global memory, both ways, over all launches."""
 
     shape: str
     launches: int
@@ -29,7 +29,7 @@ class TrafficRow(NamedTuple):
 
 
 def traffic_rows() -> list[TrafficRow]:
-    """In seconds, not minutes: what grows with the batch is the number of blocks, not what one of them does."""
+    """Small batches do: what grows with the batch is the number of blocks, not what one of them does."""
     bottlenecks = (
         # hidden size, rank, segments, tokens of each, layer norm
         (768, 16, 4, 1, False),
@@ -74,7 +74,7 @@ def _count(case: AdapterCase, shape: str) -> TrafficRow:
 
 
 def _least_bytes(case: AdapterCase) -> int:
-    elements = 0 if case.layer_norm is None else 2 * case.output.shape[1]
+    elements: int = 0 if case.layer_norm is None else 2 * case.output.shape[1]
     for rows, slot in case.segments():
         tokens = rows.stop - rows.start
         elements += tokens * (case.hidden_states.shape[1] + 2 * case.output.shape[1])
@@ -82,4 +82,4 @@ def _least_bytes(case: AdapterCase) -> int:
             elements += sum(part.numel() for part in case.blocks(p, slot))
             if case.slot_activations is None:
                 elements -= 2  # the zeros that stand for LoRA's biases
-    return elements * case.output.element_size()
+    return elements * int(case.output.element_size())

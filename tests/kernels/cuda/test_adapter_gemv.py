@@ -48,7 +48,7 @@ def check(case: AdapterCase) -> None:
     assert_close(result, case)
 
 
-# Empty segments, single tokens, a group and a part of one, longer than any group; none, nothing; a slot twice.
+# Empty segments, single tokens, a group and a part of one, longer ones; none, nothing; a slot twice.
 LENGTHS = [0, 1, 3, 1, 9, 0, 2, 1, 5]
 SLOTS = [2, 1, -1, 0, 2, 1, 3, 0, 1]
 QKV_RANKS = [[8, 16, 0, 8], [16, 8, 24, 0], [8, 8, 16, 48]]
@@ -100,7 +100,7 @@ def test_lora_of_every_size(input_size: int, output_size: int, rank: int) -> Non
 @pytest.mark.parametrize("length", [1, 2, 4])
 @pytest.mark.parametrize("rank", [16, 96])
 def test_groups_of_tokens(length: int, rank: int) -> None:
-    """By average length the plan gives a group 1, 2 or 4 tokens; segments are shorter and longer than that."""
+    """By average length the plan gives a group 1, 2 or 4 tokens; segments are shorter and longer."""
     case = gemv_case([length, length + 1, length - 1, length], [0, 1, 1, 0], [rank, 8])
     assert plan_of(case).group_tokens == length
     check(case)
@@ -137,7 +137,9 @@ def test_nothing_to_do() -> None:
 
 
 def hazard(name: str) -> AdapterCase:
-    ranks: Any = {"one": [8, 24, 16, 0], "splits": [64, 8, 32, 0], "projections": QKV_RANKS}[name.split(",")[0]]
+    ranks: Any = {"one": [8, 24, 16, 0], "splits": [64, 8, 32, 0], "projections": QKV_RANKS}[
+        name.split(",", maxsplit=1)[0]
+    ]
     if ranks is QKV_RANKS:
         return gemv_case(LENGTHS, SLOTS, ranks, output_sizes=[256, 64, 104])
     case = gemv_case(LENGTHS, SLOTS, ranks, has_layer_norm="layer norm" in name)
@@ -173,7 +175,7 @@ def test_no_schedule_and_no_neighbor_changes_a_bit(name: str) -> None:
     for order, seed in (("in order", 0), ("reverse", 0), ("random", 1)):
         with emulated(order=order, seed=seed):
             assert torch.equal(case.run(), together)
-    # Segment 4 among others, in a call of the same shape: the tokens before it are one segment, and all are others.
+    # Segment 4 among others, in a call of the same shape: the tokens before it are one segment.
     rows = slice(*case.segment_offsets[4:6].tolist())
     other = hazard(name)
     for values in (other.output, other.hidden_states):
@@ -211,7 +213,9 @@ def test_values_out_of_bounds(name: str, table: str, position: int, value: int) 
         good[rows] = (g not in (4, 5)) if table == "segment_offsets" else slot != 2
     getattr(case, table).view(-1)[position] = value
     output = case.run()
-    with pytest.raises(ValueError, match=f"{table} are out of bounds.* at s[a-z]+ {position}|offsets.* segment 4"):
+    with pytest.raises(
+        ValueError, match=f"{table} are out of bounds.* at s[a-z]+ {position}|offsets.* segment 4"
+    ):
         driver.raise_faults()
     bad = ~good
     bad[int(case.segment_offsets[6]) :] &= table != "segment_offsets"  # there segment 5 became another one
@@ -220,7 +224,7 @@ def test_values_out_of_bounds(name: str, table: str, position: int, value: int) 
 
 
 def test_ends_of_arena_and_of_ranks() -> None:
-    """A block may end with the arena but not behind it; a rank may not be above what the plan was made for."""
+    """A block may end with the arena but not behind it; a rank may not exceed what the plan is made for."""
     case = gemv_case([1], [0], [16])
     case.arena = case.arena[: 16 * 513 + 256].clone()
     check(case)
@@ -281,7 +285,7 @@ def test_plans_fit_every_device(
 
 
 def test_every_barrier_is_needed() -> None:
-    """Groups of tokens follow each other in shared memory; layer norm; splits, with columns in parts and not."""
+    """Groups follow each other in shared memory; layer norm; splits, with columns in parts and not."""
     wide = gemv_case([3] + [0] * 39, [0] * 40, [[8]], hidden_size=256, output_sizes=[16384])
     assert plan_of(wide).launches == 2
     cases = [*map(hazard, BOTTLENECKS), wide]
