@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import peft
 import pytest
@@ -108,7 +109,8 @@ def test_scale_equals_peft(dtype: torch.dtype) -> None:
     base = torch.nn.Linear(32, 256, bias=False)
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False)
     model = peft.get_peft_model(torch.nn.Sequential(base), config).eval()
-    layer = model.base_model.model[0]
+    base_model: Any = model.base_model
+    layer = base_model.model[0]
     with torch.no_grad():
         layer.ia3_l["default"].normal_()
         x = torch.randn(11, 32)
