@@ -2,7 +2,7 @@
 
 The design is theirs (vLLM project, after Punica, Chen et al., arXiv 2310.18547), written anew: tokens sorted
 by adapter, one program for a tile of one adapter's tokens; shrink splits the depth over programs that add to
-a zeroed float32 buffer atomically; expand reads that buffer, casts, multiplies and adds to the output. Weights
+a zeroed float32 buffer atomically; expand reads that buffer, casts, multiplies, adds to the output. Weights
 are stacked, ``a`` [adapters, rank, in] and ``b`` [adapters, out, rank], all padded to the largest rank, with
 the scale folded into ``b``, as vLLM does when it loads them. Two things are easier on it here than there: the
 grid is as deep as the longest segment, not as all tokens, and of a few tilings, their default first, the one
