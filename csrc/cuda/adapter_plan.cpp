@@ -1,5 +1,5 @@
-// The table of the tile kernel and the choice between the two adapter kernels. Derived from what A100 publishes (164 KiB
-// of shared memory and 65,536 registers for each of 108 multiprocessors), not measured.
+// The table of the tile kernel and the choice between the two adapter kernels. Derived from what A100 publishes
+// (164 KiB of shared memory and 65,536 registers for each of 108 multiprocessors), not measured.
 #include "cuda/adapter_plan.h"
 
 #include <algorithm>
@@ -17,6 +17,7 @@ constexpr int32_t kNoLayerNorm = 0;
 // Longer tiles read weights less often, shorter ones make more blocks. A tile has no more rows than a segment has
 // tokens, and no more than leave each multiprocessor a tile.
 constexpr int64_t kMultiprocessors = 108;
+constexpr int kMultiprocessorSharedBytes = 164 * 1024;
 
 struct TileRow {
   int32_t max_layer_norm_size;
@@ -65,10 +66,12 @@ constexpr TileRow kTiles[] = {
     {4096, kAnyNumber, {16, 256, 16}, 3, 1},
 };
 
-// Of the last row that a row size may take, what it leaves of the block's limit holds TileWork.
+// Beside the dynamic shared memory a block has TileWork, and the device takes 1 KiB of each.
 constexpr int kStaticSharedBytes = 512;
+constexpr int kReservedSharedBytes = 1024;
 constexpr bool fits(const TileRow& row) {
-  return tile_memory(row.shape, row.num_stages, row.max_layer_norm_size).total + kStaticSharedBytes <= kMaxSharedBytes;
+  const int bytes = tile_memory(row.shape, row.num_stages, row.max_layer_norm_size).total + kStaticSharedBytes;
+  return bytes <= kMaxSharedBytes && row.blocks * (bytes + kReservedSharedBytes) <= kMultiprocessorSharedBytes;
 }
 constexpr bool all_fit() {
   for (const TileRow& row : kTiles) {

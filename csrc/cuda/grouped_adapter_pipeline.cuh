@@ -120,7 +120,9 @@ struct Block {
   __device__ __forceinline__ unsigned char* stage(int number) const {
     return shared + memory.ring + number * memory.stage_bytes;
   }
-  __device__ __forceinline__ SwizzledTile down_weights(int number) const { return {stage(number), work.log_inner_units}; }
+  __device__ __forceinline__ SwizzledTile down_weights(int number) const {
+    return {stage(number), work.log_inner_units};
+  }
   __device__ __forceinline__ SwizzledTile up_weights(int number) const {
     return {stage(number), TileType::kLogChunkUnits};
   }

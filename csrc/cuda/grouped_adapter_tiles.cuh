@@ -77,12 +77,12 @@ __device__ __forceinline__ void add_partial_sums(const Block<Element, TileType>&
                                                  const WarpPlace<TileType>& warp, InnerSums<TileType>& inner) {
   constexpr int kGroups = InnerSums<TileType>::kGroups;
   constexpr int kWarpsOfDepth = TileType::kWarpsAcrossRows * TileType::kWarpsAcrossRanks;
-  float4* partial_sums = reinterpret_cast<float4*>(block.shared + block.memory.partial_sums);
+  unsigned char* partial_sums = block.shared + block.memory.partial_sums;
   const int groups = block.work.inner_columns / kTensorTile;
   const int number = warp.row / kTensorTile * TileType::kWarpsAcrossRanks + warp.rank;
   const auto place = [&](int depth, int group, int half) {
-    return partial_sums + ((((depth - 1) * kWarpsOfDepth + number) * kGroups + group) * 2 + half) * kWarpSize +
-           threadIdx.x % kWarpSize;
+    const int fragment = (((depth - 1) * kWarpsOfDepth + number) * kGroups + group) * 2 + half;
+    return partial_sums + (fragment * kWarpSize + threadIdx.x % kWarpSize) * sizeof(Vector16<float>);
   };
   const auto is_used = [&](int g) { return g * TileType::kWarpsAcrossRanks + warp.rank < groups; };
 #pragma unroll
@@ -90,7 +90,9 @@ __device__ __forceinline__ void add_partial_sums(const Block<Element, TileType>&
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float(&sums)[4] = inner.sums[g][half];
-      if (warp.depth > 0 && is_used(g)) *place(warp.depth, g, half) = {sums[0], sums[1], sums[2], sums[3]};
+      if (warp.depth > 0 && is_used(g)) {
+        store_unit(place(warp.depth, g, half), pack(Vector16<float>{{sums[0], sums[1], sums[2], sums[3]}}));
+      }
     }
   }
   __syncthreads();
@@ -102,8 +104,9 @@ __device__ __forceinline__ void add_partial_sums(const Block<Element, TileType>&
     float(&sums)[4] = inner.sums[g][half];
 #pragma unroll
     for (int depth = 1; depth < TileType::kWarpsAcrossDepth; ++depth) {
-      const float4 more = *place(depth, g, half);
-      sums[0] += more.x, sums[1] += more.y, sums[2] += more.z, sums[3] += more.w;
+      const Vector16<float> more = unpack<float>(load_unit(place(depth, g, half)));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sums[k] += more.elements[k];
     }
   }
 }
@@ -209,7 +212,8 @@ __device__ __forceinline__ void store_outputs(const Block<Element, TileType>& bl
 #pragma unroll
   for (int i = threadIdx.x % kWarpSize; i < kTensorTile * kUnits; i += kWarpSize) {
     const int eight = i / 8, within = i % 8 / kUnits, rows = 8 / kUnits;
-    const int row = warp.row + (kFillsRow ? eight * rows + within : eight / kUnits * 8 + within * kUnits + eight % kUnits);
+    const int spread_row = eight / kUnits * 8 + within * kUnits + eight % kUnits;
+    const int row = warp.row + (kFillsRow ? eight * rows + within : spread_row);
     const int unit = warp.column * kUnits + i % kUnits;
     if (row >= block.work.rows || unit * kUnitElements >= columns_left) continue;
     store16(to + row * block.arguments.output_stride + unit * kUnitElements, load_unit(from.unit(row, unit)));

@@ -37,7 +37,8 @@ __device__ __forceinline__ void load_right(unsigned (&operands)[4], const Swizzl
 
 // sums[16 x 16] += left[16 x 16] @ right[16 x 16]
 template <class Element>
-__device__ __forceinline__ void multiply_add(float (&sums)[2][4], const unsigned (&left)[4], const unsigned (&right)[4]) {
+__device__ __forceinline__ void multiply_add(float (&sums)[2][4], const unsigned (&left)[4],
+                                             const unsigned (&right)[4]) {
   const unsigned first[2] = {right[0], right[1]}, second[2] = {right[2], right[3]};
   mma_m16n8k16<Element>(sums[0], left, first);
   mma_m16n8k16<Element>(sums[1], left, second);
@@ -67,6 +68,9 @@ __device__ __forceinline__ void store_pair(unsigned char* bytes, float first, fl
 
 __device__ __forceinline__ uint4 load_unit(const unsigned char* bytes) {
   return *reinterpret_cast<const uint4*>(bytes);
+}
+__device__ __forceinline__ void store_unit(unsigned char* bytes, const uint4& value) {
+  *reinterpret_cast<uint4*>(bytes) = value;
 }
 
 }  // namespace hmi::cuda

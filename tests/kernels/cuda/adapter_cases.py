@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ import hmi_kernels
 __all__ = ["ACTIVATIONS", "DTYPES", "AdapterCase", "assert_close", "make_case"]
 
 DTYPES = (torch.float16, torch.bfloat16)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "gelu": functional.gelu,
     "silu": functional.silu,
@@ -26,14 +27,12 @@ STEEPEST = 1.13
 """The largest derivative of any of them (GELU's)."""
 FLOAT32 = 2.0**-23
 """Largest relative error of one float32 operation: tensor cores cut off where others round (2^-24)."""
-PADDING = 8
-"""Columns on either side of the matrices' own, which must stay as they are."""
 LAYER_NORM_EPS = 1e-5
 
 
 @dataclasses.dataclass
 class AdapterCase:
-    """A batch for grouped_bottleneck (``slot_activations``) or grouped_lora, in tensors as these take them."""
+    """A batch for grouped_bottleneck (``slot_activations``) or grouped_lora, in tensors as they take them."""
 
     output: Tensor
     hidden_states: Tensor
@@ -48,11 +47,14 @@ class AdapterCase:
     slot_activations: Tensor | None = None
     layer_norm: tuple[Tensor, Tensor] | None = None
     max_rank: int | None = None
+    padding: int = 8
+    """Columns on either side of the output's own."""
 
     def run(self) -> Tensor:
-        """The op's result; ``output`` itself stays. The columns beside it must not be written."""
-        padded = torch.full((self.output.shape[0], self.output.shape[1] + 2 * PADDING), -7.0, dtype=self.output.dtype)
-        output = padded[:, PADDING:-PADDING].copy_(self.output)
+        """The op's result; ``output`` itself stays. AssertionError if columns beside it were written."""
+        num_tokens, columns = self.output.shape
+        padded = torch.full((num_tokens, columns + 2 * self.padding), -7.0, dtype=self.output.dtype)
+        output = padded[:, self.padding : self.padding + columns].copy_(self.output)
         shared = (output, self.hidden_states, self.arena, self.segment_offsets, self.segment_slots)
         if self.slot_activations is None:
             tables = (self.slot_offsets, self.slot_ranks, self.slot_scales)
@@ -70,8 +72,8 @@ class AdapterCase:
                 layer_norm_eps=LAYER_NORM_EPS,
                 max_rank=self.max_rank,
             )
-        assert (padded[:, :PADDING] == -7).all()
-        assert (padded[:, -PADDING:] == -7).all()
+        assert (padded[:, : self.padding] == -7).all()
+        assert (padded[:, self.padding + columns :] == -7).all()
         return output.clone()
 
     def segments(self) -> list[tuple[slice, int]]:
@@ -95,9 +97,10 @@ class AdapterCase:
     def expected(self) -> tuple[Tensor, Tensor]:
         """The result in float64, and the largest error that rounding can make; derived beside each step.
 
-        An operation in the 16-bit type has a relative error of eps / 2, in float32 of 2^-23; a sum of n products in
-        float32, in any order, an error of at most n 2^-23 of the sum of their magnitudes (Higham, Accuracy and
-        Stability of Numerical Algorithms, 2002, section 3.1). The smallest float16 above zero is 2^-24.
+        An operation in the 16-bit type has a relative error of eps / 2, in float32 of 2^-23; a sum of n
+        products in float32, in any order, an error of at most n 2^-23 of the sum of their magnitudes (Higham,
+        Accuracy and Stability of Numerical Algorithms, 2002, section 3.1). The smallest float16 above zero is
+        2^-24.
         """
         result, bound = self.output.double(), torch.zeros_like(self.output, dtype=torch.float64)
         half_eps, smallest = torch.finfo(self.output.dtype).eps / 2, 2.0**-25
@@ -118,11 +121,13 @@ class AdapterCase:
                 result[rows], bound[rows] = self._normalized(result[rows], bound[rows], half_eps, smallest)
         return result, bound
 
-    def _change(self, rows: slice, p: int, slot: int, half_eps: float, smallest: float) -> tuple[Tensor, Tensor]:
+    def _change(
+        self, rows: slice, p: int, slot: int, half_eps: float, smallest: float
+    ) -> tuple[Tensor, Tensor]:
         down, down_bias, up, up_bias = self.blocks(p, slot)
         hidden_states, scale = self.hidden_states[rows].double(), float(self.slot_scales[p, slot])
         inner = hidden_states @ down + down_bias
-        # A sum of input_size products and a bias, then an activation, itself of a few float32 operations; rounded.
+        # A sum of input_size products and a bias, then an activation, itself a few operations; rounded.
         magnitude = hidden_states.abs() @ down.abs() + down_bias.abs()
         inner_error = STEEPEST * (down.shape[0] + 1) * FLOAT32 * magnitude
         if self.slot_activations is not None:
@@ -134,12 +139,14 @@ class AdapterCase:
         error += (up.shape[0] + 1) * FLOAT32 * ((inner.abs() + inner_error) @ up.abs() + up_bias.abs())
         return scale * change, abs(scale) * error
 
-    def _normalized(self, rows: Tensor, error: Tensor, half_eps: float, smallest: float) -> tuple[Tensor, Tensor]:
+    def _normalized(
+        self, rows: Tensor, error: Tensor, half_eps: float, smallest: float
+    ) -> tuple[Tensor, Tensor]:
         """LayerNorm of rows that are wrong by up to ``error``.
 
-        Of z = (v - mean v) / s the first-order change is (dv - mean dv) / s - z mean(z dv) / s, and mean(z dv) is at
-        most the root mean square of dv. A tenth more for higher orders; 32 float32 operations on numbers of the size
-        of v / s.
+        Of z = (v - mean v) / s the first-order change is (dv - mean dv) / s - z mean(z dv) / s, and
+        mean(z dv) is at most the root mean square of dv. A tenth more for higher orders; 32 float32
+        operations on numbers of the size of v / s.
         """
         assert self.layer_norm is not None
         weight, bias = (part.double() for part in self.layer_norm)
@@ -147,7 +154,9 @@ class AdapterCase:
         deviation = (centered.square().mean(1, keepdim=True) + LAYER_NORM_EPS).sqrt()
         normal = centered / deviation
         result = normal * weight + bias
-        spread = error + error.mean(1, keepdim=True) + normal.abs() * error.square().mean(1, keepdim=True).sqrt()
+        spread = (
+            error + error.mean(1, keepdim=True) + normal.abs() * error.square().mean(1, keepdim=True).sqrt()
+        )
         changed = 1.1 * spread / deviation * weight.abs()
         sizes = (rows.abs() + rows.abs().mean(1, keepdim=True)) / deviation * weight.abs() + bias.abs()
         changed = changed + 32 * FLOAT32 * (sizes + normal.abs() * sizes.mean(1, keepdim=True))
@@ -165,13 +174,16 @@ def make_case(
     has_layer_norm: bool = False,
     dtype: torch.dtype = torch.float16,
     num_tokens: int = 0,
+    is_aligned: bool = False,
     seed: int = 0,
 ) -> AdapterCase:
-    """Random tensors; a bottleneck if there are ``activations`` (one a slot), LoRA with ``output_sizes`` else.
+    """Random tensors; a bottleneck if there are ``activations`` (one a slot), else LoRA.
 
-    ``ranks``: one sequence a projection, one entry a slot. ``slots`` of the segments: by default one after the other.
-    ``num_tokens``: at least so many, the additional ones before and after all segments: they choose the tile's rows
-    (csrc/cuda/adapter_plan.cpp).
+    ``output_sizes``: of LoRA's projections. ``ranks``: one sequence a projection, one entry a slot.
+    ``slots`` of the segments: by default one after the other. ``num_tokens``: at least so many, the
+    additional ones before and after all segments: they choose the tile's rows (csrc/cuda/adapter_plan.cpp).
+    ``is_aligned``: rows and blocks begin at multiples of 32 bytes, whole sectors of memory; without it at
+    multiples of 16, as the kernels demand.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -181,7 +193,8 @@ def make_case(
     is_bottleneck = activations is not None
     sizes = tuple(output_sizes or (hidden_size,))
     table = torch.tensor(ranks, dtype=torch.int32)
-    arena, offsets = _make_arena(table, hidden_size, sizes, is_bottleneck, normal)
+    padding = 16 if is_aligned else 8
+    arena, offsets = _make_arena(table, hidden_size, sizes, is_bottleneck, normal, alignment=padding)
     used = sum(lengths)
     before = max(0, num_tokens - used) // 3
     total = max(num_tokens, used)
@@ -190,7 +203,7 @@ def make_case(
     names = list(ACTIVATIONS)
     return AdapterCase(
         output=normal(total, sum(sizes)).to(dtype),
-        hidden_states=normal(total, hidden_size + PADDING).to(dtype)[:, :hidden_size],
+        hidden_states=normal(total, hidden_size + padding).to(dtype)[:, :hidden_size],
         arena=arena.to(dtype),
         segment_offsets=cumulative,
         segment_slots=torch.tensor(chosen, dtype=torch.int32),
@@ -201,20 +214,36 @@ def make_case(
         slot_activations=torch.tensor([names.index(name) for name in activations], dtype=torch.int32)
         if activations is not None
         else None,
-        layer_norm=(1 + normal(sizes[0]).to(dtype) / 4, normal(sizes[0]).to(dtype)) if has_layer_norm else None,
+        layer_norm=(1 + normal(sizes[0]).to(dtype) / 4, normal(sizes[0]).to(dtype))
+        if has_layer_norm
+        else None,
+        max_rank=int(table.max()),
+        padding=padding,
     )
 
 
-def _make_arena(ranks: Tensor, input_size: int, sizes: Sequence[int], is_bottleneck: bool, normal: object) -> tuple[Tensor, Tensor]:
+def _make_arena(
+    ranks: Tensor,
+    input_size: int,
+    sizes: Sequence[int],
+    is_bottleneck: bool,
+    normal: Callable[..., Tensor],
+    *,
+    alignment: int,
+) -> tuple[Tensor, Tensor]:
+    """Blocks with NaN between them, so that what is read beyond one shows."""
     pieces, offsets, end = [], torch.zeros(ranks.shape, dtype=torch.int64), 0
-    for (p, size), slot in [(item, slot) for item in enumerate(sizes) for slot in range(ranks.shape[1])]:
+    for (p, size), slot in itertools.product(enumerate(sizes), range(ranks.shape[1])):
         rank = int(ranks[p, slot])
-        parts = [normal(input_size * rank) / math.sqrt(input_size), normal(rank) * is_bottleneck]
-        parts += [normal(rank * size) / math.sqrt(max(rank, 1)), normal(size) * is_bottleneck]
-        block = torch.cat([part for i, part in enumerate(parts) if is_bottleneck or i % 2 == 0])
+        down, up = (
+            normal(input_size * rank) / math.sqrt(input_size),
+            normal(rank * size) / math.sqrt(max(rank, 1)),
+        )
+        block = torch.cat([down, normal(rank), up, normal(size)] if is_bottleneck else [down, up])
+        gap = torch.full((alignment + -len(block) % alignment,), math.nan)
         offsets[p, slot] = end
-        pieces += [block, torch.full((8,), math.nan)]  # what is read beyond a block shows
-        end += len(block) + 8
+        pieces += [block, gap]
+        end += len(block) + len(gap)
     return torch.cat(pieces), offsets
 
 
