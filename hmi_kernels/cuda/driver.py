@@ -49,7 +49,11 @@ def reason() -> str:
         return native_reason
     if _module.functions is None:
         return "compiled without CUDA (no nvcc when hmi_kernels was built, or HMI_BUILD_CUDA=0)"
-    return "" if _module.is_emulated or torch.cuda.is_available() else "no CUDA device or driver"
+    if _module.is_emulated:
+        return ""
+    if torch.version.cuda is None:  # nor do kernels for NVIDIA's GPUs run on AMD's, which torch calls cuda too
+        return f"this torch ({torch.__version__}) is not built for CUDA"
+    return "" if torch.cuda.is_available() else "no CUDA device or driver"
 
 
 def module() -> Any:
