@@ -21,6 +21,7 @@ __all__ = ["adapter_kernel"]
 
 TILE_CONFIGS = [
     triton.Config({"tile_rows": 16}, num_warps=2, num_stages=3),
+    triton.Config({"tile_rows": 16}, num_warps=4, num_stages=2),
     triton.Config({"tile_rows": 16}, num_warps=4, num_stages=4),
     triton.Config({"tile_rows": 32}, num_warps=4, num_stages=3),
     triton.Config({"tile_rows": 64}, num_warps=4, num_stages=2),

@@ -29,8 +29,8 @@ MAX_RANK = 256
 UNIT = 8
 """Elements that are read at a time where sizes, strides, offsets and ranks are its multiples."""
 
-CHUNKS = {16: 64, 128: 32}
-"""Columns of a chunk by the least rank block: several stages must fit into shared memory, 64 KiB on AMD."""
+CHUNKS = {32: 64, 256: 32, 1024: 16}
+"""Columns of a chunk by the least bytes of a rank block: several stages must fit into 64 KiB on AMD."""
 
 
 class AdapterCall(NamedTuple):
@@ -166,6 +166,10 @@ def _launch(call: AdapterCall) -> None:
         output_sizes=call.output_sizes,
         is_bottleneck=int(call.slot_activations is not None),
         rank_block=rank_block,
-        chunk=max((least, chunk) for least, chunk in CHUNKS.items() if least <= rank_block)[1],
+        chunk=_chunk(rank_block * call.output.element_size()),
         unit=UNIT if is_even else 1,
     )
+
+
+def _chunk(bytes_of_ranks: int) -> int:
+    return max((least, chunk) for least, chunk in CHUNKS.items() if least <= bytes_of_ranks)[1]
