@@ -184,6 +184,19 @@ def test_nan_stays_with_its_token() -> None:
     assert torch.equal(result[~ill], clean[~ill])
 
 
+def test_rows_that_are_not_needed_are_not_read() -> None:
+    """Of unigrams, where every window has its row."""
+    case = shortened(make_case(3, share=1.0))
+    case = Case(case.sequences, case.ngrams, [[0, 1]] * len(case.sequences), 3)
+    tables = make_tables(case, 40, (torch.float16, torch.float16), torch.float16)
+    references = case.lookup()
+    assert (references[:, 0] >= 0).all()
+    clean = merge(case, tables, references)
+    for table in tables.unigrams:
+        table.fill_(torch.nan)
+    assert torch.equal(merge(case, tables, references), clean)
+
+
 @pytest.mark.parametrize("reference", [-2, 5 << 40, (1 << 40) - 1, -(2**63), 2**62])
 @pytest.mark.parametrize("window", [2, 3])
 def test_references_to_nowhere_give_zeros(window: int, reference: int) -> None:
