@@ -28,9 +28,10 @@ __device__ __forceinline__ SegmentTile find_segment_tile(const int64_t* segment_
   while (high - low > 1) {
     const int64_t step = ceil_div(high - low, kWarpSize);
     const int64_t probe = low + lane * step;
-    const bool starts_before = probe < high && segment_offsets[probe] / tile_rows + probe <= tile;
-    const unsigned votes = __ballot_sync(kFullWarp, starts_before);
-    if (votes == 0) return {-1, 0, 0};  // only offsets that decrease
+    // Offsets out of bounds do not count, so that the segments beside theirs are found all the same.
+    const int64_t offset = probe < high ? segment_offsets[probe] : -1;
+    const bool starts_before = offset >= 0 && offset / tile_rows + probe <= tile;
+    const unsigned votes = __ballot_sync(kFullWarp, starts_before) | 1u;  // whatever low's offset is, low remains
     const int last = kWarpSize - 1 - __clz(static_cast<int>(votes));
     low += last * step;
     high = high < low + step ? high : low + step;

@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import hmi_kernels
+from hmi_kernels.cuda import driver
 
 __all__ = ["ACTIVATIONS", "DTYPES", "AdapterCase", "assert_close", "make_case"]
 
@@ -75,6 +77,13 @@ class AdapterCase:
         assert (padded[:, : self.padding] == -7).all()
         assert (padded[:, self.padding + columns :] == -7).all()
         return output.clone()
+
+    def plan(self) -> Any:
+        """The AdapterPlan of :meth:`run`; within ``emulated()``."""
+        (num_tokens, input_size), sizes = self.hidden_states.shape, self.output_sizes
+        shape = (num_tokens, len(self.segment_slots), input_size, sum(sizes), len(sizes))
+        max_rank = 256 if self.max_rank is None else self.max_rank
+        return driver.module().plan_adapter(*shape, max_rank, self.layer_norm is not None)
 
     def segments(self) -> list[tuple[slice, int]]:
         """Rows and slot of each segment."""
