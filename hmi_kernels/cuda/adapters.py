@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from hmi_kernels.cuda import driver
-from hmi_kernels.cuda.segments import (
-    MAX_RANK,
-    SIZE_MULTIPLE,
-    SlotTable,
-    check_on_host,
-    is_on_host,
-    misaligned,
-    on_device,
-)
+from hmi_kernels.cuda.segments import MAX_RANK, SIZE_MULTIPLE, misaligned
+from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.library import Implementation
 
 if TYPE_CHECKING:
@@ -85,38 +78,40 @@ def _max_rank(arguments: BottleneckArguments | LoraArguments) -> int:
     """What the caller says, else what can be read without waiting for the device."""
     if arguments.max_rank is not None:
         return min(arguments.max_rank, MAX_RANK)
-    if is_on_host(arguments.slot_ranks) and arguments.slot_ranks.numel():
+    if arguments.slot_ranks.device != arguments.output.device and arguments.slot_ranks.numel():
         return max(0, min(int(arguments.slot_ranks.max()), MAX_RANK))
     return MAX_RANK
 
 
 def _bottleneck(arguments: BottleneckArguments) -> None:
-    output, hidden_size, arena_size = arguments.output, arguments.output.shape[1], arguments.arena.shape[0]
-    table = SlotTable(
-        arguments.slot_offsets,
-        arguments.slot_ranks,
-        arguments.slot_activations,
-        arena_size,
-        2 * hidden_size + 1,
-        hidden_size,
-    )
-    check_on_host(arguments.segment_offsets, arguments.segment_slots, output.shape[0], table)
+    hidden_size, tables = arguments.output.shape[1], (arguments.slot_offsets, arguments.slot_ranks)
+    sizes = (arguments.arena.shape[0], 2 * hidden_size + 1, hidden_size)
+    table = SlotTable(*tables, arguments.slot_activations, *sizes)
+    _check_on_host(arguments, table)
     norms = (arguments.layer_norm_weight, arguments.layer_norm_bias)
     _launch(arguments, [hidden_size], arguments.slot_activations, norms, arguments.layer_norm_eps)
 
 
 def _lora(arguments: LoraArguments) -> None:
-    output, input_size, arena_size = (
-        arguments.output,
-        arguments.hidden_states.shape[1],
-        arguments.arena.shape[0],
-    )
-    sizes = list(arguments.output_sizes or output.shape[1:])
+    input_size, arena_size = arguments.hidden_states.shape[1], arguments.arena.shape[0]
+    sizes = list(arguments.output_sizes or arguments.output.shape[1:])
     offsets, ranks = (table.view(len(sizes), -1) for table in (arguments.slot_offsets, arguments.slot_ranks))
     for p, size in enumerate(sizes):
         table = SlotTable(offsets[p], ranks[p], None, arena_size, input_size + size, 0)
-        check_on_host(arguments.segment_offsets, arguments.segment_slots, output.shape[0], table)
+        _check_on_host(arguments, table)
     _launch(arguments, sizes, None, (None, None), 0.0)
+
+
+def _check_on_host(arguments: BottleneckArguments | LoraArguments, table: SlotTable) -> None:
+    check_on_host(
+        arguments.output.device,
+        arguments.segment_offsets,
+        arguments.segment_slots,
+        arguments.output.shape[0],
+        table,
+        multiple=SIZE_MULTIPLE,
+        max_rank=MAX_RANK,
+    )
 
 
 def _launch(

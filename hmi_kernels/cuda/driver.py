@@ -51,7 +51,7 @@ def reason() -> str:
         return "compiled without CUDA (no nvcc when hmi_kernels was built, or HMI_BUILD_CUDA=0)"
     if _module.is_emulated:
         return ""
-    if torch.version.cuda is None:  # nor do kernels for NVIDIA's GPUs run on AMD's, which torch calls cuda too
+    if torch.version.cuda is None:  # for the CPU, or for AMD's GPUs, which torch calls cuda too
         return f"this torch ({torch.__version__}) is not built for CUDA"
     return "" if torch.cuda.is_available() else "no CUDA device or driver"
 

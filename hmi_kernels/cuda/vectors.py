@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from hmi_kernels.cuda import driver
-from hmi_kernels.cuda.segments import SlotTable, check_on_host, misaligned, on_device
+from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned
+from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.library import Implementation
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def _run(arguments: VectorArguments, *, is_scale: bool) -> None:
     rows, arena, *indexes = arguments
     num_tokens, hidden_size = rows.shape
     table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
-    check_on_host(arguments.segment_offsets, arguments.segment_slots, num_tokens, table)
+    offsets, slots = arguments.segment_offsets, arguments.segment_slots
+    check_on_host(rows.device, offsets, slots, num_tokens, table, multiple=SIZE_MULTIPLE)
     offsets, slots, slot_offsets = (on_device(index, rows.device) for index in indexes)
     with driver.launch_on(rows) as launch:
         driver.module().grouped_vector(

@@ -8,9 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from hmi_kernels.cuda.segments import SlotTable
+from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.triton.adapter_kernel import adapter_kernel
-from hmi_kernels.triton.host_indexes import check_on_host, uploaded
 from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalize_segments
 from hmi_kernels.triton.segments import num_segment_tiles
 
@@ -120,12 +119,12 @@ def _call(
         arguments.output,
         arguments.hidden_states,
         arguments.arena,
-        uploaded(arguments.segment_offsets, device),
-        uploaded(arguments.segment_slots, device),
-        uploaded(arguments.slot_offsets, device),
-        uploaded(arguments.slot_ranks, device),
-        uploaded(arguments.slot_scales, device),
-        None if slot_activations is None else uploaded(slot_activations, device),
+        on_device(arguments.segment_offsets, device),
+        on_device(arguments.segment_slots, device),
+        on_device(arguments.slot_offsets, device),
+        on_device(arguments.slot_ranks, device),
+        on_device(arguments.slot_scales, device),
+        None if slot_activations is None else on_device(slot_activations, device),
         output_sizes,
         _max_rank(arguments),
     )

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hmi_kernels.cuda.segments import SlotTable
+from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.settings import is_triton_interpreted
-from hmi_kernels.triton.host_indexes import check_on_host, uploaded
 from hmi_kernels.triton.language import rounded
 from hmi_kernels.triton.segments import find_segment_tile, num_segment_tiles
 
@@ -62,7 +61,7 @@ def _launch(arguments: VectorArguments, *, is_scale: bool) -> None:
         return tiles, triton.cdiv(hidden_size, chosen["tile_columns"])
 
     with torch.cuda.device_of(rows):
-        segment_offsets, segment_slots, slot_offsets = (uploaded(index, rows.device) for index in indexes)
+        segment_offsets, segment_slots, slot_offsets = (on_device(index, rows.device) for index in indexes)
         _vector_kernel[grid](
             rows,
             rows.stride(0),

@@ -58,7 +58,7 @@ class RecordingModule:
 
 @pytest.fixture
 def real_module(monkeypatch: pytest.MonkeyPatch) -> RecordingModule:
-    """CPU tensors count as lying in host memory, as they do beside a GPU."""
+    """Nothing can be launched; tensors of a device, here torch's ``meta``, have no values to look at."""
     module = RecordingModule()
     monkeypatch.setattr(driver, "_module", driver._Module(module, False))
     return module
@@ -105,12 +105,14 @@ def test_backends_that_are_not_there_cannot_be_chosen() -> None:
 def test_values_in_host_memory_are_checked_before_a_launch(
     real_module: RecordingModule, field: str, value: Tensor
 ) -> None:
+    rows = torch.zeros(6, 256, dtype=torch.float16, device="meta")
+    changes = {"output": rows, "hidden_states": rows, field: value}
     with pytest.raises(ValueError, match=field):
-        cuda_adapters.LORA.run(lora(**{field: value}))
+        cuda_adapters.LORA.run(lora(**changes))
     with pytest.raises(ValueError, match=field):
-        cuda_adapters.BOTTLENECK.run(bottleneck(**{field: value}))
+        cuda_adapters.BOTTLENECK.run(bottleneck(**changes))
     if field != "slot_ranks":
-        arguments = VectorArguments(lora().output, *bottleneck()[2:5], bottleneck().slot_offsets)
+        arguments = VectorArguments(rows, *bottleneck()[2:5], bottleneck().slot_offsets)
         with pytest.raises(ValueError, match=field):
             cuda_vectors.SCALE.run(arguments._replace(**{field: value}))
     assert not real_module.launches

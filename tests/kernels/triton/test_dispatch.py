@@ -15,8 +15,7 @@ from kernels.test_vectors import make_batch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_kernels.cuda.segments import SlotTable
-from hmi_kernels.triton.host_indexes import check_on_host
+from hmi_kernels.host_indexes import SlotTable, check_on_host
 
 
 def test_under_torch_compile() -> None:

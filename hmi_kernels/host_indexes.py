@@ -1,0 +1,73 @@
+"""Segments and slot tables that a caller left in host memory while the batch is on a device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hmi_kernels.native import native
+
+__all__ = ["SlotTable", "check_on_host", "on_device"]
+
+
+class SlotTable(NamedTuple):
+    """Where the slots' blocks lie; a block of rank r takes ``r * per_rank + fixed`` elements of the arena."""
+
+    offsets: Tensor
+    ranks: Tensor | None
+    """None for blocks without a rank, whose offset -1 says that the slot has none."""
+    activations: Tensor | None
+    arena_size: int
+    per_rank: int
+    fixed: int
+
+
+def check_on_host(
+    device: torch.device,
+    segment_offsets: Tensor,
+    segment_slots: Tensor,
+    num_tokens: int,
+    table: SlotTable,
+    *,
+    multiple: int = 1,
+    max_rank: int | None = None,
+) -> None:
+    """Raises ValueError on values out of bounds in tensors of another memory than the device's own.
+
+    What lies on the device is for the kernels to check. ``multiple`` (of ranks and offsets) and ``max_rank``
+    are what the backend asks for beyond that blocks lie in the arena.
+    """
+    if device in (segment_offsets.device, segment_slots.device):
+        return
+    parts = (table.offsets, table.ranks, table.activations)
+    is_whole = all(part is None or part.device != device for part in parts)
+    offsets, ranks, activations = (part.data_ptr() if is_whole and part is not None else 0 for part in parts)
+    native.check_segments(
+        segment_offsets.data_ptr(),
+        segment_slots.data_ptr(),
+        segment_slots.shape[0],
+        num_tokens,
+        table.offsets.shape[0],
+        offsets,
+        ranks,
+        activations,
+        table.arena_size,
+        table.per_rank,
+        table.fixed,
+        multiple,
+        table.arena_size if max_rank is None else max_rank,
+    )
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from host memory through page-locked memory, without waiting.
+
+    Raises ValueError under graph capture, which would keep the values of this one call.
+    """
+    if tensor.device == device:
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError("under CUDA graph capture all tensors must be on the device")
+    return tensor.pin_memory().to(device, non_blocking=True)
