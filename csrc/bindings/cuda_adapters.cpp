@@ -11,7 +11,7 @@
 namespace hmi::bindings {
 namespace {
 
-cuda::DataType data_type(int number) { return static_cast<cuda::DataType>(number); }
+DataType data_type(int number) { return static_cast<DataType>(number); }
 
 void grouped_adapter(int type, Address output, int64_t output_stride, const std::vector<int32_t>& output_sizes,
                      Address hidden_states, int64_t hidden_stride, int64_t num_tokens, int32_t input_size,

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/data_type.h"
+#include "common/data_type.h"
 
 namespace hmi::cuda {
 

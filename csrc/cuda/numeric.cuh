@@ -1,7 +1,7 @@
 // Arithmetic that the kernels share: conversions, vectors of eight 16-bit elements, warp sums, activations.
 #pragma once
 
-#include "cuda/data_type.h"
+#include "common/data_type.h"
 #include "cuda/device.cuh"
 
 namespace hmi::cuda {
