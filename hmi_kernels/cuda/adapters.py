@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hmi_kernels.cuda import driver
-from hmi_kernels.cuda.segments import MAX_RANK, SIZE_MULTIPLE, misaligned
+from hmi_kernels.cuda.segments import MAX_RANK, SIZE_MULTIPLE, misaligned, too_many
 from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.library import Implementation
 
@@ -46,8 +46,8 @@ def _refuses(arguments: BottleneckArguments | LoraArguments) -> str:
     output, hidden_states = arguments.output, arguments.hidden_states
     if output.dtype not in (torch.float16, torch.bfloat16):
         return f"output must be torch.float16 or torch.bfloat16, not {output.dtype}"
-    if max(output.shape[0], arguments.segment_slots.shape[0]) >= 2**31 - 2**16:
-        return f"output must have fewer than 2^31 tokens, not {output.shape[0]}"
+    if excess := too_many(output.shape[0], arguments.segment_slots.shape[0]):
+        return excess
     named = (("output", output), ("hidden_states", hidden_states), ("arena", arguments.arena))
     return next((reason for name, tensor in named if (reason := misaligned(name, tensor))), "")
 

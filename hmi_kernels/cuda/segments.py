@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["MAX_RANK", "SIZE_MULTIPLE", "misaligned"]
+__all__ = ["MAX_RANK", "SIZE_MULTIPLE", "misaligned", "too_many"]
 
 SIZE_MULTIPLE = 8
 """Elements in 16 bytes: what sizes, ranks and offsets are multiples of (csrc/cuda/adapter_plan.h)."""
 MAX_RANK = 256
+
+
+def too_many(num_tokens: int, num_segments: int) -> str:
+    """Why a grid of their tiles would not have a 32-bit size, "" if it has."""
+    if num_tokens + num_segments < 2**31 - 1:
+        return ""
+    return f"tokens and segments must be fewer than 2^31 together, not {num_tokens} and {num_segments}"
 
 
 def misaligned(name: str, tensor: Tensor) -> str:

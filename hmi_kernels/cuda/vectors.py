@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hmi_kernels.cuda import driver
-from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned
+from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned, too_many
 from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
 from hmi_kernels.library import Implementation
 
@@ -20,7 +20,8 @@ __all__ = ["BIAS", "SCALE"]
 def _refuses(arguments: VectorArguments) -> str:
     if arguments.rows.dtype not in (torch.float16, torch.bfloat16):
         return f"the rows must be torch.float16 or torch.bfloat16, not {arguments.rows.dtype}"
-    return misaligned("the rows", arguments.rows) or misaligned("arena", arguments.arena)
+    excess = too_many(arguments.rows.shape[0], arguments.segment_slots.shape[0])
+    return excess or misaligned("the rows", arguments.rows) or misaligned("arena", arguments.arena)
 
 
 def _run(arguments: VectorArguments, *, is_scale: bool) -> None:

@@ -144,6 +144,14 @@ def test_cuda_refuses_a_bottleneck_that_is_too_wide() -> None:
     )
 
 
+def test_cuda_refuses_more_tokens_than_a_grid_can_have() -> None:
+    rows = torch.zeros(1, 256, dtype=torch.float16).expand(2**31, 256)
+    reason = cuda_adapters.LORA.refuses(lora(output=rows, hidden_states=rows))
+    assert reason == "tokens and segments must be fewer than 2^31 together, not 2147483648 and 2"
+    arguments = VectorArguments(rows, *bottleneck()[2:5], bottleneck().slot_offsets)
+    assert cuda_vectors.SCALE.refuses(arguments) == reason
+
+
 def test_alignment_of_one_row_does_not_depend_on_its_stride() -> None:
     assert misaligned("row", torch.zeros(1, 260).half()[:, :256]) == ""
 
