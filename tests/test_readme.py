@@ -12,10 +12,11 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import BertForSequenceClassification
 
 README = Path(__file__).parents[1] / "README.md"
+KERNELS = README.parent / "docs" / "kernels.md"
 
 
-def example() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def example(page: Path = README) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     return block
 
 
@@ -43,7 +44,15 @@ def test_the_example_runs(prepared, tiny_bert, capsys):
     assert answers[1].split()[1] in ("LABEL_0", "LABEL_1")
 
 
-def test_the_files_that_it_links_are_there():
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]
+def test_the_example_of_the_kernels_runs(capsys):
+    exec(compile(example(KERNELS), str(KERNELS), "exec"), {})
+    backend, norm = capsys.readouterr().out.split()
+    assert backend == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert float(norm) > 0
+
+
+@pytest.mark.parametrize("page", [README, KERNELS], ids=["README", "kernels"])
+def test_the_files_that_it_links_are_there(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert links and not missing
