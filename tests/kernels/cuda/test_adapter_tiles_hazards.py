@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ LENGTHS = [0, 1, 16, 33, 70, 0, 5, 17, 3]
 SLOTS = [2, 1, -1, 0, 2, 1, 3, 0, 1]
 NAMES = list(ACTIVATIONS)[:4]
 # Tokens of the call (they choose the tile's rows), ranks of four slots, and what else distinguishes the case.
-HAZARDS = {
+HAZARDS: dict[str, tuple[int, Any, bool]] = {
     "16 rows, depth in four": (150, [8, 24, 16, 0], False),
     "16 rows, ranks in four": (150, [128, 8, 104, 0], False),
     "32 rows, depth in two": (2000, [8, 24, 16, 0], False),
@@ -189,7 +190,7 @@ def test_fault_of_one_projection(projection: int) -> None:
 
 def test_ends_of_arena_and_of_ranks() -> None:
     """A block may end with the arena but not behind it; a rank may not exceed what the plan is made for."""
-    options = {"ranks": [[16]], "activations": ["gelu"]}
+    options: dict[str, Any] = {"ranks": [[16]], "activations": ["gelu"]}
     case = make_case([6], **options)
     case.arena = case.arena[: 16 * 513 + 256].clone()
     check(case)
