@@ -11,7 +11,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Kernel", "compiled_module", "describe_kernels", "find_cuobjdump", "instructions_of"]
+__all__ = [
+    "REQUIRED_INSTRUCTIONS",
+    "Kernel",
+    "compiled_module",
+    "describe_kernels",
+    "find_cuobjdump",
+    "instructions_of",
+    "missing_instructions",
+    "spilled",
+]
+
+TILES_KERNEL = "adapter_tiles_kernel"
+REQUIRED_INSTRUCTIONS = {
+    "HMMA": "products on tensor cores",
+    "LDSM": "their operands read by ldmatrix",
+    "LDGSTS": "copies from device memory to shared memory beside the products",
+}
+"""What a kernel of tiles is made of."""
 
 SECONDS = 240
 _ARCHITECTURE = re.compile(r"^arch = (sm_\w+)$")
@@ -71,17 +88,39 @@ def describe_kernels(cuobjdump: str, binary: Path) -> list[Kernel]:
     return [kernel._replace(name=readable) for kernel, readable in zip(kernels, names, strict=True)]
 
 
-def instructions_of(cuobjdump: str, binary: Path, kernel_name: str) -> dict[str, set[str]]:
-    """By architecture, the instructions (without suffixes) of the kernels of whose names this is a part."""
-    instructions: dict[str, set[str]] = {}
-    architecture, is_wanted = "", False
+def spilled(kernels: Sequence[Kernel]) -> list[str]:
+    """A sentence for each kernel that keeps anything of a thread's in slow memory."""
+    return [
+        f"{kernel.name} for {kernel.architecture} has {kernel.stack_bytes} bytes of stack and "
+        f"{kernel.local_bytes} of local memory"
+        for kernel in kernels
+        if kernel.stack_bytes or kernel.local_bytes
+    ]
+
+
+def missing_instructions(cuobjdump: str, binary: Path) -> list[str]:
+    """A sentence for each kernel of tiles that lacks one of :data:`REQUIRED_INSTRUCTIONS`; see there."""
+    found = instructions_of(cuobjdump, binary, TILES_KERNEL)
+    if not found:
+        return [f"the module holds no machine code of {TILES_KERNEL}"]
+    return [
+        f"{name} for {architecture} lacks {', '.join(sorted(missing))}"
+        for (architecture, name), instructions in found.items()
+        if (missing := REQUIRED_INSTRUCTIONS.keys() - instructions)
+    ]
+
+
+def instructions_of(cuobjdump: str, binary: Path, name_part: str) -> dict[tuple[str, str], set[str]]:
+    """By architecture and (mangled) name, the instructions, without suffixes, of kernels so named."""
+    instructions: dict[tuple[str, str], set[str]] = {}
+    architecture, name = "", ""
     for line in _dump(cuobjdump, "--dump-sass", binary):
         if found := _ARCHITECTURE.match(line):
             architecture = found[1]
         elif found := _FUNCTION.match(line):
-            is_wanted = kernel_name in found[1]
-        elif is_wanted and (found := _INSTRUCTION.match(line)):
-            instructions.setdefault(architecture, set()).add(found[1].split(".")[0])
+            name = found[1] if name_part in found[1] else ""
+        elif name and (found := _INSTRUCTION.match(line)):
+            instructions.setdefault((architecture, name), set()).add(found[1].split(".")[0])
     return instructions
 
 

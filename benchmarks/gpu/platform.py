@@ -30,6 +30,8 @@ class Platform:
 
     device: torch.device
     is_dry: bool
+    variant: str = "plain"
+    """Of the emulator, in dry runs."""
 
     @contextlib.contextmanager
     def backend(self, name: str) -> Iterator[None]:
@@ -42,7 +44,7 @@ class Platform:
         if self.is_dry and name == "cuda":
             from emulator.harness import emulated  # type: ignore[import-not-found]  # tests/emulator
 
-            with emulated("plain"):
+            with emulated(self.variant):
                 yield
             return
         with hmi_kernels.use_backend(name):
@@ -78,14 +80,14 @@ class Platform:
         return driver.module().emulator
 
 
-def choose_platform(*, is_dry: bool) -> Platform:
+def choose_platform(*, is_dry: bool, variant: str = "plain") -> Platform:
     """The GPU, or for dry runs the CPU, with one thread.
 
     Ends the program with advice if there is no GPU and the run is not dry.
     """
     if is_dry:
         torch.set_num_threads(1)
-        return Platform(torch.device("cpu"), True)
+        return Platform(torch.device("cpu"), True, variant)
     if not torch.cuda.is_available():
         sys.exit("torch sees no CUDA device. --dry runs everything on the CPU, and measures nothing")
     return Platform(torch.device("cuda", torch.cuda.current_device()), False)
