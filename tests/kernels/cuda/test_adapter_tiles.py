@@ -71,7 +71,7 @@ def test_every_tile_with_layer_norm(dtype: torch.dtype, rank_class: int, rows: i
 @pytest.mark.parametrize("hidden_size", [264, 384, 768, 1024, 1032])
 def test_hidden_sizes(hidden_size: int, rows: int, has_layer_norm: bool) -> None:
     """Whole chunks, half a tensor tile in the last one; more than 1,024 columns of layer norm."""
-    options = {"num_tokens": TOKENS_OF_TILE[rows], "has_layer_norm": has_layer_norm}
+    options: dict[str, Any] = {"num_tokens": TOKENS_OF_TILE[rows], "has_layer_norm": has_layer_norm}
     check(
         bottleneck(
             [24, 8, 64, 0],
@@ -102,7 +102,11 @@ QKV_RANKS = [[8, 16, 0, 8], [16, 8, 24, 0], [8, 8, 16, 48]]
 def test_lora_of_three_projections(
     dtype: torch.dtype, rows: int, input_size: int, output_sizes: list[int]
 ) -> None:
-    options = {"output_sizes": output_sizes, "num_tokens": TOKENS_OF_TILE[rows], "dtype": dtype}
+    options: dict[str, Any] = {
+        "output_sizes": output_sizes,
+        "num_tokens": TOKENS_OF_TILE[rows],
+        "dtype": dtype,
+    }
     case = make_case(LENGTHS, slots=SLOTS, ranks=QKV_RANKS, hidden_size=input_size, **options)
     assert (case.plan().tile_rows, case.plan().launches) == (rows, 1)
     check(case)
