@@ -1,6 +1,6 @@
 # Everyday commands. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install build check format test test-slow bench report demo clean
+.PHONY: help install build check format test test-slow bench report gpu-check gpu-bench gpu-check-dry gpu-bench-dry demo clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,18 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 
 report: ## Write docs/results.md from benchmarks/results/*.json
 	python -m benchmarks.report
+
+gpu-check: ## Are the kernels right on this GPU? (8 minutes at most)
+	python -m benchmarks.gpu.check
+
+gpu-bench: ## How fast are they, beside what others do? (8 minutes at most, no other load on the GPU)
+	python -m benchmarks.gpu.bench
+
+gpu-check-dry: ## The same check on the CPU, by emulator and interpreter
+	python -m benchmarks.gpu.check --dry
+
+gpu-bench-dry: ## The same benchmark on the CPU, without measuring
+	python -m benchmarks.gpu.bench --dry
 
 demo: ## The whole system on real text
 	hmi demo
