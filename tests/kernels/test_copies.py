@@ -358,7 +358,7 @@ def test_events_are_done_layer_by_layer(device: Device, pool: PinnedPool) -> Non
     blocks = [pool.empty([8]).fill_(layer) for layer in range(4)]
     copied = [copy_batch_async([slots[layer]], [blocks[layer]], stream=stream) for layer in range(4)]
     for layer, event in enumerate(copied):
-        # A call asks how far the copies before it are, which drives them on; the last one nobody has asked for.
+        # A call asks how far the copies before it are, which drives them on; nobody has asked for the last.
         assert slots[-1].isnan().all()
         event.synchronize()
         assert slots[layer].tolist() == [layer] * 8
