@@ -49,6 +49,9 @@ gpu-check-dry: ## The same check on the CPU, by emulator and interpreter
 gpu-bench-dry: ## The same benchmark on the CPU, without measuring
 	python -m benchmarks.gpu.bench --dry
 
+kernel-tables: build ## Count bytes and bank conflicts of the kernels and write them into docs/kernels.md
+	PYTHONPATH=tests python -m kernels.cuda.write_tables
+
 demo: ## The whole system on real text
 	hmi demo
 

@@ -88,6 +88,8 @@ void define_cuda_adapters(py::module_& m) {
       .def_readonly("tile_rows", &AdapterPlan::tile_rows)
       .def_readonly("num_stages", &AdapterPlan::num_stages)
       .def_readonly("rank_class", &AdapterPlan::rank_class)
+      .def_readonly("chunk", &AdapterPlan::chunk)
+      .def_readonly("blocks_per_multiprocessor", &AdapterPlan::blocks_per_multiprocessor)
       .def_readonly("shared_bytes", &AdapterPlan::shared_bytes)
       .def_readonly("launches", &AdapterPlan::launches)
       .def_readonly("group_tokens", &AdapterPlan::group_tokens)
