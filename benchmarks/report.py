@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.arguments import RESULTS
 from benchmarks.figures import draw_curves, draw_rates
+from benchmarks.gpu.section import gpu_section
 from benchmarks.result import BenchmarkResult, Case, Interval, read_results
 from hmi_engine.knowledge.atomic import atomic_write
 
@@ -16,7 +17,8 @@ __all__ = ["main", "render"]
 DOCS = Path("docs")
 HEADER = """# Results
 
-This page is written by `python -m benchmarks.report` from `benchmarks/results/*.json`; edit nothing here.
+This page is written by `python -m benchmarks.report` from the JSON files below `benchmarks/results`; edit
+nothing here.
 A rate is the median over repetitions with its 95 % bootstrap interval; the systems of a table were timed in
 turn (A B C, B C A, ...) in one process. A ratio is that of median rates.
 """
@@ -167,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = options.docs / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     text = render(read_results(options.results), figures, relative_to=options.docs)
+    text += "\n" + "\n".join(gpu_section(options.results / "gpu")).rstrip() + "\n"
 
     def write_text(partial: Path) -> None:
         partial.write_text(text)

@@ -49,3 +49,8 @@ def test_quick_runs_are_marked(tmp_path: Path) -> None:
 def test_no_results_is_said(tmp_path: Path) -> None:
     main(["--results", str(tmp_path / "none"), "--docs", str(tmp_path / "docs")])
     assert "No results yet" in (tmp_path / "docs" / "results.md").read_text()
+
+
+def test_that_no_gpu_was_measured_is_said(page: str) -> None:
+    assert "## How fast are the kernels on a GPU?" in page
+    assert "No GPU figure has been measured yet." in page
