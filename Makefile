@@ -1,6 +1,6 @@
 # Everyday commands. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install build check format test test-slow bench report gpu-check gpu-bench gpu-check-dry gpu-bench-dry demo clean
+.PHONY: help install build check format test test-slow bench report kernel-tables gpu-check gpu-bench gpu-check-dry gpu-bench-dry demo clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
