@@ -7,11 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator.device_choice import DEVICES, choose_device
 
 import hmi_engine as hmi
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--device``: where tests of the CUDA and Triton kernels run."""
+    what = "; ".join(f"{name}: {meaning}" for name, meaning in DEVICES.items())
+    parser.addoption("--device", choices=list(DEVICES), default="cpu", help=f"of the kernels' tests; {what}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tells the emulator's harness."""
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    choose_device(device)
+
 
 WORDS = """
 the a of and in to is was cell protein binds gene drug model data text parse file open close read

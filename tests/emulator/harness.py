@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from emulator.build import PRODUCTION, ROOT, Program, build, compiler_command, module_name
 from emulator.counters import LaunchCounters, launch_counters
+from emulator.device_choice import chosen_device, require_emulator
 
 __all__ = [
     "MODULE_VARIABLES",
@@ -104,6 +105,7 @@ def using(
     ``allow_sm90_shared``: 227 KiB of shared memory a block, not 163 KiB.
     ``dropped``: synchronizations to skip.
     """
+    require_emulator("kernels compiled for the CPU")
     module = load(variant, program)
     previous = _configurations.get(module)
     configuration = {
@@ -135,16 +137,30 @@ def emulated(variant: str = "plain", **settings: Any) -> Iterator[ModuleType]:
     """Within the with-statement the backend ``cuda`` runs the emulated kernels, on CPU tensors.
 
     The settings are those of :func:`using`. A mistake of a kernel is a RuntimeError that names the place.
+    Under ``pytest --device cuda`` (see ``staging.py``) the kernels of the GPU run instead, whose schedule is
+    its own; tests that need more than results are skipped.
     """
-    import hmi_kernels  # not above: torch takes seconds to import, and the emulator's own tests need none
+    import torch  # not above: it takes seconds to import, and the emulator's own tests need none
+
+    import hmi_kernels
+    from emulator.staging import Staged
     from hmi_kernels.cuda import driver
 
-    with using(variant, **settings) as module, driver.use_module(module), hmi_kernels.use_backend("cuda"):
+    if chosen_device() == "cuda":
+        if variant != "plain" or settings.get("dropped"):
+            require_emulator(f"variant {variant} or dropped synchronizations")
+        with hmi_kernels.use_backend("cuda"), Staged(torch.device("cuda")):
+            yield driver.module()
+        return
+    detour = Staged(torch.device("cpu")) if chosen_device() == "staged" else contextlib.nullcontext()
+    own = using(variant, **settings)
+    with own as module, driver.use_module(module), hmi_kernels.use_backend("cuda"), detour:
         yield module
 
 
 def active_module() -> ModuleType:
     """The module of the innermost :func:`using` or :func:`emulated`."""
+    require_emulator("what it counts and tells")
     return _active[-1]
 
 
@@ -166,6 +182,7 @@ def run_sanitized(
     AddressSanitizer must be there before the interpreter, and ends the process when it finds something: look
     at ``returncode`` and ``stderr`` of the result.
     """
+    require_emulator("AddressSanitizer")
     preload = [_runtime_library("libasan.so"), _runtime_library("libstdc++.so.6")]
     environment = {
         # Built here: there the sanitizer would also watch the compiler.

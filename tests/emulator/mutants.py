@@ -22,6 +22,7 @@ from emulator.build import (
     ninja_file,
     run_ninja,
 )
+from emulator.device_choice import require_emulator
 from emulator.harness import MODULE_VARIABLES, run_python
 
 __all__ = ["Mutation", "assert_missed", "build_mutant", "run_mutated"]
@@ -66,6 +67,7 @@ def build_mutant(*mutations: Mutation, program: Program = PRODUCTION) -> Path:
 
     Raises ValueError if the text to be replaced is not there exactly once.
     """
+    require_emulator("kernels with a mistake")
     base = build("plain", program)
     name = hashlib.sha256(repr(mutations).encode()).hexdigest()[:12]
     folder = build_folder(program) / "mutants" / name
