@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator.device_choice import require_emulator
 from emulator.harness import Site, emulated, run_sanitized
 from emulator.mutation import assert_every_site_matters
 from hypothesis import given, settings
@@ -298,6 +299,7 @@ class ModuleBesideAGpu:
 def test_page_locked_rows_are_read_where_the_device_sees_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    require_emulator("a device beside a double of a GPU")
     arguments = merge_arguments()
     module = ModuleBesideAGpu(driver.module())
     monkeypatch.setattr(driver, "module", lambda: module)
@@ -317,6 +319,7 @@ def test_page_locked_rows_are_read_where_the_device_sees_them(
 
 
 def test_page_locked_memory_has_an_address_on_the_device() -> None:
+    require_emulator("a runtime that maps no pageable memory")
     host, device = driver.module().allocate_fault_word()
     assert driver.module().device_pointer(host) == device
     pageable = torch.zeros(16)
@@ -326,6 +329,7 @@ def test_page_locked_memory_has_an_address_on_the_device() -> None:
 
 def test_rows_that_no_layout_serves_are_an_error_of_the_launch() -> None:
     """Behind the checks in Python stands the launcher's own."""
+    require_emulator("launches on tensors of the CPU")
     too_wide = merge_arguments(position_embeddings=torch.zeros(1, 4104).half())
     with pytest.raises(CudaError, match="launch of plot_merge failed: cudaErrorInvalidValue"):
         cuda_plot.MERGE.run(too_wide)
