@@ -36,11 +36,3 @@ def require_direct_calls(what: str) -> None:
         import pytest
 
         pytest.skip(f"calls make a detour, not borne by {what}; `make gpu-check` asks the same without one")
-
-
-def forbid_detour(why: str) -> None:
-    """Skips the test unless ops run on the very tensors that it made."""
-    if chosen_device() != "cpu":
-        import pytest
-
-        pytest.skip(f"bears no detour to the device: {why}")
