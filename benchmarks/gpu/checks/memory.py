@@ -36,10 +36,8 @@ def check(platform: Platform) -> str:
             run_out(platform)
             if not torch.equal(_scaled(platform, slot=0), before):
                 raise CheckFailedError(f"after {what} an op gives another result")
-    device = " (the emulated device takes any amount)" if platform.is_dry else ""
-    return (
-        f"pool, page-locked and device memory ran out{device}, a fault was reported; all calls after it work"
-    )
+    what = "page-locked" if platform.is_dry else "page-locked and device"
+    return f"a pool and {what} memory ran out, a fault was reported; every call after that works"
 
 
 def _scaled(platform: Platform, slot: int) -> torch.Tensor:
