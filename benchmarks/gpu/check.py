@@ -1,6 +1,6 @@
 """Are the kernels right on this GPU? ``python -m benchmarks.gpu.check`` answers within 8 minutes.
 
-Every step is a program of its own with a limit of its own; two run at a time. The answers go into
+Every step is a program of its own with a limit of its own; a few run at a time. The answers go into
 ``benchmarks/results/gpu/check.json``. With ``--dry`` the same runs on the CPU, with the emulator of the
 tests; ``--quick`` leaves most steps out.
 """

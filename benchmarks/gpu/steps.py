@@ -210,6 +210,7 @@ def _sanitizer(tool: str, *, is_dry: bool) -> Callable[[], Program | str]:
                 cases,
             ],
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            _sanitizer_summary,
         )
 
     return emulated if is_dry else on_device

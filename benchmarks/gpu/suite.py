@@ -21,11 +21,12 @@ from benchmarks.gpu.result import BenchResult, GpuCase, Peaks
 from benchmarks.gpu.roofline import data_sheet_peak
 from benchmarks.gpu.shapes import adapter_shapes
 from benchmarks.gpu.timing import DeviceTimer, measure_peak
+from benchmarks.result import Quantity
 from hmi_engine.demo.environment import describe_machine, installed_versions
 
 __all__ = ["measure"]
 
-SECONDS = 7.5 * 60
+SECONDS = 7 * 60
 """Cases that would begin later are left out."""
 REPETITIONS = 25
 QUICK_REPETITIONS = 5
@@ -57,16 +58,35 @@ def _plan(platform: Platform, timer: DeviceTimer | None, is_quick: bool) -> list
     return [*adapters(first), *others, *adapters(rest)]
 
 
-def _run(bench: Bench, plan: Sequence[Planned], ends_at: float, console: Console) -> list[GpuCase]:
-    """Runs case after case until the time is over."""
-    cases: list[GpuCase] = []
+def _run(
+    bench: Bench, plan: Sequence[Planned], ends_at: float, console: Console
+) -> tuple[list[GpuCase], list[str]]:
+    """Runs case after case until the time is over; returns what was found, and the names of what was not run.
+
+    A case that cannot be set up (too little memory, say) is told as a failure; the others go on.
+    """
+    cases, left_out = [], []
     with Progress(console=console, transient=True) as progress:
         for planned in progress.track(plan, description="cases"):
             if time.monotonic() > ends_at:
-                break
-            cases.append(bench.run(planned.make()))
-            console.print(_line(cases[-1]), highlight=False)
-    return cases
+                left_out.append(planned.name)
+                continue
+            try:
+                cases.append(bench.run(planned.make()))
+            except Exception as failure:
+                bench.failures.append(f"{planned.name}: {type(failure).__name__}: {failure}")
+            else:
+                console.print(_line(cases[-1]), highlight=False)
+    return cases, left_out
+
+
+def _overlap(bench: Bench) -> tuple[Quantity, ...]:
+    """What copies and compute have in common; without a GPU nothing is measured."""
+    try:
+        return measure_overlap(bench.platform)
+    except Exception as failure:
+        bench.failures.append(f"overlap of copies and compute: {type(failure).__name__}: {failure}")
+        return ()
 
 
 def _line(case: GpuCase) -> str:
@@ -109,8 +129,8 @@ def measure(options: Options, console: Console) -> BenchResult:
             timer = DeviceTimer(platform.device, repetitions=repetitions)
         bench = Bench(platform, timer, None if peaks is None else peaks.measured())
         plan = _plan(platform, timer, options.is_quick)
-        cases = _run(bench, plan, started + SECONDS, console)
-        quantities = measure_overlap(platform)
+        cases, left_out = _run(bench, plan, started + SECONDS, console)
+        quantities = _overlap(bench)
     return BenchResult(
         command=options.command,
         commit=current_commit(),
@@ -123,6 +143,6 @@ def measure(options: Options, console: Console) -> BenchResult:
         notes=NOTES,
         cases=tuple(cases),
         quantities=quantities,
-        left_out=tuple(planned.name for planned in plan[len(cases) :]),
+        left_out=tuple(left_out),
         failures=tuple(bench.failures),
     )

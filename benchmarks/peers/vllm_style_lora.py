@@ -42,6 +42,9 @@ def shrink_tilings(num_tokens: int) -> tuple[Tiling, ...]:
     return (default, Tiling(16, 16, 128, 4, num_stages=3), Tiling(32, 32, 64, 2, num_stages=4))
 
 
+RANK_MULTIPLE = 16
+"""What ranks are padded to: Triton reads 16 bytes at a time only of strides that are multiples of 16."""
+
 EXPAND_TILINGS = (Tiling(64, 128, 32), Tiling(16, 128, 16), Tiling(32, 64, 16, num_stages=3))
 """vLLM's default, then others."""
 
@@ -154,7 +157,7 @@ class VllmStyleLora:
         ``seconds`` measures a call, to choose tilings by; None takes vLLM's default.
         """
         a, b = blocks[0]
-        self._rank = max(first.shape[1] for first, _ in blocks)
+        self._rank = -(-max(first.shape[1] for first, _ in blocks) // RANK_MULTIPLE) * RANK_MULTIPLE
         self._in_size, self._out_size = a.shape[0], b.shape[1]
         self._a = a.new_zeros(len(blocks), self._rank, self._in_size)
         self._b = a.new_zeros(len(blocks), self._out_size, self._rank)

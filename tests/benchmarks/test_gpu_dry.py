@@ -40,8 +40,7 @@ def test_benchmark(tmp_path: Path) -> None:
 def test_quick_check(tmp_path: Path) -> None:
     result = run_dry("check", tmp_path / "check.json", "--quick")
     outcomes = {step["name"]: step["outcome"] for step in result["steps"]}
-    assert outcomes.keys() == {"memory", "streams", "machine code"}
-    assert outcomes["memory"] == outcomes["streams"] == "passed"
+    assert outcomes == {"memory": "passed", "streams": "passed"}
 
 
 @pytest.mark.slow
