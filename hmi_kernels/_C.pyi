@@ -1,7 +1,10 @@
 # ruff: noqa: N999
 # Addresses are integers; sizes and strides count elements. The caller checks dtypes, shapes and strides.
+from typing import Any
+
 compiler: str
 with_cuda: bool
+cuda: Any  # there if with_cuda: what hmi_kernels.cuda calls
 cuda_architectures: str
 
 def set_simd_level(level: str) -> None: ...
