@@ -18,6 +18,7 @@ from hmi_kernels.checks import (
     require_vector,
 )
 from hmi_kernels.cuda.adapters import BOTTLENECK, LORA
+from hmi_kernels.host_indexes import SlotTable, check_values
 from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 
@@ -239,29 +240,12 @@ def _lora_on_cpu(arguments: LoraArguments) -> None:
         return
     # All checks of values come before the first change.
     columns = arguments.output.split(list(arguments.output_sizes), dim=1)
+    input_size, arena_size = arguments.hidden_states.shape[1], arguments.arena.shape[0]
     for p, output in enumerate(columns):
-        _check_values_on_cpu(arguments, output, tables[0][p], tables[1][p])
+        table = SlotTable(tables[0][p], tables[1][p], None, arena_size, input_size + output.shape[1], 0)
+        check_values(arguments.segment_offsets, arguments.segment_slots, output.shape[0], table)
     for p, output in enumerate(columns):
         _add_on_cpu(arguments, output, (tables[0][p], tables[1][p], tables[2][p]))
-
-
-def _check_values_on_cpu(arguments: LoraArguments, output: Tensor, offsets: Tensor, ranks: Tensor) -> None:
-    arena_size = arguments.arena.shape[0]
-    native.check_segments(
-        arguments.segment_offsets.data_ptr(),
-        arguments.segment_slots.data_ptr(),
-        arguments.segment_slots.shape[0],
-        output.shape[0],
-        offsets.shape[0],
-        offsets.data_ptr(),
-        ranks.data_ptr(),
-        0,
-        arena_size,
-        arguments.hidden_states.shape[1] + output.shape[1],
-        0,
-        1,
-        arena_size,
-    )
 
 
 def _add_on_cpu(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmi_kernels.native import native
 
-__all__ = ["SlotTable", "check_on_host", "on_device"]
+__all__ = ["SlotTable", "check_on_host", "check_values", "on_device"]
 
 
 class SlotTable(NamedTuple):
@@ -43,7 +43,30 @@ def check_on_host(
         return
     parts = (table.offsets, table.ranks, table.activations)
     is_whole = all(part is None or part.device != device for part in parts)
-    offsets, ranks, activations = (part.data_ptr() if is_whole and part is not None else 0 for part in parts)
+    check_values(
+        segment_offsets,
+        segment_slots,
+        num_tokens,
+        table,
+        has_table=is_whole,
+        multiple=multiple,
+        max_rank=max_rank,
+    )
+
+
+def check_values(
+    segment_offsets: Tensor,
+    segment_slots: Tensor,
+    num_tokens: int,
+    table: SlotTable,
+    *,
+    has_table: bool = True,
+    multiple: int = 1,
+    max_rank: int | None = None,
+) -> None:
+    """Raises ValueError on values out of bounds; of the table only if it ``has_table`` in host memory."""
+    parts = (table.offsets, table.ranks, table.activations)
+    offsets, ranks, activations = (part.data_ptr() if has_table and part is not None else 0 for part in parts)
     native.check_segments(
         segment_offsets.data_ptr(),
         segment_slots.data_ptr(),

@@ -145,6 +145,11 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     return quantized, scales
 
 
+def _num_columns(window: int) -> int:
+    """Of references: a window of three tokens may be composed of the two bigrams in it."""
+    return 1 if window == 2 else 3
+
+
 class LookupArguments(NamedTuple):
     """What :func:`plot_lookup` is given."""
 
@@ -153,6 +158,10 @@ class LookupArguments(NamedTuple):
     indexes: list[Tensor]
     chains: Tensor
     window: int
+
+    def new_references(self) -> Tensor:
+        """Room for the result: int64 [tokens, 1 or 3]."""
+        return self.input_ids.new_empty(self.input_ids.shape[0], _num_columns(self.window), dtype=torch.int64)
 
 
 class MergeArguments(NamedTuple):
@@ -171,6 +180,10 @@ class MergeArguments(NamedTuple):
     window: int
     row_scales: list[Tensor]
 
+    def new_hidden_states(self) -> Tensor:
+        """Room for the result: [tokens, hidden] of the type of the position embeddings."""
+        return self.position_embeddings.new_empty(self.input_ids.shape[0], self.position_embeddings.shape[1])
+
     def scaled_row_tables(self) -> list[tuple[Tensor, Tensor | None]]:
         """The row tables, those of int8 with their scales."""
         return [
@@ -187,13 +200,8 @@ def _check_lookup(arguments: LookupArguments) -> None:
     require_tensor("chains", arguments.chains, torch.int32, (arguments.sequence_offsets.shape[0] - 1, None))
 
 
-def _new_references(arguments: LookupArguments) -> Tensor:
-    num_columns = 1 if arguments.window == 2 else 3
-    return arguments.input_ids.new_empty(arguments.input_ids.shape[0], num_columns, dtype=torch.int64)
-
-
 def _lookup_on_cpu(arguments: LookupArguments) -> Tensor:
-    references = _new_references(arguments)
+    references = arguments.new_references()
     native.plot_lookup(
         arguments.input_ids.data_ptr(),
         arguments.input_ids.shape[0],
@@ -213,9 +221,8 @@ def _check_merge(arguments: MergeArguments) -> None:
     window = arguments.window
     require_window(window)
     require_packed(arguments.input_ids, arguments.sequence_offsets)
-    num_columns = 1 if window == 2 else 3
     require_tensor(
-        "references", arguments.references, torch.int64, (arguments.input_ids.shape[0], num_columns)
+        "references", arguments.references, torch.int64, (arguments.input_ids.shape[0], _num_columns(window))
     )
     positions = arguments.position_embeddings
     require_tensor("position_embeddings", positions, COMPUTE_TYPES, (None, None))
@@ -246,13 +253,8 @@ def _check_row_tables(arguments: MergeArguments, hidden_size: int) -> None:
             raise ValueError(f"row_scales[{i}] must be empty, as row_tables[{i}] is {table.dtype}")
 
 
-def _new_hidden_states(arguments: MergeArguments) -> Tensor:
-    positions = arguments.position_embeddings
-    return positions.new_empty(arguments.input_ids.shape[0], positions.shape[1])
-
-
 def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
-    output = _new_hidden_states(arguments)
+    output = arguments.new_hidden_states()
     num_positions, hidden_size = arguments.position_embeddings.shape
     native.plot_merge(
         arguments.input_ids.data_ptr(),
@@ -301,7 +303,7 @@ _plot_lookup = define(
         "cpu": Implementation(_lookup_on_cpu),
     },
     reference=reference.plot_lookup,
-    fake=_new_references,
+    fake=LookupArguments.new_references,
 )
 _plot_merge = define(
     "plot_merge(Tensor input_ids, Tensor sequence_offsets, Tensor references, Tensor[] row_tables, "
@@ -316,6 +318,6 @@ _plot_merge = define(
         "cpu": Implementation(_merge_on_cpu, _merge_refuses_on_cpu),
     },
     reference=reference.plot_merge,
-    fake=_new_hidden_states,
+    fake=MergeArguments.new_hidden_states,
     may_be_on_host=("row_tables", "unigram_tables", "row_scales"),
 )

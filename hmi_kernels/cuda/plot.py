@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from hmi_kernels.cuda import driver
+from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned_start
 from hmi_kernels.library import Implementation
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ MAX_INDEXES = 128
 MAX_TABLES = 48
 """Of each kind (csrc/cuda/plot_merge.h)."""
 _MAX_HIDDEN_SIZE = 4096
-_SIZE_MULTIPLE = 8
 _MAX_TOKENS = 2**31 - 1
-_ALIGNMENT = 16
 
 
 def _lookup_refuses(arguments: LookupArguments) -> str:
@@ -36,8 +34,7 @@ def _lookup_refuses(arguments: LookupArguments) -> str:
 
 def _lookup(arguments: LookupArguments) -> Tensor:
     input_ids, num_tokens = arguments.input_ids, arguments.input_ids.shape[0]
-    num_columns = 1 if arguments.window == 2 else 3
-    references = input_ids.new_empty(num_tokens, num_columns, dtype=torch.int64)
+    references = arguments.new_references()
     with driver.launch_on(input_ids) as launch:
         driver.module().plot_lookup(
             input_ids.data_ptr(),
@@ -57,9 +54,9 @@ def _lookup(arguments: LookupArguments) -> Tensor:
 
 def _merge_refuses(arguments: MergeArguments) -> str:
     hidden_size = arguments.position_embeddings.shape[1]
-    if hidden_size % _SIZE_MULTIPLE or hidden_size > _MAX_HIDDEN_SIZE:
+    if hidden_size % SIZE_MULTIPLE or hidden_size > _MAX_HIDDEN_SIZE:
         return (
-            f"hidden_size must be a multiple of {_SIZE_MULTIPLE} up to {_MAX_HIDDEN_SIZE}, not {hidden_size}"
+            f"hidden_size must be a multiple of {SIZE_MULTIPLE} up to {_MAX_HIDDEN_SIZE}, not {hidden_size}"
         )
     if arguments.input_ids.shape[0] > _MAX_TOKENS:
         return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
@@ -82,7 +79,7 @@ def _merge_refuses(arguments: MergeArguments) -> str:
 def _merge(arguments: MergeArguments) -> Tensor:
     positions, num_tokens = arguments.position_embeddings, arguments.input_ids.shape[0]
     num_positions, hidden_size = positions.shape
-    output = positions.new_empty(num_tokens, hidden_size)
+    output = arguments.new_hidden_states()
     with driver.launch_on(positions) as launch:
         driver.module().plot_merge(
             arguments.input_ids.data_ptr(),
@@ -134,8 +131,8 @@ def _pageable(named: Iterable[tuple[str, Tensor]]) -> str:
 
 def _misaligned(named: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in named:
-        if tensor.data_ptr() % _ALIGNMENT:
-            return f"{name} must start at a multiple of {_ALIGNMENT} bytes"
+        if reason := misaligned_start(name, tensor):
+            return reason
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["MAX_RANK", "SIZE_MULTIPLE", "misaligned", "too_many"]
+__all__ = ["MAX_RANK", "SIZE_MULTIPLE", "misaligned", "misaligned_start", "too_many"]
 
 SIZE_MULTIPLE = 8
 """Elements in 16 bytes: what sizes, ranks and offsets are multiples of (csrc/cuda/adapter_plan.h)."""
@@ -18,12 +18,15 @@ def too_many(num_tokens: int, num_segments: int) -> str:
     return f"tokens and segments must be fewer than 2^31 together, not {num_tokens} and {num_segments}"
 
 
+def misaligned_start(name: str, tensor: Tensor) -> str:
+    """Why 16 bytes cannot be read from the tensor's start on, "" if they can."""
+    return f"{name} must start at a multiple of 16 bytes" if tensor.data_ptr() % 16 else ""
+
+
 def misaligned(name: str, tensor: Tensor) -> str:
     """Why the tensor's rows cannot be read 16 bytes at a time, "" if they can."""
-    if tensor.data_ptr() % 16:
-        return f"{name} must start at a multiple of 16 bytes"
-    if tensor.dim() == 1:
-        return ""
+    if (reason := misaligned_start(name, tensor)) or tensor.dim() == 1:
+        return reason
     if tensor.shape[1] % SIZE_MULTIPLE:
         return f"{name} must have a multiple of {SIZE_MULTIPLE} columns, not {tensor.shape[1]}"
     if tensor.shape[0] > 1 and tensor.stride(0) % SIZE_MULTIPLE:

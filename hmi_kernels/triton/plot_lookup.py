@@ -42,8 +42,7 @@ def plot_lookup(arguments: LookupArguments) -> Tensor:
     """See :func:`hmi_kernels.plot_lookup`."""
     input_ids, chains, window = arguments.input_ids, arguments.chains, arguments.window
     num_tokens, num_sequences = input_ids.shape[0], chains.shape[0]
-    num_columns = 1 if window == 2 else 3
-    references = torch.empty(num_tokens, num_columns, dtype=torch.int64, device=input_ids.device)
+    references = arguments.new_references()
     if 0 in (num_tokens, num_sequences, len(arguments.indexes)):
         return references.fill_(-1)
     shifts = (65 - index.shape[0].bit_length() for index in arguments.indexes)

@@ -44,7 +44,7 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
     positions, input_ids = arguments.position_embeddings, arguments.input_ids
     num_tokens, num_sequences = input_ids.shape[0], arguments.sequence_offsets.shape[0] - 1
     num_positions, hidden_size = positions.shape
-    output = positions.new_empty(num_tokens, hidden_size)
+    output = arguments.new_hidden_states()
     if 0 in (num_tokens, num_sequences):
         return output.zero_()
     rows = [_words(table, scales) for table, scales in arguments.scaled_row_tables()]

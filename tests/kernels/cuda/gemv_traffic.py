@@ -64,7 +64,6 @@ def traffic_rows() -> list[TrafficRow]:
 
 
 def _count(case: AdapterCase, shape: str) -> TrafficRow:
-    case.max_rank = int(case.slot_ranks.max())
     with emulated("count"):
         case.run()
         launches = counters()

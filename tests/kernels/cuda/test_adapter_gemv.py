@@ -29,15 +29,11 @@ def gemv_case(lengths: Sequence[int], slots: Sequence[int], ranks: Any, **option
     if is_bottleneck:
         names = list(ACTIVATIONS)
         options.setdefault("activations", [names[slot % len(names)] for slot in range(len(ranks))])
-    case = make_case(lengths, slots=slots, ranks=[ranks] if is_bottleneck else ranks, **options)
-    case.max_rank = int(case.slot_ranks.max())
-    return case
+    return make_case(lengths, slots=slots, ranks=[ranks] if is_bottleneck else ranks, **options)
 
 
 def plan_of(case: AdapterCase) -> Any:
-    (num_tokens, input_size), sizes = case.hidden_states.shape, case.output_sizes
-    shape = (num_tokens, len(case.segment_slots), input_size, sum(sizes), len(sizes), case.max_rank)
-    plan = driver.module().plan_adapter(*shape, case.layer_norm is not None)
+    plan = case.plan()
     assert plan.kernel == "gemv"
     return plan
 
