@@ -9,8 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from hmi_engine.construct.counting import Progress, count_corpus
 from hmi_engine.construct.creation import create_store
-from hmi_engine.construct.materialise import Progress, build_plot, count_corpus
+from hmi_engine.construct.materialise import build_plot
 from hmi_engine.construct.training import (
     TrainedTenant,
     TrainingProgress,

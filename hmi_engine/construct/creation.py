@@ -10,7 +10,8 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from hmi_engine.construct.materialise import Progress, build_unigram_plot
+from hmi_engine.construct.counting import Progress
+from hmi_engine.construct.materialise import build_unigram_plot
 from hmi_engine.errors import StoreExistsError, StoreFullError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.changes import save_domain
