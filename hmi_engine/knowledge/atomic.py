@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hmi_engine.errors import ReadOnlyStoreError, StoreError, StoreFullError
 
-__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_path", "remove_quietly"]
+__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_path", "remove_quietly", "storage_error"]
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is being written; one found later was left by a crash."""
@@ -42,7 +42,7 @@ def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True
     except BaseException as error:
         remove_quietly(partial)
         if isinstance(error, OSError) and not isinstance(error, StoreError):
-            raise _explained(error, path) from error
+            raise storage_error(error, path) from error
         raise
 
 
@@ -73,12 +73,16 @@ def _make_folders(folder: Path) -> list[Path]:
     return changed
 
 
-def _explained(error: OSError, path: Path) -> StoreError:
+def storage_error(
+    error: OSError, path: Path, *, kept: str = "The store is as it was before; free some space and try again"
+) -> StoreError:
+    """Return the error to raise where the operating system refused to write ``path``.
+
+    A :class:`StoreFullError` says with ``kept`` what is left and what to do; other errors are
+    :class:`ReadOnlyStoreError` where writing is not allowed, and :class:`StoreError`.
+    """
     if error.errno in _FULL:
-        return StoreFullError(
-            f"no room to write {path}: {error.strerror}. The store is as it was before; "
-            "free some space and try again"
-        )
+        return StoreFullError(f"no room to write {path}: {error.strerror}. {kept}")
     if error.errno in _REFUSED:
         return ReadOnlyStoreError(
             f"cannot write {path}: {error.strerror}. Check the permissions of the store's folder"
