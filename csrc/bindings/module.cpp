@@ -119,13 +119,26 @@ void packed_attention(Address queries, int64_t query_stride, Address keys, int64
 }
 
 // Items travel as the bytes of (key, count) pairs, which any array library can view without a copy per element.
+py::bytearray as_bytes(const std::vector<hmi::KeyCount>& items) {
+  return py::bytearray(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(hmi::KeyCount));
+}
+
 py::bytearray counter_items(const hmi::NgramCounter& counter, int64_t min_count, int num_threads) {
   std::vector<hmi::KeyCount> items;
   {
     py::gil_scoped_release release;
     items = counter.items(min_count, num_threads);
   }
-  return py::bytearray(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(hmi::KeyCount));
+  return as_bytes(items);
+}
+
+py::bytearray counter_take_shard(hmi::NgramCounter& counter, int shard) {
+  std::vector<hmi::KeyCount> items;
+  {
+    py::gil_scoped_release release;
+    items = counter.take_shard(shard);
+  }
+  return as_bytes(items);
 }
 
 void counter_add(hmi::NgramCounter& counter, Address input_ids, int64_t num_tokens, Address sequence_offsets,
@@ -213,6 +226,8 @@ void define_counter(py::module_& m) {
       .def("add", &counter_add, py::arg("input_ids"), py::arg("num_tokens"), py::arg("sequence_offsets"),
            py::arg("num_sequences"), py::arg("num_threads"), WithoutLock())
       .def("items", &counter_items, py::arg("min_count"), py::arg("num_threads"))
+      .def("take_shard", &counter_take_shard, py::arg("shard"))
+      .def_property_readonly("num_shards", &hmi::NgramCounter::num_shards)
       .def("__len__", &hmi::NgramCounter::size)
       .def_property_readonly("total", &hmi::NgramCounter::total)
       .def_property_readonly("memory_bytes", &hmi::NgramCounter::memory_bytes);
