@@ -12,6 +12,7 @@ from hmi_kernels.copies import COPY_METHODS, CopyEvent, copy_batch_async, wait_f
 from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
 from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
+from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
 from hmi_kernels.pinned_pool import PinnedPool
@@ -28,6 +29,7 @@ __all__ = [
     "BackendStatus",
     "CopyEvent",
     "CudaError",
+    "FrequencySketch",
     "NgramCounter",
     "PinnedPool",
     "PoolClosedError",
