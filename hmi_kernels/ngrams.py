@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -113,7 +114,10 @@ def _add_to_native(counter: native.NgramCounter, input_ids: Tensor, sequence_off
 
 
 def _native_items(counter: native.NgramCounter, min_count: int) -> tuple[Tensor, Tensor]:
-    items = counter.items(min_count, torch.get_num_threads())
+    return _unpack(counter.items(min_count, torch.get_num_threads()))
+
+
+def _unpack(items: bytearray) -> tuple[Tensor, Tensor]:
     if not items:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     pairs = torch.frombuffer(items, dtype=torch.int64).view(-1, 2)
@@ -137,6 +141,7 @@ class _TorchCounter:
         self._order = order
         self._keys = torch.empty(0, dtype=torch.int64)
         self._counts = torch.empty(0, dtype=torch.int64)
+        self.total = 0
 
     def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
         """Counts a batch."""
@@ -144,15 +149,11 @@ class _TorchCounter:
         self._keys, places = torch.unique(torch.cat([self._keys, keys]), return_inverse=True)
         all_counts = torch.cat([self._counts, counts])
         self._counts = torch.zeros_like(self._keys).index_add_(0, places, all_counts)
+        self.total += int(counts.sum())
 
     def __len__(self) -> int:
         """How many distinct n-grams were seen."""
         return self._keys.shape[0]
-
-    @property
-    def total(self) -> int:
-        """How many n-grams were seen."""
-        return int(self._counts.sum())
 
     @property
     def memory_bytes(self) -> int:
@@ -163,6 +164,12 @@ class _TorchCounter:
         """Keys and counts of those seen at least so often."""
         wanted = self._counts >= min_count
         return self._keys[wanted], self._counts[wanted]
+
+    def drain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and counts of all, in one piece; forgets them."""
+        keys, counts = self._keys, self._counts
+        self._keys, self._counts = keys[:0].clone(), counts[:0].clone()
+        yield keys, counts
 
 
 class NgramCounter:
@@ -204,3 +211,15 @@ class NgramCounter:
         if isinstance(self._counter, _TorchCounter):
             return self._counter.items(min_count)
         return _native_items(self._counter, min_count)
+
+    def drain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Takes everything out piece by piece, which gives its memory back; ``total`` stays.
+
+        Yields keys int64 [n], ascending and distinct in the piece and in no other one, and counts int64 [n].
+        An n-gram that is added later is counted from nothing.
+        """
+        if isinstance(self._counter, _TorchCounter):
+            yield from self._counter.drain()
+            return
+        for shard in range(self._counter.num_shards):
+            yield _unpack(self._counter.take_shard(shard))

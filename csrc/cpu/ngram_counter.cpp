@@ -170,6 +170,19 @@ int64_t NgramCounter::memory_bytes() const {
   return bytes;
 }
 
+std::vector<KeyCount> NgramCounter::take_shard(int shard) {
+  if (shard < 0 || shard >= num_shards()) {
+    throw std::invalid_argument("shard must lie in 0.." + std::to_string(num_shards() - 1) + ", not " +
+                                std::to_string(shard));
+  }
+  std::vector<KeyCount> items;
+  items.reserve(shards_[shard].size());
+  shards_[shard].append_items(1, items);
+  shards_[shard] = CountTable();
+  std::sort(items.begin(), items.end(), by_key);
+  return items;
+}
+
 std::vector<KeyCount> NgramCounter::items(int64_t min_count, int num_threads) const {
   std::vector<std::vector<KeyCount>> runs(kNumShards);
   const int threads = size() > kTokensPerPart ? num_threads : 1;

@@ -46,6 +46,9 @@ class NgramCounter {
   int64_t memory_bytes() const;
   // Those seen at least min_count times, by ascending key.
   std::vector<KeyCount> items(int64_t min_count, int num_threads) const;
+  int num_shards() const { return static_cast<int>(shards_.size()); }
+  // One shard's n-grams by ascending key. The counter forgets them and gives their memory back; total() stays.
+  std::vector<KeyCount> take_shard(int shard);
 
  private:
   void count_chunk(const PackedSequences& sequences, int64_t begin, int64_t end, int num_threads);

@@ -109,6 +109,42 @@ def test_counter_adds_batches_up(make: type, batches: list[Sequences], min_count
     assert as_tuples(*counter.items(min_count), 2) == frequent
 
 
+@pytest.mark.parametrize("make", [native.NgramCounter, _TorchCounter])
+@settings(max_examples=30, deadline=None)
+@given(rounds=st.lists(SEQUENCES, max_size=4))
+def test_drained_pieces_hold_all_once(make: type, rounds: list[Sequences]) -> None:
+    counter = hmi_kernels.NgramCounter(2)
+    counter._counter = make(2)
+    total = 0
+    for sequences in rounds:
+        expected = count_tuples(sequences, 2)
+        total += expected.total()
+        counter.add(*pack(sequences))
+        found: Counter[tuple[int, ...]] = Counter()
+        for keys, counts in counter.drain():
+            assert (keys.diff() > 0).all()
+            piece = as_tuples(keys, counts, 2)
+            assert not piece.keys() & found.keys()
+            found.update(piece)
+        assert found == expected
+        assert (len(counter), counter.total) == (0, total)
+
+
+def test_draining_gives_the_memory_back() -> None:
+    counter = hmi_kernels.NgramCounter(1)
+    empty = counter.memory_bytes
+    counter.add(*pack([list(range(5000))]))
+    sizes = [counter.memory_bytes for _ in counter.drain()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert counter.memory_bytes == empty
+
+
+@pytest.mark.parametrize("shard", [-1, 16])
+def test_a_shard_that_is_none_is_refused(shard: int) -> None:
+    with pytest.raises(ValueError, match=r"shard must lie in 0\.\.15"):
+        native.NgramCounter(2).take_shard(shard)
+
+
 def test_counter_tells_its_memory_and_forgets_a_bad_batch() -> None:
     counter = hmi_kernels.NgramCounter(1)
     empty = counter.memory_bytes
