@@ -8,9 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hmi_engine.errors import CorpusError
-from hmi_engine.knowledge import corpus as corpus_module
+from hmi_engine.knowledge import corpus_lines
 from hmi_engine.knowledge.corpus import (
-    MAX_BAD_LINES,
     BadLine,
     CorpusReport,
     Example,
@@ -19,6 +18,7 @@ from hmi_engine.knowledge.corpus import (
     stream_examples,
     stream_texts,
 )
+from hmi_engine.knowledge.corpus_report import MAX_BAD_LINES
 
 LINES = b"  first line \r\n\n\t\nsecond \xff line\nlast without end"
 TEXTS = ["first line", "second \ufffd line", "last without end"]
@@ -98,8 +98,9 @@ def test_paths_and_texts_are_told_apart(tmp_path: Path) -> None:
     assert corpus_bytes(["a text"]) is None
     assert corpus_bytes(text for text in ["a text"]) is None
     report = CorpusReport()
-    assert list(stream_texts(["é", "\ud800"], report=report)) == ["é", "\ud800"]
-    assert (report.texts, report.bytes) == (2, 3)
+    assert list(stream_texts(["é", "\ud800"], report=report)) == ["é", "\ufffd"]
+    assert report.num_replaced == 1
+    assert (report.texts, report.bytes) == (2, 2 + 3)
     with pytest.raises(CorpusError, match="not bytes"):
         list(stream_texts([b"text"]))  # type: ignore[list-item]
 
@@ -138,7 +139,7 @@ def test_a_folder_without_text_and_a_broken_archive_are_refused(tmp_path: Path) 
 
 
 def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "_MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(corpus_lines, "MAX_LINE_BYTES", 10)
     report = CorpusReport()
     path = write(tmp_path / "a.txt", b"one\n" + b"x" * 35 + b"\n" + b"123456789\n" + b"y" * 11)
     assert list(stream_texts(path, report=report)) == ["one", "123456789"]
