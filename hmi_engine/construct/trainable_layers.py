@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.knowledge.adapters import Site
-from hmi_engine.models.bert import BertLayer, HierarchicalBert
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.bert_layer import BertLayer
 from hmi_engine.models.linear import SharedLinear
 
 __all__ = ["DenseBatch", "TrainableLayers"]
@@ -79,7 +80,7 @@ class _FrozenLinear:
 
 
 class _TrainableLayer:
-    """One layer, with the same sites in the same order as :class:`~hmi_engine.models.bert.BertLayer`."""
+    """One layer, the same sites in the same order as :class:`~hmi_engine.models.bert_layer.BertLayer`."""
 
     def __init__(self, layer: BertLayer, adapter: TrainableAdapter) -> None:
         self._layer, self._adapter = layer, adapter

@@ -16,7 +16,7 @@ __all__ = ["AdapterBatch"]
 
 
 class AdapterBatch:
-    """Segments of tokens by slot over the arena; an ``hmi_engine.models.bert.AdapterApplication``."""
+    """Segments of tokens by slot over the arena; an ``hmi_engine.models.bert_layer.AdapterApplication``."""
 
     def __init__(
         self,
