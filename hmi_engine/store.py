@@ -44,7 +44,7 @@ from hmi_engine.knowledge.plot_table import PlotTable, open_plot
 from hmi_engine.knowledge.records import DomainInfo, TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tenant_file import load_tenant
-from hmi_engine.knowledge.verification import Problem, repair, verify
+from hmi_engine.knowledge.verification import Problem, Repair, repair, verify
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.tokenization import TextEncoder
@@ -347,8 +347,19 @@ class Store(AbstractContextManager["Store"]):
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""
         return verify(self.layout, self.catalog, deep=deep, progress=progress)
 
-    def repair(self, problems: Sequence[Problem]) -> list[Path]:
-        """Removes the orphans among ``problems``; nothing else is touched."""
+    def repair(self, problems: Sequence[Problem]) -> list[Repair]:
+        """Sets right what is repairable among ``problems``; nothing else is touched.
+
+        Files that belong to nobody and interrupted builds are removed; a damaged table gives way to the
+        generation before it, if that is sound.
+
+        Returns:
+            What was done.
+
+        Raises:
+            StoreBusyError: another process has the store open for writing.
+            StoreCorruptError, ReadOnlyStoreError.
+        """
         return repair(self.layout, self.catalog, problems)
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
@@ -9,6 +11,7 @@ from rich.table import Table
 
 from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars
 from hmi_engine.knowledge.sizes import format_bytes
+from hmi_engine.knowledge.verification import Problem
 from hmi_engine.store import Store
 
 
@@ -48,32 +51,35 @@ def init(
 def verify(
     store: StorePath,
     quick: Annotated[bool, typer.Option(help="Check presence, sizes and headers only.")] = False,
-    repair: Annotated[bool, typer.Option(help="Remove files that belong to nobody.")] = False,
+    repair: Annotated[bool, typer.Option(help="Set right what can be; says what it did.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every file of a store; exit code 1 if something is wrong."""
     with Store.open(store, read_only=not repair) as opened, progress_bars() as progress:
         problems = opened.verify(deep=not quick, progress=progress)
-        removed = opened.repair(problems) if repair else []
+        repaired = opened.repair(problems) if repair else []
+        left = opened.verify(deep=not quick, progress=progress) if repaired else problems
         total = sum(file.stat().st_size for file in opened.layout.root.rglob("*") if file.is_file())
-    left = [problem for problem in problems if problem.path not in removed]
     if as_json:
-        print_json(
-            {
-                "problems": [problem._asdict() for problem in left],
-                "removed": [str(path) for path in removed],
-                "bytes": total,
-            }
-        )
-    elif not left:
-        console.print(f"{store}: sound, {format_bytes(total)}", markup=False, highlight=False)
+        findings = {
+            "problems": [problem._asdict() for problem in left],
+            "repaired": [done._asdict() for done in repaired],
+        }
+        print_json(findings | {"bytes": total})
     else:
-        table = Table("problem", "file", "what to do")
-        for problem in left:
-            advice = f"hmi verify {store} --repair" if problem.repairable else "see the message"
-            table.add_row(problem.kind, problem.message, advice)
-        console.print(table)
-    for path in removed:
-        console.print(f"removed {path}", markup=False, highlight=False)
+        for done in repaired:
+            console.print(done.message, markup=False, highlight=False, soft_wrap=True)
+        _print_problems(store, left, total)
     if left:
         raise typer.Exit(1)
+
+
+def _print_problems(store: Path, problems: Sequence[Problem], total: int) -> None:
+    if not problems:
+        console.print(f"{store}: sound, {format_bytes(total)}", markup=False, highlight=False)
+        return
+    table = Table("problem", "file", "what to do")
+    for problem in problems:
+        advice = f"hmi verify {store} --repair" if problem.repairable else "see the message"
+        table.add_row(problem.kind, problem.message, advice)
+    console.print(table)

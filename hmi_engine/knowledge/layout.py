@@ -43,6 +43,11 @@ class StoreLayout:
         """Folder of all tenant files."""
         return self.root / "tenants"
 
+    @property
+    def builds(self) -> Path:
+        """Folder of the builds that are going on or were interrupted."""
+        return self.root / "builds"
+
     def plot_file(self, domain_id: int, generation: int) -> str:
         """Relative path of one generation of a domain's PLOT."""
         return f"domains/{int(domain_id)}/{int(generation)}.plot.safetensors"

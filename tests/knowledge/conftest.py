@@ -120,6 +120,7 @@ def make_table(general: GeneralInfo) -> Callable[..., PlotTable]:
                 hidden_size=general.hidden_size,
                 vocab_size=general.vocab_size,
                 row_dtype=general.row_dtype,
+                row_format=general.row_dtype,
                 layer_identity=general.domain_layers,
                 corpus_tokens=7,
                 min_count=1,
