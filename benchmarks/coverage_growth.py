@@ -73,7 +73,7 @@ class Study:
 
     def sizes(self, total: int) -> list[int]:
         """Doubling sizes below ``total``; where there is none, ``total`` itself."""
-        found = []
+        found: list[int] = []
         while (size := self.first_size << len(found)) < total:
             found.append(size)
         return found or [total]

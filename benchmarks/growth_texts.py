@@ -120,18 +120,21 @@ def folder_groups(
     """Reads folders of text files, of which ``held_out.txt`` is kept apart.
 
     ``cache`` is a folder that keeps token ids for the next run. ``max_texts`` limits corpus and held-out text
-    of each folder. Raises CorpusError for a folder without ``held_out.txt``.
+    of each folder. Raises CorpusError for a folder without ``held_out.txt``, or with no text there or elsewhere.
     """
     return [_folder_group(folder, encoder, cache, max_texts) for folder in folders]
 
 
 def _folder_group(folder: Path, encoder: TextEncoder, cache: Path | None, max_texts: int | None) -> Group:
     held_out = folder / HELD_OUT
-    if not held_out.is_file():
-        raise CorpusError(f"{folder} has no {HELD_OUT}; put text there that is not in its other files")
     corpus = [path for path in corpus_files(folder) if path.name != HELD_OUT]
+    if not (corpus and held_out.is_file()):
+        raise CorpusError(f"{folder} needs text files, and {HELD_OUT} with text of none of them")
     read = partial(_tokenized_files, encoder=encoder, cache=cache, max_texts=max_texts)
-    return Group(folder.name, read(corpus), read([held_out]))
+    group = Group(folder.name, read(corpus), read([held_out]))
+    if not (group.corpus.num_tokens and group.held_out.num_tokens):
+        raise CorpusError(f"{folder}: its corpus or its {HELD_OUT} holds no text")
+    return group
 
 
 def _tokenized_files(

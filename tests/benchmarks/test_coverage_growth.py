@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.coverage_growth import main
@@ -80,6 +80,7 @@ def test_joined_texts_are_those_of_both(first: Texts, second: Texts) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
+@settings(max_examples=40)
 @given(corpus=texts_of_tokens, held_out=texts_of_tokens, training=texts_of_tokens, size=st.integers(0, 40))
 def test_growth_counts_like_counter(
     order: int, corpus: Texts, held_out: Texts, training: Texts, size: int
@@ -118,12 +119,11 @@ def test_tables_of_a_budget_hold_the_most_frequent(
     wanted = grams([[*text, 0] for text in held_out], 2)
     target = Wanted.of(pack([[*text, 0] for text in held_out]), 2)
     budget = table_bytes(num_rows, bytes_per_row(2, 8, "float16"))
-    counts = [Counts.of(pack([*texts, [0, 0]]), 2) for texts in (general, own)]
-    general, own = [*general, [0, 0]], [*own, [0, 0]]
-    (found,) = table_shares(counts[0], target, [budget], order=2, hidden_size=8)
+    ancestor, domain = (Counts.of(pack(texts), 2) for texts in (general, own))
+    (found,) = table_shares(ancestor, target, [budget], order=2, hidden_size=8)
     above = most_frequent(general, num_rows, set())
     assert found == pytest.approx(share(wanted, above))
-    (chained,) = chain_shares(*counts, target, [2 * budget], order=2, hidden_size=8)
+    (chained,) = chain_shares(ancestor, domain, target, [2 * budget], order=2, hidden_size=8)
     assert chained == pytest.approx(share(wanted, above | most_frequent(own, num_rows, above)))
 
 
@@ -168,6 +168,9 @@ def test_held_out_text_stays_out_of_the_corpus_with_cache_and_without(
     assert unpack(group.corpus) == encoder.token_ids(["another text", "and the cat is here"])
     (group,) = folder_groups([folder], encoder, cache=tmp_path / "cache", max_texts=1)
     assert unpack(group.corpus) == encoder.token_ids(["another text"])
+    (folder / "held_out.txt").write_text("\n")
+    with pytest.raises(CorpusError, match="holds no text"):
+        folder_groups([folder], encoder, cache=None, max_texts=None)
     (folder / "held_out.txt").unlink()
     with pytest.raises(CorpusError, match=r"held_out\.txt"):
         folder_groups([folder], encoder, cache=None, max_texts=None)
