@@ -120,7 +120,7 @@ def folder_groups(
     """Reads folders of text files, of which ``held_out.txt`` is kept apart.
 
     ``cache`` is a folder that keeps token ids for the next run. ``max_texts`` limits corpus and held-out text
-    of each folder. Raises CorpusError for a folder without ``held_out.txt``, or with no text there or elsewhere.
+    of each folder. Raises CorpusError for a folder without text there, or without text elsewhere.
     """
     return [_folder_group(folder, encoder, cache, max_texts) for folder in folders]
 
