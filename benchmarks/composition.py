@@ -1,0 +1,327 @@
+"""What may stand in for a row that the table lacks, and what does it cost?"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from pydantic import JsonValue
+from tokenizers import Tokenizer
+
+from benchmarks.arguments import Arguments, read_arguments
+from benchmarks.composition_probes import (
+    budget_shares,
+    context_shares,
+    hybrid_shares,
+    row_errors,
+    rule_shares,
+)
+from benchmarks.composition_study import PAIR_RULES, TRIPLE_RULES, Study, open_study
+from benchmarks.composition_tasks import (
+    BASELINES,
+    Trainer,
+    coverage_accuracies,
+    general_info,
+    rule_accuracies,
+)
+from benchmarks.composition_texts import Sizes, StudyTexts, TextSet, documentation_sets, folder_sets, prepare
+from benchmarks.result import BenchmarkResult, Curve, Quantity
+from hmi_engine.construct.training import TrainingSettings
+from hmi_engine.demo.base_model import PACKAGE, packaged_model
+from hmi_engine.demo.environment import describe_machine, installed_versions
+from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.loading import import_bert, load_configuration
+from hmi_engine.models.tokenization import TextEncoder
+
+__all__ = ["main", "measure"]
+
+QUESTION = "What may stand in for a row that the table lacks, and what does it cost?"
+MASK_TOKEN = "[MASK]"
+MIB = 1 << 20
+MIN_TEXTS_FOR_CURVES = 30
+NOTES = (
+    "Undistilled, K = N/2 unless said otherwise. All is in plain torch on the engine's base model; a test "
+    "holds today's rules to the engine's merge.",
+    "A table holds what its corpus (the whole training split) has twice. Training texts are looked up "
+    "without their own fold of the corpus; errors, probes and accuracies are those of held-out texts.",
+    "Row error: length of the difference from the merge of a table of all n-grams over the length of that "
+    "merge. Probe: share of the variance of the plain model's states after K layers that a linear map "
+    "recovers on held-out texts, the map fitted on training texts.",
+    "Accuracy: bottleneck adapters and a head on the upper layers by the engine's own training loop, trained "
+    "on what is served. The +- is the standard error of the difference from today's rule (of the accuracy "
+    "itself in the first lines), over sets and seeds, each pair of runs alike in all but the rule.",
+    "Placeholder: a token's rows beside [MASK], (MASK, b) for a missing left bigram and (b, MASK) for a "
+    "right one; no corpus is needed, and two rows a token.",
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes of a run."""
+
+    sizes: Sizes
+    probe_sizes: Sizes
+    seeds: int
+    epochs: int
+    rates: tuple[float, ...]
+    budgets: tuple[int, ...]
+
+
+FULL = _Plan(
+    sizes=Sizes(600, 600, 48),
+    probe_sizes=Sizes(350, 200, 48),
+    seeds=2,
+    epochs=4,
+    rates=(1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.0),
+    budgets=(2 * MIB, 8 * MIB, 32 * MIB, 128 * MIB),
+)
+QUICK = _Plan(
+    sizes=Sizes(60, 40, 24),
+    probe_sizes=Sizes(40, 20, 24),
+    seeds=1,
+    epochs=1,
+    rates=(1.0, 0.5, 0.0),
+    budgets=(MIB, 8 * MIB),
+)
+
+
+def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
+    if arguments.data is not None:
+        sets = folder_sets(arguments.data, sizes)
+    else:
+        sets = documentation_sets(sizes, num_topics=1 if arguments.quick else 3)
+    return sets[:1] if arguments.quick else sets
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base model's folder, its tokenizer and the id of its placeholder."""
+
+    folder: Path
+    encoder: TextEncoder
+    placeholder: int
+
+    @classmethod
+    def load(cls, folder: Path) -> _Base:
+        configuration = import_bert(str(packaged_model()), folder)
+        placeholder = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(MASK_TOKEN)
+        if placeholder is None:
+            raise UnsupportedModelError(f"the tokenizer of {PACKAGE} has no {MASK_TOKEN} to stand for a word")
+        return cls(folder, TextEncoder(folder, configuration.max_positions), placeholder)
+
+    @property
+    def half_of_the_layers(self) -> int:
+        return load_configuration(self.folder).num_layers // 2
+
+    def study(self, texts: StudyTexts, plot_layers: int) -> Study:
+        return open_study(HierarchicalBert.load(self.folder, plot_layers), texts, self.placeholder)
+
+
+Figures = dict[str, list[float]]
+"""Figures by name, one for each set (and seed)."""
+
+
+def _collect(into: Figures, found: Mapping[str, float]) -> None:
+    for name, value in found.items():
+        into.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """Everything measured at K = N/2, by what it is."""
+
+    errors: Figures
+    errors_after: Figures
+    shares: Figures
+    hit_rates: Figures
+    budgets: dict[str, Figures]
+    accuracies: dict[str, Figures]
+    coverage: dict[str, dict[str, Figures]]
+
+
+def _study_rows(study: Study, plan: _Plan, findings: _Findings) -> None:
+    """Errors and probes of one set."""
+    for width, rules in ((2, PAIR_RULES), (3, TRIPLE_RULES)):
+        coverages = {"n-grams of the corpus": study.found()}
+        if width == 2:
+            coverages["no bigram"] = study.nothing()
+        else:
+            coverages["all bigrams, no trigram"] = study.every_pair()
+            coverages["bigrams of the corpus, no trigram"] = study.found_pairs()
+        for name, (before, after) in row_errors(study, rules, coverages).items():
+            _collect(findings.errors, {f"window {width}, {name}": before})
+            _collect(findings.errors_after, {f"window {width}, {name}": after})
+        shares = rule_shares(study, rules, coverages)
+        _collect(findings.shares, {f"window {width}, {name}": value for name, value in shares.items()})
+    _collect(findings.shares, {f"hybrid, {name}": value for name, value in hybrid_shares(study).items()})
+    for plan_name, shares_by_budget in budget_shares(study, plan.budgets).items():
+        named = {str(budget): value for budget, value in zip(plan.budgets, shares_by_budget, strict=True)}
+        _collect(findings.budgets.setdefault(plan_name, {}), named)
+    test = ~study.texts.tokens_in_training
+    for name, frequencies in (("bigrams", study.texts.pairs), ("trigrams", study.texts.triples)):
+        exists = test & (frequencies.keys != 0)
+        rate = frequencies.held()[exists].double().mean()
+        _collect(findings.hit_rates, {f"{study.texts.name}: held-out {name} found": float(rate)})
+
+
+def _study_tasks(study: Study, plan: _Plan, findings: _Findings, settings: TrainingSettings) -> None:
+    """Accuracies of one set."""
+    trainer = Trainer(study.model, general_info(study.model, PACKAGE), study.texts, settings)
+    for seed in range(plan.seeds):
+        found = rule_accuracies(study, trainer, seed)
+        _collect(findings.accuracies.setdefault(study.texts.name, {}), found)
+        print(
+            study.texts.name,
+            seed,
+            json.dumps({name: round(100 * v, 1) for name, v in found.items()}),
+            flush=True,
+        )
+    if len(study.texts.test.texts) < MIN_TEXTS_FOR_CURVES:
+        return
+    curves = coverage_accuracies(study, trainer, plan.rates, seed=0)
+    for curve, by_rate in curves.items():
+        named = {str(rate): value for rate, value in zip(plan.rates, by_rate, strict=True)}
+        _collect(findings.coverage.setdefault(curve, {}).setdefault(study.texts.name, {}), named)
+        print(study.texts.name, curve, [round(100 * value, 1) for value in by_rate], flush=True)
+
+
+def _measure_layers(base: _Base, sets: Sequence[TextSet], plan: _Plan) -> dict[int, dict[str, float]]:
+    """The probe table of the largest corpus, for each number of domain layers up to half."""
+    largest = max(sets, key=lambda texts: sum(map(len, texts.corpus)))
+    texts = prepare(largest, base.encoder, plan.probe_sizes)
+    depths = range(1, base.half_of_the_layers + 1)
+    return {depth: context_shares(base.study(texts, depth)) for depth in depths}
+
+
+def _quantities(findings: _Findings, layers: Mapping[int, Mapping[str, float]]) -> Iterable[Quantity]:
+    for name, rates in findings.hit_rates.items():
+        yield Quantity(name=name, value=rates[0], unit="share")
+    for name, values in findings.errors.items():
+        after = mean(findings.errors_after[name])
+        yield Quantity(
+            name=f"row error, {name} (after LayerNorm {after:.1%})", value=mean(values), unit="share"
+        )
+    for name, values in findings.shares.items():
+        yield Quantity(name=f"probe, {name}", value=mean(values), unit="share")
+    for depth, shares in layers.items():
+        for name, value in shares.items():
+            yield Quantity(name=f"probe, K = {depth}, {name}", value=value, unit="share")
+    yield from _accuracies(findings.accuracies)
+
+
+def _accuracies(found: Mapping[str, Figures]) -> Iterable[Quantity]:
+    """Mean over sets and seeds, each set's own mean, and the difference from today's rule of that width."""
+    for name in next(iter(found.values())):
+        runs = [value for figures in found.values() for value in figures[name]]
+        by_set = ", ".join(f"{which} {mean(figures[name]):.1%}" for which, figures in found.items())
+        yield Quantity(name=f"accuracy, {name} ({by_set})", value=mean(runs), unit="share")
+    for width, baseline in BASELINES.items():
+        for name in next(iter(found.values())):
+            if name == baseline or not name.startswith(f"window {width}"):
+                continue
+            differences = [
+                100 * (ours - today)
+                for figures in found.values()
+                for ours, today in zip(figures[name], figures[baseline], strict=True)
+            ]
+            spread = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+            yield Quantity(
+                name=f"accuracy over today's rule, {name}",
+                value=mean(differences),
+                unit=f"points, +- {spread:.1f}",
+            )
+
+
+def _curves(findings: _Findings, plan: _Plan) -> Iterable[Curve]:
+    for name, by_set in findings.coverage.items():
+        for figure, figures in [
+            ("coverage", _mean_of(by_set)),
+            *((f"coverage-{s}", f) for s, f in by_set.items()),
+        ]:
+            yield Curve(
+                figure=figure,
+                name=name,
+                x_label="% of n-grams in the table",
+                y_label="accuracy on held-out texts",
+                x=tuple(100 * rate for rate in plan.rates),
+                y=tuple(mean(figures[str(rate)]) for rate in plan.rates),
+            )
+    for name, figures in findings.budgets.items():
+        yield Curve(
+            figure="budget",
+            name=name,
+            x_label="bytes of rows, MiB",
+            y_label="probe: share of variance recovered",
+            x=tuple(budget / MIB for budget in plan.budgets),
+            y=tuple(mean(figures[str(budget)]) for budget in plan.budgets),
+        )
+
+
+def _mean_of(by_set: Mapping[str, Figures]) -> Figures:
+    names = next(iter(by_set.values()))
+    return {name: [mean(figures[name]) for figures in by_set.values()] for name in names}
+
+
+def measure(arguments: Arguments) -> BenchmarkResult:
+    """Runs the whole study."""
+    plan = QUICK if arguments.quick else FULL
+    settings = TrainingSettings(
+        max_epochs=plan.epochs, patience=plan.epochs, max_tokens=plan.sizes.max_tokens
+    )
+    findings = _Findings({}, {}, {}, {}, {}, {}, {})
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        base = _Base.load(Path(folder) / "general")
+        sets = _read(arguments, plan.sizes)
+        for texts, probed in zip(sets, _read(arguments, plan.probe_sizes), strict=True):
+            _study_rows(
+                base.study(prepare(probed, base.encoder, plan.probe_sizes), base.half_of_the_layers),
+                plan,
+                findings,
+            )
+            study = base.study(prepare(texts, base.encoder, plan.sizes), base.half_of_the_layers)
+            _study_tasks(study, plan, findings, settings)
+        layers = _measure_layers(base, _read(arguments, plan.probe_sizes), plan)
+    return BenchmarkResult(
+        name="composition",
+        question=QUESTION,
+        command=arguments.command,
+        is_quick=arguments.quick,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings=_described(sets, plan, settings),
+        notes=NOTES,
+        cases=(),
+        quantities=tuple(_quantities(findings, layers)),
+        curves=tuple(_curves(findings, plan)),
+    )
+
+
+def _described(sets: Sequence[TextSet], plan: _Plan, settings: TrainingSettings) -> dict[str, JsonValue]:
+    described: dict[str, JsonValue] = {
+        "model": PACKAGE,
+        "sets": [texts.name for texts in sets],
+        "training_texts": plan.sizes.train,
+        "held_out_texts": plan.sizes.test,
+        "seeds": plan.seeds,
+    }
+    return described | settings.model_dump(mode="json", exclude={"seed"}, exclude_none=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes the result."""
+    arguments = read_arguments("composition", QUESTION, argv)
+    result = measure(arguments)
+    result.write(arguments.out)
+    for quantity in result.quantities:
+        print(f"{quantity.name}: {quantity.value:.3f} {quantity.unit}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
