@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from hmi_engine.errors import CorpusError
 from hmi_engine.knowledge.corpus_lines import MAX_LINE_BYTES
 from hmi_engine.knowledge.corpus_report import Reading
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 __all__ = ["parquet_texts"]
 
@@ -29,6 +31,8 @@ def parquet_texts(path: Path, text_field: str, reading: Reading) -> Iterator[str
     to the report. Memory: what one row group's page of the column takes. Raises :class:`CorpusError` for a
     file that is missing or damaged, has no such column, or has strings that are no UTF-8.
     """
+    import duckdb  # a quarter of a second, which only those who read Parquet should wait
+
     # DuckDB takes * ? [ in a name for a pattern.
     name = re.sub(r"([*?\[])", r"[\1]", str(path.absolute()))
     try:
@@ -46,7 +50,7 @@ def parquet_texts(path: Path, text_field: str, reading: Reading) -> Iterator[str
         raise CorpusError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _check_column(connection: duckdb.DuckDBPyConnection, path: Path, name: str, text_field: str) -> None:
+def _check_column(connection: "DuckDBPyConnection", path: Path, name: str, text_field: str) -> None:
     connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [name])
     types = {str(column): str(kind) for column, kind, *_ in connection.fetchall()}
     if text_field not in types:
@@ -56,7 +60,7 @@ def _check_column(connection: duckdb.DuckDBPyConnection, path: Path, name: str, 
 
 
 def _numbered_values(
-    connection: duckdb.DuckDBPyConnection, path: Path, name: str, text_field: str, reading: Reading
+    connection: "DuckDBPyConnection", path: Path, name: str, text_field: str, reading: Reading
 ) -> Iterator[tuple[int, str | bytes | None]]:
     """Yield each row's number from 1 and value; the file's bytes count in proportion to its rows."""
     size, counted = path.stat().st_size, reading.report.bytes
