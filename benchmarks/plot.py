@@ -120,7 +120,7 @@ def _retrieval_cases(
         cases = [
             _retrieval_case(store, plots, held_out, batch_size, repetitions) for batch_size in BATCH_SIZES
         ]
-        references = plots.lookup(held_out, [DOMAIN] * held_out.num_sequences)
+        references = plots.reading([DOMAIN]).lookup(held_out, [DOMAIN] * held_out.num_sequences)
         rates = _hit_rates(references, held_out, window)
         plots.close()
     return cases, rates
@@ -166,7 +166,8 @@ _DESCRIPTIONS = {
 
 def _systems(store: Store, plots: PlotLibrary, batches: Sequence[PackedSequences]) -> dict[str, _Run]:
     """Each retrieves batch after batch. A batch's memory is given back before the next, as in service."""
-    table, root = plots.table(DOMAIN), plots.table("general")
+    tables = plots.reading([DOMAIN])
+    table, root = tables.table(DOMAIN), tables.table("general")
     if table is None or root is None or root.unigrams is None:
         raise HmiError(f"the store at {store.layout.root} lacks a table; is plot_layers 0?")
     keys, rows, unigrams = (tensor.numpy() for tensor in (table.row_keys, table.rows, root.unigrams))
@@ -174,8 +175,9 @@ def _systems(store: Store, plots: PlotLibrary, batches: Sequence[PackedSequences
 
     def retrieve(batch: PackedSequences) -> _Array:
         domains = [DOMAIN] * batch.num_sequences
-        references = plots.lookup(batch, domains)
-        result: _Array = plots.merge(store.model, batch, domains, references).numpy()
+        with plots.reading([DOMAIN]) as view:
+            references = view.lookup(batch, domains)
+            result: _Array = view.merge(store.model, batch, domains, references).numpy()
         return result
 
     def ours() -> Iterator[_Array]:

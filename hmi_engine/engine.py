@@ -58,6 +58,7 @@ class Engine(AbstractContextManager["Engine"]):
         dtype: str = "auto",
         host_memory: int | str = "2GiB",
         miss: MissPolicy = "backoff",
+        exact_budget: float = 0.05,
         max_batch_tokens: int = 8192,
         overlay_memory: int | str = "256MiB",
     ) -> None:
@@ -69,9 +70,11 @@ class Engine(AbstractContextManager["Engine"]):
             backend: kernels: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch, slow).
             dtype: ``"auto"`` or ``"float32"``.
             host_memory: budget for resident adapters, in bytes or as ``"2GiB"``.
-            miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it.
+            miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
+                ``"budget"`` computes those that a batch has most often and composes the others.
+            exact_budget: ``miss="budget"``: most windows computed per token of a batch, 0 to 1.
             max_batch_tokens: most tokens computed at once.
-            overlay_memory: ``miss="exact"``: budget for the rows of windows computed in traffic.
+            overlay_memory: budget for the rows of windows computed in traffic, which later batches find.
 
         Raises:
             ValueError: an option is none of those above, or out of range.
@@ -79,7 +82,9 @@ class Engine(AbstractContextManager["Engine"]):
         _check_option("device", device, ("auto", "cpu"))
         _check_option("backend", backend, ("auto", "cpu", "reference"))
         _check_option("dtype", dtype, ("auto", "float32"))
-        _check_option("miss", miss, ("backoff", "exact"))
+        _check_option("miss", miss, ("backoff", "exact", "budget"))
+        if not 0 <= exact_budget <= 1:
+            raise ValueError(f"exact_budget is {exact_budget}, must be 0 to 1 windows per token")
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens is {max_batch_tokens}, must be at least 1")
         self.store = store
@@ -94,9 +99,9 @@ class Engine(AbstractContextManager["Engine"]):
         if store.general.plot_layers:
             overlay_bytes = parse_bytes(overlay_memory)
             self._plots = PlotLibrary(store.layout, store.catalog, store.general, overlay_bytes=overlay_bytes)
-            if miss == "exact":
-                self.max_batch_tokens = _fit_overlay(self._plots, store, max_batch_tokens)
-        self._runner = BatchRunner(store.general, store.model, self._plots, self._residency, miss=miss)
+        self._runner = BatchRunner(
+            store.general, store.model, self._plots, self._residency, miss=miss, exact_budget=exact_budget
+        )
         self._lock = threading.Lock()
         self._closed = False
         self._statistics = EngineStatistics()
@@ -109,8 +114,6 @@ class Engine(AbstractContextManager["Engine"]):
         """
         with self._lock, hmi_kernels.use_backend(self._backend):
             self._check_open()
-            if self._plots is not None:
-                self._plots.forget()
             started = time.perf_counter()
             admitted = admit(requests, self.store.tenants, self.store.encoder)
             responses: list[Response | None] = [None] * len(requests)
@@ -172,9 +175,11 @@ class Engine(AbstractContextManager["Engine"]):
         """Says once for each tenant that it was trained under another policy, which costs accuracy."""
         if self._plots is None:
             return
+        # Under a budget most misses are composed: training for it is training for back-off.
+        served = "backoff" if self._miss == "budget" else self._miss
         for tenant in {item.tenant.name: item.tenant for item in queue}.values():
-            trained = tenant.card.get("training", {}).get("settings", {}).get("miss", self._miss)
-            if trained != self._miss and tenant.name not in self._warned:
+            trained = tenant.card.get("training", {}).get("settings", {}).get("miss", served)
+            if trained != served and tenant.name not in self._warned:
                 self._warned.add(tenant.name)
                 warnings.warn(
                     f"tenant {tenant.name!r} was trained for miss={trained!r} and is served with "
@@ -226,17 +231,6 @@ class Engine(AbstractContextManager["Engine"]):
         self._statistics.requests += len(finished)
         self._statistics.errors += sum(response.error is not None for response in finished)
         return finished
-
-
-def _fit_overlay(plots: PlotLibrary, store: Store, max_batch_tokens: int) -> int:
-    """Tokens of a batch whose windows, were all of them new, the overlay could hold at once."""
-    rows = plots.overlay.rows_per_generation
-    if rows < store.general.max_positions:
-        raise ValueError(
-            f"overlay_memory holds {rows} windows in each half; the longest text has "
-            f"{store.general.max_positions}: give it more"
-        )
-    return min(max_batch_tokens, rows)
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -34,6 +34,9 @@ def plot_index_build(keys: Tensor) -> Tensor:
 def plot_index_insert(index: Tensor, keys: Tensor, rows: Tensor) -> None:
     """Adds keys to an index in place; a key that is there gets the new row.
 
+    On the backend ``cpu``, lookups may run meanwhile: they find a new key with its row, or not yet. Two
+    insertions at once are the caller's to prevent.
+
     Args:
         index: int64 [slots, 2], as :func:`plot_index_build` makes it.
         keys: int64 [m], positive; of equal ones the last counts.

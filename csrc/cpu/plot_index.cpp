@@ -80,7 +80,7 @@ void PlotIndex::insert(const int64_t* keys, const int64_t* rows, int64_t count) 
                                 " keys and cannot take " + std::to_string(num_added) +
                                 " more: at most half may be used. Build a larger one");
   }
-  for (int64_t i = 0; i < count; ++i) slots_[locate(keys[i])] = {keys[i], rows[i]};
+  for (int64_t i = 0; i < count; ++i) publish(slots_[locate(keys[i])], keys[i], rows[i]);
 }
 
 void plot_index_find(const PlotIndex& index, const int64_t* keys, int64_t* rows, int64_t count, int num_threads) {

@@ -3,6 +3,9 @@
 // Format: capacity C (a power of two, at least 2) slots of (key, row), both int64, little-endian. An empty slot has key
 // 0. A key's home slot is the top log2(C) bits of mix_key(key); it lies in the first slot from there on, cyclically,
 // that held no other key when it was added. At most half of the slots are used.
+//
+// One thread may insert while others find: a slot's row is written before its key, so a key is found with its row or
+// not at all.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +31,7 @@ class PlotIndex {
   // The key's row, or kMissing. Ends even in a damaged index that has no empty slot.
   int64_t find(int64_t key) const {
     const IndexSlot* slot = slots_ + locate(key);
-    return slot->key == key ? slot->row : kMissing;
+    return key_of(*slot) == key ? __atomic_load_n(&slot->row, __ATOMIC_RELAXED) : kMissing;
   }
 
   int64_t count_used() const;
@@ -41,11 +44,18 @@ class PlotIndex {
   static int64_t capacity_for(int64_t count);
 
  private:
+  static int64_t key_of(const IndexSlot& slot) { return __atomic_load_n(&slot.key, __ATOMIC_ACQUIRE); }
+  static void publish(IndexSlot& slot, int64_t key, int64_t row) {
+    __atomic_store_n(&slot.row, row, __ATOMIC_RELAXED);
+    __atomic_store_n(&slot.key, key, __ATOMIC_RELEASE);
+  }
+
   // The slot that holds the key or, if it is missing, the empty slot where it belongs.
   int64_t locate(int64_t key) const {
     int64_t position = home(key) - slots_;
     for (int64_t probes = 0; probes < capacity_; ++probes) {
-      if (slots_[position].key == key || slots_[position].key == 0) break;
+      const int64_t found = key_of(slots_[position]);
+      if (found == key || found == 0) break;
       position = (position + 1) & (capacity_ - 1);
     }
     return position;

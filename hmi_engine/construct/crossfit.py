@@ -17,8 +17,8 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.knowledge.plot_table import PlotTable
-from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.models.packing import PackedSequences
+from hmi_engine.memory.plot_view import PlotView
+from hmi_engine.models.packing import PackedSequences, window_tokens
 
 __all__ = ["CrossFitter", "HitRates", "count_hits"]
 
@@ -57,7 +57,7 @@ class CrossFitter:
 
     def __init__(
         self,
-        plots: PlotLibrary,
+        plots: PlotView,
         domain: str,
         texts: Sequence[str],
         token_ids: Sequence[list[int]],
@@ -68,7 +68,7 @@ class CrossFitter:
         """Counts what each fold contributed to each table.
 
         Args:
-            plots: the store's tables.
+            plots: a lease on the tables of ``domain``.
             domain: whose chain of tables is searched.
             texts: S texts; folds are blocks of neighbours.
             token_ids: their tokens as the corpus' were counted, not cut shorter.
@@ -117,7 +117,7 @@ class CrossFitter:
         if self._window == 3:
             newly_missing = ((plain[:, 0] >= 0) & (references[:, 0] < 0)).nonzero()[:, 0]
             if len(newly_missing):
-                bigrams = self._bigram_references(self._plots.windows(sequences)[newly_missing])
+                bigrams = self._bigram_references(window_tokens(sequences, 3)[newly_missing])
                 references[newly_missing, 1:] = self._without_own_fold(bigrams, text_of_token[newly_missing])
         return plain, references
 

@@ -143,20 +143,25 @@ class _Start:
         self._model, self._plots, self._domain, self._window = model, plots, domain, window
         self._fitter: CrossFitter | None = None
         if plots is not None and folds is not None:
-            self._fitter = CrossFitter(plots, domain, data.texts, data.full_ids, window=window, folds=folds)
+            # One lease for all texts: what the folds contributed is counted in the tables that are looked up.
+            self._view = plots.reading([domain])
+            self._fitter = CrossFitter(
+                self._view, domain, data.texts, data.full_ids, window=window, folds=folds
+            )
         self._totals = torch.zeros(3, dtype=torch.int64)
 
     def hidden_states(self, sequences: PackedSequences, numbers: Sequence[int]) -> Tensor:
         if self._plots is None:
             return self._model.embed(sequences.input_ids, sequences.positions())
         domains = [self._domain] * sequences.num_sequences
-        if self._fitter is None:
-            references = self._plots.lookup(sequences, domains)
-            references = self._plots.compute_misses(self._model, sequences, references)
-        else:
+        if self._fitter is not None:
             plain, references = self._fitter.lookup(sequences, numbers)
             self._totals += torch.tensor(count_hits(plain, references, sequences, self._window))
-        return self._plots.merge(self._model, sequences, domains, references)
+            return self._view.merge(self._model, sequences, domains, references)
+        with self._plots.reading([self._domain]) as view:
+            references = view.lookup(sequences, domains)
+            completed = view.compute_misses(self._model, sequences, domains, references)
+            return view.merge(self._model, sequences, domains, completed.references)
 
     def rates(self) -> HitRates | None:
         if self._fitter is None:

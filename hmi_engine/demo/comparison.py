@@ -143,7 +143,8 @@ def _measure(
 
 def _unigram_rate(store: Store, texts: list[str]) -> float:
     plots = PlotLibrary(store.layout, store.catalog, store.general)
-    table = plots.table(store.catalog.chain(next(iter(store.domains)))[-1].name)
+    root = store.catalog.chain(next(iter(store.domains)))[-1].name
+    table = plots.reading([root]).table(root)
     num_rows = 0 if table is None or table.unigrams is None else len(table.unigrams)
     ids = torch.tensor([token for sequence in store.encoder.token_ids(texts) for token in sequence])
     plots.close()

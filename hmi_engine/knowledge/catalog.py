@@ -28,6 +28,7 @@ from hmi_engine.errors import (
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
 from hmi_engine.knowledge.database import Database, create_database
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.inheritance import inheritance_chain
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import WriterLock
 from hmi_engine.knowledge.names import check_name
@@ -142,6 +143,11 @@ class Catalog:
             )
         with self._lock.alone():
             yield
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes with every change of the catalog, by this process or another; read in microseconds."""
+        return self._database.version
 
     @property
     def general(self) -> GeneralInfo:
@@ -280,15 +286,7 @@ class Catalog:
         Only ancestors of the same layer identity belong to it: where the domain layers change, the rows do.
         Raises :class:`UnknownDomainError`, and :class:`StoreCorruptError` if the tree has a loop.
         """
-        chain = [self.domains[domain]]
-        while (parent := chain[-1].parent) is not None:
-            node = self.domains[parent]
-            if node.layer_identity != chain[0].layer_identity:
-                break
-            if node.id in {visited.id for visited in chain}:
-                raise StoreCorruptError(f"{self.layout.catalog}: domain {domain!r} is its own ancestor")
-            chain.append(node)
-        return chain
+        return inheritance_chain(domain, self.domains.__getitem__)
 
     def integrity_problems(self) -> list[str]:
         """Return what SQLite's own checks find wrong with the catalog; empty if it is sound."""

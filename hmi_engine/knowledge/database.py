@@ -135,6 +135,13 @@ class Database:
         with self._lock, _explained(self.path):
             return self._connection.execute(statement, parameters).fetchall()
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes with every change of the file: by other connections, and by this one."""
+        with self._lock, _explained(self.path):
+            (others,) = self._connection.execute("PRAGMA data_version").fetchone()
+            return others, self._connection.total_changes
+
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run the body as one transaction: all of it is on the disk afterwards, or, on an error, none of it.

@@ -1,44 +1,50 @@
-"""The PLOT tables of a store, open for lookup, and what is computed where they miss."""
+"""The PLOT tables of a store, open for lookup: one consistent state of the domain tree for each reader."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-import hmi_kernels
-from hmi_engine.errors import StoreCorruptError
+from hmi_engine.errors import StoreBusyError, StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.inheritance import inheritance_chain
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot
-from hmi_engine.memory.overlay import OVERLAY_TABLES, WindowOverlay
-from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.packing import PackedSequences
+from hmi_engine.knowledge.records import DomainInfo
+from hmi_engine.memory.overlay import WindowOverlay
+from hmi_engine.memory.plot_view import DomainLayers, PlotView, SearchedDomain
 
 __all__ = ["DEFAULT_OVERLAY_BYTES", "PlotLibrary"]
 
 DEFAULT_OVERLAY_BYTES = 256 << 20
+_MOST_ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
-class _DomainTables:
-    """Kernel table numbers that a domain's lookups search, in order, and the number of its unigram table."""
+class _Tree:
+    """The domain tree at one version of the catalog, with the tables that have been opened so far.
 
-    chain: tuple[int, ...]
-    unigrams: int
-    names: tuple[str, ...]
+    ``tables`` and ``searched`` are filled as they are asked for, under the library's lock.
+    """
+
+    version: tuple[int, int]
+    domains: dict[str, DomainInfo]
+    tables: dict[str, PlotTable]
+    searched: dict[str, SearchedDomain]
 
 
 class PlotLibrary:
-    """Opens tables at first use, numbers them for the kernels and keeps them until :meth:`close`.
+    """Opens tables at first use, and lends them out; safe to use from many threads.
 
-    Tables 0 and 1 are the overlay. A table once open stays valid when the store replaces its file: readers
-    keep the old generation; :meth:`forget` makes the next lookup see the new one.
-
-    A caller that uses ``compute_misses`` holds the library for one batch at a time: references stay valid
-    until the next ``lookup``.
+    A reader (:meth:`reading`) keeps the tables that it began with. When the store changes, the next one gets
+    the new state; a table that no domain refers to any more is closed, and its file's mapping goes, when the
+    last reader that holds it is done. Nobody waits: a reader does not hold up a change, nor a change a
+    reader. Tables are known by file, and a file's name is never given twice: a domain that was removed and
+    made again under the same name has another table.
     """
 
     def __init__(
@@ -48,186 +54,107 @@ class PlotLibrary:
         general: GeneralInfo,
         *,
         overlay_bytes: int = DEFAULT_OVERLAY_BYTES,
+        domain_layers: Callable[[str], DomainLayers] | None = None,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            layout: where the store's files are.
+            catalog: the store's catalog, which stays the caller's to close.
+            general: the store's base model.
+            overlay_bytes: memory for the rows of windows computed in traffic.
+            domain_layers: gives the layers of an identity that is not the general knowledge's own.
+        """
         self._layout = layout
         self._catalog = catalog
         self._general = general
-        self.row_dtype = getattr(torch, general.row_dtype)
-        self.overlay = WindowOverlay(overlay_bytes, general.window, general.hidden_size, self.row_dtype)
-        self._indexes: list[torch.Tensor] = list(self.overlay.indexes)
-        self._rows: list[torch.Tensor] = list(self.overlay.row_tables)
-        self._tables: list[PlotTable | None] = [None] * OVERLAY_TABLES
-        self._unigrams: list[torch.Tensor] = []
-        self._opened: dict[str, tuple[int, int | None]] = {}  # file -> row table, unigram table
-        self._domains: dict[str, _DomainTables] = {}
+        self._domain_layers = domain_layers
+        dtype = getattr(torch, general.row_dtype)
+        self.overlay = WindowOverlay(overlay_bytes, general.window, general.hidden_size, dtype)
+        self._lock = threading.Lock()
+        self._tree: _Tree | None = None
 
-    def forget(self) -> None:
-        """Reads the tree from the catalog again at the next lookup: a name may stand for another domain now.
-
-        Tables stay open; files are never reused, so one that is still current is not opened again.
-        """
-        self._domains.clear()
-
-    def ancestors(self, domain: str) -> tuple[str, ...]:
-        """Names from the domain to the root among nodes with the same domain layers.
-
-        Raises:
-            UnknownDomainError: no such domain.
-        """
-        return self._domain(domain).names
-
-    def table(self, domain: str) -> PlotTable | None:
-        """The domain's own table, or None where it has none.
-
-        Raises:
-            UnknownDomainError: no such domain.
-        """
-        info = self._catalog.domains[domain]
-        if not info.file:
-            return None
-        return self._tables[self._open(info.file)[0]]
-
-    def lookup(self, sequences: PackedSequences, domains: Sequence[str]) -> torch.Tensor:
-        """Finds the rows of every position's window.
+    def reading(self, domains: Sequence[str]) -> PlotView:
+        """Opens the tables of some domains and of their ancestors, all in the state of one moment.
 
         Args:
-            sequences: packed sequences.
-            domains: the domain of each sequence.
+            domains: names; equal ones count once.
 
         Returns:
-            int64 [T, 1] or [T, 3], as ``hmi_kernels.plot_lookup`` describes; -1 where missing.
+            A lease: release it, best by a with-statement.
 
         Raises:
             UnknownDomainError: no such domain.
             StoreCorruptError: a table cannot be read.
+            StoreBusyError: the store never stays as it is for long enough.
         """
-        # At most one new row per position, and all rows of a batch must stay until it has been merged.
-        self.overlay.reserve(min(sequences.num_tokens, self.overlay.rows_per_generation))
-        overlay = tuple(range(OVERLAY_TABLES)) if self.overlay.num_rows else ()
-        chains = [self._domain(domain).chain + overlay for domain in domains]
-        width = max(map(len, chains))
-        padded = torch.tensor([chain + (-1,) * (width - len(chain)) for chain in chains], dtype=torch.int32)
-        return hmi_kernels.plot_lookup(
-            sequences.input_ids, sequences.offsets, self._indexes, padded, window=self._general.window
+        for _ in range(_MOST_ATTEMPTS):
+            tree = self._current_tree()
+            unknown = next((name for name in domains if name not in tree.domains), None)
+            if unknown is not None:
+                _ = self._catalog.domains[unknown]  # raises UnknownDomainError, unless it was added just now
+                continue
+            try:
+                searched = {name: self._search(tree, name) for name in dict.fromkeys(domains)}
+            except StoreCorruptError:
+                # A table may have been replaced, and its file removed, since the tree was read.
+                if self._catalog.version == tree.version:
+                    raise
+            else:
+                return PlotView(self._general, searched, self.overlay, self._domain_layers)
+        raise StoreBusyError(
+            f"{self._layout.root} changed {_MOST_ATTEMPTS} times while its tables were opened; try again"
         )
-
-    def compute_misses(
-        self, model: HierarchicalBert, sequences: PackedSequences, references: torch.Tensor
-    ) -> torch.Tensor:
-        """Computes every missing window once, keeps it in the overlay, and returns complete references.
-
-        Args:
-            model: the base whose domain layers compute the windows.
-            sequences: the sequences that ``references`` were looked up for.
-            references: the result of :meth:`lookup`, which is not changed.
-
-        Raises:
-            ValueError: more distinct windows are missing than the overlay holds.
-        """
-        windows = self.windows(sequences)
-        missing = (references[:, 0] < 0) & (windows[:, : self._general.window] >= 0).sum(1).ge(self._least)
-        positions = missing.nonzero()[:, 0]
-        if positions.numel() == 0:
-            return references
-        keys = hmi_kernels.ngram_keys(windows[positions])
-        distinct, members = torch.unique(keys, return_inverse=True)
-        tokens = hmi_kernels.ngram_tokens(distinct)[:, : self._general.window]
-        rows = torch.cat([model.window_states(part).to(self.row_dtype) for part in tokens.split(8192)])
-        found = self.overlay.insert(distinct, rows)
-        complete = references.clone()
-        complete[positions, 0] = found[members]
-        return complete
-
-    @property
-    def _least(self) -> int:
-        """Tokens that a window has at least to be looked up: a one-token bigram window is its unigram row."""
-        return 2 if self._general.window == 2 else 1
-
-    def windows(self, sequences: PackedSequences) -> torch.Tensor:
-        """Token ids of each position's window by slot, -1 where absent: int32 [T, 3]."""
-        ids, num_tokens = sequences.input_ids, sequences.num_tokens
-        absent = torch.full((1,), -1, dtype=torch.int32)
-        before, after = torch.cat([absent, ids[:-1]]), torch.cat([ids[1:], absent])
-        before[sequences.offsets[:-1]] = -1
-        after[sequences.offsets[1:] - 1] = -1
-        if self._general.window == 2:
-            return torch.stack([ids, after, absent.expand(num_tokens)], dim=1)
-        return torch.stack([before, ids, after], dim=1)
-
-    def merge(
-        self,
-        model: HierarchicalBert,
-        sequences: PackedSequences,
-        domains: Sequence[str],
-        references: torch.Tensor,
-    ) -> torch.Tensor:
-        """Adds up the rows, the position and the merge's LayerNorm: the input of layer K, float32 [T, H]."""
-        unigrams = torch.tensor([self._domain(domain).unigrams for domain in domains], dtype=torch.int32)
-        return hmi_kernels.plot_merge(
-            sequences.input_ids,
-            sequences.offsets,
-            references,
-            self._rows,
-            self._unigrams,
-            unigrams,
-            model.merge_positions,
-            model.merge_norm.weight,
-            model.merge_norm.bias,
-            layer_norm_eps=model.merge_norm.eps,
-            window=self._general.window,
-        )
-
-    def row_counts(self, references: torch.Tensor) -> torch.Tensor:
-        """Corpus count of each referenced n-gram, int64 like ``references``; 0 where missing or computed."""
-        return self._per_row(references, "row_counts")
-
-    def row_keys(self, references: torch.Tensor) -> torch.Tensor:
-        """Key of each referenced n-gram, int64 like ``references``; 0 where missing or computed."""
-        return self._per_row(references, "row_keys")
-
-    def _per_row(self, references: torch.Tensor, field: str) -> torch.Tensor:
-        result = torch.zeros_like(references)
-        tables = references >> hmi_kernels.ROW_BITS
-        rows = references & ((1 << hmi_kernels.ROW_BITS) - 1)
-        for number in torch.unique(tables).tolist():
-            table = self._tables[number] if number >= 0 else None
-            if table is not None:
-                chosen = tables == number
-                values: torch.Tensor = getattr(table, field)
-                result[chosen] = values[rows[chosen]]
-        return result
 
     def close(self) -> None:
-        """Lets go of all tables."""
-        self._domains.clear()
-        self._opened.clear()
-        self._indexes, self._rows, self._unigrams, self._tables = [], [], [], []
+        """Lets go of all tables and computed rows; open leases keep theirs until they are released."""
+        with self._lock:
+            self._tree = None
+        self.overlay.clear()
 
-    def _domain(self, name: str) -> _DomainTables:
-        if name not in self._domains:
-            nodes = self._catalog.chain(name)
-            opened = [self._open(node.file) for node in nodes if node.file]
-            unigrams = [number for _, number in opened if number is not None]
+    def _current_tree(self) -> _Tree:
+        while True:
+            version = self._catalog.version
+            with self._lock:
+                tree = self._tree
+            if tree is not None and tree.version == version:
+                return tree
+            domains = {info.name: info for info in self._catalog.domains.values()}
+            if self._catalog.version == version:  # else it changed while it was read
+                return self._replace_tree(version, domains)
+
+    def _replace_tree(self, version: tuple[int, int], domains: dict[str, DomainInfo]) -> _Tree:
+        files = {info.file for info in domains.values()}
+        with self._lock:
+            opened = {} if self._tree is None else self._tree.tables
+            kept = {file: table for file, table in opened.items() if file in files}
+            self._tree = _Tree(version, domains, kept, {})
+            return self._tree
+
+    def _search(self, tree: _Tree, name: str) -> SearchedDomain:
+        if name not in tree.searched:
+            nodes = inheritance_chain(name, tree.domains.__getitem__)
+            tables = {node.name: self._open(tree, node.file) for node in nodes if node.file}
+            unigrams = [table.unigrams for table in tables.values() if table.unigrams is not None]
             if not unigrams:
                 raise StoreCorruptError(
                     f"domain {name!r} has no unigram table on its way to the root; run `hmi verify`"
                 )
-            self._domains[name] = _DomainTables(
-                chain=tuple(number for number, _ in opened),
-                unigrams=unigrams[0],
+            searched = SearchedDomain(
+                identity=nodes[0].layer_identity,
                 names=tuple(node.name for node in nodes),
+                tables=tables,
+                unigrams=unigrams[0],
             )
-        return self._domains[name]
+            with self._lock:
+                tree.searched[name] = searched
+        return tree.searched[name]
 
-    def _open(self, file: str) -> tuple[int, int | None]:
-        if file not in self._opened:
-            table = open_plot(self._layout.resolve(file), self._general)
-            unigrams = None
-            if table.unigrams is not None:
-                unigrams = len(self._unigrams)
-                self._unigrams.append(table.unigrams)
-            self._opened[file] = (len(self._tables), unigrams)
-            self._tables.append(table)
-            self._indexes.append(table.index)
-            self._rows.append(table.rows)
-        return self._opened[file]
+    def _open(self, tree: _Tree, file: str) -> PlotTable:
+        with self._lock:
+            table = tree.tables.get(file)
+        if table is None:
+            opened = open_plot(self._layout.resolve(file), self._general)
+            with self._lock:  # another thread may have been faster: all are to share one mapping
+                table = tree.tables.setdefault(file, opened)
+        return table

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-__all__ = ["PackedSequences", "Readout"]
+__all__ = ["PackedSequences", "Readout", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,21 @@ class PackedSequences:
         """Index of each token in its own sequence, int64 [T]."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
         return torch.arange(self.num_tokens) - torch.repeat_interleave(self.offsets[:-1], lengths)
+
+
+def window_tokens(sequences: PackedSequences, window: int) -> torch.Tensor:
+    """Token ids of each position's window by slot, -1 where absent: int32 [T, 3] for both widths.
+
+    ``window`` 2: the token and its right neighbor; 3: the left neighbor, the token, the right neighbor.
+    """
+    ids = sequences.input_ids
+    absent = torch.full((1,), -1, dtype=torch.int32)
+    before, after = torch.cat([absent, ids[:-1]]), torch.cat([ids[1:], absent])
+    before[sequences.offsets[:-1]] = -1
+    after[sequences.offsets[1:] - 1] = -1
+    if window == 2:
+        return torch.stack([ids, after, absent.expand(sequences.num_tokens)], dim=1)
+    return torch.stack([before, ids, after], dim=1)
 
 
 @dataclass(frozen=True)

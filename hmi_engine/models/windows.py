@@ -13,7 +13,7 @@ __all__ = ["DEFAULT_PROJECTION_BYTES", "WindowLayers"]
 
 DEFAULT_PROJECTION_BYTES = 64 << 20
 ROWS_PER_STEP = 1536
-"""Slots computed at a time: few enough that what a step makes stays in the processor's caches, enough for fast matrix products."""
+"""Slots computed at a time: few enough that they stay in the caches, enough for fast matrix products."""
 
 
 class WindowLayers:

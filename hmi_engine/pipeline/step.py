@@ -21,8 +21,8 @@ from hmi_engine.pipeline.read_out import HeadOutput, read_out
 
 __all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics"]
 
-MissPolicy = Literal["backoff", "exact"]
-"""What happens where the PLOT has no row: compose it from shorter n-grams, or compute it."""
+MissPolicy = Literal["backoff", "exact", "budget"]
+"""Where the PLOT has no row: compose it from shorter n-grams, compute it, or compute the most frequent."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,23 @@ class BatchResult:
 
 @dataclass
 class PlotStatistics:
-    """How the lookups of an engine went: counts of tokens."""
+    """How the lookups of an engine went.
+
+    Attributes:
+        tokens: tokens looked up.
+        windows: those of them that have a window.
+        window_hits: those whose window was found, in a table or among the windows computed earlier.
+        bigram_backoffs: of width 3, those without it where a bigram was found.
+        windows_computed: distinct windows that went through the domain layers.
+        budget_skipped: tokens whose window was left to back-off because the budget was spent.
+    """
 
     tokens: int = 0
     windows: int = 0
     window_hits: int = 0
     bigram_backoffs: int = 0
     windows_computed: int = 0
+    budget_skipped: int = 0
 
 
 class BatchRunner:
@@ -70,12 +80,15 @@ class BatchRunner:
         residency: AdapterResidency,
         *,
         miss: MissPolicy,
+        exact_budget: float,
     ) -> None:
+        """``exact_budget`` is the most windows to compute per token of a batch, under ``miss="budget"``."""
         self._general = general
         self._model = model
         self._plots = plots
         self._residency = residency
         self._miss = miss
+        self._exact_budget = exact_budget
         self.plot_statistics = PlotStatistics()
 
     @torch.no_grad()
@@ -126,11 +139,17 @@ class BatchRunner:
         """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
         if self._plots is None:
             return self._model.embed(sequences.input_ids, sequences.positions())
-        references = self._plots.lookup(sequences, domains)
-        self._count(sequences, references)
-        if self._miss == "exact":
-            references = self._plots.compute_misses(self._model, sequences, references)
-        return self._plots.merge(self._model, sequences, domains, references)
+        with self._plots.reading(domains) as view:
+            references = view.lookup(sequences, domains)
+            self._count(sequences, references)
+            if self._miss != "backoff":
+                limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
+                references, computed, skipped = view.compute_misses(
+                    self._model, sequences, domains, references, limit=limit
+                )
+                self.plot_statistics.windows_computed += computed
+                self.plot_statistics.budget_skipped += skipped
+            return view.merge(self._model, sequences, domains, references)
 
     def _count(self, sequences: PackedSequences, references: torch.Tensor) -> None:
         statistics = self.plot_statistics
@@ -143,5 +162,3 @@ class BatchRunner:
         statistics.tokens += sequences.num_tokens
         statistics.windows += windows
         statistics.window_hits += hits
-        if self._miss == "exact":
-            statistics.windows_computed += windows - hits

@@ -16,7 +16,7 @@ FOLDS = 3
 
 
 def open_plots(store):
-    return PlotLibrary(store.layout, store.catalog, store.general)
+    return PlotLibrary(store.layout, store.catalog, store.general).reading(list(store.domains))
 
 
 def slots_of_key(key):

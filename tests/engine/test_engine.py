@@ -273,7 +273,7 @@ def test_statistics_count_windows_as_a_plain_count_does(store, make_head, held_o
     engine = hmi.Engine(store)
     engine.run([hmi.Request("t0", text=text) for text in held_out])
     ids = store.encoder.token_ids(held_out)
-    rows = hmi_kernels.ngram_tokens(engine._plots.table("words").row_keys).tolist()
+    rows = hmi_kernels.ngram_tokens(engine._plots.reading(["words"]).table("words").row_keys).tolist()
     kept = {tuple(row[:2]) for row in rows}
     bigrams = [pair for sequence in ids for pair in itertools.pairwise(sequence)]
     statistics = engine.stats()
@@ -292,7 +292,8 @@ def test_statistics_count_windows_as_a_plain_count_does(store, make_head, held_o
         {"backend": "magic"},
         {"max_batch_tokens": 0},
         {"host_memory": "many"},
-        {"miss": "exact", "overlay_memory": 100},
+        {"miss": "budget", "exact_budget": 1.5},
+        {"miss": "budget", "exact_budget": float("nan")},
     ],
 )
 def test_options_out_of_range(store, options):

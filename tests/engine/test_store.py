@@ -36,7 +36,7 @@ def bigrams(store, texts):
 
 def kept(store, domain):
     """{bigram: count} of a domain's own table."""
-    table = PlotLibrary(store.layout, store.catalog, store.general).table(domain)
+    table = PlotLibrary(store.layout, store.catalog, store.general).reading([domain]).table(domain)
     tokens = hmi_kernels.ngram_tokens(table.row_keys).tolist()
     return {tuple(row[:2]): count for row, count in zip(tokens, table.row_counts.tolist(), strict=True)}
 
@@ -57,7 +57,7 @@ def test_rows_are_stored_once_at_the_highest_ancestor(store, corpus, make_senten
     frequent = {pair for pair, count in bigrams(store, more).items() if count >= 2}
     assert not above & own
     assert own == frequent - above
-    plots = PlotLibrary(store.layout, store.catalog, store.general)
+    plots = PlotLibrary(store.layout, store.catalog, store.general).reading(["child", "words"])
     assert plots.ancestors("child") == ("child", "words", "general")
     assert plots.ancestors("words") == ("words", "general")
 
@@ -68,7 +68,7 @@ def test_a_small_budget_keeps_the_most_frequent(store, corpus):
     assert 0 < len(small) < len(kept(store, "words"))
     assert min(small.values()) >= max(count for pair, count in whole.items() if pair not in small)
     assert store.domains["small"].admission_count == min(small.values())
-    table = PlotLibrary(store.layout, store.catalog, store.general).table("small")
+    table = PlotLibrary(store.layout, store.catalog, store.general).reading(["small"]).table("small")
     parts = (table.index, table.rows, table.row_keys, table.row_counts)
     assert sum(part.numel() * part.itemsize for part in parts) <= 8 << 10
 
@@ -76,7 +76,7 @@ def test_a_small_budget_keeps_the_most_frequent(store, corpus):
 def test_window_3_counts_trigrams_and_both_bigrams(tiny_bert, tmp_path, corpus):
     with hmi.Store.create(tmp_path / "store", general=tiny_bert, plot_layers=1, window=3) as store:
         store.add_domain("words", corpus)
-        table = PlotLibrary(store.layout, store.catalog, store.general).table("words")
+        table = PlotLibrary(store.layout, store.catalog, store.general).reading(["words"]).table("words")
         found = dict(
             zip(
                 map(tuple, hmi_kernels.ngram_tokens(table.row_keys).tolist()),

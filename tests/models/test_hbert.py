@@ -64,12 +64,12 @@ def test_exact_mode_equals_the_mathematics(
     tiny_bert, tmp_path, corpus, held_out, reference, window, plot_layers
 ):
     with make_store(tiny_bert, tmp_path, corpus, window, plot_layers) as store:
-        plots = PlotLibrary(store.layout, store.catalog, store.general)
+        plots = PlotLibrary(store.layout, store.catalog, store.general).reading(["words"])
         sequences = pack(store, held_out[:8])
         domains = ["words"] * sequences.num_sequences
         references = plots.lookup(sequences, domains)
         assert (references[:, 0] < 0).any() and (references[:, 0] >= 0).any(), "hits and misses both needed"
-        complete = plots.compute_misses(store.model, sequences, references)
+        complete = plots.compute_misses(store.model, sequences, domains, references).references
         entered = plots.merge(store.model, sequences, domains, complete)
         final = store.model.run_layers(entered, sequences, first=plot_layers)
         for ids, part, last in zip(
@@ -87,7 +87,7 @@ def test_exact_mode_equals_the_mathematics(
 @torch.no_grad()
 def test_backoff_equals_the_mathematics(tiny_bert, tmp_path, corpus, held_out, reference, window):
     with make_store(tiny_bert, tmp_path, corpus, window) as store:
-        plots = PlotLibrary(store.layout, store.catalog, store.general)
+        plots = PlotLibrary(store.layout, store.catalog, store.general).reading(["words"])
         kept = set(plots.table("words").row_keys.tolist())
 
         def has(tokens):
