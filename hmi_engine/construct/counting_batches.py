@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hmi_engine.construct.counting_tokens import TokenizeTexts, corpus_tokenizer
 from hmi_engine.knowledge.plot_table import text_digest
 from hmi_engine.models.tokenization import TextEncoder
 
@@ -30,8 +30,7 @@ class TokenBatch:
 
     Attributes:
         input_ids: int32 [T], the sequences laid end to end.
-        offsets: int64 [S + 1]; sequence s owns tokens ``offsets[s]`` to ``offsets[s + 1]``. A text without
-            any token has none.
+        offsets: int64 [S + 1]; sequence s owns tokens ``offsets[s]`` to ``offsets[s + 1]``.
         digests: int64 [texts], see :func:`~hmi_engine.knowledge.plot_table.text_digest`.
     """
 
@@ -47,11 +46,12 @@ def tokenized_batches(texts: Iterable[str], encoder: TextEncoder) -> Generator[T
     both work at the same time. What ``texts`` raises comes out here. Close the iterator where it is left
     early: that waits for the thread.
     """
+    tokenize = corpus_tokenizer(encoder)
     pending: deque[Future[TokenBatch]] = deque()
     with ThreadPoolExecutor(1, "hmi-tokenize") as executor:
         try:
             for batch in _text_batches(texts):
-                pending.append(executor.submit(_tokenize, batch, encoder))
+                pending.append(executor.submit(_tokenize, batch, tokenize))
                 if len(pending) > _BATCHES_AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -74,10 +74,7 @@ def _text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _tokenize(texts: list[str], encoder: TextEncoder) -> TokenBatch:
-    sequences = [ids for ids in encoder.token_ids(texts) if ids]
-    offsets = np.zeros(len(sequences) + 1, np.int64)
-    np.cumsum(np.fromiter(map(len, sequences), np.int64, len(sequences)), out=offsets[1:])
-    input_ids = np.fromiter(chain.from_iterable(sequences), np.int32, offsets[-1])
+def _tokenize(texts: list[str], tokenize: TokenizeTexts) -> TokenBatch:
+    input_ids, offsets = tokenize(texts)
     digests = np.fromiter(map(text_digest, texts), np.int64, len(texts))
     return TokenBatch(torch.from_numpy(input_ids), torch.from_numpy(offsets), digests)

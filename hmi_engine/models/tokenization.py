@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
@@ -54,6 +56,16 @@ class TextEncoder:
     def token_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids alone, for corpora: texts longer than ``max_tokens`` are cut."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+
+    def inner_token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids without the special tokens around a text; cut to ``max_tokens``."""
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def definition(self) -> dict[str, Any]:
+        """The tokenizer as ``tokenizer.json`` describes it."""
+        described: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return described
 
     def encode(self, texts: list[str], *, words: bool = False) -> list[EncodedText]:
         """Encodes texts; ``words`` asks for word positions too, which token classification reports."""
