@@ -147,14 +147,10 @@ class WindowOverlay:
             How many were added.
         """
         with self._adding:
-            new = torch.ones(len(keys), dtype=torch.bool)
-            for generation in (self._young, self._old):
-                if identity in generation.tables:
-                    new &= generation.tables[identity].find(keys) < 0
-            chosen = new.nonzero()[:, 0]
+            chosen = self._new(identity, keys)
             if chosen.numel() > self._young.room:
                 self._turn()
-            chosen = chosen[: self._young.room]
+                chosen = self._new(identity, keys)[: self._young.room]
             if chosen.numel():
                 self._table(self._young, identity).add(keys[chosen], rows[chosen])
             return chosen.numel()
@@ -164,6 +160,14 @@ class WindowOverlay:
         with self._adding, self._turning:
             self._young = _Generation(self.rows_per_generation)
             self._old = _Generation(self.rows_per_generation)
+
+    def _new(self, identity: str, keys: torch.Tensor) -> torch.Tensor:
+        """Which of the keys neither generation has, as indexes int64."""
+        new = torch.ones(len(keys), dtype=torch.bool)
+        for generation in (self._young, self._old):
+            if identity in generation.tables:
+                new &= generation.tables[identity].find(keys) < 0
+        return new.nonzero()[:, 0]
 
     def _table(self, generation: _Generation, identity: str) -> OverlayTable:
         if identity not in generation.tables:

@@ -46,7 +46,7 @@ class SearchedDomain:
 class _KernelTable(NamedTuple):
     """One table as the kernels take it; empty tensors where there are no scales or codebooks, or no index."""
 
-    index: torch.Tensor
+    key_index: torch.Tensor
     rows: torch.Tensor
     row_scales: torch.Tensor
     codebooks: torch.Tensor
@@ -145,7 +145,7 @@ class PlotView(AbstractContextManager["PlotView"]):
         references = hmi_kernels.plot_lookup(
             sequences.input_ids,
             sequences.offsets,
-            [table.index for table in self._kernel_tables],
+            [table.key_index for table in self._kernel_tables],
             self._chains[self._places_of(domains)],
             window=self._general.window,
         )
