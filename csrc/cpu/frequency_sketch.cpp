@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -134,6 +135,15 @@ void WeightTable::append_items(double min_weight, std::vector<KeyWeight>& items)
   }
 }
 
+void WeightTable::append_scattered(std::vector<KeyWeight>& items) const {
+  const size_t num_slots = slots_.size();
+  size_t stride = static_cast<size_t>(0.618 * static_cast<double>(num_slots)) | 1;
+  while (std::gcd(stride, num_slots) != 1) stride += 2;
+  for (size_t i = 0, position = 0; i < num_slots; ++i, position = (position + stride) % num_slots) {
+    if (slots_[position].key != 0) items.push_back(slots_[position]);
+  }
+}
+
 FrequencySketch::FrequencySketch(int64_t max_items) : max_items_(max_items) {
   if (max_items < 1) {
     throw std::invalid_argument("max_items must be positive, not " + std::to_string(max_items));
@@ -232,7 +242,7 @@ FrequencySketch::TableCopy FrequencySketch::copy_table(size_t shard) const {
   const std::lock_guard<std::mutex> lock(shards_[shard]->mutex);
   const WeightTable& table = shards_[shard]->table;
   TableCopy copy{table.total, table.offset, {}};
-  table.append_items(0, copy.items);
+  table.append_scattered(copy.items);
   return copy;
 }
 

@@ -36,6 +36,8 @@ class WeightTable {
   void add(int64_t key, double weight, SpareSlots& spare);
   void scale(double factor);
   void append_items(double min_weight, std::vector<KeyWeight>& items) const;
+  // All of them, neighbours far apart: in the order of their slots they would crowd the front of a table that grows.
+  void append_scattered(std::vector<KeyWeight>& items) const;
 
   int64_t size() const { return size_; }
   int64_t memory_bytes() const { return static_cast<int64_t>(slots_.capacity() * sizeof(KeyWeight)); }
