@@ -39,9 +39,9 @@ void check_numbers(const int64_t* numbers, int64_t num_numbers, int64_t num_sequ
   }
 }
 
-void check_token_ids(const PackedSequences& p) {
-  const int32_t* end = p.input_ids + p.num_tokens;
-  const int32_t* bad = std::find_if_not(p.input_ids, end, is_token_id);
+void check_token_ids(const PackedSequences& p, int64_t number) {
+  const int32_t* end = p.input_ids + p.offsets[number + 1];
+  const int32_t* bad = std::find_if_not(p.input_ids + p.offsets[number], end, is_token_id);
   if (bad != end) {
     throw std::invalid_argument("input_ids[" + std::to_string(bad - p.input_ids) + "] is " + std::to_string(*bad) +
                                 ", but token ids lie in 0.." + std::to_string(kMaxTokenId));
@@ -171,7 +171,7 @@ void FrequencySketch::add_windows(const PackedSequences& sequences, const int64_
   require_positive("weight", weight);
   sequences.check();
   check_numbers(numbers, num_numbers, sequences.num_sequences);
-  check_token_ids(sequences);
+  for (int64_t i = 0; i < num_numbers; ++i) check_token_ids(sequences, numbers[i]);
   std::vector<int64_t> keys;
   for (int64_t i = 0; i < num_numbers; ++i) {
     const int64_t begin = sequences.offsets[numbers[i]];

@@ -177,9 +177,10 @@ class TrafficRecorder:
         with self._lock:
             started = self._clock()
             sampled = self._sample(sequences.num_sequences)
+            hits_by_sequence = _sum_by_sequence(hits, sequences)
             for domain, numbers in _group(domains).items():
                 traffic = self._touch(domain)
-                self._add_totals(traffic, sequences, numbers, hits)
+                self._add_totals(traffic, sequences, numbers, hits_by_sequence)
                 chosen = [number for number in numbers if sampled[number]]
                 if chosen:
                     spilled += self._make_room(traffic, sum(sequences.lengths[number] for number in chosen))
@@ -208,15 +209,17 @@ class TrafficRecorder:
         return traffic
 
     def _add_totals(
-        self, traffic: _DomainTraffic, sequences: PackedSequences, numbers: Sequence[int], hits: torch.Tensor
+        self,
+        traffic: _DomainTraffic,
+        sequences: PackedSequences,
+        numbers: Sequence[int],
+        hits_by_sequence: Sequence[int],
     ) -> None:
         tokens = sum(sequences.lengths[number] for number in numbers)
         traffic.tokens += tokens
         # The last token of a sequence opens no bigram.
         traffic.windows += tokens - (len(numbers) if self._window == 2 else 0)
-        if len(numbers) < sequences.num_sequences:
-            hits = torch.cat([hits[sequences.offsets[n] : sequences.offsets[n + 1]] for n in numbers])
-        traffic.hits += int(hits.sum())
+        traffic.hits += sum(hits_by_sequence[number] for number in numbers)
 
     def _add_windows(
         self, traffic: _DomainTraffic, sequences: PackedSequences, numbers: Sequence[int]
@@ -265,6 +268,12 @@ def _group(domains: Sequence[str]) -> dict[str, list[int]]:
     for number, domain in enumerate(domains):
         groups.setdefault(domain, []).append(number)
     return groups
+
+
+def _sum_by_sequence(hits: torch.Tensor, sequences: PackedSequences) -> list[int]:
+    running = torch.cat([torch.zeros(1, dtype=torch.int64), hits.cumsum(0)])
+    sums: list[int] = running[sequences.offsets].diff().tolist()
+    return sums
 
 
 def _is_short(traffic: _DomainTraffic, num_keys: int) -> bool:
