@@ -44,8 +44,10 @@ CORPUS_SHARE = 0.5
 STATIC, RECENT, FREQUENT, KNOWN = "static", "LRU", "LFU", "best for each period, known before"
 NOTES = (
     "Bigram windows. The table is built from text of domain A; the traffic is other text of A, whose texts "
-    "give way to B's: the chance that the next text is B's rises from 0 to 1 over the stream. Texts come in "
-    "random order, as from many users. All policies begin with the same rows and hold equally many.",
+    "give way to B's: the chance that the next text is B's rises from 0 to 1 over the stream. All policies "
+    "begin with the same rows and hold equally many.",
+    "Two orders: random, as of many users' requests, and that of the files, where texts of one document "
+    "follow each other and a cache of recent rows profits.",
     "LRU and LFU compute the row of every miss at once and keep it: exact mode. HMI computes rows only at "
     "updates, which come after each period, a bounded number each: its traffic is counted by a sketch, and "
     "counts decay with the half-life that is named.",
@@ -62,14 +64,14 @@ class Drift:
 
     Attributes:
         corpus: text of domain A that the first table is built from.
-        periods: the traffic, cut into pieces after which the table is updated.
+        streams: the traffic by the order of its texts, cut into periods after which the table is updated.
         rows: that each policy holds.
         half_lives: of counts, in tokens; the middle one is also tried with unbounded updates.
         max_promotions: rows that one update computes at most.
     """
 
     corpus: TokenizedTexts
-    periods: tuple[Period, ...]
+    streams: Mapping[str, tuple[Period, ...]]
     rows: int
     half_lives: tuple[int, ...]
     max_promotions: int
@@ -83,31 +85,44 @@ def make_drift(
     rest = first.between(int(first.num_tokens * CORPUS_SHARE), first.num_tokens)
     # Each domain gives half of the stream.
     num_tokens = min(num_tokens, 2 * rest.num_tokens, 2 * second.num_tokens)
-    stream = _mix(rest, second, num_tokens)
-    step = stream.num_tokens // num_periods
-    periods = tuple(Period.of(stream.between(i * step, (i + 1) * step)) for i in range(num_periods))
-    half_lives = tuple(step * factor for factor in (1, 4, 16))
-    return Drift(corpus, periods, rows, half_lives, max(1, rows // 8))
+    streams = {
+        name: _cut(_mix([order(rest), order(second)], num_tokens), num_periods)
+        for name, order in (("random_order", _shuffled), ("file_order", _texts))
+    }
+    half_lives = tuple(num_tokens // num_periods * factor for factor in (1, 4, 16))
+    return Drift(corpus, streams, rows, half_lives, max(1, rows // 32))
 
 
-def _mix(first: TokenizedTexts, second: TokenizedTexts, num_tokens: int) -> TokenizedTexts:
-    generator = torch.Generator().manual_seed(0)
-    remaining = [_shuffled(texts, generator) for texts in (first, second)]
+def _texts(texts: TokenizedTexts) -> list[torch.Tensor]:
+    return [ids for ids in texts.input_ids.split(texts.offsets.diff().tolist()) if len(ids)]
+
+
+def _shuffled(texts: TokenizedTexts) -> list[torch.Tensor]:
+    parts = _texts(texts)
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))
+    return [parts[index] for index in order.tolist()]
+
+
+def _mix(sources: Sequence[list[torch.Tensor]], num_tokens: int) -> TokenizedTexts:
+    """Draws from the first source, ever more often from the second, until there are so many tokens."""
+    generator = torch.Generator().manual_seed(1)
+    remaining = [iter(source) for source in sources]
     chosen: list[torch.Tensor] = []
     drawn = 0
     while drawn < num_tokens:
         source = int(torch.rand(1, generator=generator).item() < drawn / num_tokens)
-        if not remaining[source]:
+        text = next(remaining[source], None)
+        if text is None:
             break
-        chosen.append(remaining[source].pop())
-        drawn += len(chosen[-1])
+        chosen.append(text)
+        drawn += len(text)
     lengths = torch.tensor([0, *map(len, chosen)], dtype=torch.int64)
     return TokenizedTexts(torch.cat(chosen), lengths.cumsum(0))
 
 
-def _shuffled(texts: TokenizedTexts, generator: torch.Generator) -> list[torch.Tensor]:
-    parts = texts.input_ids.split(texts.offsets.diff().tolist())
-    return [parts[i] for i in torch.randperm(len(parts), generator=generator).tolist() if len(parts[i])]
+def _cut(stream: TokenizedTexts, num_periods: int) -> tuple[Period, ...]:
+    step = stream.num_tokens // num_periods
+    return tuple(Period.of(stream.between(i * step, (i + 1) * step)) for i in range(num_periods))
 
 
 def policies(drift: Drift) -> dict[str, Policy]:
@@ -129,43 +144,52 @@ def policies(drift: Drift) -> dict[str, Policy]:
     return made | {KNOWN: Clairvoyant(table)}
 
 
-def serve(drift: Drift, made: Mapping[str, Policy]) -> tuple[list[Curve], list[Quantity]]:
-    """Runs every policy over the stream: its hit rate over time, the mean, and what it computed."""
-    ends = torch.tensor([period.texts.num_tokens for period in drift.periods]).cumsum(0).tolist()
-    windows = [len(period.keys) for period in drift.periods]
+def serve(
+    order: str, periods: Sequence[Period], made: Mapping[str, Policy]
+) -> tuple[list[Curve], list[Quantity]]:
+    """Runs every policy over a stream: its hit rate over time, the mean, and what it computed."""
+    ends = torch.tensor([period.texts.num_tokens for period in periods]).cumsum(0).tolist()
+    windows = [len(period.keys) for period in periods]
+    label = order.replace("_", " ")
     curves, means, costs = [], [], []
     for name, policy in made.items():
-        hits = [policy.serve(period) for period in drift.periods]
+        hits = [policy.serve(period) for period in periods]
         curves.append(
             Curve(
-                figure="hit_rate",
+                figure=order,
                 name=name,
-                x_label="tokens of traffic",
+                x_label=f"tokens of traffic, {label}",
                 y_label="share of windows found",
                 x=tuple(map(float, ends)),
                 y=tuple(found / total for found, total in zip(hits, windows, strict=True)),
             )
         )
-        means.append(Quantity(name=f"{name}: windows found", value=sum(hits) / sum(windows), unit="share"))
-        cost = 1000 * policy.rows_computed / ends[-1]
-        costs.append(Quantity(name=f"{name}: computed", value=cost, unit="rows per 1,000 tokens"))
+        share, cost = sum(hits) / sum(windows), 1000 * policy.rows_computed / ends[-1]
+        means.append(Quantity(name=f"{label}, {name}: windows found", value=share, unit="share"))
+        costs.append(Quantity(name=f"{label}, {name}: computed", value=cost, unit="rows per 1,000 tokens"))
     return curves, [*means, *costs]
 
 
-def recording_cost(drift: Drift) -> list[Quantity]:
+def recording_cost(periods: Sequence[Period]) -> Quantity:
     """Nanoseconds per token that recording the stream takes, nothing left out for want of time."""
     recorder = TrafficRecorder(2, max_share=1e9)
     started = time.perf_counter()
-    for period in drift.periods:
+    for period in periods:
         record(recorder, period.texts)
     seconds = time.perf_counter() - started
-    tokens = sum(period.texts.num_tokens for period in drift.periods)
-    return [Quantity(name="recording of traffic", value=1e9 * seconds / tokens, unit="ns per token")]
+    tokens = sum(period.texts.num_tokens for period in periods)
+    return Quantity(name="recording of traffic", value=1e9 * seconds / tokens, unit="ns per token")
 
 
 def measure(drift: Drift, names: Sequence[str], arguments: Arguments) -> BenchmarkResult:
-    """Runs all policies on one stream."""
-    curves, quantities = serve(drift, policies(drift))
+    """Runs all policies on each stream."""
+    curves: list[Curve] = []
+    quantities: list[Quantity] = []
+    for order, periods in drift.streams.items():
+        drawn, found = serve(order, periods, policies(drift))
+        curves += drawn
+        quantities += found
+    periods = next(iter(drift.streams.values()))
     return BenchmarkResult(
         name=NAME,
         question=QUESTION,
@@ -177,14 +201,14 @@ def measure(drift: Drift, names: Sequence[str], arguments: Arguments) -> Benchma
             "vocabulary": PACKAGE,
             "domains": list(names),
             "corpus_tokens": drift.corpus.num_tokens,
-            "traffic_tokens": sum(period.texts.num_tokens for period in drift.periods),
-            "updates": len(drift.periods),
+            "traffic_tokens": sum(period.texts.num_tokens for period in periods),
+            "updates": len(periods),
             "rows": drift.rows,
             "promotions_per_update": drift.max_promotions,
         },
         notes=NOTES,
         cases=(),
-        quantities=(*quantities, *recording_cost(drift)),
+        quantities=(*quantities, recording_cost(periods)),
         curves=tuple(curves),
     )
 

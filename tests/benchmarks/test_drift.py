@@ -134,15 +134,19 @@ def test_updates_follow_decayed_counts_within_their_bound(bound: int | None) -> 
         assert policy.rows_computed == computed
 
 
-def test_the_stream_turns_from_one_text_to_the_other() -> None:
+def test_the_streams_turn_from_one_text_to_the_other() -> None:
     first, second = draw_texts(1, 2000), draw_texts(2, 1000, shift=1000)
     made = drift.make_drift(first, second, num_tokens=4000, num_periods=8, rows=ROWS)
-    shares = [float((period.texts.input_ids >= 1000).double().mean()) for period in made.periods]
-    assert len(shares) == 8
-    for number, share in enumerate(shares):
-        assert abs(share - (number + 0.5) / 8) < 0.15
     assert made.corpus.input_ids.max() < 1000
-    assert sum(period.texts.num_tokens for period in made.periods) > 3800
+    for periods in made.streams.values():
+        shares = [float((period.texts.input_ids >= 1000).double().mean()) for period in periods]
+        assert len(shares) == 8
+        for number, share in enumerate(shares):
+            assert abs(share - (number + 0.5) / 8) < 0.15
+        assert sum(period.texts.num_tokens for period in periods) > 3800
+    in_order = torch.cat([period.texts.input_ids for period in made.streams["file_order"]])
+    length = int((in_order >= 1000).sum())
+    assert torch.equal(in_order[in_order >= 1000], second.input_ids[:length])
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -152,14 +156,16 @@ def test_a_whole_run(tmp_path: Path) -> None:
     result = drift.measure(
         made, ["a", "b"], Arguments(None, tmp_path / "out.json", quick=True, command="test")
     )
-    shares = {curve.name: curve.y for curve in result.curves}
-    assert all(len(share) == 5 and 0 <= min(share) <= max(share) <= 1 for share in shares.values())
-    between = [share for name, share in shares.items() if name not in (drift.RECENT, drift.FREQUENT)]
-    assert all(
-        found <= best for share in between for found, best in zip(share, shares[drift.KNOWN], strict=True)
-    )
+    assert {curve.figure for curve in result.curves} == made.streams.keys()
+    for order in made.streams:
+        shares = {curve.name: curve.y for curve in result.curves if curve.figure == order}
+        assert all(len(share) == 5 and 0 <= min(share) <= max(share) <= 1 for share in shares.values())
+        between = [share for name, share in shares.items() if name not in (drift.RECENT, drift.FREQUENT)]
+        for share in between:
+            assert all(found <= best for found, best in zip(share, shares[drift.KNOWN], strict=True))
     costs = {quantity.name: quantity.value for quantity in result.quantities}
-    assert costs[f"{drift.STATIC}: computed"] == 0 < costs[f"{drift.RECENT}: computed"]
+    for order in ("random order", "file order"):
+        assert costs[f"{order}, {drift.STATIC}: computed"] == 0 < costs[f"{order}, {drift.RECENT}: computed"]
     with pytest.raises(HmiError, match="too few"):
         drift.policies(
             drift.make_drift(draw_texts(1, 9), draw_texts(2, 9), num_tokens=9, num_periods=1, rows=999)
