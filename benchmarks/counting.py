@@ -46,8 +46,7 @@ NOTES = (
     "A whole corpus: from files to sorted keys and counts, so reading, tokenising, counting and, where the "
     "limit asks for it, adding up on disk; each in a process of its own, once. Peak memory is the kernel's "
     "high-water mark of that process' resident pages, Python, torch and the tokenizer included.",
-    "The limit is what counts may take; beyond it they are spilled to DuckDB. No text is repeated to make the "
-    "corpus larger.",
+    "The limit is what counts may take; beyond it they are spilled to DuckDB. No text is repeated.",
     "Tokenising: HMI tokenises what stands between two spaces once and remembers it, which for this kind of "
     "tokenizer gives the same ids; both were compared on the sample before timing. Every repetition begins "
     "with an empty memory; in a small sample more words are new than in a whole corpus.",

@@ -135,9 +135,13 @@ class SpilledCounts:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turns DuckDB's errors into ours."""
+        """Turns DuckDB's errors into ours, and its word for Ctrl-C into Python's."""
         try:
             yield
+        except (RuntimeError, duckdb.InterruptException) as error:
+            if "interrupted" not in str(error):
+                raise
+            raise KeyboardInterrupt from error
         except (duckdb.Error, OSError) as error:
             reason = str(error).splitlines()[0]
             if "No space left" in str(error) or shutil.disk_usage(self._scratch).free < _FULL_BELOW_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -211,3 +212,18 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
             spilled.append(keys, keys)
     spilled.close()
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_query_can_be_interrupted(tmp_path: Path) -> None:
+    spilled = counting_spill.SpilledCounts(tmp_path, 1)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt), spilled._told():
+            spilled._connection.execute(
+                "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        spilled.close()
+    assert list(tmp_path.iterdir()) == []
