@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.arguments import RESULTS, Arguments
-from benchmarks.growth_counts import MIN_COUNT, Counts, Growth, Wanted, chain_shares, grow, table_shares
+from benchmarks.growth_counts import MIN_COUNT, Growth, Ranking, Wanted, chain_shares, grow, table_shares
 from benchmarks.growth_sets import LabelledSet, read_labelled_sets
 from benchmarks.growth_texts import Group, Mixture, TokenizedTexts, documentation_groups, folder_groups
 from benchmarks.result import BenchmarkResult, Curve, Quantity
@@ -99,7 +99,9 @@ def general_part(study: Study) -> tuple[list[Curve], list[Quantity]]:
         curves += [_curve(f"sets-{name}", each, sizes, growth.shares[each]) for each in sets]
         quantities += _set_quantities(name, sets, growth)
         if order > 1:
-            shares = table_shares(growth.whole, own, study.budgets, order=order, hidden_size=HIDDEN_SIZE)
+            shares = table_shares(
+                Ranking.of(growth.whole), own, study.budgets, order=order, hidden_size=HIDDEN_SIZE
+            )
             budget_curves.append(_budget_curve("general-budget", name, study.budgets, shares))
     return sorted(curves, key=lambda curve: curve.figure != "general") + budget_curves, quantities
 
@@ -145,10 +147,12 @@ def _domain_curves(study: Study, group: Group, order: int) -> list[Curve]:
     ]
     if order > 2:
         return curves
-    return curves + _domain_budgets(study, wanted[group.name], group.name, general.whole, own.whole)
+    return curves + _domain_budgets(
+        study, wanted[group.name], group.name, Ranking.of(general.whole), Ranking.of(own.whole)
+    )
 
 
-def _domain_budgets(study: Study, wanted: Wanted, name: str, general: Counts, own: Counts) -> list[Curve]:
+def _domain_budgets(study: Study, wanted: Wanted, name: str, general: Ranking, own: Ranking) -> list[Curve]:
     figure, order = f"{name}-budget", 2
     shares = {
         "domain table": table_shares(own, wanted, study.budgets, order=order, hidden_size=HIDDEN_SIZE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 import hmi_kernels
 from benchmarks.growth_texts import Mixture, TokenizedTexts
-from hmi_engine.knowledge.selection import Selection, bytes_per_row, select_rows
+from hmi_engine.knowledge.selection import bytes_per_row, table_bytes
 
-__all__ = ["MIN_COUNT", "Counts", "Growth", "Wanted", "chain_shares", "grow", "table_shares"]
+__all__ = ["MIN_COUNT", "Counts", "Growth", "Ranking", "Wanted", "chain_shares", "grow", "table_shares"]
 
 MIN_COUNT = 2
 """How often a corpus must hold an n-gram before a table may have a row for it, as a store asks by default."""
@@ -65,9 +66,36 @@ class Wanted:
         held = self.in_training if corpus is None else self.in_training + corpus.find(self.occurrences.keys)
         return self.share(held >= min_count)
 
-    def share_of_tables(self, tables: Sequence[Selection]) -> float:
-        """Share of the occurrences whose n-gram has a row in one of the tables."""
-        return self.share(torch.isin(self.occurrences.keys, torch.cat([table.keys for table in tables])))
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The order in which n-grams get rows: a table of N rows holds those of the ranks 0 to N-1.
+
+    Attributes:
+        keys: int64 [M], ascending: those seen at least ``MIN_COUNT`` times.
+        ranks: int64 [M]; the more frequent first, of equal ones the smaller key first, as a store selects.
+    """
+
+    keys: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, corpus: Counts) -> Ranking:
+        """Ranks what a corpus holds."""
+        often = corpus.counts >= MIN_COUNT
+        keys, order = corpus.keys[often], corpus.counts[often].argsort(descending=True, stable=True)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order))
+        return cls(keys, ranks)
+
+    def find(self, keys: Tensor) -> Tensor:
+        """The rank of each of ``keys``, int64; M for one that has none."""
+        missing = len(self.keys)
+        return missing - Counts(self.keys, missing - self.ranks).find(keys)
+
+    def by_rank(self) -> Tensor:
+        """``keys`` in the order of their ranks."""
+        return self.keys[self.ranks.argsort()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,32 +133,40 @@ def _count(counter: hmi_kernels.NgramCounter, mixture: Mixture, start: int, stop
 
 
 def table_shares(
-    corpus: Counts, wanted: Wanted, budgets: Sequence[int], *, order: int, hidden_size: int
+    corpus: Ranking, wanted: Wanted, budgets: Sequence[int], *, order: int, hidden_size: int
 ) -> tuple[float, ...]:
     """Share of held-out n-grams with a row, for tables of so many bytes of float16 rows."""
-    row_bytes = bytes_per_row(order, hidden_size, "float16")
-    return tuple(wanted.share_of_tables([_select(corpus, budget, row_bytes)]) for budget in budgets)
+    rank = corpus.find(wanted.occurrences.keys)
+    rows = [_num_rows(budget, len(corpus.keys), order, hidden_size) for budget in budgets]
+    return tuple(wanted.share(rank < count) for count in rows)
 
 
 def chain_shares(
-    ancestor: Counts, domain: Counts, wanted: Wanted, budgets: Sequence[int], *, order: int, hidden_size: int
+    ancestor: Ranking,
+    domain: Ranking,
+    wanted: Wanted,
+    budgets: Sequence[int],
+    *,
+    order: int,
+    hidden_size: int,
 ) -> tuple[float, ...]:
     """The same for two tables of half the bytes each; the domain's holds nothing that its ancestor's does."""
-    row_bytes = bytes_per_row(order, hidden_size, "float16")
+    above, below = (ranking.find(wanted.occurrences.keys) for ranking in (ancestor, domain))
+    is_known = below < len(domain.keys)
+    rank_above = ancestor.find(domain.by_rank())
     shares = []
     for budget in budgets:
-        above = _select(ancestor, budget // 2, row_bytes)
-        below = _select(domain, budget // 2, row_bytes, above=above)
-        shares.append(wanted.share_of_tables([above, below]))
+        rows = _num_rows(budget // 2, len(ancestor.keys), order, hidden_size)
+        own_rows = _num_rows(budget // 2, len(domain.keys), order, hidden_size)
+        is_left = rank_above >= rows
+        has_own_row = is_left & (is_left.cumsum(0) <= own_rows)
+        found = above < rows
+        found[is_known] |= has_own_row[below[is_known]]
+        shares.append(wanted.share(found))
     return tuple(shares)
 
 
-def _select(corpus: Counts, budget: int, row_bytes: int, *, above: Selection | None = None) -> Selection:
-    return select_rows(
-        corpus.keys,
-        corpus.counts,
-        budget_bytes=budget,
-        bytes_per_row=row_bytes,
-        min_count=MIN_COUNT,
-        exclude=() if above is None else (hmi_kernels.plot_index_build(above.keys),),
-    )
+def _num_rows(budget: int, available: int, order: int, hidden_size: int) -> int:
+    """The most rows, at most ``available``, whose table fits in ``budget`` bytes."""
+    row_bytes = bytes_per_row(order, hidden_size, "float16")
+    return bisect_right(range(available + 1), budget, key=lambda rows: table_bytes(rows, row_bytes)) - 1

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.coverage_growth import main
-from benchmarks.growth_counts import Counts, Wanted, chain_shares, grow, table_shares
+from benchmarks.growth_counts import Counts, Ranking, Wanted, chain_shares, grow, table_shares
 from benchmarks.growth_sets import read_labelled_sets
 from benchmarks.growth_texts import Mixture, TokenizedTexts, folder_groups, tokenize
 from benchmarks.result import BenchmarkResult
@@ -119,7 +119,7 @@ def test_tables_of_a_budget_hold_the_most_frequent(
     wanted = grams([[*text, 0] for text in held_out], 2)
     target = Wanted.of(pack([[*text, 0] for text in held_out]), 2)
     budget = table_bytes(num_rows, bytes_per_row(2, 8, "float16"))
-    ancestor, domain = (Counts.of(pack(texts), 2) for texts in (general, own))
+    ancestor, domain = (Ranking.of(Counts.of(pack(texts), 2)) for texts in (general, own))
     (found,) = table_shares(ancestor, target, [budget], order=2, hidden_size=8)
     above = most_frequent(general, num_rows, set())
     assert found == pytest.approx(share(wanted, above))
