@@ -16,9 +16,10 @@ from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
 from hmi_kernels.pinned_pool import PinnedPool
-from hmi_kernels.plot import plot_lookup, plot_merge, quantize_rows
+from hmi_kernels.plot import plot_lookup, plot_merge
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
+from hmi_kernels.row_tables import quantize_rows
 from hmi_kernels.vectors import grouped_bias, grouped_scale
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from hmi_kernels.cuda.plot import LOOKUP, MERGE
 from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
+from hmi_kernels.row_tables import require_row_tables
 
-__all__ = ["plot_lookup", "plot_merge", "quantize_rows"]
+__all__ = ["plot_lookup", "plot_merge"]
 
-_ROW_TYPES = (*COMPUTE_TYPES, torch.int8)
-_LARGEST_INT8 = 127
-_ROWS_PER_STEP = 8192
+_PIECE_SIZES_ON_CPU = (4, 8)
+NativeTable: TypeAlias = tuple[int, int, int, int, int, int]
+"""Address, rows, number of the data type, addresses of scales and codebooks or 0, elements of a piece."""
 
 
 def plot_lookup(
@@ -62,6 +63,7 @@ def plot_merge(
     layer_norm_eps: float,
     window: int,
     row_scales: Sequence[Tensor] = (),
+    codebooks: Sequence[Tensor] = (),
 ) -> Tensor:
     """Merges the rows that :func:`plot_lookup` found into the hidden states that the upper layers start from.
 
@@ -77,8 +79,8 @@ def plot_merge(
         input_ids: int32 [tokens].
         sequence_offsets: int64 [sequences + 1].
         references: int64 [tokens, 1] for window 2, [tokens, 3] for window 3.
-        row_tables: float16, bfloat16, float32 or int8 [rows, window, hidden] each; the table part of a
-            reference counts them.
+        row_tables: float16, bfloat16, float32 or int8 [rows, window, hidden] each, or uint8 [rows, window,
+            codes]; the table part of a reference counts them.
         unigram_tables: float16, bfloat16 or float32 [vocabulary, hidden] each.
         sequence_unigram_tables: int32 [sequences]: which of them a sequence uses.
         position_embeddings: float32, float16 or bfloat16 [positions, hidden]; the output has its dtype. The
@@ -89,9 +91,14 @@ def plot_merge(
         window: 2 or 3 tokens.
         row_scales: for each of ``row_tables`` float32 [rows, window] if it is int8, empty otherwise (see
             :func:`quantize_rows`). Needed only if one is int8.
+        codebooks: for each of ``row_tables`` float16 [window, codes, 256, hidden / codes] if it is uint8,
+            empty otherwise. Code m of slot w stands for the elements from ``m * hidden / codes`` on:
+            ``codebooks[w, m, code]``. Needed only if one is uint8. The backend ``cpu`` takes pieces of 4 and
+            8 elements; ``cuda`` and ``triton`` take no codes.
 
-    While the other tensors are on a GPU, ``row_tables``, ``unigram_tables`` and ``row_scales`` may lie in
-    pinned host memory: the kernel then reads the rows in place. Sums are made in float32.
+    While the other tensors are on a GPU, ``row_tables``, ``unigram_tables``, ``row_scales`` and
+    ``codebooks`` may lie in pinned host memory: the kernel then reads the rows in place. Sums are made in
+    float32.
 
     Returns: [tokens, hidden].
     Raises TypeError or ValueError on arguments of another kind, ValueError on a sequence longer than there
@@ -111,38 +118,9 @@ def plot_merge(
         layer_norm_eps=layer_norm_eps,
         window=window,
         row_scales=list(row_scales),
+        codebooks=list(codebooks),
     )
     return cast(Tensor, output)
-
-
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows as int8 with a scale each, for :func:`plot_merge`.
-
-    Semantics: ``rows[n, w] = scales[n, w] * int8_rows[n, w]``, symmetric: the largest magnitude is 127. What
-    is lost of an element is at most half of its row's scale, which is ``max(abs(row)) / 127``.
-
-    Args:
-        rows: floating point [rows, window, hidden], finite.
-
-    Returns: int8 [rows, window, hidden] and float32 [rows, window]; the scale of a row of zeros is 0.
-    Raises TypeError or ValueError on another dtype or shape, ValueError on NaN and infinity.
-    """
-    require_tensor("rows", rows.detach(), (*COMPUTE_TYPES, torch.float64), (None, None, None))
-    quantized = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    scales = torch.zeros(rows.shape[:2], dtype=torch.float32, device=rows.device)
-    if rows.numel() == 0:
-        return quantized, scales
-    smallest = torch.finfo(torch.float32).tiny
-    steps = (tensor.split(_ROWS_PER_STEP) for tensor in (rows.detach(), quantized, scales))
-    for row, quantized_row, scale in zip(*steps, strict=True):
-        largest = row.abs().amax(dim=2).double()
-        if not bool(largest.isfinite().all()):
-            raise ValueError("rows hold NaN or infinity, which int8 cannot")
-        # A scale below the smallest normal number has fewer bits, and may round to zero.
-        scale.copy_(torch.where(largest > 0, (largest / _LARGEST_INT8).clamp(min=smallest), 0.0))
-        divisor = torch.where(scale > 0, scale, 1.0).double().unsqueeze(2)
-        quantized_row.copy_((row.double() / divisor).round())
-    return quantized, scales
 
 
 def _num_columns(window: int) -> int:
@@ -178,11 +156,17 @@ class MergeArguments(NamedTuple):
     layer_norm_bias: Tensor
     layer_norm_eps: float
     window: int
-    row_scales: list[Tensor]
+    row_scales: Sequence[Tensor]
+    codebooks: Sequence[Tensor] = ()
 
     def new_hidden_states(self) -> Tensor:
         """Room for the result: [tokens, hidden] of the type of the position embeddings."""
         return self.position_embeddings.new_empty(self.input_ids.shape[0], self.position_embeddings.shape[1])
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether a row table holds codes of a codebook."""
+        return any(table.dtype is torch.uint8 for table in self.row_tables)
 
     def scaled_row_tables(self) -> list[tuple[Tensor, Tensor | None]]:
         """The row tables, those of int8 with their scales."""
@@ -229,28 +213,19 @@ def _check_merge(arguments: MergeArguments) -> None:
     hidden_size = positions.shape[1]
     if hidden_size == 0:
         raise ValueError("position_embeddings must have at least one column")
-    _check_row_tables(arguments, hidden_size)
+    require_row_tables(
+        arguments.row_tables,
+        arguments.row_scales,
+        arguments.codebooks,
+        window=window,
+        hidden_size=hidden_size,
+    )
     for i, table in enumerate(arguments.unigram_tables):
         require_tensor(f"unigram_tables[{i}]", table, COMPUTE_TYPES, (None, hidden_size))
     num_sequences = arguments.sequence_offsets.shape[0] - 1
     require_vector("sequence_unigram_tables", arguments.sequence_unigram_tables, torch.int32, num_sequences)
     require_vector("layer_norm_weight", arguments.layer_norm_weight, positions.dtype, hidden_size)
     require_vector("layer_norm_bias", arguments.layer_norm_bias, positions.dtype, hidden_size)
-
-
-def _check_row_tables(arguments: MergeArguments, hidden_size: int) -> None:
-    tables, scales = arguments.row_tables, arguments.row_scales
-    if scales and len(scales) != len(tables):
-        raise ValueError(f"row_scales must be {len(tables)}, one for each of row_tables, not {len(scales)}")
-    for i, table in enumerate(tables):
-        require_tensor(f"row_tables[{i}]", table, _ROW_TYPES, (None, arguments.window, hidden_size))
-        is_int8 = table.dtype is torch.int8
-        if is_int8 and not scales:
-            raise ValueError(f"row_tables[{i}] is int8: row_scales must hold its scales, see quantize_rows")
-        if is_int8:
-            require_tensor(f"row_scales[{i}]", scales[i], torch.float32, (table.shape[0], arguments.window))
-        elif scales and scales[i].numel():
-            raise ValueError(f"row_scales[{i}] must be empty, as row_tables[{i}] is {table.dtype}")
 
 
 def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
@@ -262,8 +237,8 @@ def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
         arguments.sequence_offsets.data_ptr(),
         arguments.sequence_offsets.shape[0] - 1,
         arguments.references.data_ptr(),
-        [_native_table(*table) for table in arguments.scaled_row_tables()],
-        [_native_table(table, None) for table in arguments.unigram_tables],
+        _native_row_tables(arguments),
+        [_native_table(table) for table in arguments.unigram_tables],
         arguments.sequence_unigram_tables.data_ptr(),
         arguments.position_embeddings.data_ptr(),
         num_positions,
@@ -278,9 +253,29 @@ def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
     return output
 
 
-def _native_table(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
-    number = DATA_TYPES[table.dtype]
-    return table.data_ptr(), table.shape[0], number, 0 if scales is None else scales.data_ptr()
+def _native_row_tables(arguments: MergeArguments) -> list[NativeTable]:
+    """Each with its scales or its codebooks, if it has some."""
+    return [
+        _native_table(
+            table,
+            scales=arguments.row_scales[i] if table.dtype is torch.int8 else None,
+            codebooks=arguments.codebooks[i] if table.dtype is torch.uint8 else None,
+        )
+        for i, table in enumerate(arguments.row_tables)
+    ]
+
+
+def _native_table(
+    table: Tensor, scales: Tensor | None = None, codebooks: Tensor | None = None
+) -> NativeTable:
+    return (
+        table.data_ptr(),
+        table.shape[0],
+        DATA_TYPES[table.dtype],
+        0 if scales is None else scales.data_ptr(),
+        0 if codebooks is None else codebooks.data_ptr(),
+        0 if codebooks is None else codebooks.shape[3],
+    )
 
 
 def _merge_refuses_on_cpu(arguments: MergeArguments) -> str:
@@ -288,8 +283,12 @@ def _merge_refuses_on_cpu(arguments: MergeArguments) -> str:
     if dtype is not torch.float32:
         return f"position_embeddings must be torch.float32, not {dtype}"
     tables = (*arguments.row_tables, *arguments.unigram_tables)
-    has_bfloat16 = any(table.dtype is torch.bfloat16 for table in tables)
-    return "row_tables and unigram_tables must not be torch.bfloat16" if has_bfloat16 else ""
+    if any(table.dtype is torch.bfloat16 for table in tables):
+        return "row_tables and unigram_tables must not be torch.bfloat16"
+    sizes = {codebook.shape[3] for codebook in arguments.codebooks if codebook.numel()}
+    if not sizes <= set(_PIECE_SIZES_ON_CPU):
+        return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
+    return ""
 
 
 _plot_lookup = define(
@@ -309,7 +308,7 @@ _plot_merge = define(
     "plot_merge(Tensor input_ids, Tensor sequence_offsets, Tensor references, Tensor[] row_tables, "
     "Tensor[] unigram_tables, Tensor sequence_unigram_tables, Tensor position_embeddings, "
     "Tensor layer_norm_weight, Tensor layer_norm_bias, *, float layer_norm_eps, int window, "
-    "Tensor[] row_scales) -> Tensor",
+    "Tensor[] row_scales, Tensor[] codebooks) -> Tensor",
     arguments=MergeArguments,
     check=_check_merge,
     implementations={
@@ -319,5 +318,5 @@ _plot_merge = define(
     },
     reference=reference.plot_merge,
     fake=MergeArguments.new_hidden_states,
-    may_be_on_host=("row_tables", "unigram_tables", "row_scales"),
+    may_be_on_host=("row_tables", "unigram_tables", "row_scales", "codebooks"),
 )

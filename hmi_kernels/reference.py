@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +143,7 @@ def plot_merge(
     layer_norm_eps: float,
     window: int,
     row_scales: Sequence[Tensor] = (),
+    codebooks: Sequence[Tensor] = (),
 ) -> Tensor:
     """Gathers every slot of every window, then sums as the formula says."""
     _require_sequences(input_ids, sequence_offsets)
@@ -156,12 +158,13 @@ def plot_merge(
     has_left = (position > 0).unsqueeze(1)
     has_right = (torch.arange(input_ids.shape[0], device=input_ids.device) < last).unsqueeze(1)
     table_of_token = sequence_unigram_tables[_sequence_of_tokens(sequence_offsets)]
+    tables = _RowTables(row_tables, row_scales, codebooks)
 
     def unigrams(needed: Tensor) -> Tensor:
         return _unigram_rows(unigram_tables, table_of_token, input_ids, needed.squeeze(1))
 
     def gather(needed: Tensor, slot: int) -> Tensor:
-        return _gather(row_tables, row_scales, needed.squeeze(1), slot)
+        return _gather(tables, needed.squeeze(1), slot, position_embeddings.shape[1])
 
     merge = _merge_bigrams if window == 2 else _merge_trigrams
     summed = merge(references, gather, unigrams, has_left, has_right) + position_embeddings[position].float()
@@ -206,29 +209,49 @@ def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: Unigram
     return torch.where(has_first, -rows, rows)
 
 
-def _gather(row_tables: list[Tensor], row_scales: Sequence[Tensor], references: Tensor, slot: int) -> Tensor:
+class _RowTables(NamedTuple):
+    contents: list[Tensor]
+    scales: Sequence[Tensor]
+    codebooks: Sequence[Tensor]
+
+    def read(self, number: int, rows: Tensor, slot: int) -> Tensor:
+        """float32 [rows, hidden]: one slot of these rows of a table."""
+        content = self.contents[number]
+        if content.dtype is torch.uint8:
+            return _decode(content, self.codebooks[number], rows, slot)
+        found = _take(content, rows, slot)
+        if content.dtype is torch.int8:
+            return found * _take(self.scales[number], rows, slot).unsqueeze(1)
+        return found
+
+
+def _gather(tables: _RowTables, references: Tensor, slot: int, hidden_size: int) -> Tensor:
     """float32 [tokens, hidden]: one slot of the referenced rows, zero where the reference is -1."""
     table_of, row_of = references >> ROW_BITS, references & ((1 << ROW_BITS) - 1)
-    hidden_size = row_tables[0].shape[2] if row_tables else 1
+    num_tables = len(tables.contents)
     rows = torch.zeros(references.shape[0], hidden_size, device=references.device)
-    if bool(((references >= 0) & (table_of >= len(row_tables))).any()) or bool((references < -1).any()):
-        raise ValueError(f"references must name a table 0..{len(row_tables) - 1} or be -1")
-    for table, content in enumerate(row_tables):
+    if bool(((references >= 0) & (table_of >= num_tables)).any()) or bool((references < -1).any()):
+        raise ValueError(f"references must name a table 0..{num_tables - 1} or be -1")
+    for table, content in enumerate(tables.contents):
         here = (references >= 0) & (table_of == table)
         if bool((row_of[here] >= content.shape[0]).any()):
             raise ValueError(
                 f"references name a row outside row_tables[{table}], which has {content.shape[0]}"
             )
-        found = _take(content, row_of[here], slot)
-        if content.dtype is torch.int8:
-            found = found * _take(row_scales[table], row_of[here], slot).unsqueeze(1)
-        rows = rows.index_put((here.nonzero().squeeze(1),), found)
+        rows = rows.index_put((here.nonzero().squeeze(1),), tables.read(table, row_of[here], slot))
     return rows
 
 
 def _take(table: Tensor, rows: Tensor, slot: int) -> Tensor:
     """One slot of these rows as float32 beside ``rows``; the table may lie in host memory."""
     return table[rows.to(table.device), slot].float().to(rows.device)
+
+
+def _decode(codes: Tensor, codebooks: Tensor, rows: Tensor, slot: int) -> Tensor:
+    """One slot of these rows: the piece of every code, side by side; float32 beside ``rows``."""
+    wanted = codes[rows.to(codes.device), slot].long().to(codebooks.device)
+    pieces = codebooks[slot, torch.arange(codes.shape[2], device=codebooks.device), wanted]
+    return pieces.flatten(1).float().to(rows.device)
 
 
 def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tensor, needed: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ hmi::PackedSequences packed(Address input_ids, int64_t num_tokens, Address offse
   return {pointer<const int32_t>(input_ids), pointer<const int64_t>(offsets), num_sequences, num_tokens};
 }
 
-// (address, rows, number of its DataType, address of its scales or 0)
-using NumberedTable = std::tuple<Address, int64_t, int, Address>;
+// (address, rows, number of its DataType, address of its scales or 0, of its codebooks or 0, elements of their pieces)
+using NumberedTable = std::tuple<Address, int64_t, int, Address, Address, int>;
 
 std::vector<hmi::RowTable> row_tables(const std::vector<NumberedTable>& tables) {
   std::vector<hmi::RowTable> converted;
-  for (const auto& [address, num_rows, type, scales] : tables) {
-    converted.push_back(
-        {pointer<const void>(address), num_rows, static_cast<hmi::DataType>(type), pointer<const float>(scales)});
+  for (const auto& [address, num_rows, type, scales, codebooks, piece_size] : tables) {
+    converted.push_back({pointer<const void>(address), num_rows, static_cast<hmi::DataType>(type),
+                         pointer<const float>(scales), pointer<const uint16_t>(codebooks), piece_size});
   }
   return converted;
 }

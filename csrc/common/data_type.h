@@ -5,6 +5,7 @@
 
 namespace hmi {
 
-enum class DataType : int32_t { kFloat32, kFloat16, kBfloat16, kInt8 };
+// kCode is a uint8 that tells which piece of a codebook is meant.
+enum class DataType : int32_t { kFloat32, kFloat16, kBfloat16, kInt8, kCode };
 
 }  // namespace hmi

@@ -66,15 +66,24 @@ class MergeRange {
                         a_.layer_norm_bias, a_.layer_norm_epsilon, a_.hidden_size, a_.output + t * a_.hidden_size});
   }
 
-  int64_t row_bytes(DataType type) const {
-    return a_.hidden_size * (type == DataType::kFloat16 ? 2 : type == DataType::kFloat32 ? 4 : 1);
+  int64_t row_bytes(DataType type, int piece_size) const {
+    switch (type) {
+      case DataType::kFloat32:
+        return a_.hidden_size * 4;
+      case DataType::kInt8:
+        return a_.hidden_size;
+      case DataType::kCode:
+        return a_.hidden_size / piece_size;
+      default:
+        return a_.hidden_size * 2;
+    }
   }
 
   // NOTE: inlined by force, as GCC takes a function that only prefetches for one without effect and drops the call.
   [[gnu::always_inline]] void prefetch(const TokenSources& from) const noexcept {
     for (int i = 0; i < from.count; ++i) {
       const char* row = static_cast<const char*>(from.sources[i].row);
-      const int64_t bytes = row_bytes(from.sources[i].type);
+      const int64_t bytes = row_bytes(from.sources[i].type, from.sources[i].piece_size);
       for (int64_t at = 0; at < std::min(bytes, kPrefetchedBytes); at += kCacheLine) __builtin_prefetch(row + at);
     }
   }
@@ -120,18 +129,21 @@ class MergeRange {
     if (reference < 0 || table >= static_cast<int64_t>(a_.row_tables.size()) || row >= a_.row_tables[table].num_rows) {
       return error_.report(t);
     }
-    push(to, a_.row_tables[table], row * a_.window + slot);
+    push(to, a_.row_tables[table], row * a_.window + slot, slot);
   }
 
   void add_unigram(TokenSources& to, int64_t t) noexcept {
     const int64_t id = a_.sequences.input_ids[t];
     if (id < 0 || id >= unigrams_->num_rows) return error_.report(t);
-    push(to, *unigrams_, id);
+    push(to, *unigrams_, id, 0);
   }
 
-  void push(TokenSources& to, const RowTable& table, int64_t index) const noexcept {
-    const char* row = static_cast<const char*>(table.data) + index * row_bytes(table.type);
-    to.sources[to.count++] = {row, table.type, table.scales == nullptr ? 1.0f : table.scales[index]};
+  void push(TokenSources& to, const RowTable& table, int64_t index, int slot) const noexcept {
+    const char* row = static_cast<const char*>(table.data) + index * row_bytes(table.type, table.piece_size);
+    const float scale = table.scales == nullptr ? 1.0f : table.scales[index];
+    const uint16_t* codebook =
+        table.codebooks == nullptr ? nullptr : table.codebooks + slot * a_.hidden_size * kCodebookSize;
+    to.sources[to.count++] = {row, table.type, scale, codebook, table.piece_size};
   }
 
   const PlotMergeArguments& a_;

@@ -12,15 +12,19 @@ namespace hmi {
 struct RowTable {
   const void* data;
   int64_t num_rows;
-  DataType type;        // kFloat32, kFloat16 or kInt8
+  DataType type;        // kFloat32, kFloat16, kInt8 or kCode
   const float* scales;  // [num_rows, window] for int8: a row is scale * int8, with a scale for each slot; else null
+  // For kCode halves [window, hidden_size / piece_size, 256, piece_size]: code m of a slot tells which of 256 pieces
+  // stands at elements m * piece_size and on; a row then has hidden_size / piece_size codes a slot. Else null.
+  const uint16_t* codebooks;
+  int piece_size;  // 4 or 8
 };
 
 struct PlotMergeArguments {
   PackedSequences sequences;
   const int64_t* references;                  // as plot_lookup gives them
   const std::vector<RowTable>& row_tables;      // [num_rows, window, hidden_size] each
-  const std::vector<RowTable>& unigram_tables;  // [vocabulary, hidden_size] each, never int8
+  const std::vector<RowTable>& unigram_tables;  // [vocabulary, hidden_size] each, of floats
   const int32_t* sequence_unigram_tables;       // [num_sequences]
   const float* position_embeddings;             // [num_positions, hidden_size]
   int64_t num_positions;

@@ -14,7 +14,7 @@ from hmi_kernels.native import native, native_reason
 
 __all__ = ["DATA_TYPES", "is_emulated", "launch_on", "module", "raise_faults", "reason", "use_module"]
 
-DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 """csrc/common/data_type.h."""
 
 _FAULTS = (

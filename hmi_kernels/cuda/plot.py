@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -60,6 +60,8 @@ def _merge_refuses(arguments: MergeArguments) -> str:
         )
     if arguments.input_ids.shape[0] > _MAX_TOKENS:
         return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
+    if arguments.has_codes:
+        return "row_tables must not be torch.uint8"
     for name, tables in (
         ("row_tables", arguments.row_tables),
         ("unigram_tables", arguments.unigram_tables),
@@ -117,7 +119,7 @@ def _device_address(tensor: Tensor) -> int:
     return int(driver.module().device_pointer(tensor.data_ptr()))
 
 
-def _numbered(name: str, tensors: list[Tensor]) -> list[tuple[str, Tensor]]:
+def _numbered(name: str, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     return [(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)]
 
 

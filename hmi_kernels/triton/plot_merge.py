@@ -84,7 +84,7 @@ def plot_merge_refuses(arguments: MergeArguments) -> str:
     hidden_size = arguments.position_embeddings.shape[1]
     if hidden_size > MAX_HIDDEN_SIZE:
         return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
-    return ""
+    return "row_tables must not be torch.uint8" if arguments.has_codes else ""
 
 
 def _words(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:

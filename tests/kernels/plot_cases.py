@@ -103,13 +103,22 @@ class Tables:
     weight: Tensor
     bias: Tensor
     scales: list[Tensor] = field(default_factory=list)
+    codebooks: list[Tensor] = field(default_factory=list)
 
     def row(self, reference: int) -> Tensor:
         """float64 [window, hidden]."""
         table, row = reference >> 40, reference & (2**40 - 1)
-        content = self.rows[table][row].double()
-        is_int8 = self.rows[table].dtype is torch.int8
-        return content * self.scales[table][row].double().unsqueeze(1) if is_int8 else content
+        content = self.rows[table][row]
+        if content.dtype is torch.uint8:
+            books = self.codebooks[table].double()
+            pieces = [
+                [books[w, m, code] for m, code in enumerate(codes)]
+                for w, codes in enumerate(content.tolist())
+            ]
+            return torch.stack([torch.cat(slot) for slot in pieces])
+        if content.dtype is torch.int8:
+            return content.double() * self.scales[table][row].double().unsqueeze(1)
+        return content.double()
 
 
 def make_tables(
@@ -117,17 +126,29 @@ def make_tables(
     hidden_size: int,
     dtypes: tuple[torch.dtype, ...],
     compute_type: torch.dtype = torch.float32,
+    *,
+    piece_size: int = 4,
 ) -> Tables:
-    """A table of each dtype; those of unigrams have no int8."""
-    rows, scales = [], []
+    """A table of each dtype, uint8 being codes of pieces of ``piece_size``; unigrams are of floats."""
+    rows, scales, codebooks = [], [], []
     for ngrams, dtype in zip(case.ngrams, dtypes, strict=True):
-        table = torch.randn(len(ngrams), case.window, hidden_size)
-        quantized = (
-            hmi_kernels.quantize_rows(table) if dtype is torch.int8 else (table.to(dtype), torch.empty(0))
+        table, scale, codebook = (
+            torch.randn(len(ngrams), case.window, hidden_size),
+            torch.empty(0),
+            torch.empty(0),
         )
-        rows.append(quantized[0])
-        scales.append(quantized[1])
-    float_types = [torch.float16 if dtype is torch.int8 else dtype for dtype in dtypes]
+        if dtype is torch.uint8:
+            num_codes = hidden_size // piece_size
+            table = torch.randint(0, 256, (len(ngrams), case.window, num_codes), dtype=torch.uint8)
+            codebook = torch.randn(case.window, num_codes, 256, piece_size).half()
+        elif dtype is torch.int8:
+            table, scale = hmi_kernels.quantize_rows(table)
+        else:
+            table = table.to(dtype)
+        rows.append(table)
+        scales.append(scale)
+        codebooks.append(codebook)
+    float_types = [dtype if dtype.is_floating_point else torch.float16 for dtype in dtypes]
     return Tables(
         rows=rows,
         unigrams=[torch.randn(VOCABULARY, hidden_size).to(dtype) for dtype in float_types],
@@ -136,6 +157,7 @@ def make_tables(
         weight=torch.randn(hidden_size).to(compute_type),
         bias=torch.randn(hidden_size).to(compute_type),
         scales=scales if torch.int8 in dtypes else [],
+        codebooks=codebooks if torch.uint8 in dtypes else [],
     )
 
 
@@ -153,6 +175,7 @@ def merge(case: Case, tables: Tables, references: Tensor) -> Tensor:
         layer_norm_eps=1e-5,
         window=case.window,
         row_scales=tables.scales,
+        codebooks=tables.codebooks,
     )
 
 

@@ -54,6 +54,92 @@ def test_merge_equals_the_formula(
 
 
 @pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize(
+    ("hidden_size", "piece_size", "dtypes"),
+    [
+        (64, 4, (torch.uint8, torch.uint8)),
+        (64, 8, (torch.uint8, torch.uint8)),
+        (4, 4, (torch.uint8, torch.float32)),
+        (8, 8, (torch.float16, torch.uint8)),
+        # Ends within a vector, of every SIMD level, after one, two and three pieces.
+        (84, 4, (torch.float16, torch.uint8)),
+        (88, 4, (torch.int8, torch.uint8)),
+        (92, 4, (torch.uint8, torch.float16)),
+        (152, 8, (torch.uint8, torch.int8)),
+    ],
+)
+def test_merge_of_codes_equals_the_formula(
+    implementation: str,
+    window: int,
+    hidden_size: int,
+    piece_size: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    case = make_case(window)
+    tables = make_tables(case, hidden_size, dtypes, piece_size=piece_size)
+    assert_merged(case, tables, merge(case, tables, case.lookup()))
+
+
+def test_every_code_is_read_exactly(simd_level: str) -> None:
+    """A bigram whose slots hold all codes, up and down."""
+    codes = torch.stack([torch.arange(256), torch.arange(255, -1, -1)]).to(torch.uint8).unsqueeze(0)
+    for piece_size in (4, 8):
+        size = 256 * piece_size
+        books = torch.randn(2, 256, 256, piece_size).half()
+        tables = Tables(
+            rows=[codes],
+            unigrams=[torch.zeros(1, size)],
+            unigram_table_of=[0],
+            positions=torch.zeros(2, size),
+            weight=torch.ones(size),
+            bias=torch.zeros(size),
+            codebooks=[books],
+        )
+        case = Case([[0, 0]], [[(0, 0)]], [[0]], 2)
+        of_slot = [books[w, torch.arange(256), codes[0, w].long()].flatten().float() for w in (0, 1)]
+        expected = torch.nn.functional.layer_norm(torch.stack(of_slot), (size,))
+        torch.testing.assert_close(merge(case, tables, case.lookup()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_other_pieces_are_left_to_the_reference() -> None:
+    case = make_case(2)
+    tables = make_tables(case, 24, (torch.uint8, torch.float16), piece_size=6)
+    assert_merged(case, tables, merge(case, tables, case.lookup()))
+    with hmi_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"4 or 8 elements, not \[6\]"):
+        merge(case, tables, case.lookup())
+
+
+def test_codebooks_belong_to_tables_of_codes() -> None:
+    case = make_case(2)
+    tables = make_tables(case, 8, (torch.uint8, torch.float16))
+    book, nothing = tables.codebooks
+    for message, changes in (
+        (r"row_tables\[0\] is torch.uint8: codebooks", {"codebooks": []}),
+        ("codebooks must be 2, one for each", {"codebooks": [book]}),
+        (r"codebooks\[0\] must have the shape \[2, 2, 256, 4\]", {"codebooks": [book[:, :, :255], nothing]}),
+        (r"codebooks\[0\] must have the shape", {"codebooks": [book[:1], nothing]}),
+        (r"codebooks\[0\] must have the shape", {"codebooks": [book[..., :3].contiguous(), nothing]}),
+        (r"codebooks\[1\] must be empty", {"codebooks": [book, book]}),
+        (r"divides 8, not 3", {"rows": [torch.zeros(5, 2, 3, dtype=torch.uint8), tables.rows[1]]}),
+        (r"divides 8, not 0", {"rows": [torch.zeros(5, 2, 0, dtype=torch.uint8), tables.rows[1]]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(case, replace(tables, **changes), case.lookup())
+    with pytest.raises(TypeError, match=r"codebooks\[0\] must be torch.float16"):
+        merge(case, replace(tables, codebooks=[book.float(), nothing]), case.lookup())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tables_of_codes_end_where_they_say(backend: str) -> None:
+    case = make_case(2)
+    tables = make_tables(case, 8, (torch.uint8, torch.uint8))
+    references = case.lookup()
+    references[0, 0] = tables.rows[0].shape[0]
+    with hmi_kernels.use_backend(backend), pytest.raises(ValueError, match="references"):
+        merge(case, tables, references)
+
+
+@pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("compute_type", [torch.float16, torch.bfloat16])
 def test_output_has_the_dtype_of_the_positions(window: int, compute_type: torch.dtype) -> None:
     """On the CPU by the reference, which sums in float32 and rounds once."""
@@ -128,7 +214,7 @@ def test_row_scales_belong_to_int8_tables() -> None:
     case = make_case(2)
     tables = make_tables(case, 8, (torch.int8, torch.float16))
     for message, scales in (
-        (r"row_tables\[0\] is int8: row_scales", []),
+        (r"row_tables\[0\] is torch.int8: row_scales", []),
         ("row_scales must be 2, one for each", tables.scales[:1]),
         (r"row_scales\[0\] must have the shape", [tables.scales[0][:, :1], tables.scales[1]]),
         (r"row_scales\[1\] must be empty", [tables.scales[0]] * 2),
@@ -162,10 +248,17 @@ def test_every_half_is_read_exactly(simd_level: str) -> None:
 
 
 @pytest.mark.parametrize("window", [2, 3])
-def test_neighbors_and_threads_change_no_bit(simd_level: str, threads_mode: str, window: int) -> None:
+@pytest.mark.parametrize(
+    ("hidden_size", "dtypes"),
+    [(50, (torch.float16, torch.float16)), (52, (torch.uint8, torch.int8))],
+    ids=["floats", "codes"],
+)
+def test_neighbors_and_threads_change_no_bit(
+    simd_level: str, threads_mode: str, window: int, hidden_size: int, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
     case = make_case(window)
     case = Case(case.sequences * 9, case.ngrams, case.chains * 9, window)
-    tables = make_tables(case, 50, (torch.float16, torch.float16))
+    tables = make_tables(case, hidden_size, dtypes)
     together = merge(case, tables, case.lookup())
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -42,7 +42,7 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "plot_lookup": ((ids, offsets, [index], chains), {"window": 2}),
         "plot_merge": (
             (ids, offsets, references, *tables, int32([0, 0]), *norm),
-            {"layer_norm_eps": 1e-5, "window": 2, "row_scales": []},
+            {"layer_norm_eps": 1e-5, "window": 2, "row_scales": [], "codebooks": []},
         ),
         "grouped_bottleneck": (
             (*adapter, *slots, int32([1]), torch.ones(1)),

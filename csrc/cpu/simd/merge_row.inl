@@ -20,10 +20,53 @@ inline void load_block(const Element* row, Block block, Vector (&to)[kVectors]) 
   to[kVectors - 1] = block.lanes == kLanes ? load(last) : load_first(last, block.lanes);
 }
 
+// The halves that codes stand for, from the element `at` on; `at` is a multiple of kLanes.
+template <int kPiece>
+struct Pieces {
+  const uint8_t* codes;
+  const uint16_t* codebook;
+
+  const uint16_t* piece(int64_t number) const {
+    return codebook + (number * kCodebookSize + codes[number]) * kPiece;
+  }
+
+  Vector load(int64_t at) const {
+    if constexpr (kPiece >= kLanes) {
+      return hmi::load(piece(at / kPiece) + at % kPiece);
+    } else {
+      const uint16_t* pieces[kLanes / kPiece];
+#pragma GCC unroll 4
+      for (int i = 0; i < kLanes / kPiece; ++i) pieces[i] = piece(at / kPiece + i);
+      return load_joined(pieces);
+    }
+  }
+
+  // The row ends after so many lanes, and with it a piece.
+  Vector load_first(int64_t at, int lanes) const {
+    alignas(2 * kLanes) uint16_t halves[kLanes] = {};
+    for (int lane = 0; lane < lanes; lane += kPiece) {
+      __builtin_memcpy(halves + lane, piece((at + lane) / kPiece), sizeof(uint16_t) * kPiece);
+    }
+    return hmi::load(halves);
+  }
+};
+
+template <int kPiece, int kVectors>
+inline void load_pieces(const MergeSource& source, Block block, Vector (&to)[kVectors]) {
+  const Pieces<kPiece> pieces = {static_cast<const uint8_t*>(source.row), source.codebook};
+#pragma GCC unroll 4
+  for (int v = 0; v + 1 < kVectors; ++v) to[v] = pieces.load(block.at + v * kLanes);
+  const int64_t last = block.at + (kVectors - 1) * kLanes;
+  to[kVectors - 1] = block.lanes == kLanes ? pieces.load(last) : pieces.load_first(last, block.lanes);
+}
+
 template <int kVectors>
 inline void load_source(const MergeSource& source, Block block, Vector (&to)[kVectors]) {
   if (source.type == DataType::kFloat16) return load_block(static_cast<const uint16_t*>(source.row), block, to);
   if (source.type == DataType::kFloat32) return load_block(static_cast<const float*>(source.row), block, to);
+  if (source.type == DataType::kCode) {
+    return source.piece_size == 4 ? load_pieces<4>(source, block, to) : load_pieces<8>(source, block, to);
+  }
   load_block(static_cast<const int8_t*>(source.row), block, to);
   const Vector scale = broadcast(source.scale);
 #pragma GCC unroll 4

@@ -11,10 +11,14 @@
 
 namespace hmi {
 
+constexpr int kCodebookSize = 256;
+
 struct MergeSource {
   const void* row;
-  DataType type;  // kFloat32, kFloat16 or kInt8
-  float scale;    // what an int8 element counts
+  DataType type;             // kFloat32, kFloat16, kInt8 or kCode
+  float scale;               // what an int8 element counts
+  const uint16_t* codebook;  // for kCode: halves [hidden_size / piece_size, kCodebookSize, piece_size]
+  int piece_size;            // 4 or 8
 };
 
 struct MergeArguments {

@@ -41,6 +41,12 @@ inline Vector load_first(const int8_t* from, int count) {
   for (int i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
+// Pieces of four halves each, one after the other.
+inline Vector load_joined(const uint16_t* const (&pieces)[2]) {
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pieces[0]));
+  const __m128i high = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pieces[1]));
+  return _mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
+}
 inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
 inline void store_first(float* to, Vector value, int count) { _mm256_maskstore_ps(to, first(count), value); }
 inline Vector keep_first(Vector value, int count) { return _mm256_and_ps(value, _mm256_castsi256_ps(first(count))); }

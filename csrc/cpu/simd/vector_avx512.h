@@ -33,6 +33,20 @@ inline Vector load(const int8_t* from) {
 inline Vector load_first(const int8_t* from, int count) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first(count), from)));
 }
+// Four pieces of four halves, or two of eight, one after the other.
+inline Vector load_joined(const uint16_t* const (&pieces)[4]) {
+  __m128i quarters[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) quarters[i] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(pieces[i]));
+  const __m128i low = _mm_unpacklo_epi64(quarters[0], quarters[1]);
+  const __m128i high = _mm_unpacklo_epi64(quarters[2], quarters[3]);
+  return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+}
+inline Vector load_joined(const uint16_t* const (&pieces)[2]) {
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(pieces[0]));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(pieces[1]));
+  return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+}
 inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
 inline void store_first(float* to, Vector value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
 inline Vector keep_first(Vector value, int count) { return _mm512_maskz_mov_ps(first(count), value); }
