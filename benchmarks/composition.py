@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -44,10 +47,9 @@ __all__ = ["main", "measure"]
 QUESTION = "What may stand in for a row that the table lacks, and what does it cost?"
 MASK_TOKEN = "[MASK]"
 MIB = 1 << 20
-MIN_TEXTS_FOR_CURVES = 30
 NOTES = (
     "Undistilled, K = N/2 unless said otherwise. All is in plain torch on the engine's base model; a test "
-    "holds today's rules to the engine's merge.",
+    "holds today's rules to the engine's merge. Sets run beside one another, one thread each.",
     "A table holds what its corpus (the whole training split) has twice. Training texts are looked up "
     "without their own fold of the corpus; errors, probes and accuracies are those of held-out texts.",
     "Row error: length of the difference from the merge of a table of all n-grams over the length of that "
@@ -71,15 +73,17 @@ class _Plan:
     epochs: int
     rates: tuple[float, ...]
     budgets: tuple[int, ...]
+    min_texts_for_curves: int
 
 
 FULL = _Plan(
-    sizes=Sizes(600, 600, 48),
-    probe_sizes=Sizes(350, 200, 48),
+    sizes=Sizes(500, 500, 48),
+    probe_sizes=Sizes(250, 150, 48),
     seeds=2,
     epochs=4,
-    rates=(1.0, 0.9, 0.75, 0.5, 0.25, 0.1, 0.0),
+    rates=(1.0, 0.75, 0.5, 0.25, 0.0),
     budgets=(2 * MIB, 8 * MIB, 32 * MIB, 128 * MIB),
+    min_texts_for_curves=300,
 )
 QUICK = _Plan(
     sizes=Sizes(60, 40, 24),
@@ -88,6 +92,7 @@ QUICK = _Plan(
     epochs=1,
     rates=(1.0, 0.5, 0.0),
     budgets=(MIB, 8 * MIB),
+    min_texts_for_curves=1,
 )
 
 
@@ -104,7 +109,7 @@ class _Base:
     """The base model's folder, its tokenizer and the id of its placeholder."""
 
     folder: Path
-    encoder: TextEncoder
+    max_tokens: int
     placeholder: int
 
     @classmethod
@@ -113,7 +118,11 @@ class _Base:
         placeholder = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(MASK_TOKEN)
         if placeholder is None:
             raise UnsupportedModelError(f"the tokenizer of {PACKAGE} has no {MASK_TOKEN} to stand for a word")
-        return cls(folder, TextEncoder(folder, configuration.max_positions), placeholder)
+        return cls(folder, configuration.max_positions, placeholder)
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder:
+        return TextEncoder(self.folder, self.max_tokens)
 
     @property
     def half_of_the_layers(self) -> int:
@@ -134,26 +143,26 @@ def _collect(into: Figures, found: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True)
 class _Findings:
-    """Everything measured at K = N/2, by what it is."""
+    """What was measured at K = N/2, by what it is, then by name: one figure for each set (and seed)."""
 
-    errors: Figures
-    errors_after: Figures
-    shares: Figures
-    hit_rates: Figures
-    budgets: dict[str, Figures]
-    accuracies: dict[str, Figures]
-    coverage: dict[str, dict[str, Figures]]
+    errors: Figures = field(default_factory=dict)
+    errors_after: Figures = field(default_factory=dict)
+    shares: Figures = field(default_factory=dict)
+    hit_rates: Figures = field(default_factory=dict)
+    budgets: dict[str, Figures] = field(default_factory=dict)
+    accuracies: dict[str, Figures] = field(default_factory=dict)
+    coverage: dict[str, dict[str, Figures]] = field(default_factory=dict)
 
 
-def _study_rows(study: Study, plan: _Plan, findings: _Findings) -> None:
+def _study_rows(study: Study, plan: _Plan) -> _Findings:
     """Errors and probes of one set."""
+    findings = _Findings()
     for width, rules in ((2, PAIR_RULES), (3, TRIPLE_RULES)):
         coverages = {"n-grams of the corpus": study.found()}
         if width == 2:
             coverages["no bigram"] = study.nothing()
         else:
             coverages["all bigrams, no trigram"] = study.every_pair()
-            coverages["bigrams of the corpus, no trigram"] = study.found_pairs()
         for name, (before, after) in row_errors(study, rules, coverages).items():
             _collect(findings.errors, {f"window {width}, {name}": before})
             _collect(findings.errors_after, {f"window {width}, {name}": after})
@@ -163,40 +172,75 @@ def _study_rows(study: Study, plan: _Plan, findings: _Findings) -> None:
     for plan_name, shares_by_budget in budget_shares(study, plan.budgets).items():
         named = {str(budget): value for budget, value in zip(plan.budgets, shares_by_budget, strict=True)}
         _collect(findings.budgets.setdefault(plan_name, {}), named)
-    test = ~study.texts.tokens_in_training
-    for name, frequencies in (("bigrams", study.texts.pairs), ("trigrams", study.texts.triples)):
-        exists = test & (frequencies.keys != 0)
+    return findings
+
+
+def _hit_rates(texts: StudyTexts) -> Figures:
+    rates = {}
+    for name, frequencies in (("bigrams", texts.pairs), ("trigrams", texts.triples)):
+        exists = ~texts.tokens_in_training & (frequencies.keys != 0)
         rate = frequencies.held()[exists].double().mean()
-        _collect(findings.hit_rates, {f"{study.texts.name}: held-out {name} found": float(rate)})
+        rates[f"{texts.name}: held-out {name} that its corpus of {texts.corpus_tokens:,} tokens has"] = [
+            float(rate)
+        ]
+    return rates
 
 
 def _study_tasks(study: Study, plan: _Plan, findings: _Findings, settings: TrainingSettings) -> None:
     """Accuracies of one set."""
     trainer = Trainer(study.model, general_info(study.model, PACKAGE), study.texts, settings)
+    name = study.texts.name
     for seed in range(plan.seeds):
         found = rule_accuracies(study, trainer, seed)
-        _collect(findings.accuracies.setdefault(study.texts.name, {}), found)
-        print(
-            study.texts.name,
-            seed,
-            json.dumps({name: round(100 * v, 1) for name, v in found.items()}),
-            flush=True,
-        )
-    if len(study.texts.test.texts) < MIN_TEXTS_FOR_CURVES:
+        _collect(findings.accuracies.setdefault(name, {}), found)
+        print(name, seed, json.dumps({rule: round(value, 3) for rule, value in found.items()}), flush=True)
+    if len(study.texts.test.texts) < plan.min_texts_for_curves:
         return
-    curves = coverage_accuracies(study, trainer, plan.rates, seed=0)
-    for curve, by_rate in curves.items():
+    for curve, by_rate in coverage_accuracies(study, trainer, plan.rates, seed=0).items():
         named = {str(rate): value for rate, value in zip(plan.rates, by_rate, strict=True)}
-        _collect(findings.coverage.setdefault(curve, {}).setdefault(study.texts.name, {}), named)
-        print(study.texts.name, curve, [round(100 * value, 1) for value in by_rate], flush=True)
+        _collect(findings.coverage.setdefault(curve, {}).setdefault(name, {}), named)
+        print(name, curve, [round(value, 3) for value in by_rate], flush=True)
 
 
-def _measure_layers(base: _Base, sets: Sequence[TextSet], plan: _Plan) -> dict[int, dict[str, float]]:
-    """The probe table of the largest corpus, for each number of domain layers up to half."""
-    largest = max(sets, key=lambda texts: sum(map(len, texts.corpus)))
-    texts = prepare(largest, base.encoder, plan.probe_sizes)
+@torch.no_grad()
+def _study_set(
+    base: _Base, texts: TextSet, probed: TextSet, plan: _Plan, settings: TrainingSettings
+) -> _Findings:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    depth = base.half_of_the_layers
+    findings = _study_rows(base.study(prepare(probed, base.encoder, plan.probe_sizes), depth), plan)
+    prepared = prepare(texts, base.encoder, plan.sizes)
+    findings.hit_rates.update(_hit_rates(prepared))
+    _study_tasks(base.study(prepared, depth), plan, findings, settings)
+    return findings
+
+
+@torch.no_grad()
+def _study_depths(base: _Base, probed: TextSet, plan: _Plan) -> dict[int, dict[str, float]]:
+    """The probe table of a set for each number of domain layers up to half."""
+    torch.set_num_threads(1)
+    texts = prepare(probed, base.encoder, plan.probe_sizes)
     depths = range(1, base.half_of_the_layers + 1)
     return {depth: context_shares(base.study(texts, depth)) for depth in depths}
+
+
+def _merged(found: Sequence[_Findings]) -> _Findings:
+    merged = _Findings()
+    for findings in found:
+        for into, figures in (
+            (merged.errors, findings.errors),
+            (merged.errors_after, findings.errors_after),
+            (merged.shares, findings.shares),
+            (merged.hit_rates, findings.hit_rates),
+            *((merged.budgets.setdefault(name, {}), figures) for name, figures in findings.budgets.items()),
+        ):
+            for name, values in figures.items():
+                into.setdefault(name, []).extend(values)
+        merged.accuracies.update(findings.accuracies)
+        for curve, by_set in findings.coverage.items():
+            merged.coverage.setdefault(curve, {}).update(by_set)
+    return merged
 
 
 def _quantities(findings: _Findings, layers: Mapping[int, Mapping[str, float]]) -> Iterable[Quantity]:
@@ -272,21 +316,23 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     """Runs the whole study."""
     plan = QUICK if arguments.quick else FULL
     settings = TrainingSettings(
-        max_epochs=plan.epochs, patience=plan.epochs, max_tokens=plan.sizes.max_tokens
+        max_epochs=plan.epochs,
+        patience=plan.epochs,
+        max_tokens=plan.sizes.max_tokens,
+        batch_size=8,
+        learning_rate=3e-3,
     )
-    findings = _Findings({}, {}, {}, {}, {}, {}, {})
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
         base = _Base.load(Path(folder) / "general")
-        sets = _read(arguments, plan.sizes)
-        for texts, probed in zip(sets, _read(arguments, plan.probe_sizes), strict=True):
-            _study_rows(
-                base.study(prepare(probed, base.encoder, plan.probe_sizes), base.half_of_the_layers),
-                plan,
-                findings,
-            )
-            study = base.study(prepare(texts, base.encoder, plan.sizes), base.half_of_the_layers)
-            _study_tasks(study, plan, findings, settings)
-        layers = _measure_layers(base, _read(arguments, plan.probe_sizes), plan)
+        sets, probed = _read(arguments, plan.sizes), _read(arguments, plan.probe_sizes)
+        largest = max(probed, key=lambda texts: sum(map(len, texts.corpus)))
+        with ProcessPoolExecutor(len(sets) + 1, get_context("spawn")) as processes:
+            futures = [
+                processes.submit(_study_set, base, texts, fewer, plan, settings)
+                for texts, fewer in zip(sets, probed, strict=True)
+            ]
+            layers = processes.submit(_study_depths, base, largest, plan).result()
+            findings = _merged([future.result() for future in futures])
     return BenchmarkResult(
         name="composition",
         question=QUESTION,
