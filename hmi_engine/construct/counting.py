@@ -88,15 +88,16 @@ def count_corpus(
     """
     _check_limits(min_count, max_ngrams)
     digests: list[Integers] = []
-    num_tokens = 0
+    num_texts = num_tokens = 0
     with WindowCounter(window, memory_bytes, scratch) as counter:
         with closing(tokenized_batches(texts, encoder)) as batches:
             for batch in batches:
                 counter.add(batch.input_ids, batch.offsets)
                 digests.append(batch.digests)
+                num_texts += len(batch.digests)
                 num_tokens += len(batch.input_ids)
                 if progress:
-                    _tell(progress, digests, report, total_bytes)
+                    _tell(progress, num_texts, report, total_bytes)
         if not digests:
             raise CorpusError(
                 "the corpus holds no text; check the paths and, for JSON lines, the field `text`"
@@ -109,7 +110,7 @@ def count_corpus(
         counts=torch.from_numpy(counts),
         total_occurrences=counter.total_occurrences,
         num_distinct=num_distinct,
-        num_texts=sum(map(len, digests)),
+        num_texts=num_texts,
         num_tokens=num_tokens,
         documents=torch.from_numpy(np.unique(np.concatenate(digests))),
     )
@@ -162,10 +163,8 @@ def _check_limits(min_count: int, max_ngrams: int | None) -> None:
         raise ValueError(f"max_ngrams must not be negative, but is {max_ngrams}")
 
 
-def _tell(
-    progress: Progress, digests: list[Integers], report: CorpusReport | None, total_bytes: int | None
-) -> None:
+def _tell(progress: Progress, num_texts: int, report: CorpusReport | None, total_bytes: int | None) -> None:
     if report is None or total_bytes is None:
-        progress("counting n-grams (texts)", sum(map(len, digests)), None)
+        progress("counting n-grams (texts)", num_texts, None)
     else:
         progress("counting n-grams (bytes)", min(report.bytes, total_bytes), total_bytes)

@@ -40,6 +40,7 @@ class SpilledCounts:
             CorpusError: ``scratch`` is no folder that can be written.
             StoreFullError: it has no room.
         """
+        self._memory_bytes = memory_bytes
         self._scratch = Path(tempfile.gettempdir()) if scratch is None else scratch
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="hmi-counting-", dir=self._scratch))
@@ -49,17 +50,15 @@ class SpilledCounts:
             ) from error
         try:
             with self._told():
-                self._connection = duckdb.connect(
-                    self._folder / "counts.duckdb", config=self._settings(memory_bytes)
-                )
+                self._connection = duckdb.connect(self._folder / "counts.duckdb", config=self._settings())
                 self._connection.execute("CREATE TABLE pieces (key BIGINT, count BIGINT)")
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
-    def _settings(self, memory_bytes: int) -> dict[str, str | bool | int | float | list[str]]:
+    def _settings(self) -> dict[str, str | bool | int | float | list[str]]:
         return {
-            "memory_limit": _limit(memory_bytes),
+            "memory_limit": _limit(self._memory_bytes),
             "temp_directory": str(self._folder / "temporary"),
             "threads": str(torch.get_num_threads()),
             "autoinstall_known_extensions": "false",  # nothing is downloaded
@@ -88,7 +87,8 @@ class SpilledCounts:
         memory_bytes: int,
         progress: MergeProgress | None,
     ) -> CountedWindows:
-        """Adds up all pieces; see :meth:`WindowCounter.take`. ``memory_bytes`` is what DuckDB may take now.
+        """Adds up all pieces; see :meth:`WindowCounter.take`. ``memory_bytes`` is what DuckDB may take
+        until it reads the result back.
 
         Raises:
             StoreFullError: the scratch folder has no room.
@@ -108,6 +108,8 @@ class SpilledCounts:
             execute(f"CREATE TABLE chosen AS SELECT key, count FROM ({chosen}) ORDER BY key")
             execute("DROP VIEW windows")
             execute("DROP TABLE added_up")
+            # From here on the result grows in our own memory.
+            execute(f"SET memory_limit = '{_limit(self._memory_bytes)}'")
             return CountedWindows(*self._fetch(progress), num_distinct)
 
     def close(self) -> None:

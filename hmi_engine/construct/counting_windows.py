@@ -61,11 +61,6 @@ class WindowCounter:
         bigrams, *trigrams = (counter.total for counter in self._counters)
         return bigrams * (2 if self._has_right_windows else 1) + sum(trigrams)
 
-    @property
-    def has_spilled(self) -> bool:
-        """Whether the limit was reached."""
-        return self._spilled is not None
-
     def add(self, input_ids: torch.Tensor, offsets: torch.Tensor) -> None:
         """Counts a batch as :func:`hmi_kernels.count_ngrams` takes it.
 
