@@ -50,8 +50,8 @@ NOTES = (
     "follow each other and a cache of recent rows profits.",
     "LRU and LFU compute the row of every miss at once and keep it: exact mode. HMI computes rows only at "
     "updates, which come after each period, a bounded number each: its traffic is counted by a sketch, and "
-    "counts decay with the half-life that is named. LFU begins with the corpus' counts, which serve it better "
-    "than none.",
+    "counts decay with the half-life that is named. LFU begins with the corpus' counts, which serve it "
+    "better than none.",
     "A row of two tokens costs two tokens' way through the domain layers, about; the plain model one per "
     "token. So a policy that computes more than about 500 rows per 1,000 tokens is slower than no table.",
     "The best for each period is the table of the same size that hits most in that period, chosen with "
