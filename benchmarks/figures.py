@@ -37,14 +37,18 @@ def draw_rates(case: Case, path: Path) -> Path:
 
 
 def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
-    """Lines over a logarithmic x axis. Returns ``path``."""
+    """Lines over the x axis that the first of them names; where y is times as much, 1 is marked."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6, 3.6), layout="constrained")
         axes = figure.subplots()
         for curve in curves:
             axes.plot(curve.x, curve.y, marker="o", label=curve.name)
-        axes.set_xscale("log")
-        axes.set_ylim(0, 1)
+        axes.set_xscale(curves[0].x_scale)
+        if curves[0].y_unit == "times":
+            axes.axhline(1.0, color="#333333", linestyle="--", linewidth=1)
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_ylim(0, 1)
         axes.set_xlabel(curves[0].x_label)
         axes.set_ylabel(curves[0].y_label)
         axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.arguments import RESULTS
 from benchmarks.figures import draw_curves, draw_rates
 from benchmarks.gpu.section import gpu_section
-from benchmarks.result import BenchmarkResult, Case, Interval, read_results
+from benchmarks.result import BenchmarkResult, Case, Curve, Interval, read_results
 from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = ["main", "render"]
@@ -66,9 +66,13 @@ def _result(result: BenchmarkResult, figures: Path, relative_to: Path) -> list[s
         parts += [f"| {curves[0].x_label} | " + " | ".join(curve.name for curve in curves) + " |"]
         parts += ["| ---: |" + " ---: |" * len(curves)]
         for index, x in enumerate(curves[0].x):
-            parts.append(f"| {x:,.0f} | " + " | ".join(f"{curve.y[index]:.1%}" for curve in curves) + " |")
+            parts.append(f"| {x:,.0f} | " + " | ".join(_point(curve, index) for curve in curves) + " |")
         parts.append("")
     return parts
+
+
+def _point(curve: Curve, index: int) -> str:
+    return f"{curve.y[index]:.2f}x" if curve.y_unit == "times" else f"{curve.y[index]:.1%}"
 
 
 def _provenance(result: BenchmarkResult) -> list[str]:
@@ -149,7 +153,9 @@ def _times(times: Interval) -> str:
 
 
 def _quantity(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "share" else f"{value:.1f} {unit}"
+    if unit == "share":
+        return f"{value:.1%}"
+    return f"{value:.2f} {unit}" if abs(value) < 10 else f"{value:.1f} {unit}"
 
 
 def _slug(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -101,7 +102,10 @@ class Quantity(_Frozen):
 
 
 class Curve(_Frozen):
-    """Points of one line of a figure."""
+    """Points of one line of a figure.
+
+    ``y_unit`` says what y is: a share (0 to 1), or times as much as something that is 1 (drawn as a line).
+    """
 
     figure: str
     name: str
@@ -109,6 +113,8 @@ class Curve(_Frozen):
     y_label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    x_scale: Literal["log", "linear"] = "log"
+    y_unit: Literal["share", "times"] = "share"
 
 
 class BenchmarkResult(_Frozen):

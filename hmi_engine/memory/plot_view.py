@@ -235,6 +235,7 @@ class PlotView(AbstractContextManager["PlotView"]):
             layer_norm_eps=model.merge_norm.eps,
             window=self._general.window,
             row_scales=[table.row_scales for table in self._kernel_tables],
+            codebooks=[table.codebooks for table in self._kernel_tables],
         )
 
     def row_counts(self, references: torch.Tensor) -> torch.Tensor:
