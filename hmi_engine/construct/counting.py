@@ -73,8 +73,8 @@ def count_corpus(
         window: 2 or 3 tokens.
         min_count: windows seen less often are left out of the result.
         memory_bytes: what the counts may take; beyond it they go to disk and are added up there. The result
-            comes on top (16 bytes for each window), one batch's tokens (some tens of MiB), and, once on
-            disk, DuckDB takes at least 128 MiB.
+            comes on top (16 bytes for each window), so do the tokenizer's words and batches (about 200 MiB),
+            and once on disk DuckDB takes at least 128 MiB.
         max_ngrams: the result holds at most so many, the most frequent; of equal ones the smaller keys.
         scratch: folder for counts on disk, removed at the end; default: the system's temporary folder.
         progress: told about the work: bytes where ``report`` and ``total_bytes`` are given, else texts.

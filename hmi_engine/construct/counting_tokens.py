@@ -24,9 +24,9 @@ PackedTokens: TypeAlias = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 TokenizeTexts: TypeAlias = Callable[[list[str]], PackedTokens]
 
-MAX_WORDS = 1 << 18
+MAX_WORDS = 1 << 19
 MAX_CHARACTERS = 1 << 24
-"""Beyond one of these the memory is emptied: some tens of MiB. The frequent words are back soon."""
+"""Beyond one of these the memory, of about 100 MiB, is emptied. The frequent words are back soon."""
 
 _NORMALIZERS = ("BertNormalizer", "Lowercase", "NFC", "NFD", "StripAccents")
 _PRE_TOKENIZERS = ("BertPreTokenizer", "Whitespace", "WhitespaceSplit")
