@@ -144,7 +144,7 @@ class SpilledCounts:
             if "interrupted" not in str(error):
                 raise
             raise KeyboardInterrupt from error
-        except (duckdb.Error, OSError) as error:
+        except duckdb.Error as error:
             reason = str(error).splitlines()[0]
             if "No space left" in str(error) or shutil.disk_usage(self._scratch).free < _FULL_BELOW_BYTES:
                 raise StoreFullError(
