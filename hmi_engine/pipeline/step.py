@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -13,6 +14,7 @@ from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
+from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
 from hmi_engine.models.bert import HierarchicalBert
@@ -95,17 +97,21 @@ class BatchRunner:
     def run(self, items: Sequence[BatchItem]) -> BatchResult:
         """Answers a batch, whose items of one tenant stand together.
 
-        An item whose tenant cannot be loaded gets the error; the others are computed.
+        An item whose tenant or domain cannot be loaded gets the error; the others are computed.
         """
         started = prepared = time.perf_counter()
-        with self._residency.pinned([item.tenant for item in items]) as tenants:
+        with (
+            self._residency.pinned([item.tenant for item in items]) as tenants,
+            self._reading([item.tenant.domain for item in items]) as (view, failed),
+        ):
             outputs: list[HeadOutput | HmiError | None] = [
-                tenant if isinstance(tenant, HmiError) else None for tenant in tenants
+                tenant if isinstance(tenant, HmiError) else failed.get(item.tenant.domain)
+                for tenant, item in zip(tenants, items, strict=True)
             ]
             served = [(index, tenant) for index, tenant in enumerate(tenants) if outputs[index] is None]
             if served:
                 residents = [cast(ResidentTenant, tenant) for _, tenant in served]
-                prepared, parts = self._compute([items[index] for index, _ in served], residents)
+                prepared, parts = self._compute([items[index] for index, _ in served], residents, view)
                 read = read_out(residents, parts, self._model)
                 for (index, _), output in zip(served, read, strict=True):
                     outputs[index] = output
@@ -114,8 +120,33 @@ class BatchRunner:
             cast("list[HeadOutput | HmiError]", outputs), prepared - started, finished - prepared
         )
 
+    @contextmanager
+    def _reading(self, domains: Sequence[str]) -> Iterator[tuple[PlotView | None, dict[str, HmiError]]]:
+        """A lease on the domains' tables, and the domains whose tables cannot be read, with the reason."""
+        if self._plots is None:
+            yield None, {}
+            return
+        failed: dict[str, HmiError] = {}
+        try:
+            view = self._plots.reading(domains)
+        except HmiError:
+            failed = self._unreadable(self._plots, domains)
+            view = self._plots.reading([domain for domain in domains if domain not in failed])
+        with view:
+            yield view, failed
+
+    @staticmethod
+    def _unreadable(plots: PlotLibrary, domains: Sequence[str]) -> dict[str, HmiError]:
+        failed: dict[str, HmiError] = {}
+        for domain in dict.fromkeys(domains):
+            try:
+                plots.reading([domain]).release()
+            except HmiError as error:
+                failed[domain] = error
+        return failed
+
     def _compute(
-        self, items: Sequence[BatchItem], tenants: Sequence[ResidentTenant]
+        self, items: Sequence[BatchItem], tenants: Sequence[ResidentTenant], view: PlotView | None
     ) -> tuple[float, tuple[torch.Tensor, ...]]:
         sequences = PackedSequences.pack([item.input_ids for item in items])
         first_only = [tenant.head.pooling in ("cls", "pooler") for tenant in tenants]
@@ -128,28 +159,29 @@ class BatchRunner:
             sequences.lengths,
             counts,
         )
-        hidden_states = self._enter(sequences, [item.tenant.domain for item in items])
+        hidden_states = self._enter(sequences, [item.tenant.domain for item in items], view)
         prepared = time.perf_counter()
         hidden_states = self._model.run_layers(
             hidden_states, sequences, first=self._general.plot_layers, adapters=adapters, readout=readout
         )
         return prepared, hidden_states.split(counts)
 
-    def _enter(self, sequences: PackedSequences, domains: Sequence[str]) -> torch.Tensor:
+    def _enter(
+        self, sequences: PackedSequences, domains: Sequence[str], view: PlotView | None
+    ) -> torch.Tensor:
         """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
-        if self._plots is None:
+        if view is None:
             return self._model.embed(sequences.input_ids, sequences.positions())
-        with self._plots.reading(domains) as view:
-            references = view.lookup(sequences, domains)
-            self._count(sequences, references)
-            if self._miss != "backoff":
-                limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
-                references, computed, skipped = view.compute_misses(
-                    self._model, sequences, domains, references, limit=limit
-                )
-                self.plot_statistics.windows_computed += computed
-                self.plot_statistics.budget_skipped += skipped
-            return view.merge(self._model, sequences, domains, references)
+        references = view.lookup(sequences, domains)
+        self._count(sequences, references)
+        if self._miss != "backoff":
+            limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
+            references, computed, skipped = view.compute_misses(
+                self._model, sequences, domains, references, limit=limit
+            )
+            self.plot_statistics.windows_computed += computed
+            self.plot_statistics.budget_skipped += skipped
+        return view.merge(self._model, sequences, domains, references)
 
     def _count(self, sequences: PackedSequences, references: torch.Tensor) -> None:
         statistics = self.plot_statistics

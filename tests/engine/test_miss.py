@@ -12,7 +12,7 @@ from transformers import BertModel
 
 import hmi_engine as hmi
 import hmi_kernels
-from hmi_engine.errors import MissPolicyWarning
+from hmi_engine.errors import MissPolicyWarning, StoreCorruptError
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.packing import PackedSequences, window_tokens
 
@@ -203,3 +203,19 @@ def test_tenants_trained_for_back_off_suit_a_budget(stores, make_head, recwarn):
     assert not [warning for warning in recwarn if warning.category is MissPolicyWarning]
     with pytest.warns(MissPolicyWarning, match="'exact'.*'budget'"):
         engine.run([hmi.Request("exact", text="the cell")])
+
+
+def test_a_damaged_table_fails_its_own_requests(tiny_bert, tmp_path, corpus, make_head, held_out):
+    with make_store(tiny_bert, tmp_path / "store", corpus, make_head) as store:
+        store.add_domain("other", corpus[:50])
+        store.add_tenant("other", domain="other", adapter=hmi.Adapter({}), head=make_head(store.general))
+        requests = [
+            hmi.Request(("t", "other")[number % 2], text=text) for number, text in enumerate(held_out)
+        ]
+        expected = hmi.Engine(store).run(requests)
+        store.layout.resolve(store.domains["other"].file).write_bytes(b"no table")
+        responses = hmi.Engine(store).run(requests)
+        assert all(isinstance(response.error, StoreCorruptError) for response in responses[1::2])
+        np.testing.assert_allclose(scores(responses[::2]), scores(expected[::2]), atol=1e-5)
+        alone = hmi.Engine(store).run(requests[1::2])
+        assert all(isinstance(response.error, StoreCorruptError) for response in alone)
