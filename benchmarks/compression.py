@@ -1,0 +1,294 @@
+"""How small may rows be: what each format loses, how fast it merges, and what tasks make of it."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from benchmarks.arguments import Arguments, read_arguments
+from benchmarks.composition_tasks import Trainer, general_info
+from benchmarks.composition_texts import Sizes, StudyTexts, TextSet, documentation_sets, folder_sets, prepare
+from benchmarks.compression_rows import (
+    StoredTable,
+    Table,
+    compute_table,
+    nearest_distances,
+    relative_error,
+    store_table,
+)
+from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
+from hmi_engine.construct.row_encoding import RowEncoder
+from hmi_engine.construct.training import TrainingSettings
+from hmi_engine.demo.base_model import PACKAGE, packaged_model
+from hmi_engine.demo.environment import describe_machine, installed_versions
+from hmi_engine.demo.timing import interleave
+from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
+from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.loading import import_bert, load_configuration
+from hmi_engine.models.packing import PackedSequences
+from hmi_engine.models.tokenization import TextEncoder
+
+__all__ = ["main", "measure"]
+
+QUESTION = "How small may a table's rows be before the answers suffer?"
+NOTES = (
+    "One table for all sets: every bigram that their corpora (whole training splits) hold twice; window 2, "
+    "K = N/2, undistilled. Codebooks are trained on the table's own rows, as in a store.",
+    "Row error: length of what is lost over the length of the rows. State error: the same of the first upper "
+    "layer's input, against float32 rows, on held-out texts; where the table misses nothing is lost.",
+    "Accuracy on held-out texts: bottleneck adapters and a head on the upper layers by the engine's own "
+    "training loop, the same recipe, seeds and texts for every format. Training texts are looked up without "
+    "their own fold of the corpus. The +- is the standard error of the difference from float16 over sets and "
+    "seeds.",
+    "Merge: rows to hidden states by the serving kernel, batches of 256 texts; formats interleaved.",
+    "Near-duplicates: share of rows that have another row within that distance, in units of their own "
+    "length. Storing such pairs once would save at most that share of the rows, and lose that much of them.",
+)
+BASELINE: RowFormat = "float16"
+TRAINED: tuple[RowFormat, ...] = ("float16", "int8", "pq8", "pq16")
+TEXTS_PER_BATCH = 256
+DISTANCES = (0.01, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes of a run."""
+
+    sizes: Sizes
+    seeds: int
+    epochs: int
+    repetitions: int
+    sampled_rows: int
+
+
+FULL = _Plan(Sizes(800, 1200, 48), seeds=2, epochs=3, repetitions=25, sampled_rows=2000)
+QUICK = _Plan(Sizes(150, 50, 24), seeds=1, epochs=1, repetitions=3, sampled_rows=50)
+
+
+def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
+    if arguments.data is not None:
+        sets = folder_sets(arguments.data, sizes)
+    else:
+        sets = documentation_sets(sizes, num_topics=1 if arguments.quick else 3)
+    return sets[:1] if arguments.quick else sets
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured: a table in every format, and the sets whose windows it serves."""
+
+    table: Table
+    stored: Mapping[RowFormat, StoredTable]
+    sets: Sequence[StudyTexts]
+
+    @functools.cached_property
+    def references(self) -> list[Tensor]:
+        """For each set, int64 [T, 1]."""
+        return [self.table.references(texts.pairs.keys, texts.pairs.held()) for texts in self.sets]
+
+    def inputs(self, number: int, row_format: RowFormat) -> Tensor:
+        """The first upper layer's input for a set, float32 [T, H]."""
+        return self.stored[row_format].merge(self.sets[number].sequences, self.references[number])
+
+
+def _load(arguments: Arguments, plan: _Plan, folder: Path) -> _Subject:
+    import_bert(str(packaged_model()), folder)
+    configuration = load_configuration(folder)
+    encoder = TextEncoder(folder, configuration.max_positions)
+    sets = _read(arguments, plan.sizes)
+    corpus = PackedSequences.pack(encoder.token_ids([text for each in sets for text in each.corpus]))
+    model = HierarchicalBert.load(folder, configuration.num_layers // 2)
+    table = compute_table(model, corpus)
+    stored = {row_format: store_table(table, row_format) for row_format in ROW_FORMATS}
+    return _Subject(table, stored, [prepare(each, encoder, plan.sizes) for each in sets])
+
+
+def _errors(subject: _Subject) -> Iterable[Quantity]:
+    """Bytes, row error and state error of each format; the error with unigram rows subtracted first."""
+    window, hidden_size = subject.table.rows.shape[1:]
+    held_out = [~texts.tokens_in_training for texts in subject.sets]
+
+    def states(row_format: RowFormat) -> Tensor:
+        return torch.cat(
+            [subject.inputs(number, row_format)[tokens] for number, tokens in enumerate(held_out)]
+        )
+
+    exact = states("float32")
+    for row_format, stored in subject.stored.items():
+        row_bytes = stored_row_bytes(row_format, window, hidden_size)
+        yield Quantity(name=f"{row_format}: bytes a row", value=row_bytes, unit="bytes")
+        yield Quantity(name=f"{row_format}: bytes of the table", value=stored.num_bytes, unit="bytes")
+        yield Quantity(name=f"{row_format}: row error", value=stored.row_error(), unit="share")
+        error = relative_error(states(row_format), exact)
+        yield Quantity(name=f"{row_format}: state error", value=error, unit="share")
+    for row_format in TRAINED[1:]:
+        error = _residual_error(subject.table, row_format)
+        name = f"{row_format}: row error, unigram rows subtracted before encoding"
+        yield Quantity(name=name, value=error, unit="share")
+
+
+def _residual_error(table: Table, row_format: RowFormat) -> float:
+    unigrams = table.unigram_rows()
+    residuals = table.rows - unigrams
+    encoder = RowEncoder.fit(residuals, row_format)
+    return relative_error(encoder.decode(encoder.encode(residuals)) + unigrams, table.rows)
+
+
+def _near_duplicates(table: Table, count: int) -> Iterable[Quantity]:
+    generator = torch.Generator().manual_seed(0)
+    distances = nearest_distances(
+        table.rows, torch.randperm(len(table.rows), generator=generator)[:count].tolist()
+    )
+    for bound in DISTANCES:
+        share = float((distances <= bound).double().mean())
+        yield Quantity(name=f"rows with another within {bound:.0%}", value=share, unit="share")
+
+
+def _merge_case(subject: _Subject, repetitions: int) -> Case:
+    """All sets' texts through the merge, batch after batch."""
+    batches = [
+        batch
+        for texts, references in zip(subject.sets, subject.references, strict=True)
+        for batch in _batches(texts.sequences, references)
+    ]
+
+    def run(stored: StoredTable) -> Callable[[int], None]:
+        def call(_: int) -> None:
+            for sequences, references in batches:
+                stored.merge(sequences, references)
+
+        return call
+
+    seconds = interleave(
+        {name: run(stored) for name, stored in subject.stored.items()}, repetitions, warm_up=2
+    )
+    tokens = sum(sequences.num_tokens for sequences, _ in batches)
+    systems = {
+        name: System.of(
+            name, f"{stored.num_bytes} bytes of rows", seconds[name], [tokens] * repetitions, "tokens"
+        )
+        for name, stored in subject.stored.items()
+    }
+    return Case(
+        name="merge by row format",
+        settings={"tokens": tokens, "rows": len(subject.table.rows), "texts_per_call": TEXTS_PER_BATCH},
+        systems=tuple(systems.values()),
+        ratios=tuple(Ratio.of(systems[name], systems[BASELINE]) for name in systems if name != BASELINE),
+    )
+
+
+def _batches(sequences: PackedSequences, references: Tensor) -> Iterable[tuple[PackedSequences, Tensor]]:
+    token_ids = [ids.tolist() for ids in sequences.input_ids.split(sequences.lengths)]
+    for first in range(0, len(token_ids), TEXTS_PER_BATCH):
+        batch = PackedSequences.pack(token_ids[first : first + TEXTS_PER_BATCH])
+        start = int(sequences.offsets[first])
+        yield batch, references[start : start + batch.num_tokens].contiguous()
+
+
+Figures = dict[str, list[float]]
+"""Figures by name, one for each set and seed."""
+
+
+def _task_accuracies(subject: _Subject, settings: TrainingSettings, seeds: int) -> dict[str, Figures]:
+    """By set: trained on what is served, and trained on float16 rows and served others."""
+    general = general_info(subject.table.model, PACKAGE)
+    found: dict[str, Figures] = {}
+    for number, texts in enumerate(subject.sets):
+        inputs: dict[str, Tensor] = {name: subject.inputs(number, name) for name in TRAINED}
+        trainer = Trainer(subject.table.model, general, texts, settings)
+        figures = found[texts.name] = {}
+        for seed in range(seeds):
+            for name, accuracy in _accuracies(trainer, inputs, seed).items():
+                figures.setdefault(name, []).append(accuracy)
+        print(
+            f"{texts.name}: { ({name: round(mean(values), 3) for name, values in figures.items()}) }",
+            flush=True,
+        )
+    return found
+
+
+def _accuracies(trainer: Trainer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, float]:
+    baseline = inputs[BASELINE]
+    served = trainer.accuracies(baseline, inputs, seed)
+    found: dict[str, float] = {BASELINE: served.pop(BASELINE)}
+    found |= {f"{name}, trained on {BASELINE}": accuracy for name, accuracy in served.items()}
+    for name in served:
+        found[f"{name}, trained alike"] = trainer.accuracies(inputs[name], {name: inputs[name]}, seed)[name]
+    return found
+
+
+def _accuracy_quantities(found: Mapping[str, Figures]) -> Iterable[Quantity]:
+    for set_name, figures in found.items():
+        for name, values in figures.items():
+            yield Quantity(name=f"{set_name}: accuracy, {name}", value=mean(values), unit="share")
+    every = {name: [value for figures in found.values() for value in figures[name]] for name in _names(found)}
+    for name, values in every.items():
+        yield Quantity(name=f"all sets: accuracy, {name}", value=mean(values), unit="share")
+        if name == BASELINE:
+            continue
+        differences = [value - other for value, other in zip(values, every[BASELINE], strict=True)]
+        yield Quantity(name=f"all sets: {name}, minus {BASELINE}", value=mean(differences), unit="share")
+        if len(differences) > 1:
+            error = stdev(differences) / len(differences) ** 0.5
+            yield Quantity(name=f"all sets: {name}, minus {BASELINE}, +-", value=error, unit="share")
+
+
+def _names(found: Mapping[str, Figures]) -> list[str]:
+    return list(next(iter(found.values())))
+
+
+def measure(arguments: Arguments) -> BenchmarkResult:
+    """Encodes one table in every format and measures them all."""
+    plan = QUICK if arguments.quick else FULL
+    settings = TrainingSettings(max_epochs=plan.epochs, max_tokens=plan.sizes.max_tokens)
+    recipe: dict[str, JsonValue] = settings.model_dump(mode="json", exclude_none=True, exclude={"seed"})
+    with tempfile.TemporaryDirectory() as folder:
+        subject = _load(arguments, plan, Path(folder) / "general")
+        with torch.inference_mode():
+            case = _merge_case(subject, plan.repetitions)
+            quantities = [*_errors(subject), *_near_duplicates(subject.table, plan.sampled_rows)]
+        quantities += _accuracy_quantities(_task_accuracies(subject, settings, plan.seeds))
+    return BenchmarkResult(
+        name="compression",
+        question=QUESTION,
+        command=arguments.command,
+        is_quick=arguments.quick,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings={
+            "model": PACKAGE,
+            "sets": [texts.name for texts in subject.sets],
+            "training_texts": [len(texts.train.texts) for texts in subject.sets],
+            "held_out_texts": [len(texts.test.texts) for texts in subject.sets],
+            "rows": len(subject.table.rows),
+            "seeds": plan.seeds,
+            **recipe,
+        },
+        notes=NOTES,
+        cases=(case,),
+        quantities=tuple(quantities),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes the result."""
+    arguments = read_arguments("compression", QUESTION, argv)
+    result = measure(arguments)
+    result.write(arguments.out)
+    for quantity in result.quantities:
+        print(f"{quantity.name}: {quantity.value:.4g} {quantity.unit}")
+    for ratio in result.cases[0].ratios:
+        print(f"merge: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
