@@ -28,6 +28,9 @@ __all__ = ["SAMPLE_ROWS", "EncodedRows", "RowEncoder"]
 
 SAMPLE_ROWS = 32768
 """Rows that codebooks are trained on at most, 128 for each piece: twice as many lessen the error by 0.5 %."""
+_REPEATED_ROWS = 4096
+"""From here on a smaller sample is repeated up to the full one: faiss 1.15 trains a slot of 384 elements on
+16,384 rows in 12 s of one core, on 32,768 in 2 s, and the error stays what it was."""
 _ITERATIONS = 10
 _FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -155,6 +158,8 @@ def _train(rows: Tensor, elements: int, seed: int) -> Tensor:
     quantizer.cp.seed = seed
     quantizer.cp.niter = _ITERATIONS
     quantizer.cp.min_points_per_centroid = 1  # says nothing of small samples
+    if _REPEATED_ROWS <= len(rows) < SAMPLE_ROWS:
+        rows = rows.repeat(-(-SAMPLE_ROWS // len(rows)), 1)[:SAMPLE_ROWS]
     quantizer.train(rows.contiguous().numpy())
     centroids = torch.from_numpy(faiss.vector_to_array(quantizer.centroids))
     return centroids.view(len(pieces), CODEBOOK_SIZE, elements).half()
