@@ -63,6 +63,7 @@ class DuckDbCounts:
             "sequence": torch.repeat_interleave(torch.arange(len(lengths)), lengths).numpy(),
         }
         self._connection = duckdb.connect(config={"threads": str(torch.get_num_threads())})
+        self._connection.execute("SET enable_progress_bar = false")
         self._connection.register("tokens", tokens)
         self._connection.execute(
             "CREATE TABLE texts AS SELECT list(id ORDER BY place) AS ids FROM tokens GROUP BY sequence"

@@ -51,6 +51,7 @@ class SpilledCounts:
         try:
             with self._told():
                 self._connection = duckdb.connect(self._folder / "counts.duckdb", config=self._settings())
+                self._connection.execute("SET enable_progress_bar = false")  # it would go to standard output
                 self._connection.execute("CREATE TABLE pieces (key BIGINT, count BIGINT)")
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -37,6 +37,7 @@ def parquet_texts(path: Path, text_field: str, reading: Reading) -> Iterator[str
     name = re.sub(r"([*?\[])", r"[\1]", str(path.absolute()))
     try:
         with duckdb.connect(config=_CONNECTION) as connection:
+            connection.execute("SET enable_progress_bar = false")  # it would go to standard output
             _check_column(connection, path, name, text_field)
             for number, value in _numbered_values(connection, path, name, text_field, reading):
                 text = reading.decode(value).strip() if isinstance(value, bytes) else (value or "").strip()
