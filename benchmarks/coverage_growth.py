@@ -28,6 +28,7 @@ HIDDEN_SIZE = 384
 MAX_TOKENS = 512
 MAX_WORDS = 256
 QUICK_TEXTS = 2000
+CLOSE_TO_ALL = 0.9
 MEBIBYTE = 1 << 20
 TOKENS_LABEL, BUDGET_LABEL = "corpus tokens", "table budget in MiB"
 FOUND_LABEL, ROW_LABEL = "share of held-out n-grams found", "share of held-out n-grams with a row"
@@ -86,14 +87,15 @@ class Study:
 def general_part(study: Study) -> tuple[list[Curve], list[Quantity]]:
     """General text from general text, and public sets with general text added."""
     general = study.general()
-    sizes = sorted({*study.sizes(general.num_tokens), general.num_tokens})
+    total = general.num_tokens
+    sizes = [*(size for size in study.sizes(total) if size < CLOSE_TO_ALL * total), total]
     held_out = TokenizedTexts.join(group.held_out for group in study.groups)
     curves: list[Curve] = []
     quantities: list[Quantity] = []
     budget_curves = []
     for order, name in ORDERS.items():
         own = Wanted.of(held_out, order)
-        sets = {item.name: Wanted.of(item.test, order, item.train) for item in study.sets}
+        sets = {item.name: Wanted.of(item.test, order, item.train) for item in study.sets if order > 1}
         growth = grow(general, order, sizes, {"": own, **sets})
         curves.append(_curve("general", name, sizes, growth.shares[""]))
         curves += [_curve(f"sets-{name}", each, sizes, growth.shares[each]) for each in sets]
