@@ -101,23 +101,33 @@ def _window_attention(projected: torch.Tensor, width: int, num_heads: int) -> to
     For 2 or 3 tokens elementwise products are cheaper than tiny matrix products.
     """
     num_rows, hidden_size = projected.shape[0], projected.shape[1] // 3
-    head_size = hidden_size // num_heads
-    queries, keys, values = projected.view(width, num_rows // width, 3, num_heads, head_size).unbind(2)
+    by_slot = projected.view(width, num_rows // width, 3, num_heads, hidden_size // num_heads)
+    queries, keys, values = by_slot.unbind(2)
     if width == 1:
         return values.reshape(num_rows, hidden_size)
-    context = projected.new_empty(width, num_rows // width, num_heads, head_size)
-    scale = head_size**-0.5
-    if width == 2:
-        # softmax over two is the sigmoid of their difference: half of the products.
-        key_change, value_change = keys[0] - keys[1], values[0] - values[1]
-        for slot in range(2):
-            weights = (queries[slot] * key_change).sum(-1, keepdim=True).mul_(scale).sigmoid_()
-            torch.addcmul(values[1], weights, value_change, out=context[slot])
-        return context.view(num_rows, hidden_size)
-    for slot in range(width):
-        scores = torch.stack([(queries[slot] * key).sum(-1, keepdim=True) for key in keys])
-        weights = scores.mul_(scale).softmax(0)
-        torch.mul(weights[0], values[0], out=context[slot])
-        for weight, value in zip(weights[1:], values[1:], strict=True):
-            context[slot].addcmul_(weight, value)
+    context = torch.empty(queries.shape)
+    attend = _attend_to_two if width == 2 else _attend
+    attend(queries, keys, values, context)
     return context.view(num_rows, hidden_size)
+
+
+def _attend_to_two(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: torch.Tensor
+) -> None:
+    """All [2, M, heads, d]; the softmax over two is the sigmoid of their difference: half of the products."""
+    scale = queries.shape[-1] ** -0.5
+    key_change, value_change = keys[0] - keys[1], values[0] - values[1]
+    for query, output in zip(queries, context, strict=True):
+        weights = (query * key_change).sum(-1, keepdim=True).mul_(scale).sigmoid_()
+        torch.addcmul(values[1], weights, value_change, out=output)
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, context: torch.Tensor) -> None:
+    """All [W, M, heads, d]; fills ``context``."""
+    scale = queries.shape[-1] ** -0.5
+    for query, output in zip(queries, context, strict=True):
+        scores = torch.stack([(query * key).sum(-1, keepdim=True) for key in keys])
+        weights = scores.mul_(scale).softmax(0)
+        torch.mul(weights[0], values[0], out=output)
+        for weight, value in zip(weights[1:], values[1:], strict=True):
+            output.addcmul_(weight, value)
