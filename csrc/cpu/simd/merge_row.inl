@@ -57,7 +57,11 @@ inline void load_pieces(const MergeSource& source, Block block, Vector (&to)[kVe
 #pragma GCC unroll 4
   for (int v = 0; v + 1 < kVectors; ++v) to[v] = pieces.load(block.at + v * kLanes);
   const int64_t last = block.at + (kVectors - 1) * kLanes;
-  to[kVectors - 1] = block.lanes == kLanes ? pieces.load(last) : pieces.load_first(last, block.lanes);
+  if constexpr (kPiece >= kLanes) {  // a row of whole pieces then ends with a whole vector
+    to[kVectors - 1] = pieces.load(last);
+  } else {
+    to[kVectors - 1] = block.lanes == kLanes ? pieces.load(last) : pieces.load_first(last, block.lanes);
+  }
 }
 
 template <int kVectors>
