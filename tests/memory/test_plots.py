@@ -1,5 +1,6 @@
 """Leases on the tables: one state of the store for each reader, closed when the last one is done."""
 
+import dataclasses
 import itertools
 import threading
 import weakref
@@ -217,6 +218,22 @@ def test_a_budget_computes_no_more_than_it_may(store, held_out):
             some = view.compute_misses(store.model, sequences, domains, references, limit=limit)
             assert some.computed == min(limit, everything.computed)
             assert some.skipped == missing - int((some.references != references).sum())
+
+
+def test_the_corpus_decides_where_traffic_is_unknown(store):
+    """Of windows that a batch has as often, the one that the corpus had often goes first."""
+    plots, ids = open_plots(store), store.encoder.token_ids(["small is the gene"])
+    sequences = PackedSequences.pack(ids)
+    windows = torch.stack([sequences.input_ids[:-1], sequences.input_ids[1:]], dim=1)
+    keys = hmi_kernels.ngram_keys(torch.nn.functional.pad(windows, (0, 1), value=-1))
+    with plots.reading(["general"]) as view:
+        order = keys.argsort()
+        counts = torch.where(order == 2, 9, 4)
+        (table,) = view._plots
+        view._plots = [dataclasses.replace(table, candidate_keys=keys[order], candidate_counts=counts)]
+        references = view.lookup(sequences, ["general"])
+        some = view.compute_misses(store.model, sequences, ["general"], references, limit=1)
+    assert (some.references[:, 0] >= 0).nonzero()[:, 0].tolist() == [2]
 
 
 def test_traffic_decides_between_windows_that_a_batch_has_as_often(store):
