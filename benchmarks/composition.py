@@ -5,18 +5,26 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 from pydantic import JsonValue
 from tokenizers import Tokenizer
 
 from benchmarks.arguments import Arguments, read_arguments
+from benchmarks.composition_findings import (
+    MIB,
+    Figures,
+    Findings,
+    collect,
+    curves,
+    merged_findings,
+    quantities,
+)
 from benchmarks.composition_probes import (
     budget_shares,
     context_shares,
@@ -26,14 +34,13 @@ from benchmarks.composition_probes import (
 )
 from benchmarks.composition_study import PAIR_RULES, TRIPLE_RULES, Study, open_study
 from benchmarks.composition_tasks import (
-    BASELINES,
     Trainer,
     coverage_accuracies,
     general_info,
     rule_accuracies,
 )
 from benchmarks.composition_texts import Sizes, StudyTexts, TextSet, documentation_sets, folder_sets, prepare
-from benchmarks.result import BenchmarkResult, Curve, Quantity
+from benchmarks.result import BenchmarkResult
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
@@ -46,7 +53,6 @@ __all__ = ["main", "measure"]
 
 QUESTION = "What may stand in for a row that the table lacks, and what does it cost?"
 MASK_TOKEN = "[MASK]"
-MIB = 1 << 20
 NOTES = (
     "Undistilled, K = N/2 unless said otherwise. All is in plain torch on the engine's base model; a test "
     "holds today's rules to the engine's merge. Sets run beside one another, one thread each.",
@@ -56,8 +62,8 @@ NOTES = (
     "merge. Probe: share of the variance of the plain model's states after K layers that a linear map "
     "recovers on held-out texts, the map fitted on training texts.",
     "Accuracy: bottleneck adapters and a head on the upper layers by the engine's own training loop, trained "
-    "on what is served. The +- is the standard error of the difference from today's rule (of the accuracy "
-    "itself in the first lines), over sets and seeds, each pair of runs alike in all but the rule.",
+    "on what is served. The +- is the standard error of the difference from today's rule over sets and "
+    "seeds, each pair of runs alike in all but the rule.",
     "Placeholder: a token's rows beside [MASK], (MASK, b) for a missing left bigram and (b, MASK) for a "
     "right one; no corpus is needed, and two rows a token.",
 )
@@ -132,31 +138,9 @@ class _Base:
         return open_study(HierarchicalBert.load(self.folder, plot_layers), texts, self.placeholder)
 
 
-Figures = dict[str, list[float]]
-"""Figures by name, one for each set (and seed)."""
-
-
-def _collect(into: Figures, found: Mapping[str, float]) -> None:
-    for name, value in found.items():
-        into.setdefault(name, []).append(value)
-
-
-@dataclass(frozen=True)
-class _Findings:
-    """What was measured at K = N/2, by what it is, then by name: one figure for each set (and seed)."""
-
-    errors: Figures = field(default_factory=dict)
-    errors_after: Figures = field(default_factory=dict)
-    shares: Figures = field(default_factory=dict)
-    hit_rates: Figures = field(default_factory=dict)
-    budgets: dict[str, Figures] = field(default_factory=dict)
-    accuracies: dict[str, Figures] = field(default_factory=dict)
-    coverage: dict[str, dict[str, Figures]] = field(default_factory=dict)
-
-
-def _study_rows(study: Study, plan: _Plan) -> _Findings:
+def _study_rows(study: Study, plan: _Plan) -> Findings:
     """Errors and probes of one set."""
-    findings = _Findings()
+    findings = Findings()
     for width, rules in ((2, PAIR_RULES), (3, TRIPLE_RULES)):
         coverages = {"n-grams of the corpus": study.found()}
         if width == 2:
@@ -164,14 +148,14 @@ def _study_rows(study: Study, plan: _Plan) -> _Findings:
         else:
             coverages["all bigrams, no trigram"] = study.every_pair()
         for name, (before, after) in row_errors(study, rules, coverages).items():
-            _collect(findings.errors, {f"window {width}, {name}": before})
-            _collect(findings.errors_after, {f"window {width}, {name}": after})
+            collect(findings.errors, {f"window {width}, {name}": before})
+            collect(findings.errors_after, {f"window {width}, {name}": after})
         shares = rule_shares(study, rules, coverages)
-        _collect(findings.shares, {f"window {width}, {name}": value for name, value in shares.items()})
-    _collect(findings.shares, {f"hybrid, {name}": value for name, value in hybrid_shares(study).items()})
+        collect(findings.shares, {f"window {width}, {name}": value for name, value in shares.items()})
+    collect(findings.shares, {f"hybrid, {name}": value for name, value in hybrid_shares(study).items()})
     for plan_name, shares_by_budget in budget_shares(study, plan.budgets).items():
         named = {str(budget): value for budget, value in zip(plan.budgets, shares_by_budget, strict=True)}
-        _collect(findings.budgets.setdefault(plan_name, {}), named)
+        collect(findings.budgets.setdefault(plan_name, {}), named)
     return findings
 
 
@@ -186,26 +170,26 @@ def _hit_rates(texts: StudyTexts) -> Figures:
     return rates
 
 
-def _study_tasks(study: Study, plan: _Plan, findings: _Findings, settings: TrainingSettings) -> None:
+def _study_tasks(study: Study, plan: _Plan, findings: Findings, settings: TrainingSettings) -> None:
     """Accuracies of one set."""
     trainer = Trainer(study.model, general_info(study.model, PACKAGE), study.texts, settings)
     name = study.texts.name
     for seed in range(plan.seeds):
         found = rule_accuracies(study, trainer, seed)
-        _collect(findings.accuracies.setdefault(name, {}), found)
+        collect(findings.accuracies.setdefault(name, {}), found)
         print(name, seed, json.dumps({rule: round(value, 3) for rule, value in found.items()}), flush=True)
     if len(study.texts.test.texts) < plan.min_texts_for_curves:
         return
     for curve, by_rate in coverage_accuracies(study, trainer, plan.rates, seed=0).items():
         named = {str(rate): value for rate, value in zip(plan.rates, by_rate, strict=True)}
-        _collect(findings.coverage.setdefault(curve, {}).setdefault(name, {}), named)
+        collect(findings.coverage.setdefault(curve, {}).setdefault(name, {}), named)
         print(name, curve, [round(value, 3) for value in by_rate], flush=True)
 
 
 @torch.no_grad()
 def _study_set(
     base: _Base, texts: TextSet, probed: TextSet, plan: _Plan, settings: TrainingSettings
-) -> _Findings:
+) -> Findings:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     depth = base.half_of_the_layers
@@ -223,93 +207,6 @@ def _study_depths(base: _Base, probed: TextSet, plan: _Plan) -> dict[int, dict[s
     texts = prepare(probed, base.encoder, plan.probe_sizes)
     depths = range(1, base.half_of_the_layers + 1)
     return {depth: context_shares(base.study(texts, depth)) for depth in depths}
-
-
-def _merged(found: Sequence[_Findings]) -> _Findings:
-    merged = _Findings()
-    for findings in found:
-        for into, figures in (
-            (merged.errors, findings.errors),
-            (merged.errors_after, findings.errors_after),
-            (merged.shares, findings.shares),
-            (merged.hit_rates, findings.hit_rates),
-            *((merged.budgets.setdefault(name, {}), figures) for name, figures in findings.budgets.items()),
-        ):
-            for name, values in figures.items():
-                into.setdefault(name, []).extend(values)
-        merged.accuracies.update(findings.accuracies)
-        for curve, by_set in findings.coverage.items():
-            merged.coverage.setdefault(curve, {}).update(by_set)
-    return merged
-
-
-def _quantities(findings: _Findings, layers: Mapping[int, Mapping[str, float]]) -> Iterable[Quantity]:
-    for name, rates in findings.hit_rates.items():
-        yield Quantity(name=name, value=rates[0], unit="share")
-    for name, values in findings.errors.items():
-        after = mean(findings.errors_after[name])
-        yield Quantity(
-            name=f"row error, {name} (after LayerNorm {after:.1%})", value=mean(values), unit="share"
-        )
-    for name, values in findings.shares.items():
-        yield Quantity(name=f"probe, {name}", value=mean(values), unit="share")
-    for depth, shares in layers.items():
-        for name, value in shares.items():
-            yield Quantity(name=f"probe, K = {depth}, {name}", value=value, unit="share")
-    yield from _accuracies(findings.accuracies)
-
-
-def _accuracies(found: Mapping[str, Figures]) -> Iterable[Quantity]:
-    """Mean over sets and seeds, each set's own mean, and the difference from today's rule of that width."""
-    for name in next(iter(found.values())):
-        runs = [value for figures in found.values() for value in figures[name]]
-        by_set = ", ".join(f"{which} {mean(figures[name]):.1%}" for which, figures in found.items())
-        yield Quantity(name=f"accuracy, {name} ({by_set})", value=mean(runs), unit="share")
-    for width, baseline in BASELINES.items():
-        for name in next(iter(found.values())):
-            if name == baseline or not name.startswith(f"window {width}"):
-                continue
-            differences = [
-                100 * (ours - today)
-                for figures in found.values()
-                for ours, today in zip(figures[name], figures[baseline], strict=True)
-            ]
-            spread = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
-            yield Quantity(
-                name=f"accuracy over today's rule, {name}",
-                value=mean(differences),
-                unit=f"points, +- {spread:.1f}",
-            )
-
-
-def _curves(findings: _Findings, plan: _Plan) -> Iterable[Curve]:
-    for name, by_set in findings.coverage.items():
-        for figure, figures in [
-            ("coverage", _mean_of(by_set)),
-            *((f"coverage-{s}", f) for s, f in by_set.items()),
-        ]:
-            yield Curve(
-                figure=figure,
-                name=name,
-                x_label="% of n-grams in the table",
-                y_label="accuracy on held-out texts",
-                x=tuple(100 * rate for rate in plan.rates),
-                y=tuple(mean(figures[str(rate)]) for rate in plan.rates),
-            )
-    for name, figures in findings.budgets.items():
-        yield Curve(
-            figure="budget",
-            name=name,
-            x_label="bytes of rows, MiB",
-            y_label="probe: share of variance recovered",
-            x=tuple(budget / MIB for budget in plan.budgets),
-            y=tuple(mean(figures[str(budget)]) for budget in plan.budgets),
-        )
-
-
-def _mean_of(by_set: Mapping[str, Figures]) -> Figures:
-    names = next(iter(by_set.values()))
-    return {name: [mean(figures[name]) for figures in by_set.values()] for name in names}
 
 
 def measure(arguments: Arguments) -> BenchmarkResult:
@@ -332,7 +229,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
                 for texts, fewer in zip(sets, probed, strict=True)
             ]
             layers = processes.submit(_study_depths, base, largest, plan).result()
-            findings = _merged([future.result() for future in futures])
+            findings = merged_findings([future.result() for future in futures])
     return BenchmarkResult(
         name="composition",
         question=QUESTION,
@@ -343,8 +240,8 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         settings=_described(sets, plan, settings),
         notes=NOTES,
         cases=(),
-        quantities=tuple(_quantities(findings, layers)),
-        curves=tuple(_curves(findings, plan)),
+        quantities=tuple(quantities(findings, layers)),
+        curves=tuple(curves(findings, plan.rates, plan.budgets)),
     )
 
 
