@@ -6,7 +6,7 @@ import functools
 import json
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -190,8 +190,6 @@ def _study_tasks(study: Study, plan: _Plan, findings: Findings, settings: Traini
 def _study_set(
     base: _Base, texts: TextSet, probed: TextSet, plan: _Plan, settings: TrainingSettings
 ) -> Findings:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     depth = base.half_of_the_layers
     findings = _study_rows(base.study(prepare(probed, base.encoder, plan.probe_sizes), depth), plan)
     prepared = prepare(texts, base.encoder, plan.sizes)
@@ -203,10 +201,18 @@ def _study_set(
 @torch.no_grad()
 def _study_depths(base: _Base, probed: TextSet, plan: _Plan) -> dict[int, dict[str, float]]:
     """The probe table of a set for each number of domain layers up to half."""
-    torch.set_num_threads(1)
     texts = prepare(probed, base.encoder, plan.probe_sizes)
     depths = range(1, base.half_of_the_layers + 1)
     return {depth: context_shares(base.study(texts, depth)) for depth in depths}
+
+
+def _pool(is_quick: bool, num_workers: int) -> Executor:
+    """A process of one thread for each set; a quick run is over before they would have started."""
+    if is_quick:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(
+        num_workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
 
 
 def measure(arguments: Arguments) -> BenchmarkResult:
@@ -223,7 +229,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         base = _Base.load(Path(folder) / "general")
         sets, probed = _read(arguments, plan.sizes), _read(arguments, plan.probe_sizes)
         largest = max(probed, key=lambda texts: sum(map(len, texts.corpus)))
-        with ProcessPoolExecutor(len(sets) + 1, get_context("spawn")) as processes:
+        with _pool(arguments.quick, len(sets) + 1) as processes:
             futures = [
                 processes.submit(_study_set, base, texts, fewer, plan, settings)
                 for texts, fewer in zip(sets, probed, strict=True)
