@@ -24,13 +24,14 @@ from benchmarks.compression_rows import (
     relative_error,
     store_table,
 )
-from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
 from hmi_engine.construct.row_encoding import RowEncoder
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
-from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
+from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, codebook_bytes, stored_row_bytes
+from hmi_engine.knowledge.selection import bytes_per_row
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.loading import import_bert, load_configuration
 from hmi_engine.models.packing import PackedSequences
@@ -48,6 +49,9 @@ NOTES = (
     "training loop, the same recipe, seeds and texts for every format. Training texts are looked up without "
     "their own fold of the corpus. The +- is the standard error of the difference from float16 over sets and "
     "seeds.",
+    "Curve: each format keeps the most frequent rows that its bytes (with codebooks, index and keys) hold; "
+    "the error against all rows as float32 is that of the format and of what is missing together. Codebooks "
+    "are those of the whole table.",
     "Merge: rows to hidden states by the serving kernel, batches of 256 texts; formats interleaved.",
     "Near-duplicates: share of rows that have another row within that distance, in units of their own "
     "length. Storing such pairs once would save at most that share of the rows, and lose that much of them.",
@@ -67,10 +71,18 @@ class _Plan:
     epochs: int
     repetitions: int
     sampled_rows: int
+    budgets: tuple[int, ...]
 
 
-FULL = _Plan(Sizes(800, 1200, 48), seeds=2, epochs=3, repetitions=25, sampled_rows=2000)
-QUICK = _Plan(Sizes(150, 50, 24), seeds=1, epochs=1, repetitions=3, sampled_rows=50)
+FULL = _Plan(
+    Sizes(800, 1200, 48),
+    seeds=2,
+    epochs=3,
+    repetitions=25,
+    sampled_rows=2000,
+    budgets=tuple(2**power for power in range(19, 27)),
+)
+QUICK = _Plan(Sizes(150, 50, 24), seeds=1, epochs=1, repetitions=3, sampled_rows=50, budgets=(2**16, 2**24))
 
 
 def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
@@ -111,28 +123,66 @@ def _load(arguments: Arguments, plan: _Plan, folder: Path) -> _Subject:
     return _Subject(table, stored, [prepare(each, encoder, plan.sizes) for each in sets])
 
 
+def _held_out_states(subject: _Subject, row_format: RowFormat, references: Sequence[Tensor]) -> Tensor:
+    """The first upper layer's inputs for the held-out tokens of all sets, float32 [T, H]."""
+    stored = subject.stored[row_format]
+    return torch.cat(
+        [
+            stored.merge(texts.sequences, rows)[~texts.tokens_in_training]
+            for texts, rows in zip(subject.sets, references, strict=True)
+        ]
+    )
+
+
 def _errors(subject: _Subject) -> Iterable[Quantity]:
     """Bytes, row error and state error of each format; the error with unigram rows subtracted first."""
     window, hidden_size = subject.table.rows.shape[1:]
-    held_out = [~texts.tokens_in_training for texts in subject.sets]
-
-    def states(row_format: RowFormat) -> Tensor:
-        return torch.cat(
-            [subject.inputs(number, row_format)[tokens] for number, tokens in enumerate(held_out)]
-        )
-
-    exact = states("float32")
+    exact = _held_out_states(subject, "float32", subject.references)
     for row_format, stored in subject.stored.items():
         row_bytes = stored_row_bytes(row_format, window, hidden_size)
         yield Quantity(name=f"{row_format}: bytes a row", value=row_bytes, unit="bytes")
         yield Quantity(name=f"{row_format}: bytes of the table", value=stored.num_bytes, unit="bytes")
         yield Quantity(name=f"{row_format}: row error", value=stored.row_error(), unit="share")
-        error = relative_error(states(row_format), exact)
+        error = relative_error(_held_out_states(subject, row_format, subject.references), exact)
         yield Quantity(name=f"{row_format}: state error", value=error, unit="share")
     for row_format in TRAINED[1:]:
         error = _residual_error(subject.table, row_format)
         name = f"{row_format}: row error, unigram rows subtracted before encoding"
         yield Quantity(name=name, value=error, unit="share")
+
+
+def _budget_curves(subject: _Subject, budgets: Sequence[int]) -> list[Curve]:
+    """State error on held-out texts of tables that were given so many bytes, against all rows as float32."""
+    exact = _held_out_states(subject, "float32", subject.references)
+    curves = []
+    for row_format in TRAINED:
+        errors = []
+        for budget in budgets:
+            kept = subject.table.most_frequent(_affordable_rows(subject.table, row_format, budget))
+            references = [_restricted(rows, kept) for rows in subject.references]
+            errors.append(relative_error(_held_out_states(subject, row_format, references), exact))
+        curves.append(
+            Curve(
+                figure="budget",
+                name=row_format,
+                x_label="bytes of the table",
+                y_label="state error on held-out texts",
+                x=tuple(map(float, budgets)),
+                y=tuple(errors),
+            )
+        )
+    return curves
+
+
+def _affordable_rows(table: Table, row_format: RowFormat, budget: int) -> int:
+    window, hidden_size = table.rows.shape[1:]
+    left = budget - codebook_bytes(row_format, window, hidden_size)
+    return max(0, left // bytes_per_row(window, hidden_size, row_format))
+
+
+def _restricted(references: Tensor, kept: Tensor) -> Tensor:
+    """References int64 [T, 1] with -1 for the rows that are not kept, bool [N]."""
+    return torch.where((references >= 0) & kept[references.clamp(min=0)], references, -1)
 
 
 def _residual_error(table: Table, row_format: RowFormat) -> float:
@@ -254,6 +304,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         subject = _load(arguments, plan, Path(folder) / "general")
         with torch.inference_mode():
             case = _merge_case(subject, plan.repetitions)
+            curves = _budget_curves(subject, plan.budgets)
             quantities = [*_errors(subject), *_near_duplicates(subject.table, plan.sampled_rows)]
         quantities += _accuracy_quantities(_task_accuracies(subject, settings, plan.seeds))
     return BenchmarkResult(
@@ -275,6 +326,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         notes=NOTES,
         cases=(case,),
         quantities=tuple(quantities),
+        curves=tuple(curves),
     )
 
 

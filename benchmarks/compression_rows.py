@@ -28,12 +28,14 @@ class Table:
     Attributes:
         model: the base that computed them.
         keys: int64 [N], ascending.
+        counts: int64 [N], how often the corpus holds them.
         rows: float32 [N, 2, H].
         unigrams: float16 [V, H], as a store keeps them.
     """
 
     model: HierarchicalBert
     keys: Tensor
+    counts: Tensor
     rows: Tensor
     unigrams: Tensor
 
@@ -48,6 +50,12 @@ class Table:
             raise ValueError("a bigram that shall be held is not in the table")
         return torch.where(held, places, -1)[:, None]
 
+    def most_frequent(self, num_rows: int) -> Tensor:
+        """Bool [N]: the rows that a table of so many keeps, by count and then by key."""
+        kept = torch.zeros(len(self.keys), dtype=torch.bool)
+        kept[self.counts.argsort(descending=True, stable=True)[:num_rows]] = True
+        return kept
+
     def unigram_rows(self) -> Tensor:
         """float32 [N, 2, H]: for each slot of each row, its token's unigram row."""
         return self.unigrams[hmi_kernels.ngram_tokens(self.keys)[:, :WINDOW].long()].float()
@@ -57,14 +65,15 @@ class Table:
 def compute_table(model: HierarchicalBert, corpus: PackedSequences, min_count: int = 2) -> Table:
     """Runs the bigrams that the corpus holds so often, and every token alone, through the domain layers."""
     keys, counts = hmi_kernels.count_ngrams(corpus.input_ids, corpus.offsets, order=WINDOW)
-    keys = keys[counts >= min_count].sort().values
+    keys, order = keys[counts >= min_count].sort()
+    counts = counts[counts >= min_count][order]
     vocabulary = torch.full((model.configuration.vocab_size, WINDOW), -1, dtype=torch.int32)
     vocabulary[:, 0] = torch.arange(len(vocabulary), dtype=torch.int32)
     rows, alone = (
         torch.cat([model.window_states(part) for part in tokens.split(WINDOWS_PER_BATCH)])
         for tokens in (hmi_kernels.ngram_tokens(keys)[:, :WINDOW], vocabulary)
     )
-    return Table(model, keys, rows, alone[:, 0].half())
+    return Table(model, keys, counts, rows, alone[:, 0].half())
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Product quantization (Jegou, Douze, Schmid: Product Quantization for Nearest Neighbor Search, PAMI 2011) by
 faiss: k-means finds the 256 pieces of each place of a slot, and a row's code is the nearest of them. Rows are
-encoded as they are: to subtract their unigram rows, or to rotate them first (OPQ), lessens the error too
-little to pay for itself (benchmarks/compression.py).
+encoded as they are: to subtract their unigram rows first lessens the error by under 1 % of it
+(benchmarks/compression.py), and to rotate them first (OPQ) took six times as long and lessened nothing.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def test_the_table_holds_what_the_corpus_holds_twice(table: Table) -> None:
     counts = Counter(pair for ids in some_sequences(1) for pair in itertools.pairwise(ids))
     expected = sorted(pair for pair, count in counts.items() if count >= 2)
     assert hmi_kernels.ngram_tokens(table.keys)[:, :2].tolist() == [list(pair) for pair in expected]
+    assert table.counts.tolist() == [counts[pair] for pair in expected]
     assert table.unigram_rows().shape == table.rows.shape
 
 
@@ -69,6 +70,14 @@ def test_a_merge_follows_the_formula(table: Table) -> None:
                 state += window[0, slot] - alone
         expected = table.model.merge_norm(state + table.model.merge_positions[positions[t]])
         torch.testing.assert_close(found[t], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_most_frequent_rows_are_kept(table: Table) -> None:
+    for num_rows in (0, 3, len(table.keys) + 5):
+        kept = table.most_frequent(num_rows)
+        assert int(kept.sum()) == min(num_rows, len(table.keys))
+        if 0 < num_rows < len(table.keys):
+            assert table.counts[kept].min() >= table.counts[~kept].max()
 
 
 def test_references_to_rows_that_are_not_there_are_refused(table: Table) -> None:
@@ -121,6 +130,9 @@ def test_all_formats_are_measured(tiny_bert: Path, data_folder: Path, tmp_path: 
             assert 0.3 < values[f"words: accuracy, {name}"] <= 1
             difference = values[f"all sets: accuracy, {name}"] - values["all sets: accuracy, float16"]
             assert values[f"all sets: {name}, minus float16"] == pytest.approx(difference)
+    for curve in result.curves:
+        assert curve.y[1] == pytest.approx(values[f"{curve.name}: state error"])  # room for all rows
+        assert curve.y[0] >= curve.y[1]
     (case,) = result.cases
     assert {system.name for system in case.systems} == set(ROW_FORMATS)
     assert len(case.ratios) == len(ROW_FORMATS) - 1
