@@ -182,6 +182,13 @@ def test_neighbors_and_schedules_change_no_bit(window: int, hidden_size: int) ->
         assert torch.equal(merge(alone, own, alone.lookup()), together[begin:end])
 
 
+def test_codes_of_codebooks_are_refused() -> None:
+    case = make_case(2)
+    tables = make_tables(case, 256, (torch.float16, torch.uint8), torch.float16)
+    with pytest.raises(ValueError, match=r"backend cuda .*row_tables must not be torch\.uint8"):
+        merge(case, tables, case.lookup())
+
+
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_tenants_nan_stays_with_it(window: int, bad: float) -> None:
