@@ -4,7 +4,9 @@ A message says what was wrong, where, and what to do. The command line prints it
 """
 
 __all__ = [
+    "BudgetTooSmallError",
     "CorpusError",
+    "DomainCycleError",
     "DomainExistsError",
     "DomainInUseError",
     "EngineClosedError",
@@ -62,6 +64,10 @@ class DomainExistsError(HmiError):
     """A domain of this name is already in the store."""
 
 
+class DomainCycleError(HmiError, ValueError):
+    """The domain would become its own ancestor."""
+
+
 class DomainInUseError(HmiError):
     """The domain still has tenants or child domains."""
 
@@ -72,6 +78,10 @@ class InvalidAdapterError(HmiError, ValueError):
 
 class InvalidHeadError(HmiError, ValueError):
     """A head's tensors or labels do not fit the store's base model."""
+
+
+class BudgetTooSmallError(HmiError, ValueError):
+    """A table's byte budget is not enough for one row."""
 
 
 class UnsupportedModelError(HmiError, ValueError):

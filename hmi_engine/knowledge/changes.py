@@ -124,7 +124,8 @@ def save_domain(
     """Write a domain's table and put it into the catalog: a new node below ``parent``, or a new generation.
 
     ``parent=None`` means the domain exists (``general`` always does) and gets this table in place of its old
-    one; ``card=None`` then keeps its card. Raises :class:`InvalidNameError`, :class:`UnknownDomainError`,
+    one, which stays on disk so that a repair has something to fall back to; ``card=None`` then keeps its
+    card. Raises :class:`InvalidNameError`, :class:`UnknownDomainError`,
     :class:`DomainExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
     """
     check_name(name, "domain")
@@ -142,8 +143,8 @@ def save_domain(
         except Exception:
             remove_quietly(path)
             raise
-    if previous is not None and previous.file is not None:
-        remove_quietly(catalog.layout.resolve(previous.file))
+    if previous is not None and previous.previous is not None:
+        remove_quietly(catalog.layout.resolve(previous.previous.file))
     return info
 
 
@@ -170,6 +171,10 @@ def _describe_domain(
         sha256="",
         rows=len(table.rows),
         unigrams=table.unigrams is not None,
+        row_format=table.metadata.row_format,
+        plot_bytes=previous.plot_bytes if previous else 0,
+        layers=previous.layers if previous else None,
+        previous=previous.plot_file() if previous else None,
         layer_identity=table.metadata.layer_identity,
         corpus_tokens=table.metadata.corpus_tokens,
         min_count=table.metadata.min_count,
@@ -180,16 +185,20 @@ def _describe_domain(
 
 
 def remove_domain(catalog: Catalog, name: str) -> DomainInfo:
-    """Remove a domain and its table; return what it was.
+    """Remove a domain and its files; return what it was.
 
     Raises :class:`UnknownDomainError`, and :class:`DomainInUseError` for the root and for a node that has
     tenants or children.
     """
+    traffic = catalog.traffic_files()
     domain = catalog.remove_domain(name)
-    if domain.file is not None:
-        path = catalog.layout.resolve(domain.file)
+    files = [domain.plot_file(), domain.previous, domain.layers]
+    files += [file for file in traffic if file.domain_id == domain.id]
+    paths = [catalog.layout.resolve(file.file) for file in files if file is not None]
+    for path in paths:
         remove_quietly(path)
+    for folder in {path.parent for path in paths}:
         # The folder belongs to this id alone, which is never given again.
-        if path.parent.is_dir() and not any(path.parent.iterdir()):
-            path.parent.rmdir()
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return domain

@@ -9,10 +9,11 @@ from hmi_engine.errors import HmiError, StoreError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.plot_table import open_plot
-from hmi_engine.knowledge.records import DomainInfo, PlotFile, StoreFile, TenantInfo
+from hmi_engine.knowledge.records import DomainInfo, PlotFile, StoreFile, TenantInfo, TrafficInfo
 from hmi_engine.knowledge.table_checks import table_faults
 from hmi_engine.knowledge.tenant_file import load_tenant, read_layout
 from hmi_engine.knowledge.tensor_file import file_sha256
+from hmi_engine.knowledge.traffic_file import read_traffic
 
 __all__ = [
     "Problem",
@@ -23,6 +24,7 @@ __all__ = [
     "store_file_problems",
     "table_problems",
     "tenant_problems",
+    "traffic_problems",
 ]
 
 ProblemKind = Literal["catalog", "missing", "checksum", "content", "orphan", "unfinished"]
@@ -160,3 +162,16 @@ def tenant_problems(
     if (contents.head.kind, contents.head.labels) != (tenant.head_kind, tenant.labels):
         return [Problem("content", path, f"{path}: head and labels are not those of tenant {tenant.name!r}")]
     return []
+
+
+def traffic_problems(layout: StoreLayout, traffic: TrafficInfo, *, deep: bool) -> list[Problem]:
+    """Check a file of counted traffic, and if ``deep`` all its contents."""
+    problems = store_file_problems(layout, traffic, deep=deep)
+    if deep and not problems:
+        path = layout.resolve(traffic.file)
+        try:
+            read_traffic(path)
+        except HmiError as error:
+            problems = [Problem("content", path, str(error))]
+    advice = "`hmi verify --repair` drops it, and the next update knows nothing of that traffic"
+    return [_with_advice(problem, advice, True) for problem in problems]

@@ -17,6 +17,7 @@ from hmi_engine.knowledge.file_checks import (
     sound_previous,
     table_problems,
     tenant_problems,
+    traffic_problems,
 )
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
@@ -50,6 +51,7 @@ def verify(
     problems = [Problem("catalog", layout.catalog, text) for text in catalog.integrity_problems()]
     try:
         total = len(catalog.general_files()) + len(catalog.domains) + len(catalog.tenants)
+        total += len(catalog.traffic_files())
         for done, found in enumerate(_file_problems(layout, catalog, deep), start=1):
             problems += found
             if progress:
@@ -65,8 +67,10 @@ def verify(
 def repair(layout: StoreLayout, catalog: Catalog, problems: Iterable[Problem]) -> list[Repair]:
     """Set right what is repairable among ``problems`` and return what was done.
 
-    Orphans and interrupted builds are removed. A damaged table gives way to the generation before it, if that
-    is sound, else to none. Each finding is looked at again first: what is sound by now stays as it is.
+    Orphans, interrupted builds and damaged counts of traffic are removed. A damaged table gives way to the
+    generation before it, if that is sound, else to none. Each finding is looked at again first: what is sound
+    by now stays as it is.
+
     Raises :class:`StoreBusyError` while another process has the store open for writing, as its unfinished
     files look like orphans, :class:`StoreCorruptError` where the catalog is damaged, and
     :class:`ReadOnlyStoreError`.
@@ -80,6 +84,7 @@ def repair(layout: StoreLayout, catalog: Catalog, problems: Iterable[Problem]) -
         done: list[Repair] = []
         for domain in list(catalog.domains.values()):
             done += _mend_domain(layout, catalog, domain, wanted)
+        done += _drop_traffic(layout, catalog, wanted)
         leftovers = [problem for problem in _find_leftovers(layout, catalog) if problem.path in wanted]
         return done + [repaired for problem in leftovers for repaired in _remove(problem)]
 
@@ -92,6 +97,8 @@ def _file_problems(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterato
         yield domain_problems(layout, domain, general, deep=deep)
     for tenant in catalog.tenants.values():
         yield tenant_problems(layout, tenant, general, deep=deep)
+    for traffic in catalog.traffic_files():
+        yield traffic_problems(layout, traffic, deep=deep)
 
 
 def _tree_faults(catalog: Catalog) -> Iterator[str]:
@@ -126,6 +133,8 @@ def _find_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
 
 
 def _known_files(catalog: Catalog) -> Iterator[str]:
+    for traffic in catalog.traffic_files():
+        yield traffic.file
     for tenant in catalog.tenants.values():
         yield tenant.file
     for domain in catalog.domains.values():
@@ -192,6 +201,19 @@ def _replace_table(
     else:
         return []
     return [Repair(path, done)]
+
+
+def _drop_traffic(layout: StoreLayout, catalog: Catalog, wanted: set[Path]) -> list[Repair]:
+    damaged = [
+        traffic
+        for traffic in catalog.traffic_files()
+        if layout.resolve(traffic.file) in wanted and traffic_problems(layout, traffic, deep=True)
+    ]
+    catalog.remove_traffic([traffic.id for traffic in damaged])
+    return [
+        Repair(layout.resolve(traffic.file), f"dropped the counts of {traffic.tokens} tokens of traffic")
+        for traffic in damaged
+    ]
 
 
 def _commit(catalog: Catalog, domain: DomainInfo, **changes: object) -> None:

@@ -113,7 +113,7 @@ def test_domains_are_saved_updated_and_removed(
     second = save_domain(catalog, "chemistry", make_table([5, 6, 7], seed=1))
     assert (second.id, second.rows, second.parent, second.card) == (first.id, 3, "general", {"text": "x"})
     assert torch.equal(opened.rows, make_table([5, 6]).rows)
-    assert stored_files(catalog.layout) == {root.file, second.file}
+    assert stored_files(catalog.layout) == {root.file, first.file, second.file}
     with pytest.raises(DomainExistsError):
         save_domain(catalog, "chemistry", make_table([1]), parent="general")
     with pytest.raises(UnknownDomainError):

@@ -8,11 +8,12 @@ import torch
 
 from hmi_engine.errors import StoreBusyError, StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
-from hmi_engine.knowledge.changes import NewTenant, save_domain, save_tenants
+from hmi_engine.knowledge.changes import NewTenant, remove_domain, remove_tenant, save_domain, save_tenants
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import FolderLock
 from hmi_engine.knowledge.plot_table import PlotTable
 from hmi_engine.knowledge.row_formats import RowFormat
+from hmi_engine.knowledge.traffic_file import TrafficCounts, write_traffic
 from hmi_engine.knowledge.verification import Problem, Repair, repair, verify
 
 MakeTable = Callable[..., PlotTable]
@@ -280,6 +281,54 @@ def test_a_damaged_generation_before_is_forgotten(store: Catalog, make_table: Ma
     assert [repaired.path for repaired in done] == [problem.path] * 2  # forgotten, removed
     assert check(store) == []
     assert store.domains["chemistry"].rows == 2
+
+
+def save_traffic(store: Catalog) -> Path:
+    """A file of counted traffic of domain chemistry, in the catalog."""
+    (number,) = store.reserve()
+    domain_id = store.domains["chemistry"].id
+    file = f"domains/{domain_id}/{number}.traffic.safetensors"
+    path = store.layout.resolve(file)
+    counts = TrafficCounts(keys(5, 9), torch.tensor([1.0, 2.5]).double(), 3.5, 0.0, 7, 6, 2)
+    row = (number, domain_id, file, write_traffic(path, counts), path.stat().st_size, 7)
+    with store._database.transaction() as connection:
+        connection.execute(
+            "INSERT INTO traffic (id, domain_id, file, sha256, bytes, tokens) VALUES (?, ?, ?, ?, ?, ?)", row
+        )
+    return path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_traffic_is_dropped_and_sound_traffic_stays(store: Catalog, damage: str) -> None:
+    sound, damaged = save_traffic(store), save_traffic(store)
+    assert check(store) == [] and len(store.traffic_files()) == 2
+    DAMAGES[damage](damaged)
+    (problem,) = check(store)
+    assert problem.path == damaged and problem.repairable
+    done = repair(store.layout, store, [problem])
+    assert "7 tokens of traffic" in done[0].message
+    if damage == "a folder":
+        damaged.rmdir()
+    assert check(store) == [] and sound.exists() and not damaged.exists()
+    assert len(store.traffic_files()) == 1
+
+
+def test_a_new_generation_keeps_the_traffic(store: Catalog, make_table: MakeTable) -> None:
+    path = save_traffic(store)
+    save_domain(store, "chemistry", make_table([8, 9]))
+    assert len(store.traffic_files()) == 1 and path.exists()
+
+
+def test_a_removed_domain_leaves_no_file(store: Catalog, make_table: MakeTable) -> None:
+    save_domain(store, "organic", make_table([20]), parent="general")
+    save_domain(store, "organic", make_table([21]))
+    folder = plot_path(store, "organic").parent
+    remove_domain(store, "organic")
+    assert check(store) == [] and not folder.exists()
+    remove_tenant(store, "acme/two")
+    path = save_traffic(store)
+    remove_domain(store, "chemistry")
+    assert check(store) == [] and not path.exists()
 
 
 def test_what_is_sound_by_now_stays(store: Catalog, make_table: MakeTable) -> None:
