@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from benchmarks.arguments import Arguments, read_arguments
-from benchmarks.composition_tasks import Trainer, general_info
-from benchmarks.composition_texts import Sizes, StudyTexts, TextSet, documentation_sets, folder_sets, prepare
+from benchmarks.composition_texts import Sizes, TextSet, documentation_sets, folder_sets, prepare
 from benchmarks.compression_rows import (
     StoredTable,
     Table,
@@ -24,14 +22,14 @@ from benchmarks.compression_rows import (
     relative_error,
     store_table,
 )
+from benchmarks.compression_tasks import BASELINE, IN_SMALL_TABLE, TRAINED, Figures, Subject, task_accuracies
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
 from hmi_engine.construct.row_encoding import RowEncoder
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
-from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, codebook_bytes, stored_row_bytes
-from hmi_engine.knowledge.selection import bytes_per_row
+from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.loading import import_bert, load_configuration
 from hmi_engine.models.packing import PackedSequences
@@ -52,12 +50,13 @@ NOTES = (
     "Curve: each format keeps the most frequent rows that its bytes (with codebooks, index and keys) hold; "
     "the error against all rows as float32 is that of the format and of what is missing together. Codebooks "
     "are those of the whole table.",
+    "In a small table: the same, trained and served with the most frequent rows that 4 MiB hold; the "
+    "difference is that from float16 in 4 MiB.",
     "Merge: rows to hidden states by the serving kernel, batches of 256 texts; formats interleaved.",
     "Near-duplicates: share of rows that have another row within that distance, in units of their own "
     "length. Storing such pairs once would save at most that share of the rows, and lose that much of them.",
 )
-BASELINE: RowFormat = "float16"
-TRAINED: tuple[RowFormat, ...] = ("float16", "int8", "pq8", "pq16")
+MIB = 1 << 20
 TEXTS_PER_BATCH = 256
 DISTANCES = (0.01, 0.05, 0.1, 0.2)
 
@@ -72,6 +71,7 @@ class _Plan:
     repetitions: int
     sampled_rows: int
     budgets: tuple[int, ...]
+    small_budget: int
 
 
 FULL = _Plan(
@@ -81,8 +81,17 @@ FULL = _Plan(
     repetitions=25,
     sampled_rows=2000,
     budgets=tuple(2**power for power in range(19, 27)),
+    small_budget=4 * MIB,
 )
-QUICK = _Plan(Sizes(150, 50, 24), seeds=1, epochs=1, repetitions=3, sampled_rows=50, budgets=(2**16, 2**24))
+QUICK = _Plan(
+    Sizes(150, 50, 24),
+    seeds=1,
+    epochs=1,
+    repetitions=3,
+    sampled_rows=50,
+    budgets=(2**16, 2**24),
+    small_budget=2**16,
+)
 
 
 def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
@@ -93,25 +102,7 @@ def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
     return sets[:1] if arguments.quick else sets
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured: a table in every format, and the sets whose windows it serves."""
-
-    table: Table
-    stored: Mapping[RowFormat, StoredTable]
-    sets: Sequence[StudyTexts]
-
-    @functools.cached_property
-    def references(self) -> list[Tensor]:
-        """For each set, int64 [T, 1]."""
-        return [self.table.references(texts.pairs.keys, texts.pairs.held()) for texts in self.sets]
-
-    def inputs(self, number: int, row_format: RowFormat) -> Tensor:
-        """The first upper layer's input for a set, float32 [T, H]."""
-        return self.stored[row_format].merge(self.sets[number].sequences, self.references[number])
-
-
-def _load(arguments: Arguments, plan: _Plan, folder: Path) -> _Subject:
+def _load(arguments: Arguments, plan: _Plan, folder: Path) -> Subject:
     import_bert(str(packaged_model()), folder)
     configuration = load_configuration(folder)
     encoder = TextEncoder(folder, configuration.max_positions)
@@ -120,10 +111,10 @@ def _load(arguments: Arguments, plan: _Plan, folder: Path) -> _Subject:
     model = HierarchicalBert.load(folder, configuration.num_layers // 2)
     table = compute_table(model, corpus)
     stored = {row_format: store_table(table, row_format) for row_format in ROW_FORMATS}
-    return _Subject(table, stored, [prepare(each, encoder, plan.sizes) for each in sets])
+    return Subject(table, stored, [prepare(each, encoder, plan.sizes) for each in sets])
 
 
-def _held_out_states(subject: _Subject, row_format: RowFormat, references: Sequence[Tensor]) -> Tensor:
+def _held_out_states(subject: Subject, row_format: RowFormat, references: Sequence[Tensor]) -> Tensor:
     """The first upper layer's inputs for the held-out tokens of all sets, float32 [T, H]."""
     stored = subject.stored[row_format]
     return torch.cat(
@@ -134,7 +125,7 @@ def _held_out_states(subject: _Subject, row_format: RowFormat, references: Seque
     )
 
 
-def _errors(subject: _Subject) -> Iterable[Quantity]:
+def _errors(subject: Subject) -> Iterable[Quantity]:
     """Bytes, row error and state error of each format; the error with unigram rows subtracted first."""
     window, hidden_size = subject.table.rows.shape[1:]
     exact = _held_out_states(subject, "float32", subject.references)
@@ -151,15 +142,14 @@ def _errors(subject: _Subject) -> Iterable[Quantity]:
         yield Quantity(name=name, value=error, unit="share")
 
 
-def _budget_curves(subject: _Subject, budgets: Sequence[int]) -> list[Curve]:
+def _budget_curves(subject: Subject, budgets: Sequence[int]) -> list[Curve]:
     """State error on held-out texts of tables that were given so many bytes, against all rows as float32."""
     exact = _held_out_states(subject, "float32", subject.references)
     curves = []
     for row_format in TRAINED:
         errors = []
         for budget in budgets:
-            kept = subject.table.most_frequent(_affordable_rows(subject.table, row_format, budget))
-            references = [_restricted(rows, kept) for rows in subject.references]
+            references = subject.affordable_references(row_format, budget)
             errors.append(relative_error(_held_out_states(subject, row_format, references), exact))
         curves.append(
             Curve(
@@ -172,17 +162,6 @@ def _budget_curves(subject: _Subject, budgets: Sequence[int]) -> list[Curve]:
             )
         )
     return curves
-
-
-def _affordable_rows(table: Table, row_format: RowFormat, budget: int) -> int:
-    window, hidden_size = table.rows.shape[1:]
-    left = budget - codebook_bytes(row_format, window, hidden_size)
-    return max(0, left // bytes_per_row(window, hidden_size, row_format))
-
-
-def _restricted(references: Tensor, kept: Tensor) -> Tensor:
-    """References int64 [T, 1] with -1 for the rows that are not kept, bool [N]."""
-    return torch.where((references >= 0) & kept[references.clamp(min=0)], references, -1)
 
 
 def _residual_error(table: Table, row_format: RowFormat) -> float:
@@ -202,7 +181,7 @@ def _near_duplicates(table: Table, count: int) -> Iterable[Quantity]:
         yield Quantity(name=f"rows with another within {bound:.0%}", value=share, unit="share")
 
 
-def _merge_case(subject: _Subject, repetitions: int) -> Case:
+def _merge_case(subject: Subject, repetitions: int) -> Case:
     """All sets' texts through the merge, batch after batch."""
     batches = [
         batch
@@ -243,38 +222,6 @@ def _batches(sequences: PackedSequences, references: Tensor) -> Iterable[tuple[P
         yield batch, references[start : start + batch.num_tokens].contiguous()
 
 
-Figures = dict[str, list[float]]
-"""Figures by name, one for each set and seed."""
-
-
-def _task_accuracies(subject: _Subject, settings: TrainingSettings, seeds: int) -> dict[str, Figures]:
-    """By set: trained on what is served, and trained on float16 rows and served others."""
-    general = general_info(subject.table.model, PACKAGE)
-    found: dict[str, Figures] = {}
-    for number, texts in enumerate(subject.sets):
-        inputs: dict[str, Tensor] = {name: subject.inputs(number, name) for name in TRAINED}
-        trainer = Trainer(subject.table.model, general, texts, settings)
-        figures = found[texts.name] = {}
-        for seed in range(seeds):
-            for name, accuracy in _accuracies(trainer, inputs, seed).items():
-                figures.setdefault(name, []).append(accuracy)
-        print(
-            f"{texts.name}: { ({name: round(mean(values), 3) for name, values in figures.items()}) }",
-            flush=True,
-        )
-    return found
-
-
-def _accuracies(trainer: Trainer, inputs: Mapping[str, Tensor], seed: int) -> dict[str, float]:
-    baseline = inputs[BASELINE]
-    served = trainer.accuracies(baseline, inputs, seed)
-    found: dict[str, float] = {BASELINE: served.pop(BASELINE)}
-    found |= {f"{name}, trained on {BASELINE}": accuracy for name, accuracy in served.items()}
-    for name in served:
-        found[f"{name}, trained alike"] = trainer.accuracies(inputs[name], {name: inputs[name]}, seed)[name]
-    return found
-
-
 def _accuracy_quantities(found: Mapping[str, Figures]) -> Iterable[Quantity]:
     for set_name, figures in found.items():
         for name, values in figures.items():
@@ -282,9 +229,10 @@ def _accuracy_quantities(found: Mapping[str, Figures]) -> Iterable[Quantity]:
     every = {name: [value for figures in found.values() for value in figures[name]] for name in _names(found)}
     for name, values in every.items():
         yield Quantity(name=f"all sets: accuracy, {name}", value=mean(values), unit="share")
-        if name == BASELINE:
+        baseline = f"{BASELINE}{IN_SMALL_TABLE}" if name.endswith(IN_SMALL_TABLE) else BASELINE
+        if name == baseline:
             continue
-        differences = [value - other for value, other in zip(values, every[BASELINE], strict=True)]
+        differences = [value - other for value, other in zip(values, every[baseline], strict=True)]
         yield Quantity(name=f"all sets: {name}, minus {BASELINE}", value=mean(differences), unit="share")
         if len(differences) > 1:
             error = stdev(differences) / len(differences) ** 0.5
@@ -306,7 +254,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             case = _merge_case(subject, plan.repetitions)
             curves = _budget_curves(subject, plan.budgets)
             quantities = [*_errors(subject), *_near_duplicates(subject.table, plan.sampled_rows)]
-        quantities += _accuracy_quantities(_task_accuracies(subject, settings, plan.seeds))
+        quantities += _accuracy_quantities(task_accuracies(subject, settings, plan.seeds, plan.small_budget))
     return BenchmarkResult(
         name="compression",
         question=QUESTION,

@@ -124,7 +124,11 @@ def test_all_formats_are_measured(tiny_bert: Path, data_folder: Path, tmp_path: 
         assert values[f"{row_format}: bytes of the table"] == total
     assert values["float32: row error"] == values["float32: state error"] == 0
     assert 0 < values["float16: row error"] < values["int8: row error"] < 0.05
+    small = values["all sets: accuracy, float16, in a small table"]
     for row_format in compression.TRAINED[1:]:
+        name = f"{row_format}, in a small table"
+        difference = values[f"all sets: accuracy, {name}"] - small
+        assert values[f"all sets: {name}, minus float16"] == pytest.approx(difference)
         for how in ("trained alike", "trained on float16"):
             name = f"{row_format}, {how}"
             assert 0.3 < values[f"words: accuracy, {name}"] <= 1
