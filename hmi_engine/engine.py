@@ -98,7 +98,13 @@ class Engine(AbstractContextManager["Engine"]):
         self._plots: PlotLibrary | None = None
         if store.general.plot_layers:
             overlay_bytes = parse_bytes(overlay_memory)
-            self._plots = PlotLibrary(store.layout, store.catalog, store.general, overlay_bytes=overlay_bytes)
+            self._plots = PlotLibrary(
+                store.layout,
+                store.catalog,
+                store.general,
+                overlay_bytes=overlay_bytes,
+                domain_layers=store.domain_layers,
+            )
         self._runner = BatchRunner(
             store.general, store.model, self._plots, self._residency, miss=miss, exact_budget=exact_budget
         )

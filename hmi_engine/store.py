@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from hmi_engine.construct.counting import Progress, count_corpus
+from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.creation import create_store
-from hmi_engine.construct.materialise import build_plot
 from hmi_engine.construct.training import (
     TrainedTenant,
     TrainingProgress,
     TrainingSettings,
     train_classifier,
 )
+from hmi_engine.domain_store import DomainStore
 from hmi_engine.errors import (
-    DomainExistsError,
     HmiError,
-    ReadOnlyStoreError,
     TenantExistsError,
 )
 from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
 from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
-from hmi_engine.knowledge.catalog_views import DomainView, TenantView
+from hmi_engine.knowledge.catalog_views import TenantView
 from hmi_engine.knowledge.changes import (
     NewTenant,
-    remove_domain,
     remove_tenant,
-    save_domain,
     save_tenants,
 )
-from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_texts
-from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.corpus import Example
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
-from hmi_engine.knowledge.plot_table import PlotTable, open_plot
-from hmi_engine.knowledge.records import DomainInfo, TenantInfo
-from hmi_engine.knowledge.sizes import parse_bytes
+from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import load_tenant
 from hmi_engine.knowledge.verification import Problem, Repair, repair, verify
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.tokenization import TextEncoder
 
 __all__ = ["Corpus", "Store"]
 
@@ -55,14 +45,8 @@ Corpus = str | Path | Sequence[Path] | Iterable[str]
 """Path or paths of text files (a folder stands for its files), or texts."""
 
 
-class Store(AbstractContextManager["Store"]):
+class Store(DomainStore, AbstractContextManager["Store"]):
     """One base model, its domain knowledge tree and its tenants. Files: docs/architecture.md."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        """Use :meth:`create` or :meth:`open`."""
-        self.catalog = catalog
-        self.layout = catalog.layout
-        self.general: GeneralInfo = catalog.general
 
     @classmethod
     def create(
@@ -115,87 +99,6 @@ class Store(AbstractContextManager["Store"]):
     def tenants(self) -> TenantView:
         """Tenants by name: a read-only mapping that shows the current state."""
         return self.catalog.tenants
-
-    @property
-    def domains(self) -> DomainView:
-        """Domains by name: a read-only mapping that shows the current state."""
-        return self.catalog.domains
-
-    @functools.cached_property
-    def model(self) -> HierarchicalBert:
-        """The base model, loaded at first use."""
-        return HierarchicalBert.load(self.layout.general, self.general.plot_layers)
-
-    @functools.cached_property
-    def encoder(self) -> TextEncoder:
-        """The base model's tokenizer, loaded at first use."""
-        return TextEncoder(self.layout.general, self.general.max_positions)
-
-    def add_domain(
-        self,
-        name: str,
-        corpus: Corpus,
-        *,
-        parent: str = ROOT_DOMAIN,
-        plot_bytes: int | str = "256MiB",
-        min_count: int = 2,
-        text_field: str = "text",
-        progress: Progress | None = None,
-    ) -> CorpusReport:
-        """Adds a domain: counts the corpus' n-grams and materialises the most frequent into its PLOT.
-
-        Args:
-            name: the domain's name.
-            corpus: path(s) of .txt or .jsonl files, also .gz, or an iterable of texts; streamed.
-            parent: name of the parent domain; n-grams that an ancestor's table holds are not stored again.
-            plot_bytes: budget for the table, in bytes or as ``"256MiB"``.
-            min_count: n-grams seen less often are left out.
-            text_field: field of the text in JSON lines.
-            progress: told about the work.
-
-        Returns:
-            What was read, and which lines were no text (they are left out).
-
-        Raises:
-            InvalidNameError, DomainExistsError, UnknownDomainError: the name or the parent's.
-            CorpusError: a path cannot be read, or there is no text at all.
-            StoreFullError: no room; the store is as it was.
-        """
-        check_name(name, "domain")
-        if name in self.domains:
-            raise DomainExistsError(f"domain {name!r} is in {self.layout.root} already; remove it first")
-        above = self.catalog.chain(parent)
-        # With K = 0 nothing is looked up: the domain is a name for its tenants, and no rows are kept.
-        budget = parse_bytes(plot_bytes) if self.general.plot_layers else 0
-        report = CorpusReport()
-        texts = stream_texts(corpus, text_field=text_field, report=report)
-        counts = count_corpus(texts, self.encoder, window=self.general.window, progress=progress)
-        inherited = [self._open_plot(node).row_keys for node in above if node.file]
-        table, selection = build_plot(
-            counts,
-            self.model,
-            self.general,
-            plot_bytes=budget,
-            min_count=min_count,
-            inherited=inherited,
-            progress=progress,
-        )
-        card = {
-            "texts": counts.num_texts,
-            "hit_mass": selection.hit_mass,
-            "inherited_mass": selection.inherited_mass,
-            "plot_bytes": budget,
-        }
-        save_domain(self.catalog, name, table, parent=above[0].name, card=card)
-        return report
-
-    def remove_domain(self, name: str) -> None:
-        """Removes a domain without tenants and children.
-
-        Raises:
-            UnknownDomainError, DomainInUseError, ReadOnlyStoreError.
-        """
-        remove_domain(self.catalog, name)
 
     def add_tenant(
         self,
@@ -277,7 +180,7 @@ class Store(AbstractContextManager["Store"]):
         plots = None
         _ = self.domains[domain]
         if self.general.plot_layers:
-            plots = PlotLibrary(self.layout, self.catalog, self.general)
+            plots = PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
         trained = train_classifier(
             general=self.general,
             model=self.model,
@@ -371,12 +274,3 @@ class Store(AbstractContextManager["Store"]):
     ) -> None:
         """Closes the store."""
         self.close()
-
-    def _check_writable(self) -> None:
-        if self.catalog.read_only:
-            raise ReadOnlyStoreError(
-                f"{self.layout.root} was opened with read_only=True; open it for writing"
-            )
-
-    def _open_plot(self, domain: DomainInfo) -> PlotTable:
-        return open_plot(self.layout.resolve(domain.file or ""), self.general)

@@ -11,7 +11,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from hmi_engine.construct.counting import Progress
-from hmi_engine.construct.materialise import build_unigram_plot
+from hmi_engine.construct.materialise import build_root_table
 from hmi_engine.errors import StoreExistsError, StoreFullError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.changes import save_domain
@@ -46,7 +46,9 @@ def create_store(
         with Catalog.create(partial, info) as catalog:
             if info.plot_layers:
                 model = HierarchicalBert.load(partial.general, info.plot_layers)
-                save_domain(catalog, ROOT_DOMAIN, build_unigram_plot(model, info, progress=progress))
+                save_domain(
+                    catalog, ROOT_DOMAIN, build_root_table(model.window_states, info, progress=progress)
+                )
         partial.root.rename(path)
     except BaseException as error:
         shutil.rmtree(partial.root, ignore_errors=True)

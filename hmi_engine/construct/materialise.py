@@ -1,115 +1,204 @@
-"""Chooses which n-grams to keep, and computes their rows through the domain layers."""
+"""Computes the rows of a planned table through the domain layers; what is computed already is copied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.construct.counting import CorpusCounts, Progress
+from hmi_engine.construct.build_folder import BuildFolder
+from hmi_engine.construct.counting import Progress
+from hmi_engine.construct.row_encoding import SAMPLE_ROWS, RowEncoder
+from hmi_engine.construct.table_plan import TablePlan
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.plot_table import PlotMetadata, PlotTable
-from hmi_engine.knowledge.selection import Selection, bytes_per_row, select_rows
-from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.knowledge.row_formats import is_product_quantized, stored_shapes
 
-__all__ = ["build_plot", "build_unigram_plot"]
+__all__ = ["RowSources", "WindowLayersOf", "build_root_table", "build_table", "compute_unigrams"]
 
 WINDOWS_PER_BATCH = 8192
+_STEP = "computing rows"
+
+WindowLayersOf = Callable[[Tensor], Tensor]
+"""Runs windows, int32 [M, W] token ids with -1 where absent, through domain layers: float32 [M, W, H]."""
 
 
-def build_plot(
-    counts: CorpusCounts,
-    model: HierarchicalBert,
-    general: GeneralInfo,
+@dataclass(frozen=True)
+class RowSources:
+    """Where rows come from.
+
+    Attributes:
+        windows: computes rows; the weights are those of the plan's layer identity.
+        tables: tables of the same layer identity, whose rows are copied where they have what is wanted.
+        codebooks: those to go on with, where rows are product-quantised; None to train new ones.
+        pause: called after each computed batch, so that a caller can give way to other work.
+    """
+
+    windows: WindowLayersOf
+    tables: Sequence[PlotTable] = ()
+    codebooks: Tensor | None = None
+    pause: Callable[[], None] = field(default=lambda: None)
+
+
+def build_table(
+    plan: TablePlan,
+    sources: RowSources,
+    folder: BuildFolder,
     *,
-    plot_bytes: int,
-    min_count: int,
-    inherited: Sequence[torch.Tensor] = (),
+    unigrams: Tensor | None = None,
     progress: Progress | None = None,
-) -> tuple[PlotTable, Selection]:
-    """Makes a domain's table: the most frequent windows that fit into ``plot_bytes``.
+) -> PlotTable:
+    """Makes the table of a plan, going on after the rows that ``folder`` holds from an interrupted build.
 
     Args:
-        counts: the corpus.
-        model: computes the rows.
-        general: the store's base.
-        plot_bytes: budget for rows and index.
-        min_count: rarer windows are left out.
-        inherited: sorted keys int64 of each ancestor's table; what an ancestor holds is not stored again.
+        plan: what the table holds.
+        sources: where its rows come from.
+        folder: takes the rows batch by batch.
+        unigrams: [V, H] of the store's float type, or None.
         progress: told about the rows.
 
-    Returns:
-        The table, and the choice that was made (hit mass on the corpus itself).
+    Raises:
+        StoreFullError: no room; the folder keeps what is done.
+        MissingDependencyError: product-quantised rows need faiss.
     """
-    selection = select_rows(
-        counts.keys,
-        counts.counts,
-        budget_bytes=plot_bytes,
-        bytes_per_row=bytes_per_row(general.window, general.hidden_size, general.row_dtype),
-        min_count=min_count,
-        exclude=inherited,
-    )
-    keys, order = torch.sort(selection.keys)
-    tokens = hmi_kernels.ngram_tokens(keys)[:, : general.window]
-    table = PlotTable(
-        index=hmi_kernels.plot_index_build(keys),
-        rows=_compute_rows(tokens, model, getattr(torch, general.row_dtype), "computing rows", progress),
-        row_keys=keys,
-        row_counts=selection.counts[order],
-        unigrams=None,
-        documents=counts.documents,
-        metadata=_metadata(general, counts.num_tokens, min_count, selection.admission_count),
-    )
-    return table, selection
-
-
-def build_unigram_plot(
-    model: HierarchicalBert, general: GeneralInfo, *, progress: Progress | None = None
-) -> PlotTable:
-    """Makes the root's table: the unigram row of every token id, and no n-grams yet."""
-    tokens = torch.full((general.vocab_size, general.window), -1, dtype=torch.int32)
-    tokens[:, general.window - 2] = torch.arange(general.vocab_size, dtype=torch.int32)
-    dtype = getattr(torch, general.row_dtype)
-    rows = _compute_rows(tokens, model, dtype, "computing unigram rows", progress)
-    none = torch.empty(0, dtype=torch.int64)
+    metadata = plan.metadata
+    encoder = _encoder(plan, sources, folder, progress)
+    shapes = stored_shapes(metadata.row_format, len(plan.keys), metadata.window, metadata.hidden_size)
+    shapes.pop("codebooks", None)
+    usable = [table for table in sources.tables if _has_same_format(table, encoder)]
+    writer = folder.rows(shapes)
+    while writer.done < len(plan.keys):
+        keys = plan.keys[writer.done : writer.done + WINDOWS_PER_BATCH]
+        writer.append(_batch(keys, metadata, usable, sources, encoder))
+        if progress:
+            progress(_STEP, writer.done, len(plan.keys))
     return PlotTable(
-        index=hmi_kernels.plot_index_build(none),
-        rows=torch.empty(0, general.window, general.hidden_size, dtype=dtype),
-        row_keys=none,
-        row_counts=none,
-        unigrams=rows[:, general.window - 2].contiguous(),
-        documents=none,
-        metadata=_metadata(general, 0, 0, 0),
+        index=hmi_kernels.plot_index_build(plan.keys),
+        row_keys=plan.keys,
+        row_counts=plan.counts,
+        unigrams=unigrams,
+        documents=plan.documents,
+        metadata=metadata,
+        codebooks=encoder.codebooks,
+        candidate_keys=plan.candidate_keys,
+        candidate_counts=plan.candidate_counts,
+        **writer.tensors(),
     )
 
 
-def _metadata(general: GeneralInfo, corpus_tokens: int, min_count: int, admission_count: int) -> PlotMetadata:
-    return PlotMetadata(
-        window=general.window,
-        plot_layers=general.plot_layers,
-        layer_identity=general.domain_layers,
-        hidden_size=general.hidden_size,
-        vocab_size=general.vocab_size,
-        row_dtype=general.row_dtype,
-        corpus_tokens=corpus_tokens,
-        min_count=min_count,
-        admission_count=admission_count,
-    )
+def _encoder(
+    plan: TablePlan, sources: RowSources, folder: BuildFolder, progress: Progress | None
+) -> RowEncoder:
+    row_format = plan.metadata.row_format
+    if not is_product_quantized(row_format):
+        return RowEncoder(row_format, None)
+    codebooks = folder.codebooks
+    if codebooks is None:
+        codebooks = sources.codebooks
+    if codebooks is None:
+        # Keys that lie evenly over all: a random sample would have to be drawn again after a restart.
+        chosen = torch.linspace(0, max(len(plan.keys) - 1, 0), min(len(plan.keys), SAMPLE_ROWS)).long()
+        sample = _compute(plan.keys[chosen], plan.metadata, sources, "training codebooks", progress)
+        codebooks = RowEncoder.fit(sample, row_format).codebooks
+    if codebooks is not None and folder.codebooks is None:
+        folder.codebooks = codebooks
+    return RowEncoder.from_codebooks(row_format, codebooks)
+
+
+def _has_same_format(table: PlotTable, encoder: RowEncoder) -> bool:
+    if table.metadata.row_format != encoder.row_format:
+        return False
+    if table.codebooks is None or encoder.codebooks is None:
+        return table.codebooks is encoder.codebooks
+    return torch.equal(table.codebooks, encoder.codebooks)
+
+
+def _batch(
+    keys: Tensor,
+    metadata: PlotMetadata,
+    tables: Sequence[PlotTable],
+    sources: RowSources,
+    encoder: RowEncoder,
+) -> dict[str, Tensor]:
+    """The stored tensors of the rows of ``keys`` int64 [M]."""
+    shapes = stored_shapes(metadata.row_format, len(keys), metadata.window, metadata.hidden_size)
+    shapes.pop("codebooks", None)
+    stored = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
+    missing = torch.ones(len(keys), dtype=torch.bool)
+    for table in tables:
+        rows = hmi_kernels.plot_index_find(table.index, keys)
+        found = missing & (rows >= 0)
+        for name, tensor in stored.items():
+            tensor[found] = getattr(table, name)[rows[found]]
+        missing &= ~found
+    if missing.any():
+        encoded = encoder.encode(_compute(keys[missing], metadata, sources))
+        for name, tensor in stored.items():
+            tensor[missing] = getattr(encoded, name)
+        sources.pause()
+    return stored
+
+
+def _compute(
+    keys: Tensor,
+    metadata: PlotMetadata,
+    sources: RowSources,
+    step: str = "",
+    progress: Progress | None = None,
+) -> Tensor:
+    """float32 [M, W, H]: the rows of ``keys`` int64 [M]."""
+    tokens = hmi_kernels.ngram_tokens(keys)[:, : metadata.window]
+    return _run_windows(tokens, metadata.hidden_size, sources.windows, step, progress)
 
 
 @torch.no_grad()
-def _compute_rows(
-    tokens: torch.Tensor,
-    model: HierarchicalBert,
-    dtype: torch.dtype,
-    step: str,
-    progress: Progress | None,
-) -> torch.Tensor:
-    rows = torch.empty(*tokens.shape, model.configuration.hidden_size, dtype=dtype)
+def _run_windows(
+    tokens: Tensor, hidden_size: int, windows: WindowLayersOf, step: str, progress: Progress | None
+) -> Tensor:
+    rows = torch.empty(*tokens.shape, hidden_size)
     for start in range(0, len(tokens), WINDOWS_PER_BATCH):
         end = min(start + WINDOWS_PER_BATCH, len(tokens))
-        rows[start:end] = model.window_states(tokens[start:end])
-        if progress:
+        rows[start:end] = windows(tokens[start:end])
+        if progress and step:
             progress(step, end, len(tokens))
     return rows
+
+
+def compute_unigrams(
+    windows: WindowLayersOf, general: GeneralInfo, *, progress: Progress | None = None
+) -> Tensor:
+    """Returns the unigram row of every token id: [V, H] of the store's float type."""
+    tokens = torch.full((general.vocab_size, general.window), -1, dtype=torch.int32)
+    tokens[:, general.window - 2] = torch.arange(general.vocab_size, dtype=torch.int32)
+    rows = _run_windows(tokens, general.hidden_size, windows, "computing unigram rows", progress)
+    return rows[:, general.window - 2].to(getattr(torch, general.row_dtype))
+
+
+def build_root_table(
+    windows: WindowLayersOf, general: GeneralInfo, *, progress: Progress | None = None
+) -> PlotTable:
+    """Makes the root's first table: the unigram row of every token id, and no n-grams yet."""
+    none = torch.empty(0, dtype=torch.int64)
+    return PlotTable(
+        index=hmi_kernels.plot_index_build(none),
+        rows=torch.empty(0, general.window, general.hidden_size, dtype=getattr(torch, general.row_dtype)),
+        row_keys=none,
+        row_counts=none,
+        unigrams=compute_unigrams(windows, general, progress=progress),
+        documents=none,
+        metadata=PlotMetadata(
+            window=general.window,
+            plot_layers=general.plot_layers,
+            layer_identity=general.domain_layers,
+            hidden_size=general.hidden_size,
+            vocab_size=general.vocab_size,
+            row_dtype=general.row_dtype,
+            row_format=general.row_dtype,
+            corpus_tokens=0,
+            min_count=0,
+            admission_count=0,
+        ),
+    )

@@ -16,6 +16,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from hmi_engine.errors import (
+    DomainCycleError,
     DomainExistsError,
     DomainInUseError,
     ReadOnlyStoreError,
@@ -32,7 +33,7 @@ from hmi_engine.knowledge.inheritance import inheritance_chain
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import WriterLock
 from hmi_engine.knowledge.names import check_name
-from hmi_engine.knowledge.records import DomainInfo, GeneralFile, TenantInfo
+from hmi_engine.knowledge.records import DomainChange, DomainInfo, GeneralFile, TenantInfo, TrafficInfo
 from hmi_engine.knowledge.tensor_file import file_sha256
 
 __all__ = ["ROOT_DOMAIN", "Catalog", "DomainInfo", "GeneralFile", "TenantInfo"]
@@ -45,7 +46,7 @@ _TENANT_COLUMNS = (
 )
 _DOMAIN_COLUMNS = (
     "id, name, parent_id, generation, file, bytes, sha256, rows, unigrams, layer_identity, corpus_tokens, "
-    "min_count, admission_count, card, created"
+    "min_count, admission_count, plot_bytes, row_format, layers, previous, card, created"
 )
 
 
@@ -98,6 +99,8 @@ class Catalog:
             corpus_tokens=0,
             min_count=0,
             admission_count=0,
+            plot_bytes=0,
+            row_format=general.row_dtype,
             created=datetime.now(timezone.utc),
         )
 
@@ -187,17 +190,8 @@ class Catalog:
         Raises :class:`DomainExistsError`, :class:`InvalidNameError`, and :class:`UnknownDomainError` if there
         is no such parent.
         """
-        check_name(domain.name, "domain")
         with self._database.transaction() as connection:
-            if _find(connection, "domains", domain.name):
-                raise DomainExistsError(
-                    f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
-                )
-            if domain.parent_id is None or not _has_domain(connection, domain.parent_id):
-                raise UnknownDomainError(
-                    f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
-                )
-            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+            self._insert_domain(connection, domain)
 
     def replace_domain(self, domain: DomainInfo) -> DomainInfo:
         """Replace what is known of a node, found by name; return what it was. Id and parent stay.
@@ -212,10 +206,79 @@ class Catalog:
                     f"domain {domain.name!r} was removed and made again meanwhile; try again"
                 )
             _check_newer(previous, domain)
-            connection.execute("PRAGMA defer_foreign_keys = ON")
-            connection.execute("DELETE FROM domains WHERE id = ?", (domain.id,))
-            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+            _replace_domain_row(connection, domain)
         return previous
+
+    def commit_domains(self, changes: Sequence[DomainChange], *, taken_traffic: Sequence[int] = ()) -> None:
+        """Put new states of domains in place, all of them or none; traffic that was taken in is forgotten.
+
+        Raises :class:`DomainExistsError`, :class:`UnknownDomainError` where the parent of a new domain is
+        gone, :class:`StoreBusyError` where a domain is not any more what the change was planned from, and
+        :class:`DomainCycleError` where a domain would be below itself.
+        """
+        with self._database.transaction() as connection:
+            for change in changes:
+                if change.before is None:
+                    self._insert_domain(connection, change.after)
+                    continue
+                self._check_unchanged(change.before)
+                _replace_domain_row(connection, change.after)
+            for change in changes:
+                self._check_place(change.after)
+            connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
+
+    def _check_unchanged(self, planned_from: DomainInfo) -> None:
+        current = self.domains.get(planned_from.name)
+        if current is None or _state(current) != _state(planned_from):
+            raise StoreBusyError(
+                f"domain {planned_from.name!r} was changed by someone else meanwhile; try again"
+            )
+
+    def _check_place(self, domain: DomainInfo) -> None:
+        """Raise where a domain is below itself, or has neither its own domain layers nor its parent's."""
+        above = domain
+        for _ in range(len(self.domains) + 1):
+            if above.parent is None:
+                break
+            above = self.domains[above.parent]
+        else:
+            raise DomainCycleError(f"domain {domain.name!r} would be below itself")
+        if domain.parent and domain.layers is None:
+            parent = self.domains[domain.parent]
+            if parent.layer_identity != domain.layer_identity:
+                raise StoreBusyError(f"domain {parent.name!r} got other domain layers meanwhile; try again")
+
+    def _insert_domain(self, connection: sqlite3.Connection, domain: DomainInfo) -> None:
+        check_name(domain.name, "domain")
+        if _find(connection, "domains", domain.name):
+            raise DomainExistsError(
+                f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
+            )
+        if domain.parent_id is None or not _has_domain(connection, domain.parent_id):
+            raise UnknownDomainError(
+                f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
+            )
+        _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+
+    def add_traffic(self, traffic: TrafficInfo) -> None:
+        """Note a file of a domain's traffic; raises :class:`UnknownDomainError` if the domain is gone."""
+        with self._database.transaction() as connection:
+            if not _has_domain(connection, traffic.domain_id):
+                raise UnknownDomainError(f"the domain of {traffic.file} is not in the store any more")
+            fields = traffic.model_dump()
+            _insert(connection, "traffic", ", ".join(fields), tuple(fields.values()))
+
+    def traffic_files(self) -> list[TrafficInfo]:
+        """Return the files of traffic that no update has taken in yet, of all domains, oldest first."""
+        rows = self._database.query(
+            "SELECT id, domain_id, file, bytes, sha256, tokens FROM traffic ORDER BY id"
+        )
+        return [TrafficInfo.model_validate(dict(row)) for row in rows]
+
+    def remove_traffic(self, numbers: Sequence[int]) -> None:
+        """Remove entries of traffic by their ids; unknown ones count as removed. The files stay."""
+        with self._database.transaction() as connection:
+            connection.executemany("DELETE FROM traffic WHERE id = ?", [(number,) for number in numbers])
 
     def remove_domain(self, name: str) -> DomainInfo:
         """Remove a node and return what it was.
@@ -320,6 +383,18 @@ def _insert(connection: sqlite3.Connection, table: str, columns: str, row: tuple
     connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", row)
 
 
+def _state(domain: DomainInfo) -> tuple[object, ...]:
+    """What changes whenever a domain does."""
+    return domain.id, domain.parent_id, domain.generation, domain.layer_identity
+
+
+def _replace_domain_row(connection: sqlite3.Connection, domain: DomainInfo) -> None:
+    # Updated in place: deleting the row would take the domain's traffic with it.
+    assignments = ", ".join(f"{column} = ?" for column in _DOMAIN_COLUMNS.split(", "))
+    row = _domain_row(domain)
+    connection.execute(f"UPDATE domains SET {assignments} WHERE id = ?", (*row, domain.id))
+
+
 def _find(connection: sqlite3.Connection, table: str, name: str) -> bool:
     return connection.execute(f"SELECT 1 FROM {table} WHERE name = ?", (name,)).fetchone() is not None
 
@@ -338,6 +413,8 @@ def _check_newer(previous: DomainInfo | TenantInfo, info: DomainInfo | TenantInf
 
 def _domain_row(domain: DomainInfo) -> tuple[object, ...]:
     fields = domain.model_dump(exclude={"parent"}) | {
+        "layers": domain.layers.model_dump_json() if domain.layers else None,
+        "previous": domain.previous.model_dump_json() if domain.previous else None,
         "card": json.dumps(domain.card),
         "created": domain.created.isoformat(),
     }

@@ -123,7 +123,8 @@ class DomainView(_View[DomainInfo]):
     )
 
     def _parse(self, row: sqlite3.Row) -> DomainInfo:
-        return DomainInfo.model_validate(dict(row) | {"card": json.loads(row["card"])})
+        decoded = {name: json.loads(row[name]) for name in ("card", "layers", "previous") if row[name]}
+        return DomainInfo.model_validate(dict(row) | decoded)
 
 
 class TenantView(_View[TenantInfo]):

@@ -16,10 +16,11 @@ from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.names import check_name
 from hmi_engine.knowledge.plot_table import PlotTable, write_plot
-from hmi_engine.knowledge.records import DomainInfo, TenantInfo
+from hmi_engine.knowledge.records import DomainInfo, TenantInfo, TrafficInfo
 from hmi_engine.knowledge.tenant_file import write_tenant
+from hmi_engine.knowledge.traffic_file import TrafficCounts, write_traffic
 
-__all__ = ["NewTenant", "remove_domain", "remove_tenant", "save_domain", "save_tenants"]
+__all__ = ["NewTenant", "remove_domain", "remove_tenant", "save_domain", "save_tenants", "save_traffic"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +183,33 @@ def _describe_domain(
         created=datetime.now(timezone.utc),
         card=previous.card if previous and card is None else dict(card or {}),
     )
+
+
+def save_traffic(catalog: Catalog, domain: str, counts: TrafficCounts) -> TrafficInfo:
+    """Write n-grams of a domain's traffic and note them in the catalog; the next update takes them in.
+
+    Raises :class:`UnknownDomainError`, :class:`ReadOnlyStoreError`, :class:`StoreFullError`.
+    """
+    info = catalog.domains[domain]
+    with catalog.change_lock:
+        (number,) = catalog.reserve()
+        file = catalog.layout.traffic_file(info.id, number)
+        path = catalog.layout.resolve(file)
+        try:
+            sha256 = write_traffic(path, counts)
+            traffic = TrafficInfo(
+                id=number,
+                domain_id=info.id,
+                file=file,
+                bytes=path.stat().st_size,
+                sha256=sha256,
+                tokens=counts.tokens,
+            )
+            catalog.add_traffic(traffic)
+        except BaseException:
+            remove_quietly(path)
+            raise
+    return traffic
 
 
 def remove_domain(catalog: Catalog, name: str) -> DomainInfo:

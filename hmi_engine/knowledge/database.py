@@ -20,7 +20,7 @@ from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = ["FORMAT_VERSION", "Database", "create_database"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _APPLICATION_ID = 0x484D4953  # "HMIS"
 _BUSY_SECONDS = 10.0
 
@@ -34,8 +34,13 @@ CREATE TABLE domains (
     generation INTEGER NOT NULL, file TEXT UNIQUE, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
     rows INTEGER NOT NULL, unigrams INTEGER NOT NULL, layer_identity TEXT NOT NULL,
     corpus_tokens INTEGER NOT NULL, min_count INTEGER NOT NULL, admission_count INTEGER NOT NULL,
+    plot_bytes INTEGER NOT NULL, row_format TEXT NOT NULL, layers TEXT, previous TEXT,
     created TEXT NOT NULL, card TEXT NOT NULL);
 CREATE INDEX domains_by_parent ON domains (parent_id);
+CREATE TABLE traffic (
+    id INTEGER PRIMARY KEY, domain_id INTEGER NOT NULL REFERENCES domains (id) ON DELETE CASCADE,
+    file TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, tokens INTEGER NOT NULL);
+CREATE INDEX traffic_by_domain ON traffic (domain_id);
 CREATE TABLE tenants (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, domain_id INTEGER NOT NULL REFERENCES domains (id),
     kind TEXT NOT NULL, rank INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
@@ -119,6 +124,11 @@ class Database:
                 raise StoreVersionError(
                     f"{self.path.parent} was written in store format {version}; this HMI reads up to "
                     f"{FORMAT_VERSION}. Upgrade HMI: pip install --upgrade hmi"
+                )
+            if version < FORMAT_VERSION:
+                raise StoreVersionError(
+                    f"{self.path.parent} was written by an earlier, unreleased HMI (store format {version}); "
+                    "make the store again"
                 )
             self._connection.execute("PRAGMA foreign_keys = ON")
             if not self.read_only:

@@ -52,6 +52,14 @@ class StoreLayout:
         """Relative path of one generation of a domain's PLOT."""
         return f"domains/{int(domain_id)}/{int(generation)}.plot.safetensors"
 
+    def layers_file(self, domain_id: int, generation: int) -> str:
+        """Relative path of a domain's own domain layers."""
+        return f"domains/{int(domain_id)}/{int(generation)}.layers.safetensors"
+
+    def traffic_file(self, domain_id: int, number: int) -> str:
+        """Relative path of n-grams that engines saw in a domain's traffic."""
+        return f"domains/{int(domain_id)}/{int(number)}.traffic.safetensors"
+
     def tenant_file(self, tenant_id: int, generation: int) -> str:
         """Relative path of one generation of a tenant; 256 folders keep each folder small."""
         return f"tenants/{int(tenant_id) % 256:02x}/{int(tenant_id)}.{int(generation)}.safetensors"

@@ -1,15 +1,15 @@
 """A domain's PLOT on disk: the n-gram index, the rows, and what they were made from; read by memory mapping.
 
 The tensors of the file: ``index`` int64 [C, 2] of (key, row) as `hmi_kernels.plot_index_build` makes it,
-``rows`` [N, W, H], ``row_keys`` and ``row_counts`` int64 [N], ``documents`` int64 [D], and optionally
-``unigrams`` [V, H]. All begin on a cache line. Settings are JSON in the header's metadata.
+``rows`` (with ``row_scales`` or ``codebooks``) in one of :mod:`~hmi_engine.knowledge.row_formats`,
+``row_keys`` and ``row_counts`` int64 [N], ``candidate_keys`` and ``candidate_counts`` int64 [M],
+``documents`` int64 [D], and optionally ``unigrams`` [V, H]. All begin on a cache line. Settings are JSON in
+the header's metadata. Rows and frequencies lie in one file, so that one rename changes both.
 """
 
 import hashlib
-import mmap
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,24 +17,40 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from hmi_engine.errors import StoreCorruptError, StoreVersionError
+from hmi_engine.knowledge.frequencies import Frequencies, sum_counts
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.tensor_file import TensorEntry, TensorHeader, read_header, write_tensors
+from hmi_engine.knowledge.mapped_file import DTYPES, map_tensors
+from hmi_engine.knowledge.row_formats import RowFormat, stored_shapes
+from hmi_engine.knowledge.tensor_file import TensorHeader, read_header, write_tensors
 
 __all__ = ["FORMAT_VERSION", "PlotMetadata", "PlotTable", "open_plot", "text_digest", "write_plot"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_HEADER_BYTES = 1 << 16
-_DTYPES = {"I64": torch.int64, "F16": torch.float16, "F32": torch.float32}
-_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in Python's module from 3.13 on
-_TENSORS = ("index", "rows", "unigrams", "row_keys", "row_counts", "documents")
+_TENSORS = (
+    "index",
+    "rows",
+    "row_scales",
+    "codebooks",
+    "unigrams",
+    "row_keys",
+    "row_counts",
+    "candidate_keys",
+    "candidate_counts",
+    "documents",
+)
+_OPTIONAL = {"unigrams", "row_scales", "codebooks"}
 
 
 class PlotMetadata(BaseModel):
     """What a table was made from.
 
-    ``admission_count`` is the least count among its n-grams (0 if it has none), ``min_count`` the least
-    count that was asked for, ``corpus_tokens`` the number of tokens counted. ``layer_identity`` names the
-    weights of the domain layers that computed the rows.
+    ``row_dtype`` is the store's type of float rows, which the unigrams have too; ``row_format`` is how the
+    n-gram rows lie here. ``admission_count`` is the least count among its n-grams (0 if it has none),
+    ``min_count`` the least count that was asked for, ``corpus_tokens`` the number of tokens counted.
+    ``layer_identity`` names the weights of the domain layers that computed the rows. ``total_weight``,
+    ``corpus_weight`` and ``occurrence_weight`` are those of
+    :class:`~hmi_engine.knowledge.frequencies.Frequencies`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,17 +60,28 @@ class PlotMetadata(BaseModel):
     hidden_size: int
     vocab_size: int
     row_dtype: str
+    row_format: RowFormat
     layer_identity: str
     corpus_tokens: int
     min_count: int
     admission_count: int
+    total_weight: float = 0.0
+    corpus_weight: float = 1.0
+    occurrence_weight: float = 1.0
+
+
+def _none() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class PlotTable:
-    """A PLOT: ``index`` int64 [C, 2], ``rows`` [N, W, H] and ``unigrams`` [V, H] (or None) of the row dtype.
+    """A PLOT: ``index`` int64 [C, 2], ``rows`` of the row format and ``unigrams`` [V, H] (or None).
 
-    ``row_keys`` and ``row_counts`` int64 [N] tell each row's n-gram and how often the corpus has it.
+    ``rows`` are [N, W, H] of a float type, or int8 with ``row_scales`` float32 [N, W], or product-quantised:
+    uint8 [N, W, M] with ``codebooks`` float16 [W, M, 256, H/M]. ``row_keys`` and ``row_counts`` int64 [N],
+    by ascending key, tell each row's n-gram and how often the corpus has it; ``candidate_keys`` and
+    ``candidate_counts`` int64 [C], likewise, are n-grams that were counted and have no row here.
     ``documents`` int64 [D] are the sorted digests of the corpus' texts (see :func:`text_digest`).
     """
 
@@ -65,6 +92,21 @@ class PlotTable:
     unigrams: Tensor | None
     documents: Tensor
     metadata: PlotMetadata
+    row_scales: Tensor | None = None
+    codebooks: Tensor | None = None
+    candidate_keys: Tensor = field(default_factory=_none)
+    candidate_counts: Tensor = field(default_factory=_none)
+
+    @property
+    def frequencies(self) -> Frequencies:
+        """Return what the domain knows of its n-grams, with and without a row."""
+        keys, counts = sum_counts(
+            [(self.row_keys, self.row_counts), (self.candidate_keys, self.candidate_counts)]
+        )
+        metadata = self.metadata
+        return Frequencies(
+            keys, counts, metadata.total_weight, metadata.corpus_weight, metadata.occurrence_weight
+        )
 
     def contains_document(self, texts: Sequence[str]) -> Tensor:
         """Return bool [len(texts)]: was this text among those that the table's counts come from?
@@ -113,11 +155,11 @@ def open_plot(path: Path, general: GeneralInfo | None = None) -> PlotTable:
     """
     header = read_header(path, max_header_bytes=_MAX_HEADER_BYTES)
     metadata = _checked_metadata(path, header)
-    described = {entry.name: (_DTYPES.get(entry.dtype), entry.shape) for entry in header.entries}
+    described = {entry.name: (DTYPES.get(entry.dtype), entry.shape) for entry in header.entries}
     problem = _find_misfit(described, metadata) or _find_foreign(metadata, general)
     if problem:
         raise StoreCorruptError(f"{path}: {problem}")
-    tensors = _map_tensors(path, header)
+    tensors = map_tensors(path, header)
     return PlotTable(**{name: tensors.get(name) for name in _TENSORS}, metadata=metadata)  # type: ignore[arg-type]
 
 
@@ -129,6 +171,11 @@ def _checked_metadata(path: Path, header: TensorHeader) -> PlotMetadata:
         raise StoreVersionError(
             f"{path}: format version {int(version)}, this HMI reads up to {FORMAT_VERSION}; upgrade HMI"
         )
+    if int(version) < FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{path}: format version {int(version)} is from a release that was never published; make the "
+            "store again"
+        )
     try:
         return PlotMetadata.model_validate_json(header.metadata.get("hmi", ""))
     except ValidationError as error:
@@ -139,19 +186,15 @@ def _find_misfit(
     described: dict[str, tuple[torch.dtype | None, tuple[int, ...]]], metadata: PlotMetadata
 ) -> str | None:
     """Return what is wrong with the names, dtypes and shapes of a table's tensors."""
-    missing = {*_TENSORS} - {"unigrams"} - described.keys()
+    missing = {*_TENSORS} - _OPTIONAL - described.keys()
     if missing or described.keys() - {*_TENSORS}:
         return f"tensors are {sorted(described)}, expected {list(_TENSORS)}"
-    row_dtype = {"float16": torch.float16, "float32": torch.float32}.get(metadata.row_dtype)
+    if metadata.row_dtype not in ("float16", "float32"):
+        return f"row_dtype is {metadata.row_dtype!r}"
     capacity, num_rows = described["index"][1][:1], described["row_keys"][1][:1]
-    expected = {
-        "index": (torch.int64, (*capacity, 2)),
-        "rows": (row_dtype, (*num_rows, metadata.window, metadata.hidden_size)),
-        "unigrams": (row_dtype, (metadata.vocab_size, metadata.hidden_size)),
-        "row_keys": (torch.int64, num_rows),
-        "row_counts": (torch.int64, num_rows),
-        "documents": (torch.int64, described["documents"][1][:1]),
-    }
+    expected = _expected_tensors(described, metadata)
+    if described.keys() != expected.keys():
+        return f"tensors are {sorted(described)}, {metadata.row_format} rows want {sorted(expected)}"
     for name, (dtype, shape) in described.items():
         expected_dtype, expected_shape = expected[name]
         if dtype is None or not shape or (dtype, shape) != (expected_dtype, expected_shape):
@@ -162,6 +205,32 @@ def _find_misfit(
     return None
 
 
+_Described = tuple[torch.dtype | None, tuple[int, ...]]
+
+
+def _expected_tensors(described: dict[str, _Described], metadata: PlotMetadata) -> dict[str, _Described]:
+    """Return the dtypes and shapes of all tensors, given the lengths that only the tensors tell."""
+
+    def length(name: str) -> tuple[int, ...]:
+        return described[name][1][:1]
+
+    num_rows = length("row_keys")
+    expected: dict[str, _Described] = {
+        "index": (torch.int64, (*length("index"), 2)),
+        "row_keys": (torch.int64, num_rows),
+        "row_counts": (torch.int64, num_rows),
+        "candidate_keys": (torch.int64, length("candidate_keys")),
+        "candidate_counts": (torch.int64, length("candidate_keys")),
+        "documents": (torch.int64, length("documents")),
+    }
+    rows = num_rows[0] if num_rows else 0
+    expected.update(stored_shapes(metadata.row_format, rows, metadata.window, metadata.hidden_size))
+    if "unigrams" in described:
+        unigram_dtype = getattr(torch, metadata.row_dtype)
+        expected["unigrams"] = (unigram_dtype, (metadata.vocab_size, metadata.hidden_size))
+    return expected
+
+
 def _find_foreign(metadata: PlotMetadata, general: GeneralInfo | None) -> str | None:
     """Return how a table differs from what the store's base model asks for."""
     for name in ("window", "plot_layers", "hidden_size", "vocab_size", "row_dtype"):
@@ -169,33 +238,3 @@ def _find_foreign(metadata: PlotMetadata, general: GeneralInfo | None) -> str | 
         if general is not None and found != getattr(general, name):
             return f"made for {name} {found}, the store has {getattr(general, name)}"
     return None
-
-
-def _map_tensors(path: Path, header: TensorHeader) -> dict[str, Tensor]:
-    file_bytes = header.data_start + header.data_bytes
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # Private and writable, because torch warns of read-only buffers; nothing is ever written.
-            # Without MAP_NORESERVE such a mapping would count as if all of it were written.
-            mapping = mmap.mmap(
-                descriptor,
-                file_bytes,
-                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:
-        raise StoreCorruptError(f"{path}: cannot be mapped: {error}") from error
-    return {entry.name: _view(mapping, header.data_start, entry) for entry in header.entries}
-
-
-def _view(mapping: mmap.mmap, data_start: int, entry: TensorEntry) -> Tensor:
-    dtype = _DTYPES[entry.dtype]
-    if entry.end == entry.start:
-        return torch.empty(entry.shape, dtype=dtype)
-    count = (entry.end - entry.start) // dtype.itemsize
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=data_start + entry.start).view(
-        entry.shape
-    )

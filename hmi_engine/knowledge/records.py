@@ -7,8 +7,40 @@ from pydantic import BaseModel, ConfigDict
 
 from hmi_engine.knowledge.adapters import AdapterKind
 from hmi_engine.knowledge.heads import HeadKind
+from hmi_engine.knowledge.row_formats import RowFormat
 
-__all__ = ["DomainInfo", "GeneralFile", "TenantInfo"]
+__all__ = ["DomainChange", "DomainInfo", "GeneralFile", "PlotFile", "StoreFile", "TenantInfo", "TrafficInfo"]
+
+
+class StoreFile(BaseModel):
+    """A file of the store: path relative to its folder, size in bytes, SHA-256 in hex."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class PlotFile(StoreFile):
+    """One generation of a domain's table, and what the catalog says of it."""
+
+    generation: int
+    rows: int
+    unigrams: bool
+    layer_identity: str
+    corpus_tokens: int
+    min_count: int
+    admission_count: int
+    row_format: RowFormat
+
+
+class TrafficInfo(StoreFile):
+    """N-grams that engines saw in a domain's traffic and that no update has taken in yet."""
+
+    id: int
+    domain_id: int
+    tokens: int
 
 
 class _Info(BaseModel):
@@ -29,7 +61,9 @@ class DomainInfo(_Info):
     ``file`` is the PLOT's path relative to the store, None where the node has no table; ``bytes`` and
     ``sha256`` are that file's. ``rows`` n-grams are materialised, none rarer than ``admission_count``;
     ``unigrams`` says whether the table has a row for every token of the vocabulary. ``layer_identity`` names
-    the weights of the domain layers: rows are looked up only among ancestors of the same identity.
+    the weights of the domain layers: rows are looked up only among ancestors of the same identity;
+    ``layers`` is their file, None where they are inherited. ``plot_bytes`` is the table's budget.
+    ``previous`` is the generation before, kept so that a repair has something to fall back to.
     """
 
     parent_id: int | None
@@ -41,6 +75,24 @@ class DomainInfo(_Info):
     corpus_tokens: int
     min_count: int
     admission_count: int
+    plot_bytes: int = 0
+    row_format: RowFormat = "float16"
+    layers: StoreFile | None = None
+    previous: PlotFile | None = None
+
+    def plot_file(self) -> PlotFile | None:
+        """Return what is known of the current table, None where there is none."""
+        if self.file is None:
+            return None
+        fields = {name: getattr(self, name) for name in PlotFile.model_fields}
+        return PlotFile.model_validate(fields)
+
+
+class DomainChange(NamedTuple):
+    """A domain as it was when the change was planned, None for a new one, and as it shall be."""
+
+    before: DomainInfo | None
+    after: DomainInfo
 
 
 class TenantInfo(_Info):

@@ -1,10 +1,16 @@
-"""Which n-grams a table gets: the most frequent within a budget, none that an ancestor has already."""
+"""Which n-grams a table gets: the most frequent within a budget, none that an ancestor has already.
+
+Why the most frequent are the best set, and when uni-, bi- and trigrams compete: docs/coverage.md.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+import hmi_kernels
+from hmi_engine.knowledge.row_formats import RowFormat, stored_row_bytes
 
 __all__ = ["Selection", "bytes_per_row", "select_rows", "table_bytes"]
 
@@ -29,10 +35,10 @@ class Selection:
     inherited_mass: float
 
 
-def bytes_per_row(window: int, hidden_size: int, row_dtype: str) -> int:
+def bytes_per_row(window: int, hidden_size: int, row_format: RowFormat) -> int:
     """Return what one n-gram takes in a file: its row, key and count, and two index entries."""
-    item_bytes = {"float16": 2, "float32": 4}[row_dtype]
-    return window * hidden_size * item_bytes + _KEY_AND_COUNT_BYTES + _MIN_INDEX_BYTES_PER_ROW
+    row_bytes = stored_row_bytes(row_format, window, hidden_size)
+    return row_bytes + _KEY_AND_COUNT_BYTES + _MIN_INDEX_BYTES_PER_ROW
 
 
 def table_bytes(num_rows: int, row_bytes: int) -> int:
@@ -52,13 +58,14 @@ def select_rows(
     bytes_per_row: int,
     min_count: int,
     exclude: Sequence[Tensor] = (),
+    total: float | None = None,
 ) -> Selection:
     """Choose the most frequent n-grams whose table fits in ``budget_bytes``.
 
-    ``keys`` and ``counts`` are int64 [M]; ``bytes_per_row`` is from the function of that name; ``exclude``
-    are the key tensors of the ancestors' tables, in any order. N-grams seen less often than ``min_count``
-    are left out. Deterministic, whatever the order of ``keys``. Raises ValueError for tensors that do not
-    match.
+    ``keys`` (distinct) and ``counts`` are int64 [M]; ``bytes_per_row`` is from the function of that name;
+    ``exclude`` are the indexes of the ancestors' tables, int64 [C, 2]. N-grams seen less often than
+    ``min_count`` are left out. ``total`` is the weight of all occurrences, by default that of ``counts``.
+    Deterministic, whatever the order of ``keys``. Raises ValueError for tensors that do not match.
     """
     if (
         keys.dtype != torch.int64
@@ -72,14 +79,14 @@ def select_rows(
         )
     inherited = torch.zeros(len(keys), dtype=torch.bool)
     for excluded in exclude:
-        inherited |= torch.isin(keys, excluded)
+        inherited |= hmi_kernels.plot_index_find(excluded, keys) >= 0
     wanted = (counts >= min_count) & ~inherited
     kept_keys, kept_counts = keys[wanted], counts[wanted]
     by_key = kept_keys.argsort()
     order = by_key[kept_counts[by_key].argsort(descending=True, stable=True)]
     order = order[: _most_rows(len(order), budget_bytes, bytes_per_row)]
     chosen_counts = kept_counts[order]
-    total = max(int(counts.sum()), 1)
+    total = max(total or float(counts.sum()), 1.0)
     return Selection(
         keys=kept_keys[order],
         counts=chosen_counts,

@@ -25,7 +25,14 @@ __all__ = ["ALIGNMENT", "TensorEntry", "TensorHeader", "file_sha256", "read_head
 ALIGNMENT = 64
 """The data section begins at a multiple of this many bytes: a cache line, and enough for every dtype."""
 
-_DTYPE_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8"}
+_DTYPE_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
 _CHUNK_BYTES = 4 << 20
 _PADDING = "padding."
@@ -60,7 +67,7 @@ def write_tensors(
     align_tensors: bool = False,
     sync: bool = True,
 ) -> str:
-    """Write contiguous int64, float32 or float16 CPU tensors atomically, in the order given.
+    """Write contiguous CPU tensors of the dtypes above atomically, in the order given.
 
     With ``align_tensors`` every tensor begins at a multiple of :data:`ALIGNMENT` bytes; the gaps are uint8
     tensors named ``padding.*``, as the format allows no holes. Returns the file's SHA-256 in hex. Raises what

@@ -1,0 +1,440 @@
+"""Changes of the domain knowledge tree: planned on a snapshot, built beside it, committed in one step.
+
+A domain's table follows from its frequencies, its budget and what its ancestors hold. So to update a domain,
+to move it, or to give it other domain layers is the same: plan its table and those below it again, copy the
+rows that exist, compute the others, and put all new generations in place in one transaction. Readers see the
+tree before or after. The old generation's file stays, so that a repair has something to fall back to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from hmi_engine.construct.build_folder import BuildFolder
+from hmi_engine.construct.counting import CorpusCounts, Progress
+from hmi_engine.construct.materialise import RowSources, build_table, compute_unigrams
+from hmi_engine.construct.table_plan import TablePlan, TableSettings, plan_table
+from hmi_engine.errors import (
+    DomainCycleError,
+    DomainInUseError,
+    HmiError,
+    StoreBusyError,
+    StoreCorruptError,
+    StoreFullError,
+)
+from hmi_engine.knowledge.atomic import remove_quietly
+from hmi_engine.knowledge.catalog import Catalog
+from hmi_engine.knowledge.frequencies import Frequencies
+from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
+from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
+from hmi_engine.knowledge.traffic_file import TrafficCounts
+from hmi_engine.memory.domain_layers import DomainLayerLibrary
+
+__all__ = ["DomainCorpus", "TreeChange"]
+
+
+@dataclass(frozen=True, eq=False)
+class DomainCorpus:
+    """What a domain's table is planned from: frequencies, and the corpora they come from."""
+
+    frequencies: Frequencies
+    corpus_tokens: int = 0
+    documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, table: PlotTable) -> DomainCorpus:
+        """What a table knows."""
+        return cls(table.frequencies, table.metadata.corpus_tokens, table.documents)
+
+    def with_corpus(self, counts: CorpusCounts) -> DomainCorpus:
+        """This and more text."""
+        return DomainCorpus(
+            self.frequencies.with_corpus(counts.keys, counts.counts, occurrences=counts.total_occurrences),
+            self.corpus_tokens + counts.num_tokens,
+            torch.cat([self.documents, counts.documents]).unique(),
+        )
+
+    def with_traffic(self, traffic: Sequence[TrafficCounts], half_life_tokens: float) -> DomainCorpus:
+        """This and what engines saw since, oldest first."""
+        frequencies = self.frequencies
+        for seen in traffic:
+            frequencies = frequencies.with_traffic(
+                seen.keys,
+                seen.weights,
+                tokens=seen.tokens,
+                occurrences=seen.occurrences,
+                half_life_tokens=half_life_tokens,
+            )
+        return replace(self, frequencies=frequencies)
+
+
+@dataclass(eq=False)
+class _Node:
+    """A domain in the snapshot: as it was, as it will be, and its table as it will be.
+
+    ``folder`` holds the rows of a table that is built and not yet written.
+    """
+
+    before: DomainInfo | None
+    after: DomainInfo
+    table: PlotTable | None = None
+    is_opened: bool = False
+    folder: BuildFolder | None = None
+
+
+class TreeChange:
+    """One change in the making. Nothing is visible, and nothing is removed, before :meth:`commit`."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        layers: DomainLayerLibrary,
+        *,
+        progress: Progress | None = None,
+        pause: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes a snapshot of the tree.
+
+        Args:
+            catalog: of the store, open for writing.
+            layers: computes rows.
+            progress: told about the work.
+            pause: called between batches of computed rows.
+        """
+        self._catalog = catalog
+        self._general = catalog.general
+        self._layers = layers
+        self._progress = progress
+        self._pause = pause
+        self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
+        self._written: list[str] = []
+
+    def table(self, name: str) -> PlotTable | None:
+        """The domain's table as it will be, None where it has none.
+
+        Raises:
+            StoreBusyError: someone else has replaced it meanwhile.
+            StoreCorruptError: it cannot be read.
+        """
+        node = self._nodes[name]
+        if not node.is_opened and node.after.file is not None:
+            try:
+                node.table = open_plot(self._catalog.layout.resolve(node.after.file), self._general)
+            except StoreCorruptError as error:
+                current = self._catalog.domains.get(name)
+                if current is None or current.generation != node.after.generation:
+                    raise StoreBusyError(f"domain {name!r} was changed by someone else; try again") from error
+                raise
+        node.is_opened = True
+        return node.table
+
+    def above(self, parent: str | None, identity: str) -> list[PlotTable]:
+        """Tables in which a child of ``parent`` with these domain layers finds rows, nearest first."""
+        tables = []
+        name = parent
+        while name is not None and self._nodes[name].after.layer_identity == identity:
+            tables.append(self.table(name))
+            name = self._nodes[name].after.parent
+        return [table for table in tables if table is not None]
+
+    def add(
+        self,
+        name: str,
+        parent: str,
+        plan: TablePlan,
+        settings: TableSettings,
+        folder: BuildFolder,
+    ) -> None:
+        """Builds a new domain's table; ``folder`` has the plan, and becomes the change's to close."""
+        (number,) = self._catalog.reserve()
+        identity = self._nodes[parent].after.layer_identity
+        draft = self._draft(name, number, parent, identity, settings)
+        self._nodes[name] = _Node(None, draft, is_opened=True, folder=folder)
+        self._build(self._nodes[name], plan, folder, sources=self.above(parent, identity))
+
+    def _draft(
+        self,
+        name: str,
+        number: int,
+        parent: str,
+        identity: str,
+        settings: TableSettings,
+    ) -> DomainInfo:
+        return DomainInfo(
+            id=number,
+            name=name,
+            parent_id=self._nodes[parent].after.id,
+            parent=parent,
+            generation=number,
+            file=None,
+            bytes=0,
+            sha256="",
+            rows=0,
+            unigrams=False,
+            layer_identity=identity,
+            corpus_tokens=0,
+            min_count=settings.min_count,
+            admission_count=0,
+            plot_bytes=settings.plot_bytes,
+            row_format=settings.row_format,
+            created=datetime.now(timezone.utc),
+        )
+
+    def move(self, name: str, parent: str) -> None:
+        """Puts a domain, with all below it, under another parent.
+
+        Raises:
+            DomainInUseError: the domain is the root.
+            DomainCycleError: the parent is the domain itself or below it.
+        """
+        node = self._nodes[name]
+        if node.after.parent is None:
+            raise DomainInUseError(f"domain {name!r} is the root of the tree and cannot be moved")
+        if parent in {below.after.name for below in self._subtree(name)}:
+            raise DomainCycleError(f"domain {name!r} cannot be moved below itself ({parent!r})")
+        donors = self._tables_around(name)
+        above = self._nodes[parent].after
+        node.after = node.after.model_copy(update={"parent": parent, "parent_id": above.id})
+        self.refresh(name, donors=donors)
+
+    def own_layers(self, name: str, file: str, sha256: str) -> None:
+        """Gives a domain its own domain layers: a written file, which goes again if nothing is committed."""
+        path = self._catalog.layout.resolve(file)
+        self._written.append(file)
+        stored = StoreFile(file=file, bytes=path.stat().st_size, sha256=sha256)
+        identity = f"{sha256[:16]}:{self._general.plot_layers}"
+        node = self._nodes[name]
+        node.after = node.after.model_copy(update={"layers": stored, "layer_identity": identity})
+        self.refresh(name)
+
+    def inherit_layers(self, name: str) -> None:
+        """Gives a domain its parent's domain layers."""
+        node = self._nodes[name]
+        node.after = node.after.model_copy(update={"layers": None})
+        self.refresh(name)
+
+    def inherited_indexes(self, name: str) -> list[Tensor]:
+        """The indexes, int64 [C, 2], of the tables above a domain in which it finds rows."""
+        after = self._nodes[name].after
+        return [table.index for table in self.above(after.parent, after.layer_identity)]
+
+    def promotions(self, name: str) -> tuple[int, int]:
+        """How many n-grams of a domain get a row by this change, and how many lose theirs."""
+        node = self._nodes[name]
+        if node.folder is None or node.table is None:
+            return 0, 0
+        held = torch.empty(0, dtype=torch.int64)
+        if node.before is not None and node.before.file is not None:
+            held = open_plot(self._catalog.layout.resolve(node.before.file)).row_keys
+        kept = int(torch.isin(held, node.table.row_keys, assume_unique=True).sum())
+        return len(node.table.row_keys) - kept, len(held) - kept
+
+    def update(
+        self,
+        name: str,
+        corpus: DomainCorpus,
+        settings: TableSettings,
+        *,
+        max_promotions: int | None = None,
+    ) -> None:
+        """Plans a domain's table anew from other frequencies or another budget, and those below it."""
+        node = self._nodes[name]
+        node.after = node.after.model_copy(
+            update={
+                "plot_bytes": settings.plot_bytes,
+                "min_count": settings.min_count,
+                "row_format": settings.row_format,
+                "card": node.after.card | {"plot_bytes": settings.plot_bytes},
+            }
+        )
+        self.refresh(name, corpus=corpus, max_promotions=max_promotions)
+
+    def refresh(
+        self,
+        name: str,
+        *,
+        corpus: DomainCorpus | None = None,
+        donors: Sequence[PlotTable] = (),
+        max_promotions: int | None = None,
+    ) -> None:
+        """Plans the tables of a domain and of all below it again, and builds those that change.
+
+        Args:
+            name: the domain.
+            corpus: what the domain is planned from, by default what its table knows; it is then rebuilt.
+            donors: further tables whose rows may be copied.
+            max_promotions: how many n-grams of each table may get a row that had none.
+        """
+        held = [*donors, *self._tables_around(name)]
+        for node in self._subtree(name):
+            self._refresh_node(
+                node, corpus if node.after.name == name else None, held, max_promotions=max_promotions
+            )
+
+    def _refresh_node(
+        self,
+        node: _Node,
+        corpus: DomainCorpus | None,
+        donors: Sequence[PlotTable],
+        *,
+        max_promotions: int | None,
+    ) -> None:
+        table = self.table(node.after.name)
+        parent = node.after.parent
+        if parent is not None and node.after.layers is None:
+            identity = self._nodes[parent].after.layer_identity
+            node.after = node.after.model_copy(update={"layer_identity": identity})
+        if table is None and corpus is None:
+            return
+        identity = node.after.layer_identity
+        is_same = table is not None and table.metadata.layer_identity == identity
+        above = self.above(parent, identity)
+        known = corpus or (DomainCorpus.of(table) if table is not None else DomainCorpus(Frequencies.none()))
+        plan = plan_table(
+            known.frequencies,
+            TableSettings(node.after.plot_bytes, node.after.row_format, node.after.min_count),
+            self._general,
+            layer_identity=identity,
+            corpus_tokens=known.corpus_tokens,
+            documents=known.documents,
+            inherited=[other.index for other in above],
+            held=table.index if table is not None else None,
+            max_promotions=max_promotions,
+        )
+        if corpus is None and is_same and table is not None and torch.equal(plan.keys, table.row_keys):
+            return
+        node.folder = BuildFolder.open(self._catalog.layout, node.after.name)
+        if node.folder.load(plan.fingerprint()) is None:
+            node.folder.save(plan, plan.fingerprint())
+        usable = [other for other in donors if other.metadata.layer_identity == identity]
+        self._build(node, plan, node.folder, sources=[*usable, *above])
+
+    def _build(
+        self, node: _Node, plan: TablePlan, folder: BuildFolder, *, sources: Sequence[PlotTable]
+    ) -> None:
+        """Builds a node's next table; its rows stay in the folder until the change is committed."""
+        table, identity = node.table, node.after.layer_identity
+        is_same = table is not None and table.metadata.layer_identity == identity
+        unigrams = table.unigrams if table is not None and is_same else None
+        needs_unigrams = node.after.layers is not None or node.after.parent is None
+        if needs_unigrams and unigrams is None and self._general.plot_layers:
+            unigrams = compute_unigrams(self._windows(identity), self._general, progress=self._progress)
+        rows = RowSources(
+            windows=self._windows(identity),
+            tables=sources,
+            codebooks=table.codebooks if table is not None and is_same else None,
+            pause=self._pause,
+        )
+        node.table = build_table(
+            plan, rows, folder, unigrams=unigrams if needs_unigrams else None, progress=self._progress
+        )
+        node.is_opened = True
+        node.after = node.after.model_copy(update={"card": node.after.card | plan.statistics})
+
+    def _windows(self, identity: str) -> Callable[[Tensor], Tensor]:
+        # Looked up when it is first called: with K = 0 there are no domain layers, and no rows.
+        def run(tokens: Tensor) -> Tensor:
+            return self._layers(identity)(tokens)
+
+        return run
+
+    def _write(self, node: _Node, table: PlotTable) -> None:
+        """Writes a built table as the node's new generation."""
+        (number,) = self._catalog.reserve()
+        path = self._catalog.layout.resolve(self._catalog.layout.plot_file(node.after.id, number))
+        sha256 = write_plot(path, table)
+        before = node.before
+        node.after = node.after.model_copy(
+            update={
+                "generation": number,
+                "file": self._catalog.layout.plot_file(node.after.id, number),
+                "bytes": path.stat().st_size,
+                "sha256": sha256,
+                "rows": len(table.row_keys),
+                "unigrams": table.unigrams is not None,
+                "corpus_tokens": table.metadata.corpus_tokens,
+                "admission_count": table.metadata.admission_count,
+                "previous": before.plot_file() if before is not None else None,
+            }
+        )
+
+    def _subtree(self, name: str) -> Iterator[_Node]:
+        """The domain and all below it, each after its parent."""
+        node = self._nodes[name]
+        yield node
+        for child in sorted(other for other in self._nodes if self._nodes[other].after.parent == name):
+            yield from self._subtree(child)
+
+    def _tables_around(self, name: str) -> list[PlotTable]:
+        """The tables of a domain, of those below it and of those above it, as they are now."""
+        names = [node.after.name for node in self._subtree(name)]
+        parent = self._nodes[name].after.parent
+        while parent is not None:
+            names.append(parent)
+            parent = self._nodes[parent].after.parent
+        return [table for table in map(self.table, names) if table is not None]
+
+    def commit(self, *, taken_traffic: Sequence[int] = ()) -> None:
+        """Writes what was built and puts all new states in place in one transaction.
+
+        Then files go that nothing refers to any more. Raises as ``write_plot`` and
+        :meth:`~hmi_engine.knowledge.catalog.Catalog.commit_domains`; nothing is changed then.
+        """
+        built = [node for node in self._nodes.values() if node.folder is not None]
+        # One lock from the first file to the commit: a repair of this process would take them for orphans.
+        with self._catalog.change_lock:
+            try:
+                for node in built:
+                    if node.table is not None:
+                        self._write(node, node.table)
+                changes = self._changes()
+                self._catalog.commit_domains(changes, taken_traffic=taken_traffic)
+            except BaseException:
+                self._remove_files(_files_of(node.after for node in built) - self._files_before())
+                raise
+            self._remove_files(self._files_before() - _files_of(node.after for node in self._nodes.values()))
+        for node in built:
+            if node.folder is not None:
+                node.folder.remove()
+                node.folder = None
+
+    def _changes(self) -> list[DomainChange]:
+        return [
+            DomainChange(node.before, node.after)
+            for node in self._nodes.values()
+            if node.before is None or node.before != node.after
+        ]
+
+    def _files_before(self) -> set[str]:
+        return _files_of(node.before for node in self._nodes.values() if node.before is not None)
+
+    def _remove_files(self, files: Iterable[str]) -> None:
+        for file in files:
+            remove_quietly(self._catalog.layout.resolve(file))
+
+    def __enter__(self) -> TreeChange:
+        """Returns the change itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Lets go of what was not committed; after a full disk or Ctrl-C, rows are kept for the next try."""
+        is_lasting = isinstance(error, HmiError) and not isinstance(error, StoreFullError)
+        for node in self._nodes.values():
+            if node.folder is not None:
+                node.folder.remove() if is_lasting else node.folder.close()
+                node.folder = None
+        self._remove_files(set(self._written) - _files_of(self._catalog.domains.values()))
+
+
+def _files_of(infos: Iterable[DomainInfo]) -> set[str]:
+    """The files that domains refer to."""
+    stored = (file for info in infos for file in (info.plot_file(), info.previous, info.layers))
+    return {file.file for file in stored if file is not None}
