@@ -78,12 +78,14 @@ class DomainCorpus:
 class _Node:
     """A domain in the snapshot: as it was, as it will be, and its table as it will be.
 
-    ``folder`` holds the rows of a table that is built and not yet written.
+    ``held`` is the table as it was, once it has been opened; ``folder`` holds the rows of a table that is
+    built and not yet written.
     """
 
     before: DomainInfo | None
     after: DomainInfo
     table: PlotTable | None = None
+    held: PlotTable | None = None
     is_opened: bool = False
     folder: BuildFolder | None = None
 
@@ -115,6 +117,13 @@ class TreeChange:
         self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
         self._written: list[str] = []
 
+    def _node(self, name: str) -> _Node:
+        """A domain of the snapshot; one that is gone or new is told from one that never was."""
+        if name not in self._nodes:
+            _ = self._catalog.domains[name]  # raises UnknownDomainError
+            raise StoreBusyError(f"domain {name!r} was made just now; try again")
+        return self._nodes[name]
+
     def table(self, name: str) -> PlotTable | None:
         """The domain's table as it will be, None where it has none.
 
@@ -122,7 +131,7 @@ class TreeChange:
             StoreBusyError: someone else has replaced it meanwhile.
             StoreCorruptError: it cannot be read.
         """
-        node = self._nodes[name]
+        node = self._node(name)
         if not node.is_opened and node.after.file is not None:
             try:
                 node.table = open_plot(self._catalog.layout.resolve(node.after.file), self._general)
@@ -131,6 +140,7 @@ class TreeChange:
                 if current is None or current.generation != node.after.generation:
                     raise StoreBusyError(f"domain {name!r} was changed by someone else; try again") from error
                 raise
+            node.held = node.table
         node.is_opened = True
         return node.table
 
@@ -138,9 +148,9 @@ class TreeChange:
         """Tables in which a child of ``parent`` with these domain layers finds rows, nearest first."""
         tables = []
         name = parent
-        while name is not None and self._nodes[name].after.layer_identity == identity:
+        while name is not None and self._node(name).after.layer_identity == identity:
             tables.append(self.table(name))
-            name = self._nodes[name].after.parent
+            name = self._node(name).after.parent
         return [table for table in tables if table is not None]
 
     def add(
@@ -153,10 +163,10 @@ class TreeChange:
     ) -> None:
         """Builds a new domain's table; ``folder`` has the plan, and becomes the change's to close."""
         (number,) = self._catalog.reserve()
-        identity = self._nodes[parent].after.layer_identity
+        identity = self._node(parent).after.layer_identity
         draft = self._draft(name, number, parent, identity, settings)
         self._nodes[name] = _Node(None, draft, is_opened=True, folder=folder)
-        self._build(self._nodes[name], plan, folder, sources=self.above(parent, identity))
+        self._build(self._node(name), plan, folder, sources=self.above(parent, identity))
 
     def _draft(
         self,
@@ -169,7 +179,7 @@ class TreeChange:
         return DomainInfo(
             id=number,
             name=name,
-            parent_id=self._nodes[parent].after.id,
+            parent_id=self._node(parent).after.id,
             parent=parent,
             generation=number,
             file=None,
@@ -193,13 +203,13 @@ class TreeChange:
             DomainInUseError: the domain is the root.
             DomainCycleError: the parent is the domain itself or below it.
         """
-        node = self._nodes[name]
+        node = self._node(name)
         if node.after.parent is None:
             raise DomainInUseError(f"domain {name!r} is the root of the tree and cannot be moved")
         if parent in {below.after.name for below in self._subtree(name)}:
             raise DomainCycleError(f"domain {name!r} cannot be moved below itself ({parent!r})")
         donors = self._tables_around(name)
-        above = self._nodes[parent].after
+        above = self._node(parent).after
         node.after = node.after.model_copy(update={"parent": parent, "parent_id": above.id})
         self.refresh(name, donors=donors)
 
@@ -209,29 +219,27 @@ class TreeChange:
         self._written.append(file)
         stored = StoreFile(file=file, bytes=path.stat().st_size, sha256=sha256)
         identity = f"{sha256[:16]}:{self._general.plot_layers}"
-        node = self._nodes[name]
+        node = self._node(name)
         node.after = node.after.model_copy(update={"layers": stored, "layer_identity": identity})
         self.refresh(name)
 
     def inherit_layers(self, name: str) -> None:
         """Gives a domain its parent's domain layers."""
-        node = self._nodes[name]
+        node = self._node(name)
         node.after = node.after.model_copy(update={"layers": None})
         self.refresh(name)
 
     def inherited_indexes(self, name: str) -> list[Tensor]:
         """The indexes, int64 [C, 2], of the tables above a domain in which it finds rows."""
-        after = self._nodes[name].after
+        after = self._node(name).after
         return [table.index for table in self.above(after.parent, after.layer_identity)]
 
     def promotions(self, name: str) -> tuple[int, int]:
         """How many n-grams of a domain get a row by this change, and how many lose theirs."""
-        node = self._nodes[name]
+        node = self._node(name)
         if node.folder is None or node.table is None:
             return 0, 0
-        held = torch.empty(0, dtype=torch.int64)
-        if node.before is not None and node.before.file is not None:
-            held = open_plot(self._catalog.layout.resolve(node.before.file)).row_keys
+        held = torch.empty(0, dtype=torch.int64) if node.held is None else node.held.row_keys
         kept = int(torch.isin(held, node.table.row_keys, assume_unique=True).sum())
         return len(node.table.row_keys) - kept, len(held) - kept
 
@@ -244,7 +252,7 @@ class TreeChange:
         max_promotions: int | None = None,
     ) -> None:
         """Plans a domain's table anew from other frequencies or another budget, and those below it."""
-        node = self._nodes[name]
+        node = self._node(name)
         node.after = node.after.model_copy(
             update={
                 "plot_bytes": settings.plot_bytes,
@@ -288,7 +296,7 @@ class TreeChange:
         table = self.table(node.after.name)
         parent = node.after.parent
         if parent is not None and node.after.layers is None:
-            identity = self._nodes[parent].after.layer_identity
+            identity = self._node(parent).after.layer_identity
             node.after = node.after.model_copy(update={"layer_identity": identity})
         if table is None and corpus is None:
             return
@@ -366,18 +374,18 @@ class TreeChange:
 
     def _subtree(self, name: str) -> Iterator[_Node]:
         """The domain and all below it, each after its parent."""
-        node = self._nodes[name]
+        node = self._node(name)
         yield node
-        for child in sorted(other for other in self._nodes if self._nodes[other].after.parent == name):
+        for child in sorted(other for other in self._nodes if self._node(other).after.parent == name):
             yield from self._subtree(child)
 
     def _tables_around(self, name: str) -> list[PlotTable]:
         """The tables of a domain, of those below it and of those above it, as they are now."""
         names = [node.after.name for node in self._subtree(name)]
-        parent = self._nodes[name].after.parent
+        parent = self._node(name).after.parent
         while parent is not None:
             names.append(parent)
-            parent = self._nodes[parent].after.parent
+            parent = self._node(parent).after.parent
         return [table for table in map(self.table, names) if table is not None]
 
     def commit(self, *, taken_traffic: Sequence[int] = ()) -> None:

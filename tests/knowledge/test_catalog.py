@@ -149,7 +149,7 @@ def test_a_store_of_a_newer_version_names_both_versions(catalog: Catalog, layout
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     for read_only in (False, True):
-        with pytest.raises(StoreVersionError, match=r"format 7; this HMI reads up to 1"):
+        with pytest.raises(StoreVersionError, match=r"format 7; this HMI reads up to 2"):
             Catalog.open(layout, read_only=read_only)
 
 

@@ -31,7 +31,10 @@ def test_the_most_frequent_are_chosen_as_a_counter_would(
         budget_bytes=budget,
         bytes_per_row=row_bytes,
         min_count=min_count,
-        exclude=[torch.tensor(excluded[:3]), torch.tensor([*excluded[3:], 2**62 + 5])],
+        exclude=[
+            plot_index_build(torch.tensor(part, dtype=torch.int64))
+            for part in (excluded[:3], [*excluded[3:], 2**62 + 5])
+        ],
     )
     wanted = [(key, count) for key, count in counter.items() if count >= min_count and key not in excluded]
     wanted.sort(key=lambda item: (-item[1], item[0]))
