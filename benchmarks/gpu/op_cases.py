@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_kernels.plot import quantize_rows
+from hmi_kernels.row_tables import quantize_rows
 
 __all__ = ["OpCase", "op_cases"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import hmi_kernels
 from benchmarks.gpu.costs import Cost, lookup_cost, merge_cost
 from benchmarks.peers.torch_plot import PackedBatch
-from hmi_kernels.plot import quantize_rows
+from hmi_kernels.row_tables import quantize_rows
 
 __all__ = ["PlotProblem", "PlotShape"]
 

@@ -20,7 +20,7 @@ def plot_arguments() -> tuple[tuple[object, ...], dict[str, object]]:
     tables = [torch.randn(2, 2, 256).to(half)], [torch.randn(4, 256).to(half)]
     norm = torch.randn(3, 256).to(half), torch.ones(256, dtype=half), torch.zeros(256, dtype=half)
     arguments = (ids, offsets, references, *tables, no_domain, *norm)
-    return arguments, {"layer_norm_eps": 1e-5, "window": 2, "row_scales": []}
+    return arguments, {"layer_norm_eps": 1e-5, "window": 2, "row_scales": [], "codebooks": []}
 
 
 def adapter_arguments(kind: str) -> tuple[tuple[object, ...], dict[str, object]]:
