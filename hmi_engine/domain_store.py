@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hmi_engine.construct.build_folder import BuildFolder
 from hmi_engine.construct.counting import Progress
-from hmi_engine.construct.domain_corpus import CorpusSource, count_source, plan_domain
-from hmi_engine.construct.domain_tree import DomainCorpus, TreeChange
+from hmi_engine.construct.domain_corpus import CorpusSource, DomainCorpus, count_source, plan_domain
+from hmi_engine.construct.domain_tree import TreeChange
 from hmi_engine.construct.table_plan import TableSettings, largest_useful_count
 from hmi_engine.errors import (
     DomainExistsError,

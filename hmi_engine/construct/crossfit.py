@@ -139,7 +139,9 @@ class CrossFitter:
             ):
                 chosen = owned & contribution.contained[texts] & (self._fold_of_text[texts] == fold)
                 own[chosen] = _look_up(_canonical(keys[chosen]), fold_keys, fold_counts)
-            rest_is_too_rare = counts - own < contribution.table.metadata.admission_count
+            metadata = contribution.table.metadata
+            # In the units of the counts: text that was counted after traffic weighs more than one.
+            rest_is_too_rare = counts - own * metadata.corpus_weight < metadata.admission_count
             result[owned & (own > 0) & rest_is_too_rare] = MISSING
         return result
 

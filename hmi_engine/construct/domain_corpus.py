@@ -1,14 +1,17 @@
-"""A new domain's text: read, counted and planned, or taken from a build that was interrupted."""
+"""What a domain's table is planned from: its text, read and counted, and the traffic since."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import JsonValue
+from torch import Tensor
 
 from hmi_engine.construct.build_folder import BuildFolder
 from hmi_engine.construct.counting import CorpusCounts, Progress, count_corpus
@@ -17,9 +20,45 @@ from hmi_engine.knowledge.corpus import Corpus, CorpusReport, corpus_bytes, corp
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.plot_table import PlotTable
+from hmi_engine.knowledge.traffic_file import TrafficCounts
 from hmi_engine.models.tokenization import TextEncoder
 
-__all__ = ["CorpusSource", "count_source", "plan_domain"]
+__all__ = ["CorpusSource", "DomainCorpus", "count_source", "plan_domain"]
+
+
+@dataclass(frozen=True, eq=False)
+class DomainCorpus:
+    """What a domain's table is planned from: frequencies, and the corpora they come from."""
+
+    frequencies: Frequencies
+    corpus_tokens: int = 0
+    documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, table: PlotTable) -> DomainCorpus:
+        """What a table knows."""
+        return cls(table.frequencies, table.metadata.corpus_tokens, table.documents)
+
+    def with_corpus(self, counts: CorpusCounts) -> DomainCorpus:
+        """This and more text."""
+        return DomainCorpus(
+            self.frequencies.with_corpus(counts.keys, counts.counts, occurrences=counts.total_occurrences),
+            self.corpus_tokens + counts.num_tokens,
+            torch.cat([self.documents, counts.documents]).unique(),
+        )
+
+    def with_traffic(self, traffic: Sequence[TrafficCounts], half_life_tokens: float) -> DomainCorpus:
+        """This and what engines saw since, oldest first."""
+        frequencies = self.frequencies
+        for seen in traffic:
+            frequencies = frequencies.with_traffic(
+                seen.keys,
+                seen.weights,
+                tokens=seen.tokens,
+                occurrences=seen.occurrences,
+                half_life_tokens=half_life_tokens,
+            )
+        return replace(self, frequencies=frequencies)
 
 
 class CorpusSource:

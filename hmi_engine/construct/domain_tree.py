@@ -9,7 +9,7 @@ tree before or after. The old generation's file stays, so that a repair has some
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from types import TracebackType
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hmi_engine.construct.build_folder import BuildFolder
-from hmi_engine.construct.counting import CorpusCounts, Progress
+from hmi_engine.construct.counting import Progress
+from hmi_engine.construct.domain_corpus import DomainCorpus
 from hmi_engine.construct.materialise import RowSources, build_table, compute_unigrams
 from hmi_engine.construct.table_plan import TablePlan, TableSettings, plan_table
 from hmi_engine.errors import (
@@ -33,45 +34,9 @@ from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
 from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
-from hmi_engine.knowledge.traffic_file import TrafficCounts
 from hmi_engine.memory.domain_layers import DomainLayerLibrary
 
-__all__ = ["DomainCorpus", "TreeChange"]
-
-
-@dataclass(frozen=True, eq=False)
-class DomainCorpus:
-    """What a domain's table is planned from: frequencies, and the corpora they come from."""
-
-    frequencies: Frequencies
-    corpus_tokens: int = 0
-    documents: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-
-    @classmethod
-    def of(cls, table: PlotTable) -> DomainCorpus:
-        """What a table knows."""
-        return cls(table.frequencies, table.metadata.corpus_tokens, table.documents)
-
-    def with_corpus(self, counts: CorpusCounts) -> DomainCorpus:
-        """This and more text."""
-        return DomainCorpus(
-            self.frequencies.with_corpus(counts.keys, counts.counts, occurrences=counts.total_occurrences),
-            self.corpus_tokens + counts.num_tokens,
-            torch.cat([self.documents, counts.documents]).unique(),
-        )
-
-    def with_traffic(self, traffic: Sequence[TrafficCounts], half_life_tokens: float) -> DomainCorpus:
-        """This and what engines saw since, oldest first."""
-        frequencies = self.frequencies
-        for seen in traffic:
-            frequencies = frequencies.with_traffic(
-                seen.keys,
-                seen.weights,
-                tokens=seen.tokens,
-                occurrences=seen.occurrences,
-                half_life_tokens=half_life_tokens,
-            )
-        return replace(self, frequencies=frequencies)
+__all__ = ["TreeChange"]
 
 
 @dataclass(eq=False)

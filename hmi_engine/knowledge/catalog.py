@@ -5,7 +5,6 @@ catalog's commit then makes it part of the store. A crash between the two leaves
 catalog entry without its file.
 """
 
-import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,16 @@ from hmi_engine.errors import (
     TenantExistsError,
     UnknownDomainError,
 )
+from hmi_engine.knowledge.catalog_rows import (
+    check_newer,
+    domain_state,
+    has_domain,
+    has_name,
+    insert_domain,
+    insert_tenant,
+    insert_traffic,
+    replace_domain,
+)
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
 from hmi_engine.knowledge.database import Database, create_database
 from hmi_engine.knowledge.general import GeneralInfo
@@ -40,14 +49,6 @@ __all__ = ["ROOT_DOMAIN", "Catalog", "DomainInfo", "GeneralFile", "TenantInfo"]
 
 ROOT_DOMAIN = "general"
 """Name of the root of the domain tree, which every store has."""
-
-_TENANT_COLUMNS = (
-    "id, name, domain_id, kind, rank, bytes, sha256, generation, file, head_kind, labels, card, created"
-)
-_DOMAIN_COLUMNS = (
-    "id, name, parent_id, generation, file, bytes, sha256, rows, unigrams, layer_identity, corpus_tokens, "
-    "min_count, admission_count, plot_bytes, row_format, layers, previous, card, created"
-)
 
 
 class Catalog:
@@ -106,7 +107,7 @@ class Catalog:
 
         def fill(connection: sqlite3.Connection) -> None:
             _write_general(connection, general, files)
-            _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(root))
+            insert_domain(connection, root)
             connection.execute("UPDATE counters SET last = 1 WHERE name = 'number'")
 
         create_database(layout.catalog, fill)
@@ -205,8 +206,8 @@ class Catalog:
                 raise StoreBusyError(
                     f"domain {domain.name!r} was removed and made again meanwhile; try again"
                 )
-            _check_newer(previous, domain)
-            _replace_domain_row(connection, domain)
+            check_newer(previous, domain)
+            replace_domain(connection, domain)
         return previous
 
     def commit_domains(self, changes: Sequence[DomainChange], *, taken_traffic: Sequence[int] = ()) -> None:
@@ -222,14 +223,14 @@ class Catalog:
                     self._insert_domain(connection, change.after)
                     continue
                 self._check_unchanged(change.before)
-                _replace_domain_row(connection, change.after)
+                replace_domain(connection, change.after)
             for change in changes:
                 self._check_place(change.after)
             connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
 
     def _check_unchanged(self, planned_from: DomainInfo) -> None:
         current = self.domains.get(planned_from.name)
-        if current is None or _state(current) != _state(planned_from):
+        if current is None or domain_state(current) != domain_state(planned_from):
             raise StoreBusyError(
                 f"domain {planned_from.name!r} was changed by someone else meanwhile; try again"
             )
@@ -250,23 +251,22 @@ class Catalog:
 
     def _insert_domain(self, connection: sqlite3.Connection, domain: DomainInfo) -> None:
         check_name(domain.name, "domain")
-        if _find(connection, "domains", domain.name):
+        if has_name(connection, "domains", domain.name):
             raise DomainExistsError(
                 f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
             )
-        if domain.parent_id is None or not _has_domain(connection, domain.parent_id):
+        if domain.parent_id is None or not has_domain(connection, domain.parent_id):
             raise UnknownDomainError(
                 f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
             )
-        _insert(connection, "domains", _DOMAIN_COLUMNS, _domain_row(domain))
+        insert_domain(connection, domain)
 
     def add_traffic(self, traffic: TrafficInfo) -> None:
         """Note a file of a domain's traffic; raises :class:`UnknownDomainError` if the domain is gone."""
         with self._database.transaction() as connection:
-            if not _has_domain(connection, traffic.domain_id):
+            if not has_domain(connection, traffic.domain_id):
                 raise UnknownDomainError(f"the domain of {traffic.file} is not in the store any more")
-            fields = traffic.model_dump()
-            _insert(connection, "traffic", ", ".join(fields), tuple(fields.values()))
+            insert_traffic(connection, traffic)
 
     def traffic_files(self) -> list[TrafficInfo]:
         """Return the files of traffic that no update has taken in yet, of all domains, oldest first."""
@@ -316,13 +316,13 @@ class Catalog:
         with self._database.transaction() as connection:
             for tenant in tenants:
                 check_name(tenant.name)
-                if not _has_domain(connection, tenant.domain_id):
+                if not has_domain(connection, tenant.domain_id):
                     raise UnknownDomainError(
                         f"domain {tenant.domain!r} of tenant {tenant.name!r} is not in the store"
                     )
-                if _find(connection, "tenants", tenant.name):
+                if has_name(connection, "tenants", tenant.name):
                     replaced.append(self._make_room(connection, tenant, replace))
-                _insert(connection, "tenants", _TENANT_COLUMNS, _tenant_row(tenant))
+                insert_tenant(connection, tenant)
         return replaced
 
     def _make_room(self, connection: sqlite3.Connection, tenant: TenantInfo, replace: bool) -> TenantInfo:
@@ -332,7 +332,7 @@ class Catalog:
                 "in its place"
             )
         previous = self.tenants[tenant.name]
-        _check_newer(previous, tenant)
+        check_newer(previous, tenant)
         connection.execute("DELETE FROM tenants WHERE id = ?", (previous.id,))
         return previous
 
@@ -376,55 +376,3 @@ def _describe_files(layout: StoreLayout) -> list[GeneralFile]:
 def _write_general(connection: sqlite3.Connection, general: GeneralInfo, files: list[GeneralFile]) -> None:
     connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(),))
     connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)
-
-
-def _insert(connection: sqlite3.Connection, table: str, columns: str, row: tuple[object, ...]) -> None:
-    places = ", ".join("?" * len(row))
-    connection.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", row)
-
-
-def _state(domain: DomainInfo) -> tuple[object, ...]:
-    """What changes whenever a domain does."""
-    return domain.id, domain.parent_id, domain.generation, domain.layer_identity
-
-
-def _replace_domain_row(connection: sqlite3.Connection, domain: DomainInfo) -> None:
-    # Updated in place: deleting the row would take the domain's traffic with it.
-    assignments = ", ".join(f"{column} = ?" for column in _DOMAIN_COLUMNS.split(", "))
-    row = _domain_row(domain)
-    connection.execute(f"UPDATE domains SET {assignments} WHERE id = ?", (*row, domain.id))
-
-
-def _find(connection: sqlite3.Connection, table: str, name: str) -> bool:
-    return connection.execute(f"SELECT 1 FROM {table} WHERE name = ?", (name,)).fetchone() is not None
-
-
-def _has_domain(connection: sqlite3.Connection, domain_id: int) -> bool:
-    return connection.execute("SELECT 1 FROM domains WHERE id = ?", (domain_id,)).fetchone() is not None
-
-
-def _check_newer(previous: DomainInfo | TenantInfo, info: DomainInfo | TenantInfo) -> None:
-    if info.generation <= previous.generation:
-        raise StoreBusyError(
-            f"{info.name!r} was replaced by another process meanwhile ("
-            f"generation {previous.generation} is not older than {info.generation}); try again"
-        )
-
-
-def _domain_row(domain: DomainInfo) -> tuple[object, ...]:
-    fields = domain.model_dump(exclude={"parent"}) | {
-        "layers": domain.layers.model_dump_json() if domain.layers else None,
-        "previous": domain.previous.model_dump_json() if domain.previous else None,
-        "card": json.dumps(domain.card),
-        "created": domain.created.isoformat(),
-    }
-    return tuple(fields[column] for column in _DOMAIN_COLUMNS.split(", "))
-
-
-def _tenant_row(tenant: TenantInfo) -> tuple[object, ...]:
-    fields = tenant.model_dump(exclude={"domain"}) | {
-        "labels": json.dumps(tenant.labels),
-        "card": json.dumps(tenant.card),
-        "created": tenant.created.isoformat(),
-    }
-    return tuple(fields[column] for column in _TENANT_COLUMNS.split(", "))
