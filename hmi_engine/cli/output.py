@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Protocol
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,7 +23,20 @@ from rich.progress import (
 
 from hmi_engine.errors import HmiError
 
-__all__ = ["AsJson", "ProgressReport", "StorePath", "console", "fail", "print_json", "progress_bars", "warn"]
+__all__ = [
+    "AsJson",
+    "ProgressReport",
+    "StorePath",
+    "checked_choice",
+    "console",
+    "fail",
+    "print_json",
+    "progress_bars",
+    "say",
+    "warn",
+]
+
+Choice = TypeVar("Choice", bound=str)
 
 console = Console()
 
@@ -46,6 +59,23 @@ StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def say(message: str) -> None:
+    """One line on standard output, as it is."""
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def checked_choice(value: str, choices: Sequence[Choice], option: str) -> Choice:
+    """Returns the choice that was typed.
+
+    Raises:
+        typer.BadParameter: it is none of the choices.
+    """
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise typer.BadParameter(f"must be one of {', '.join(choices)}", param_hint=option)
 
 
 def warn(message: str) -> None:

@@ -6,24 +6,34 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, Literal, TextIO, cast
+from typing import Annotated, Any, TextIO, get_args
 
 import typer
 
-from hmi_engine.cli.output import StorePath, warn
+from hmi_engine.cli.output import StorePath, checked_choice, warn
 from hmi_engine.engine import Engine
 from hmi_engine.errors import InvalidRequestError
+from hmi_engine.pipeline.step import MissPolicy
 from hmi_engine.request import Request, Response
 from hmi_engine.store import Store
 
 _FIELDS = ("tenant", "text", "input_ids", "long_text", "id")
+_POLICIES: tuple[MissPolicy, ...] = get_args(MissPolicy)
 
 
 def run(
     store: StorePath,
     miss: Annotated[
-        str, typer.Option(help="Where the table has no row: backoff (compose it) or exact (compute it).")
+        str,
+        typer.Option(
+            help="Where the table has no row: backoff (compose it), exact (compute it), or budget (compute "
+            "the most frequent, compose the others)."
+        ),
     ] = "backoff",
+    exact_budget: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="--miss budget: most windows computed per token of a batch."),
+    ] = 0.05,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
     host_memory: Annotated[str, typer.Option(help="Budget for resident adapters.")] = "2GiB",
     chunk: Annotated[int, typer.Option(min=1, help="Lines read before the first answers.")] = 256,
@@ -35,13 +45,17 @@ def run(
 
     A line that cannot be served is answered by {"error": {"type", "message"}}; the others go on.
     """
-    if miss not in ("backoff", "exact"):
-        raise typer.BadParameter("must be backoff or exact", param_hint="--miss")
-    policy = cast("Literal['backoff', 'exact']", miss)
+    policy = checked_choice(miss, _POLICIES, "--miss")
     failed = total = 0
     with (
         Store.open(store, read_only=True) as opened,
-        Engine(opened, miss=policy, max_batch_tokens=max_batch_tokens, host_memory=host_memory) as engine,
+        Engine(
+            opened,
+            miss=policy,
+            exact_budget=exact_budget,
+            max_batch_tokens=max_batch_tokens,
+            host_memory=host_memory,
+        ) as engine,
     ):
         for lines in _chunks(sys.stdin, chunk):
             for answer in _answer(engine, lines):

@@ -1,35 +1,12 @@
 """The command line as a person types it."""
 
-import io
 import json
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
+from cli.command_line import hmi
 from conftest import write_jsonl
-
-from hmi_engine.cli import main
-
-
-def hmi(*arguments, text=""):
-    """Runs the command in this process, as the installed script does: exit code and both streams."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with (
-        mock.patch.object(sys, "argv", ["hmi", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(text)),
-        mock.patch.dict("os.environ", {"COLUMNS": "200"}),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")
