@@ -32,6 +32,12 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
 	python -m benchmarks.accuracy
+	python -m benchmarks.coverage_growth
+	python -m benchmarks.drift
+	python -m benchmarks.miss
+	python -m benchmarks.composition
+	python -m benchmarks.compression
+	python -m benchmarks.counting
 	python -m benchmarks.report
 
 report: ## Write docs/results.md from benchmarks/results/*.json

@@ -109,6 +109,7 @@ def curves(findings: Findings, rates: Sequence[float], budgets: Sequence[int]) -
                 y_label="accuracy on held-out texts",
                 x=tuple(100 * rate for rate in rates),
                 y=tuple(mean(figures[str(rate)]) for rate in rates),
+                x_scale="linear",
             )
     for name, figures in findings.budgets.items():
         yield Curve(

@@ -163,6 +163,7 @@ def serve(
                 y_label="share of windows found",
                 x=tuple(map(float, ends)),
                 y=tuple(found / total for found, total in zip(hits, windows, strict=True)),
+                x_scale="linear",
             )
         )
         share, cost = sum(hits) / sum(windows), 1000 * policy.rows_computed / ends[-1]

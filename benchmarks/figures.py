@@ -43,7 +43,7 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
         axes = figure.subplots()
         for curve in curves:
             axes.plot(curve.x, curve.y, marker="o", label=curve.name)
-        axes.set_xscale(curves[0].x_scale)
+        axes.set_xscale(_x_scale(curves))
         if curves[0].y_unit == "times":
             axes.axhline(1.0, color="#333333", linestyle="--", linewidth=1)
             axes.set_ylim(bottom=0)
@@ -55,6 +55,11 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
         axes.legend()
         _save(figure, path)
     return path
+
+
+def _x_scale(curves: Sequence[Curve]) -> str:
+    """The scale that the first curve asks for; a logarithm has no place for 0."""
+    return "linear" if any(min(curve.x) <= 0 for curve in curves) else curves[0].x_scale
 
 
 def _save(figure: Figure, path: Path) -> None:

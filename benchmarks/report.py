@@ -24,7 +24,18 @@ turn (A B C, B C A, ...) in one process. A ratio is that of median rates.
 """
 EMPTY = "\nNo results yet: run the benchmarks first.\n"
 QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it works and measures nothing.**"
-ORDER = ("mixed", "accuracy", "plot", "kernels")
+ORDER = (
+    "mixed",
+    "accuracy",
+    "plot",
+    "coverage_growth",
+    "drift",
+    "miss",
+    "composition",
+    "compression",
+    "counting",
+    "kernels",
+)
 """What people ask first comes first; other results follow by name."""
 
 MANY_CASES = 8

@@ -222,7 +222,7 @@ def show(
     if as_json:
         print_json([_describe_shown(info, waiting, coverage) for info in infos])
     else:
-        console.print(domain_tree(infos, waiting, coverage), soft_wrap=True)
+        console.print(domain_tree(infos, waiting, coverage))
 
 
 def _subtree(store: Store, name: str) -> list[DomainInfo]:

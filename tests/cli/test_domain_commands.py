@@ -13,6 +13,7 @@ from conftest import sentences, write_jsonl
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+import hmi_kernels
 from hmi_engine import Store
 from hmi_engine.knowledge.traffic_file import TrafficCounts
 
@@ -119,7 +120,7 @@ def test_update_with_text_and_with_traffic(made, tmp_path):
     assert updated["promoted"] > 0
     assert shown(made, "--sample", news)["cells"]["sample"]["share"] > before["sample"]["share"]
 
-    keys = torch.tensor([(5 << 40 | 5 << 20 | 6)], dtype=torch.int64)
+    keys = hmi_kernels.ngram_keys(torch.tensor([[5, 6, -1]], dtype=torch.int32))
     with Store.open(made) as opened:
         counts = TrafficCounts(
             keys, torch.ones(1, dtype=torch.float64), 1.0, 0.0, tokens=120, windows=119, hits=60
