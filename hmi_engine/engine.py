@@ -11,14 +11,17 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 
 import hmi_kernels
-from hmi_engine.errors import EngineClosedError, HmiError, MissPolicyWarning
+from hmi_engine.errors import EngineClosedError, HmiError, MissPolicyWarning, ReadOnlyStoreError
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.domain_updates import DomainUpdater
 from hmi_engine.pipeline.respond import respond
 from hmi_engine.pipeline.step import BatchItem, BatchRunner, MissPolicy
+from hmi_engine.pipeline.traffic_saver import TrafficSaver
 from hmi_engine.request import Request, Response, Timing
 from hmi_engine.schedule.batching import QueuedSequence, form_batches
 from hmi_engine.store import Store
@@ -31,7 +34,8 @@ class EngineStatistics:
     """Counts since the engine started.
 
     ``plot`` and ``adapters`` hold the fields of ``PlotStatistics`` (tokens, windows) and
-    ``ResidencyStatistics`` (tenants, bytes).
+    ``ResidencyStatistics`` (tenants, bytes); ``traffic`` and ``updates`` those of ``TrafficStatistics`` and
+    ``UpdateStatistics``, or None where the engine does neither.
     """
 
     requests: int = 0
@@ -44,6 +48,8 @@ class EngineStatistics:
     resident_bytes: int = 0
     plot: dict[str, int] | None = None
     adapters: dict[str, int] | None = None
+    traffic: dict[str, int | float | str | None] | None = None
+    updates: dict[str, int | str | None] | None = None
 
 
 class Engine(AbstractContextManager["Engine"]):
@@ -61,6 +67,11 @@ class Engine(AbstractContextManager["Engine"]):
         exact_budget: float = 0.05,
         max_batch_tokens: int = 8192,
         overlay_memory: int | str = "256MiB",
+        record_traffic: bool = True,
+        traffic_memory: int | str = DEFAULT_TRAFFIC_BYTES,
+        traffic_interval: float = 60.0,
+        update_domains_every: float | None = None,
+        update_share: float = 0.25,
     ) -> None:
         """Opens an engine over a store, which stays the caller's to close.
 
@@ -75,9 +86,18 @@ class Engine(AbstractContextManager["Engine"]):
             exact_budget: ``miss="budget"``: most windows computed per token of a batch, 0 to 1.
             max_batch_tokens: most tokens computed at once.
             overlay_memory: budget for the rows of windows computed in traffic, which later batches find.
+            record_traffic: whether to count the n-grams that requests ask for and to keep them in the store
+                for ``Store.update_domain``. A store opened with ``read_only=True`` records nothing.
+            traffic_memory: budget for these counts.
+            traffic_interval: seconds between two savings of them; the rest is saved by :meth:`close`.
+            update_domains_every: seconds between two rounds of updates of the domains that had traffic, on a
+                thread of the engine; None for no updates. Each writes the domain's table anew, so minutes
+                to hours suit large ones.
+            update_share: most of its time that this thread works, 0 to 1.
 
         Raises:
             ValueError: an option is none of those above, or out of range.
+            ReadOnlyStoreError: ``update_domains_every`` needs a store that is open for writing.
         """
         _check_option("device", device, ("auto", "cpu"))
         _check_option("backend", backend, ("auto", "cpu", "reference"))
@@ -105,12 +125,34 @@ class Engine(AbstractContextManager["Engine"]):
                 overlay_bytes=overlay_bytes,
                 domain_layers=store.domain_layers,
             )
+        self._traffic: TrafficSaver | None = None
+        if self._plots is not None and record_traffic and not store.catalog.read_only:
+            self._traffic = TrafficSaver(store, max_bytes=traffic_memory, interval_seconds=traffic_interval)
         self._runner = BatchRunner(
-            store.general, store.model, self._plots, self._residency, miss=miss, exact_budget=exact_budget
+            store.general,
+            store.model,
+            self._plots,
+            self._residency,
+            miss=miss,
+            exact_budget=exact_budget,
+            recorder=self._traffic.recorder if self._traffic is not None else None,
         )
         self._lock = threading.Lock()
         self._closed = False
         self._statistics = EngineStatistics()
+        self._updater: DomainUpdater | None = None
+        if update_domains_every is not None:
+            self._updater = self._start_updates(update_domains_every, update_share)
+
+    def _start_updates(self, every: float, max_share: float) -> DomainUpdater:
+        if self.store.catalog.read_only:
+            raise ReadOnlyStoreError(
+                f"{self.store.layout.root} was opened with read_only=True, so its domains cannot be updated; "
+                "open it for writing or leave update_domains_every out"
+            )
+        # Without own counts there may still be those of other processes' engines.
+        flush = self._traffic.save if self._traffic is not None else lambda: None
+        return DomainUpdater(self.store, every=every, max_share=max_share, flush=flush)
 
     def run(self, requests: Sequence[Request]) -> list[Response]:
         """Answers requests, in their order; a request that fails carries its error and harms no other.
@@ -132,6 +174,8 @@ class Engine(AbstractContextManager["Engine"]):
             self._warn_of_mismatches([item for _, item in queue])
             for batch in self._batches([item for _, item in queue]):
                 self._answer([queue[number] for number in batch], responses, started)
+            if self._traffic is not None:
+                self._traffic.save_if_due()
             return self._finish(responses)
 
     def prefetch(self, tenants: Sequence[str]) -> None:
@@ -157,15 +201,25 @@ class Engine(AbstractContextManager["Engine"]):
             current.resident_bytes = self._residency.arena.used_bytes
             current.plot = asdict(self._runner.plot_statistics)
             current.adapters = asdict(self._residency.statistics)
+            current.traffic = asdict(self._traffic.statistics) if self._traffic is not None else None
+            current.updates = asdict(self._updater.statistics) if self._updater is not None else None
             return current
 
     def close(self) -> None:
-        """Gives memory back; a second call does nothing."""
+        """Gives memory back and saves what was counted of traffic; a second call does nothing.
+
+        Updates under way are given up.
+        """
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                if self._plots is not None:
-                    self._plots.close()
+            if self._closed:
+                return
+            self._closed = True
+            if self._updater is not None:
+                self._updater.close()
+            if self._traffic is not None:
+                self._traffic.close()
+            if self._plots is not None:
+                self._plots.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

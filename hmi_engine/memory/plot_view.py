@@ -154,6 +154,10 @@ class PlotView(AbstractContextManager["PlotView"]):
             table.count_hits(found & _ROW_MASK)
         return references
 
+    def in_tables(self, references: torch.Tensor) -> torch.Tensor:
+        """Which references are to rows of the domains' own tables, and not computed in traffic: bool."""
+        return (references >= 0) & (references >> hmi_kernels.ROW_BITS < len(self._plots))
+
     def compute_misses(
         self,
         model: HierarchicalBert,

@@ -17,6 +17,7 @@ from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
+from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
 from hmi_engine.pipeline.read_out import HeadOutput, read_out
@@ -83,14 +84,26 @@ class BatchRunner:
         *,
         miss: MissPolicy,
         exact_budget: float,
+        recorder: TrafficRecorder | None = None,
     ) -> None:
-        """``exact_budget`` is the most windows to compute per token of a batch, under ``miss="budget"``."""
+        """Runs nothing yet.
+
+        Args:
+            general: the base model's description.
+            model: the base model.
+            plots: the tables; None where no layers are looked up.
+            residency: loads adapters.
+            miss: what to do where the tables have no row.
+            exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
+            recorder: counts what is looked up.
+        """
         self._general = general
         self._model = model
         self._plots = plots
         self._residency = residency
         self._miss = miss
         self._exact_budget = exact_budget
+        self._recorder = recorder
         self.plot_statistics = PlotStatistics()
 
     @torch.no_grad()
@@ -174,6 +187,8 @@ class BatchRunner:
             return self._model.embed(sequences.input_ids, sequences.positions())
         references = view.lookup(sequences, domains)
         self._count(sequences, references)
+        if self._recorder is not None:
+            self._recorder.record(sequences, domains, view.in_tables(references[:, 0]))
         if self._miss != "backoff":
             limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
             references, computed, skipped = view.compute_misses(
