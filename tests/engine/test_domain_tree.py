@@ -4,6 +4,7 @@ Hypothesis invents histories of changes; after each change the store is compared
 with transformers' own layers (tests/reference_hbert.py).
 """
 
+import copy
 import itertools
 import shutil
 from collections import Counter
@@ -32,6 +33,7 @@ import hmi_engine as hmi
 import hmi_kernels
 from hmi_engine.errors import DomainCycleError, DomainInUseError
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot
+from hmi_engine.knowledge.traffic_file import TrafficCounts
 
 CORPORA = [sentences(25, seed=seed, longest=9) for seed in range(10, 15)]
 QUESTIONS = sentences(3, seed=20, longest=7)
@@ -63,8 +65,10 @@ class DomainTree(RuleBasedStateMachine):
     folder: ClassVar[Path]
     numbers: ClassVar[Iterator[int]]
     counters: ClassVar[list[Counter[tuple[int, ...]]]]
-    answers: ClassVar[dict[str, list[torch.Tensor]]]
-    """By the identity of the domain layers."""
+    answers: ClassVar[list[list[torch.Tensor]]]
+    """Those of the base model's domain layers, and of the other ones."""
+    layers: ClassVar[dict[str, torch.Tensor]]
+    """Other domain layers."""
 
     @initialize()
     def start(self) -> None:
@@ -75,7 +79,7 @@ class DomainTree(RuleBasedStateMachine):
 
     def open(self) -> None:
         self.store = hmi.Store.open(self.path)
-        self.engine = hmi.Engine(self.store, miss="exact", overlay_memory="256KiB")
+        self.engine = hmi.Engine(self.store, miss="exact", overlay_memory="256KiB", record_traffic=False)
 
     def close(self) -> None:
         self.engine.close()
@@ -119,6 +123,34 @@ class DomainTree(RuleBasedStateMachine):
         name = self.choose(place)
         self.store.update_domain(name, CORPORA[corpus])
         self.expected[name].corpora.append(corpus)
+
+    @precondition(lambda self: self.expected)
+    @rule(place=places, corpus=corpora, promotions=st.sampled_from([0, 3, None]))
+    def update_by_traffic(self, place: int, corpus: int, promotions: int | None) -> None:
+        name = self.choose(place)
+        windows = self.counters[corpus]
+        keys = hmi_kernels.ngram_keys(torch.tensor(list(windows), dtype=torch.int32))
+        weights = torch.tensor(list(windows.values()), dtype=torch.float64)
+        order = keys.argsort()
+        # Without tokens no time passes, so that the traffic weighs as much as the corpora.
+        counts = TrafficCounts(
+            keys=keys[order],
+            weights=weights[order],
+            occurrences=float(weights.sum()),
+            max_error=0.0,
+            tokens=0,
+            windows=int(weights.sum()),
+            hits=0,
+        )
+        self.store.save_traffic(name, counts)
+        self.store.update_domain(name, max_promotions=promotions)
+        assert self.store.catalog.traffic_files() == []
+        self.expected[name].corpora.append(corpus)
+
+    @precondition(lambda self: self.expected)
+    @rule(place=places, own=st.booleans())
+    def change_layers(self, place: int, own: bool) -> None:
+        self.store.set_domain_layers(self.choose(place), self.layers if own else None)
 
     @precondition(lambda self: self.expected)
     @rule(place=places, to=places)
@@ -187,7 +219,11 @@ class DomainTree(RuleBasedStateMachine):
         responses = iter(self.engine.run(requests))
         tolerance = TOLERANCES["float16" if self.rounded else "float32"]
         for name in self.expected:
-            for expected in self.answers[self.store.domains[name].layer_identity]:
+            above = self.ancestors(name)
+            has_own = any(self.store.domains[node].layers for node in above)
+            is_base = self.store.domains[name].layer_identity == self.store.general.domain_layers
+            assert has_own != is_base
+            for expected in self.answers[has_own]:
                 response = next(responses)
                 assert response.error is None
                 found = torch.from_numpy(response.embedding)
@@ -218,10 +254,24 @@ def count_windows(token_ids: list[list[int]], window: int) -> Counter[tuple[int,
 
 
 @torch.no_grad()
-def mean_states(model: BertModel, token_ids: list[list[int]], window: int) -> list[torch.Tensor]:
+def mean_states(
+    model: BertModel, domain: BertModel, token_ids: list[list[int]], window: int
+) -> list[torch.Tensor]:
+    """Through the domain layers of ``domain`` and the upper ones of ``model``."""
     return [
-        upper_layers(model, merged(model, ids, PLOT_LAYERS, window), PLOT_LAYERS).mean(0) for ids in token_ids
+        upper_layers(model, merged(domain, ids, PLOT_LAYERS, window), PLOT_LAYERS).mean(0)
+        for ids in token_ids
     ]
+
+
+@torch.no_grad()
+def other_layers(model: BertModel) -> BertModel:
+    """The model with other weights in its layers."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in other.encoder.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return other
 
 
 @pytest.mark.parametrize("window", [2, 3])
@@ -242,7 +292,9 @@ def test_any_history_of_changes(
     ) as store:
         Machine.counters = [count_windows(store.encoder.token_ids(texts), window) for texts in CORPORA]
         questions = store.encoder.token_ids(QUESTIONS)
-        Machine.answers = {store.general.domain_layers: mean_states(model, questions, window)}
+    other = other_layers(model)
+    Machine.layers = dict(other.state_dict())
+    Machine.answers = [mean_states(model, domain, questions, window) for domain in (model, other)]
     run_state_machine_as_test(
         Machine,
         settings=settings(
