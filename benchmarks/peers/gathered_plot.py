@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.peers.numba_plot import build_dictionary, find_row
+from benchmarks.peers.numba_search import NumbaSearch
 
 __all__ = ["GatheredPlot"]
 
@@ -23,7 +22,7 @@ class GatheredPlot:
 
     def __init__(self, keys: _Array, rows: _Array, unigrams: _Array, *, window: int) -> None:
         """``keys`` int64 [N] as HMI's."""
-        self._table = build_dictionary(keys)
+        self._search = NumbaSearch(keys, window=window, parallel=False)
         self._rows = rows
         self._unigrams = unigrams
         self._merge = self._merge_bigrams if window == 2 else self._merge_trigrams
@@ -38,14 +37,14 @@ class GatheredPlot:
         return tokens, self._rows[references[tokens]].astype(np.float32)
 
     def _merge_bigrams(self, input_ids: _Array, offsets: _Array, unigrams: _Array) -> _Array:
-        tokens, rows = self._gather(_search_bigrams(self._table, input_ids, offsets))
+        tokens, rows = self._gather(self._search.run(input_ids, offsets)[:, 0])
         merged = unigrams.copy()
         merged[tokens] += rows[:, 0] - unigrams[tokens]
         merged[tokens + 1] += rows[:, 1] - unigrams[tokens + 1]
         return merged
 
     def _merge_trigrams(self, input_ids: _Array, offsets: _Array, unigrams: _Array) -> _Array:
-        references = _search_trigrams(self._table, input_ids, offsets)
+        references = self._search.run(input_ids, offsets)
         whole, whole_rows = self._gather(references[:, 0])
         left, left_rows = self._gather(references[:, 1])
         right, right_rows = self._gather(references[:, 2])
@@ -63,31 +62,3 @@ class GatheredPlot:
         merged[left - 1] += left_rows[:, 0]
         merged[right + 1] += right_rows[:, 2]
         return merged
-
-
-@numba.njit
-def _search_bigrams(table: Any, input_ids: _Array, offsets: _Array) -> _Array:
-    references = np.full(len(input_ids), -1, dtype=np.int64)
-    for sequence in range(len(offsets) - 1):
-        for token in range(offsets[sequence], offsets[sequence + 1] - 1):
-            references[token] = find_row(table, input_ids[token], input_ids[token + 1], -1)
-    return references
-
-
-@numba.njit
-def _search_trigrams(table: Any, input_ids: _Array, offsets: _Array) -> _Array:
-    """Rows of the trigram and, only where it is missing, of the bigrams at its left and right."""
-    references = np.full((len(input_ids), 3), -1, dtype=np.int64)
-    for sequence in range(len(offsets) - 1):
-        start, end = offsets[sequence], offsets[sequence + 1]
-        for token in range(start, end):
-            a = input_ids[token - 1] if token > start else -1
-            b = input_ids[token]
-            c = input_ids[token + 1] if token + 1 < end else -1
-            references[token, 0] = find_row(table, a, b, c)
-            if references[token, 0] < 0:
-                if a >= 0:
-                    references[token, 1] = find_row(table, a, b, -1)
-                if c >= 0:
-                    references[token, 2] = find_row(table, -1, b, c)
-    return references

@@ -11,6 +11,7 @@ from hmi_engine.models.packing import PackedSequences
 REASON = "the PLOT baseline needs numba (extra: bench)"
 NumbaPlot = pytest.importorskip("benchmarks.peers.numba_plot", reason=REASON).NumbaPlot
 GatheredPlot = pytest.importorskip("benchmarks.peers.gathered_plot", reason=REASON).GatheredPlot
+lookup = pytest.importorskip("benchmarks.plot_lookup", reason=REASON)
 hit_curves = pytest.importorskip("benchmarks.plot", reason=REASON).hit_curves
 
 VOCABULARY, HIDDEN = 12, 16
@@ -69,6 +70,32 @@ def test_baselines_are_the_reference_merge_before_its_layer_norm(window: int) ->
         merged = torch.from_numpy(peer.run(packed.input_ids.numpy(), packed.offsets.numpy()))
         found = torch.nn.functional.layer_norm(merged, (HIDDEN,), eps=1e-5)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_every_system_finds_what_a_dictionary_of_windows_holds(window: int) -> None:
+    sequences = random_sequences(4)
+    held = windows(sequences, window)
+    slots = sorted(held)
+    rows = {slot: row for row, slot in enumerate(slots)}
+    keys = hmi_kernels.ngram_keys(torch.tensor(slots, dtype=torch.int32))
+    packed = PackedSequences.pack(sequences)
+    expected = []
+    for ids in sequences:
+        for a, b, c in zip([-1, *ids[:-1]], ids, [*ids[1:], -1], strict=True):
+            if window == 2:
+                expected.append([rows.get((b, c), -1)])
+                continue
+            whole = rows.get((a, b, c), -1)
+            sides = [rows.get((a, b, -1), -1) if a >= 0 else -1, rows.get((-1, b, c), -1) if c >= 0 else -1]
+            expected.append([whole, *(sides if whole < 0 else [-1, -1])])
+    index = hmi_kernels.plot_index_build(keys)
+    for name, search in lookup.lookup_systems(index, keys, window=window).items():
+        assert search(packed).tolist() == expected, name
+    case = lookup.lookup_case("search", index, keys, [packed], window=window, repetitions=2)
+    found = sum(max(references) >= 0 for references in expected)
+    assert case.settings["share_of_tokens_found"] == round(found / len(expected), 3)
+    assert {ratio.faster for ratio in case.ratios} == {lookup.OURS}
 
 
 def test_hit_curves_count_like_counter() -> None:
