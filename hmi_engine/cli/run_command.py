@@ -36,6 +36,9 @@ def run(
     ] = 0.05,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
     host_memory: Annotated[str, typer.Option(help="Budget for resident adapters.")] = "2GiB",
+    record_traffic: Annotated[
+        bool, typer.Option("--record-traffic", help="Count n-grams in the store, for `hmi domain update`.")
+    ] = False,
     chunk: Annotated[int, typer.Option(min=1, help="Lines read before the first answers.")] = 256,
     as_json: Annotated[
         bool, typer.Option("--json", help="Accepted for symmetry: the output always is JSON lines.")
@@ -48,13 +51,14 @@ def run(
     policy = checked_choice(miss, _POLICIES, "--miss")
     failed = total = 0
     with (
-        Store.open(store, read_only=True) as opened,
+        Store.open(store, read_only=not record_traffic) as opened,
         Engine(
             opened,
             miss=policy,
             exact_budget=exact_budget,
             max_batch_tokens=max_batch_tokens,
             host_memory=host_memory,
+            record_traffic=record_traffic,
         ) as engine,
     ):
         for lines in _chunks(sys.stdin, chunk):

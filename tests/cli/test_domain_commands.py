@@ -184,7 +184,7 @@ def test_errors_are_told(made, arguments, said):
     assert said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_budget_mode_runs(made, tmp_path):
+def test_run_under_a_budget_and_with_traffic_recorded(made, tmp_path):
     records = [{"text": text, "label": "yes" if "cell" in text else "no"} for text in sentences(40)]
     data = write_jsonl(tmp_path / "train.jsonl", records)
     trained = hmi("tenant", "train", made, "acme", "--data", data, "--domain", "cells", "--epochs", 1)
@@ -193,3 +193,6 @@ def test_budget_mode_runs(made, tmp_path):
     done = hmi("run", made, "--miss", "budget", "--exact-budget", 0.5, text=line)
     assert done.returncode == 0 and "scores" in json.loads(done.stdout)
     assert hmi("run", made, "--miss", "budgets", text=line).returncode == 2
+    assert shown(made)["cells"]["waiting_tokens"] == 0, "nothing is recorded unless it is asked for"
+    assert hmi("run", made, "--record-traffic", text=3 * line).returncode == 0
+    assert shown(made)["cells"]["waiting_tokens"] == 3 * 4, "with the special tokens"
