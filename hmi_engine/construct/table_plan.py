@@ -25,6 +25,8 @@ __all__ = ["TablePlan", "TableSettings", "largest_useful_count", "plan_table"]
 _CANDIDATE_SHARE = 1 / 16
 """Of the budget: for n-grams that have no row, so that an update knows whether they have earned one."""
 _CANDIDATE_BYTES = 16
+_DIGEST_BYTES = 8
+_HEADER_BYTES = 2048  # with the gaps between tensors
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class TableSettings:
     """What a person asked of a domain's table.
 
     Attributes:
-        plot_bytes: budget of the file: rows, keys, counts, index and candidates; 0 for no rows at all.
+        plot_bytes: budget of the file: rows, keys, counts, index, candidates and the texts' digests (of
+            which at most a quarter of it is charged); 0 for no rows at all. Unigrams come on top.
         row_format: how its rows are stored.
         min_count: n-grams seen less often get no row.
     """
@@ -101,7 +104,7 @@ def plan_table(
     Raises:
         BudgetTooSmallError: the budget is not 0, and not enough for one row.
     """
-    row_budget = _row_budget(settings, general)
+    row_budget = _row_budget(settings, general, len(documents))
     promotable = _promotable(frequencies, settings.min_count, inherited, held, max_promotions)
     selection = select_rows(
         frequencies.keys[promotable],
@@ -152,7 +155,7 @@ def largest_useful_count(settings: TableSettings, general: GeneralInfo, inherite
     return rows + candidates + sum(len(index) // 2 for index in inherited)
 
 
-def _row_budget(settings: TableSettings, general: GeneralInfo) -> int:
+def _row_budget(settings: TableSettings, general: GeneralInfo, num_documents: int) -> int:
     if settings.plot_bytes == 0:
         return 0
     fixed = codebook_bytes(settings.row_format, general.window, general.hidden_size)
@@ -164,7 +167,9 @@ def _row_budget(settings: TableSettings, general: GeneralInfo) -> int:
             f"plot_bytes is {format_bytes(settings.plot_bytes)}, but one {settings.row_format} row with its "
             f"index takes {format_bytes(least)}; give the table more, or 0 for none"
         )
-    return row_budget
+    # Of very many short texts only so much is charged that a small table still has rows.
+    beside = min(_DIGEST_BYTES * num_documents + _HEADER_BYTES, row_budget // 4)
+    return max(row_budget - beside, table_bytes(1, row_bytes))
 
 
 def _promotable(
