@@ -180,7 +180,8 @@ def _promotable(
     max_promotions: int | None,
 ) -> Tensor:
     """bool [N]: the n-grams that may have a row in the new table."""
-    threshold = math.ceil(min_count * frequencies.occurrence_weight)
+    # Rounded as counts are, so that an n-gram seen just min_count times passes at any weight.
+    threshold = max(1, round(min_count * frequencies.occurrence_weight))
     frequent = frequencies.counts >= threshold
     has_row = _found(frequencies.keys, () if held is None else (held,))
     if max_promotions is not None:

@@ -69,6 +69,26 @@ def test_a_budget_below_one_row_is_refused(store: hmi.Store) -> None:
     assert planned(store.general, COUNTS, 0) == []
 
 
+def test_min_count_means_occurrences_at_any_weight(store: hmi.Store) -> None:
+    for tokens in range(1, 40):
+        seen = Frequencies.none().with_traffic(
+            torch.tensor([7, 9]),
+            torch.tensor([2.0, 1.0], dtype=torch.float64),
+            tokens=tokens,
+            occurrences=3,
+            half_life_tokens=10,
+        )
+        plan = plan_table(
+            seen,
+            TableSettings(20_000, "float16", 2),
+            store.general,
+            layer_identity="any",
+            corpus_tokens=0,
+            documents=torch.empty(0, dtype=torch.int64),
+        )
+        assert plan.keys.tolist() == [7]
+
+
 @pytest.mark.parametrize("row_format", ["float16", "float32", "int8"])
 @pytest.mark.parametrize("plot_bytes", [40_000, 80_000])
 def test_the_file_fits_the_budget(store: hmi.Store, row_format: str, plot_bytes: int) -> None:
