@@ -17,6 +17,8 @@ from hmi_engine.construct.build_folder import BuildFolder
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.domain_corpus import CorpusSource, DomainCorpus, count_source, plan_domain
 from hmi_engine.construct.domain_tree import TreeChange
+from hmi_engine.construct.ray_cluster import open_cluster
+from hmi_engine.construct.ray_counting import count_on_ray
 from hmi_engine.construct.table_plan import TableSettings, largest_useful_count
 from hmi_engine.errors import (
     DomainExistsError,
@@ -110,6 +112,7 @@ class DomainStore:
         stdin_format: Literal["txt", "jsonl"] = "txt",
         count_memory: int | str = "1GiB",
         scratch: str | Path | None = None,
+        ray: str | None = None,
         progress: Progress | None = None,
     ) -> CorpusReport:
         """Adds a domain: counts the corpus' n-grams and materialises the most frequent into its PLOT.
@@ -130,6 +133,9 @@ class DomainStore:
             stdin_format: what standard input is.
             count_memory: budget for counts in memory; beyond, they go to files and are merged by DuckDB.
             scratch: folder for those files, by default the system's.
+            ray: address of a Ray cluster that counts and computes, as
+                :func:`~hmi_engine.construct.ray_cluster.open_cluster` takes it; its machines must see the
+                corpus' files. None for this machine alone.
             progress: told about the work.
 
         Returns:
@@ -141,6 +147,7 @@ class DomainStore:
             BudgetTooSmallError: the budget is not 0, and not enough for one row.
             StoreFullError: no room; what is done is kept for the next try.
             StoreBusyError: someone else is building this domain.
+            MissingDependencyError, ClusterError: Ray is not installed, or not at this address.
         """
         check_name(name, "domain")
         self._check_writable()
@@ -158,7 +165,13 @@ class DomainStore:
             scratch=Path(scratch) if scratch is not None else None,
         )
         with (
-            TreeChange(self.catalog, self.domain_layers, progress=progress) as change,
+            open_cluster(ray, self.catalog) as cluster,
+            TreeChange(
+                self.catalog,
+                cluster.layers if cluster else self.domain_layers,
+                progress=progress,
+                batches_at_once=cluster.num_workers if cluster else 1,
+            ) as change,
             BuildFolder.open(self.layout, name) as folder,
         ):
             plan = plan_domain(
@@ -170,6 +183,7 @@ class DomainStore:
                 layer_identity=identity,
                 above=change.above(parent, identity),
                 progress=progress,
+                count=count_on_ray if cluster else count_source,
             )
             change.add(name, parent, plan, settings, folder)
             change.commit()

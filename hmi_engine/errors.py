@@ -5,6 +5,7 @@ A message says what was wrong, where, and what to do. The command line prints it
 
 __all__ = [
     "BudgetTooSmallError",
+    "ClusterError",
     "CorpusError",
     "DomainCycleError",
     "DomainExistsError",
@@ -98,6 +99,10 @@ class TrainingDataError(HmiError, ValueError):
 
 class MissingDependencyError(HmiError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class ClusterError(HmiError, ConnectionError):
+    """No Ray cluster answers at the address that was given."""
 
 
 class InvalidRequestError(HmiError, ValueError):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import JsonValue
@@ -97,6 +97,21 @@ class CorpusSource:
         return hashlib.sha256(json.dumps([self.text_field, described]).encode()).hexdigest()
 
 
+class CountSource(Protocol):
+    """Counts the n-grams of a source, here (:func:`count_source`) or elsewhere."""
+
+    def __call__(
+        self,
+        source: CorpusSource,
+        encoder: TextEncoder,
+        general: GeneralInfo,
+        *,
+        max_ngrams: int | None,
+        progress: Progress | None,
+    ) -> CorpusCounts:
+        """Returns the counts; ``source.report`` then tells what was read."""
+
+
 def count_source(
     source: CorpusSource,
     encoder: TextEncoder,
@@ -137,6 +152,7 @@ def plan_domain(
     layer_identity: str,
     above: Sequence[PlotTable],
     progress: Progress | None,
+    count: CountSource = count_source,
 ) -> TablePlan:
     """Plans a new domain's table and keeps the plan in ``folder``.
 
@@ -153,7 +169,7 @@ def plan_domain(
     if files is not None and (saved := folder.load(build)) is not None:
         source.report.texts = int(str(saved.statistics.get("texts", 0)))
         return saved
-    counts = count_source(
+    counts = count(
         source,
         encoder,
         general,

@@ -19,7 +19,7 @@ from torch import Tensor
 from hmi_engine.construct.build_folder import BuildFolder
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.domain_corpus import DomainCorpus
-from hmi_engine.construct.materialise import RowSources, build_table, compute_unigrams
+from hmi_engine.construct.materialise import RowSources, WindowLayersOf, build_table, compute_unigrams
 from hmi_engine.construct.table_plan import TablePlan, TableSettings, plan_table
 from hmi_engine.errors import (
     DomainCycleError,
@@ -34,7 +34,6 @@ from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
 from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
-from hmi_engine.memory.domain_layers import DomainLayerLibrary
 
 __all__ = ["TreeChange"]
 
@@ -61,24 +60,27 @@ class TreeChange:
     def __init__(
         self,
         catalog: Catalog,
-        layers: DomainLayerLibrary,
+        layers: Callable[[str], WindowLayersOf],
         *,
         progress: Progress | None = None,
         pause: Callable[[], None] = lambda: None,
+        batches_at_once: int = 1,
     ) -> None:
         """Takes a snapshot of the tree.
 
         Args:
             catalog: of the store, open for writing.
-            layers: computes rows.
+            layers: gives the domain layers of an identity, which compute rows.
             progress: told about the work.
             pause: called between batches of computed rows.
+            batches_at_once: from so many threads layers are called, where they run on other machines.
         """
         self._catalog = catalog
         self._general = catalog.general
         self._layers = layers
         self._progress = progress
         self._pause = pause
+        self._batches_at_once = batches_at_once
         self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
         self._written: list[str] = []
 
@@ -303,6 +305,7 @@ class TreeChange:
             tables=sources,
             codebooks=table.codebooks if table is not None and is_same else None,
             pause=self._pause,
+            batches_at_once=self._batches_at_once,
         )
         node.table = build_table(
             plan, rows, folder, unigrams=unigrams if needs_unigrams else None, progress=self._progress

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,12 +39,14 @@ class RowSources:
         tables: tables of the same layer identity, whose rows are copied where they have what is wanted.
         codebooks: those to go on with, where rows are product-quantised; None to train new ones.
         pause: called after each computed batch, so that a caller can give way to other work.
+        batches_at_once: from so many threads ``windows`` is called, where it runs on other machines.
     """
 
     windows: WindowLayersOf
     tables: Sequence[PlotTable] = ()
     codebooks: Tensor | None = None
     pause: Callable[[], None] = field(default=lambda: None)
+    batches_at_once: int = 1
 
 
 def build_table(
@@ -70,11 +76,14 @@ def build_table(
     shapes.pop("codebooks", None)
     usable = [table for table in sources.tables if _has_same_format(table, encoder)]
     writer = folder.rows(shapes)
-    while writer.done < len(plan.keys):
-        keys = plan.keys[writer.done : writer.done + WINDOWS_PER_BATCH]
-        writer.append(_batch(keys, metadata, usable, sources, encoder))
-        if progress:
-            progress(_STEP, writer.done, len(plan.keys))
+    starts = range(writer.done, len(plan.keys), WINDOWS_PER_BATCH)
+    keys = (plan.keys[start : start + WINDOWS_PER_BATCH] for start in starts)
+    make = partial(_batch, metadata=metadata, tables=usable, sources=sources, encoder=encoder)
+    with closing(_in_order(make, keys, sources.batches_at_once)) as batches:
+        for batch in batches:
+            writer.append(batch)
+            if progress:
+                progress(_STEP, writer.done, len(plan.keys))
     return PlotTable(
         index=hmi_kernels.plot_index_build(plan.keys),
         row_keys=plan.keys,
@@ -87,6 +96,28 @@ def build_table(
         candidate_counts=plan.candidate_counts,
         **writer.tensors(),
     )
+
+
+def _in_order(
+    make: Callable[[Tensor], dict[str, Tensor]], all_keys: Iterable[Tensor], at_once: int
+) -> Generator[dict[str, Tensor], None, None]:
+    """Yields ``make`` of each, in order, some of them made ahead in threads; close it where it is left."""
+    if at_once == 1:
+        for keys in all_keys:
+            yield make(keys)
+        return
+    pending: deque[Future[dict[str, Tensor]]] = deque()
+    with ThreadPoolExecutor(at_once, "hmi-rows") as executor:
+        try:
+            for keys in all_keys:
+                pending.append(executor.submit(make, keys))
+                if len(pending) > at_once:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def _encoder(
