@@ -20,6 +20,7 @@ from benchmarks.arguments import Arguments, read_arguments, read_texts
 from benchmarks.peers.gathered_plot import GatheredPlot
 from benchmarks.peers.numba_plot import NumbaPlot
 from benchmarks.plot_lookup import lookup_case
+from benchmarks.plot_opening import measure_large_table
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
@@ -37,6 +38,7 @@ __all__ = ["hit_curves", "main"]
 QUESTION = (
     "How fast are PLOT rows retrieved, how often are they there, and how does that grow with the corpus?"
 )
+
 DOMAIN = "everything"
 MAX_WORDS = 60
 TOLERANCE = 5e-3
@@ -53,6 +55,9 @@ NOTES = (
     "Search alone goes from token ids to row numbers; all systems found the same, which was checked before "
     "timing. The tables of Python, SQLite and DuckDB lie in memory and get all keys of a batch at once, made "
     "by numpy; each in the fastest of the ways that were tried.",
+    "The large table holds the corpus' bigrams and random ones. Header, index, keys and counts are real; its "
+    "rows are a hole in a sparse file, which is mapped and read as any other but costs no disk. Memory is "
+    "what /proc/self/smaps says of the file's mapping.",
     "numba's threads sleep between calls (workqueue layer) and a pause precedes every sample: otherwise the "
     "waiting threads of one system take the cores of the next.",
     "Curves: the corpus' texts in random order, cut at growing sizes; an n-gram is found if the corpus holds "
@@ -271,6 +276,15 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             )
             cases.extend(of_window)
             quantities.extend(rates)
+        of_large, costs = measure_large_table(
+            Path(folder) / "large.plot",
+            PackedSequences.pack(texts.corpus),
+            _batches(texts.held_out, BATCH_SIZES[-1]),
+            num_rows=300_000 if arguments.quick else 6_500_000,
+            repetitions=repetitions,
+        )
+        cases.extend(of_large)
+        quantities.extend(costs)
     return BenchmarkResult(
         name="plot",
         question=QUESTION,

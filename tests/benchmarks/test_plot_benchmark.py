@@ -1,17 +1,22 @@
 """The PLOT baseline computes the reference merge, and the hit curves count what Counter counts."""
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import hmi_kernels
+from hmi_engine.knowledge.plot_table import PlotMetadata, open_plot
 from hmi_engine.models.packing import PackedSequences
 
 REASON = "the PLOT baseline needs numba (extra: bench)"
 NumbaPlot = pytest.importorskip("benchmarks.peers.numba_plot", reason=REASON).NumbaPlot
 GatheredPlot = pytest.importorskip("benchmarks.peers.gathered_plot", reason=REASON).GatheredPlot
 lookup = pytest.importorskip("benchmarks.plot_lookup", reason=REASON)
+opening = pytest.importorskip("benchmarks.plot_opening", reason=REASON)
 hit_curves = pytest.importorskip("benchmarks.plot", reason=REASON).hit_curves
 
 VOCABULARY, HIDDEN = 12, 16
@@ -96,6 +101,43 @@ def test_every_system_finds_what_a_dictionary_of_windows_holds(window: int) -> N
     found = sum(max(references) >= 0 for references in expected)
     assert case.settings["share_of_tokens_found"] == round(found / len(expected), 3)
     assert {ratio.faster for ratio in case.ratios} == {lookup.OURS}
+
+
+def test_a_sparse_table_is_a_plot_file_that_processes_share(tmp_path: Path) -> None:
+    keys = opening.made_up_keys(
+        4096, 30522, hmi_kernels.ngram_keys(torch.tensor([[1, 2]], dtype=torch.int32))
+    )
+    metadata = PlotMetadata(
+        window=2,
+        plot_layers=1,
+        hidden_size=32,
+        vocab_size=30522,
+        row_dtype="float16",
+        row_format="float16",
+        layer_identity="made up",
+        corpus_tokens=1,
+        min_count=1,
+        admission_count=1,
+    )
+    path = tmp_path / "sparse.plot"
+    opening.write_sparse_table(path, keys, metadata)
+    table = open_plot(path)
+    assert table.metadata == metadata
+    assert torch.equal(table.row_keys, keys)
+    assert torch.equal(table.index, hmi_kernels.plot_index_build(keys))
+    assert not table.rows.any()
+    with safe_open(path, "pt") as file:
+        assert file.get_slice("rows").get_shape() == [len(keys), 2, 32]
+    case = opening.opening_case(path, keys, 2)
+    assert case.settings == {"rows": len(keys), "file_bytes": path.stat().st_size}
+    if sys.platform == "linux":
+        figures = [quantity.value for quantity in opening.sharing_quantities(path)]
+        first, untouched, resident, proportional, private = figures
+        assert first > 0
+        assert untouched < table.index.nbytes / 1024
+        assert resident >= table.index.nbytes / 2**20
+        assert proportional <= resident
+        assert private == 0
 
 
 def test_hit_curves_count_like_counter() -> None:
