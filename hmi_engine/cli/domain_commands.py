@@ -65,6 +65,12 @@ def add(
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for those files; default: the system's.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="Ray cluster that counts and computes: host:port, auto, or local."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Add a domain from text: count its n-grams and precompute the most frequent.
@@ -83,6 +89,7 @@ def add(
             stdin_format=checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format"),
             count_memory=count_memory,
             scratch=scratch,
+            ray=ray,
             progress=progress,
         )
         info = opened.domains[name]

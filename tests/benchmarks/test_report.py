@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.figures import draw_curves
 from benchmarks.report import main
+from benchmarks.result import Curve
 
 from .test_result import make_result
 
@@ -54,3 +56,12 @@ def test_no_results_is_said(tmp_path: Path) -> None:
 def test_that_no_gpu_was_measured_is_said(page: str) -> None:
     assert "## How fast are the kernels on a GPU?" in page
     assert "No GPU figure has been measured yet." in page
+
+
+def test_a_figure_with_a_zero_on_its_logarithmic_axis_is_drawn_straight(tmp_path: Path) -> None:
+    curve = Curve(figure="f", name="ours", x_label="x", y_label="y", x=(0, 50, 100), y=(0.1, 0.2, 0.3))
+    pictures = []
+    for scale in ("log", "linear"):
+        scaled = curve.model_copy(update={"x_scale": scale})
+        pictures.append(draw_curves([scaled], tmp_path / f"{scale}.svg").read_bytes())
+    assert pictures[0] == pictures[1]

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import sentences, write_jsonl
+from typer.testing import CliRunner
 
+from hmi_engine.cli import app
 from hmi_engine.construct import materialise
 from hmi_engine.construct.counting import CorpusCounts, merge_counts
 from hmi_engine.construct.ray_counting import _Sum
@@ -78,6 +80,16 @@ def test_texts_of_an_iterator_give_the_same_table(make_store, files, cluster, mo
     )
     assert there.sha256 == here.sha256
     assert report == here_report
+
+
+@pytest.mark.slow
+def test_the_command_takes_an_address(make_store, files, cluster):
+    store, expected = make_store(), make_store()
+    expected.add_domain("words", files)
+    arguments = ["domain", "add", str(store.layout.root), "words", "--corpus", str(files), "--ray", cluster]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert store.domains["words"].sha256 == expected.domains["words"].sha256
 
 
 @pytest.mark.slow
