@@ -294,6 +294,10 @@ class DomainStore:
         """
         self._check_writable()
         info = self.domains[name]
+        if not self.general.plot_layers:
+            raise UnsupportedModelError(
+                f"{self.layout.root} has no domain layers (plot_layers is 0), so no domain can have its own"
+            )
         if info.parent is None:
             raise UnsupportedModelError(
                 f"domain {name!r} is the root, whose layers are the base model's; give others to one below"

@@ -265,7 +265,7 @@ class TreeChange:
         if parent is not None and node.after.layers is None:
             identity = self._node(parent).after.layer_identity
             node.after = node.after.model_copy(update={"layer_identity": identity})
-        if table is None and corpus is None:
+        if table is None and corpus is None and node.after.layers is None:
             return
         identity = node.after.layer_identity
         is_same = table is not None and table.metadata.layer_identity == identity
