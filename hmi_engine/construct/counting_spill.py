@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ MIN_DATABASE_BYTES = 128 << 20
 """With less than that DuckDB may refuse to work; it is taken whatever the limit."""
 
 _ROWS_PER_FETCH = 1 << 20
+_SECONDS_BETWEEN_INTERRUPTS = 0.05
 _FULL_BELOW_BYTES = 16 << 20  # DuckDB writes blocks, and reports a full disk under several names
 
 _WINDOWS = "SELECT key, count FROM added_up"
@@ -48,12 +50,14 @@ class SpilledCounts:
             raise CorpusError(
                 f"no counts can be kept in {self._scratch}: {error}; name another folder"
             ) from error
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hmi-counts")
         try:
             with self._told():
                 self._connection = duckdb.connect(self._folder / "counts.duckdb", config=self._settings())
-                self._connection.execute("SET enable_progress_bar = false")  # it would go to standard output
-                self._connection.execute("CREATE TABLE pieces (key BIGINT, count BIGINT)")
+                self._execute("SET enable_progress_bar = false")  # it would go to standard output
+                self._execute("CREATE TABLE pieces (key BIGINT, count BIGINT)")
         except BaseException:
+            self._thread.shutdown()
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
 
@@ -76,7 +80,7 @@ class SpilledCounts:
             return
         with self._told():
             self._connection.register("piece", {"key": keys, "count": counts})
-            self._connection.execute("INSERT INTO pieces SELECT key, count FROM piece")
+            self._execute("INSERT INTO pieces SELECT key, count FROM piece")
             self._connection.unregister("piece")
 
     def take(
@@ -95,7 +99,7 @@ class SpilledCounts:
             StoreFullError: the scratch folder has no room.
         """
         with self._told():
-            execute = self._connection.execute
+            execute = self._execute
             execute(f"SET memory_limit = '{_limit(memory_bytes)}'")
             execute(
                 "CREATE TABLE added_up AS SELECT key, SUM(count)::BIGINT AS count FROM pieces GROUP BY key"
@@ -115,11 +119,29 @@ class SpilledCounts:
 
     def close(self) -> None:
         """Removes the folder and all in it."""
+        self._thread.shutdown()
         self._connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _execute(self, statement: str, values: Sequence[int] | None = None) -> duckdb.DuckDBPyConnection:
+        """Runs one statement on a thread of its own, so that Ctrl-C ends it within one chunk of rows.
+
+        On the main thread DuckDB 2.0 notices a signal by itself, but then waits for its workers to finish
+        the tasks they have begun, which for a large join or sort is the whole query; only ``interrupt`` is
+        looked at inside a task.
+        """
+        result = self._thread.submit(self._connection.execute, statement, values)
+        try:
+            return result.result()
+        except BaseException:
+            # An interrupt that comes before the statement has begun is forgotten: so until it has ended.
+            while not result.done():
+                self._connection.interrupt()
+                wait([result], timeout=_SECONDS_BETWEEN_INTERRUPTS)
+            raise
+
     def _count(self, table: str) -> int:
-        row = self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()
+        row = self._execute(f"SELECT count(*) FROM {table}").fetchone()
         return int(row[0]) if row else 0
 
     def _fetch(self, progress: MergeProgress | None) -> tuple[Integers, Integers]:
@@ -128,7 +150,7 @@ class SpilledCounts:
         keys, counts = np.empty(size, np.int64), np.empty(size, np.int64)
         for start in range(0, size, _ROWS_PER_FETCH):
             end = min(start + _ROWS_PER_FETCH, size)
-            found = self._connection.execute(
+            found = self._execute(
                 "SELECT key, count FROM chosen WHERE rowid >= ? AND rowid < ? ORDER BY key", [start, end]
             ).fetchnumpy()
             keys[start:end], counts[start:end] = found["key"], found["count"]
@@ -138,13 +160,9 @@ class SpilledCounts:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Turns DuckDB's errors into ours, and its word for Ctrl-C into Python's."""
+        """Turns DuckDB's errors into ours."""
         try:
             yield
-        except (RuntimeError, duckdb.InterruptException) as error:
-            if "interrupted" not in str(error):
-                raise
-            raise KeyboardInterrupt from error
         except duckdb.Error as error:
             reason = str(error).splitlines()[0]
             if "No space left" in str(error) or shutil.disk_usage(self._scratch).free < _FULL_BELOW_BYTES:

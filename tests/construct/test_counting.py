@@ -220,9 +220,7 @@ def test_a_query_can_be_interrupted(tmp_path: Path) -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt), spilled._told():
-            spilled._connection.execute(
-                "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
-            )
+            spilled._execute("SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b")
     finally:
         signal.signal(signal.SIGALRM, before)
         spilled.close()
