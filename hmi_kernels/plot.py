@@ -67,12 +67,14 @@ def plot_merge(
 ) -> Tensor:
     """Merges the rows that :func:`plot_lookup` found into the hidden states that the upper layers start from.
 
-    Semantics, with R(t) the row of the window at t and U the unigram row of ``input_ids[t]``:
-    window 2: ``m[t] = U + (R(t-1)[1] - U) + (R(t)[0] - U)``; a bracket whose window is missing, or that
-    reaches over an end of the sequence, is zero.
+    Semantics, with R(t) the row of the window at t and U the unigram rows of ``input_ids[t]``; what is
+    missing is that of the token beside ``[MASK]`` ("some token stands here"), which U holds:
+    window 2: ``m[t] = left + right - U[0]`` with left ``R(t-1)[1]``, or ``U[1]`` where that window is
+    missing, and right ``R(t)[0]``, or ``U[2]``. At an end of the sequence the neighbor's part is left out:
+    ``m[t]`` is the other one; with no neighbor at all it is ``U[0]``.
     window 3: ``m[t] = R(t)[1] + R(t-1)[2] + R(t+1)[0]`` inside the sequence. A missing R is composed of the
-    bigrams of columns 1 and 2: slot 0 of left, slot 2 of right (zero if missing), and slot 1
-    ``(left[1] or U) + (right[1] or U) - U``.
+    bigrams of columns 1 and 2: slot 0 of left, slot 2 of right (of U where it is missing), and slot 1
+    ``(left[1] or U[1]) + (right[1] or U[1]) - U[1]``; a slot always speaks of its own token's U.
     Then ``output[t] = LayerNorm(m[t] + position_embeddings[t - start of its sequence])``.
 
     Args:
@@ -81,7 +83,9 @@ def plot_merge(
         references: int64 [tokens, 1] for window 2, [tokens, 3] for window 3.
         row_tables: float16, bfloat16, float32 or int8 [rows, window, hidden] each, or uint8 [rows, window,
             codes]; the table part of a reference counts them.
-        unigram_tables: float16, bfloat16 or float32 [vocabulary, hidden] each.
+        unigram_tables: float16, bfloat16 or float32 [vocabulary, 3, hidden] each. For window 2: the token
+            alone, on the right of ``[MASK]``, on its left. For window 3: the token in this slot of a window
+            that holds ``[MASK]`` in the others.
         sequence_unigram_tables: int32 [sequences]: which of them a sequence uses.
         position_embeddings: float32, float16 or bfloat16 [positions, hidden]; the output has its dtype. The
             backend ``cpu`` takes float32.
@@ -221,7 +225,7 @@ def _check_merge(arguments: MergeArguments) -> None:
         hidden_size=hidden_size,
     )
     for i, table in enumerate(arguments.unigram_tables):
-        require_tensor(f"unigram_tables[{i}]", table, COMPUTE_TYPES, (None, hidden_size))
+        require_tensor(f"unigram_tables[{i}]", table, COMPUTE_TYPES, (None, 3, hidden_size))
     num_sequences = arguments.sequence_offsets.shape[0] - 1
     require_vector("sequence_unigram_tables", arguments.sequence_unigram_tables, torch.int32, num_sequences)
     require_vector("layer_norm_weight", arguments.layer_norm_weight, positions.dtype, hidden_size)

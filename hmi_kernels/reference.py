@@ -160,8 +160,8 @@ def plot_merge(
     table_of_token = sequence_unigram_tables[_sequence_of_tokens(sequence_offsets)]
     tables = _RowTables(row_tables, row_scales, codebooks)
 
-    def unigrams(needed: Tensor) -> Tensor:
-        return _unigram_rows(unigram_tables, table_of_token, input_ids, needed.squeeze(1))
+    def unigrams(needed: Tensor, slot: int) -> Tensor:
+        return _unigram_rows(unigram_tables, table_of_token, input_ids, needed.squeeze(1), slot)
 
     def gather(needed: Tensor, slot: int) -> Tensor:
         return _gather(tables, needed.squeeze(1), slot, position_embeddings.shape[1])
@@ -173,8 +173,8 @@ def plot_merge(
     return merged.to(position_embeddings.dtype)
 
 
-UnigramRows = Callable[[Tensor], Tensor]
-"""The unigram rows of the tokens where a mask bool [tokens, 1] is true, zero elsewhere."""
+UnigramRows = Callable[[Tensor, int], Tensor]
+"""One slot of the unigram rows of the tokens where a mask bool [tokens, 1] is true, zero elsewhere."""
 Gather = Callable[[Tensor, int], Tensor]
 """One slot of the rows that int64 [tokens, 1] references, zero where it is -1."""
 
@@ -185,8 +185,9 @@ def _merge_bigrams(
     left = torch.where(has_left, references.roll(1, 0), -1)
     right = torch.where(has_right, references, -1)
     rows = gather(left, 1) + gather(right, 0)
-    # U + (left - U) + (right - U), a bracket being zero without its row: U counts 1, 0 or -1 times.
-    return rows + _unigrams_left_over(left >= 0, right >= 0, unigrams)
+    rows = rows + unigrams(has_left & (left < 0), 1) + unigrams(has_right & (right < 0), 2)
+    # U + (left - U) + (right - U), a bracket being zero without its neighbor: U counts 1, 0 or -1 times.
+    return rows + _unigrams_left_over(has_left, has_right, unigrams, 0)
 
 
 def _merge_trigrams(
@@ -196,16 +197,18 @@ def _merge_trigrams(
     is_whole = whole >= 0
     before, after = torch.where(is_whole, -1, before), torch.where(is_whole, -1, after)
     composed = gather(before, 1) + gather(after, 1)
-    left_over = _unigrams_left_over((before >= 0) | is_whole, after >= 0, unigrams)
+    left_over = _unigrams_left_over((before >= 0) | is_whole, after >= 0, unigrams, 1)
     center = gather(whole, 1) + composed + left_over
     from_left = torch.where(has_left, torch.where(is_whole, whole, after).roll(1, 0), -1)
     from_right = torch.where(has_right, torch.where(is_whole, whole, before).roll(-1, 0), -1)
-    return center + gather(from_left, 2) + gather(from_right, 0)
+    beside = gather(from_left, 2) + unigrams(has_left & (from_left < 0), 2)
+    beside = beside + gather(from_right, 0) + unigrams(has_right & (from_right < 0), 0)
+    return center + beside
 
 
-def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: UnigramRows) -> Tensor:
-    """U where both rows are missing, -U where both are there, zero where one is."""
-    rows = unigrams(has_first == has_second)
+def _unigrams_left_over(has_first: Tensor, has_second: Tensor, unigrams: UnigramRows, slot: int) -> Tensor:
+    """U where both are missing, -U where both are there, zero where one is."""
+    rows = unigrams(has_first == has_second, slot)
     return torch.where(has_first, -rows, rows)
 
 
@@ -254,9 +257,11 @@ def _decode(codes: Tensor, codebooks: Tensor, rows: Tensor, slot: int) -> Tensor
     return pieces.flatten(1).float().to(rows.device)
 
 
-def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tensor, needed: Tensor) -> Tensor:
-    """float32 [tokens, hidden]: the unigram rows of the tokens that need one, zero elsewhere."""
-    hidden_size = unigram_tables[0].shape[1] if unigram_tables else 1
+def _unigram_rows(
+    unigram_tables: list[Tensor], tables: Tensor, input_ids: Tensor, needed: Tensor, slot: int
+) -> Tensor:
+    """float32 [tokens, hidden]: one slot of the unigram rows of the tokens that need it, zero elsewhere."""
+    hidden_size = unigram_tables[0].shape[2] if unigram_tables else 1
     rows = torch.zeros(input_ids.shape[0], hidden_size, device=input_ids.device)
     for table, content in enumerate(unigram_tables):
         here = needed & (tables == table)
@@ -265,7 +270,7 @@ def _unigram_rows(unigram_tables: list[Tensor], tables: Tensor, input_ids: Tenso
             raise ValueError(
                 f"input_ids hold an id outside unigram_tables[{table}], which has {content.shape[0]} rows"
             )
-        found = content[ids.to(content.device)].float().to(rows.device)
+        found = _take(content, ids, slot)
         rows = rows.index_put((here.nonzero().squeeze(1),), found)
     return rows
 

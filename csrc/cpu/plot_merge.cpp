@@ -19,6 +19,11 @@ constexpr int64_t kCacheLine = 64;
 // All of a row of up to 1024 halves: the hardware's own prefetcher is too slow to start within a row.
 constexpr int64_t kPrefetchedBytes = 2048;
 
+constexpr int kUnigramSlots = 3;
+
+// Of unigram rows of window 2; those of window 3 are numbered like the slots of windows.
+enum UnigramSlot { kAlone, kBesideLeftMask, kBesideRightMask };
+
 enum Column { kWindow, kLeft, kRight };
 
 // The rows whose sum is one token's state before its position is added.
@@ -88,12 +93,12 @@ class MergeRange {
     }
   }
 
-  // U + (left - U) + (right - U) is left + right - U, or the one that is there, or U alone.
+  // U + (left - U) + (right - U) is left + right - U, or the one whose neighbor is there, or U alone.
   TokenSources bigram_sources(int64_t t) noexcept {
     TokenSources to{};
-    if (t > sequence_begin_) add_row(to, t, reference(t - 1, kWindow), 1);
-    if (t + 1 < sequence_end_) add_row(to, t, reference(t, kWindow), 0);
-    if (to.count != 1) add_unigram(to, t);
+    if (t > sequence_begin_) add_row_or_unigram(to, t, reference(t - 1, kWindow), 1, kBesideLeftMask);
+    if (t + 1 < sequence_end_) add_row_or_unigram(to, t, reference(t, kWindow), 0, kBesideRightMask);
+    if (to.count != 1) add_unigram(to, t, kAlone);
     to.subtract_last = to.count == 3;
     return to;
   }
@@ -109,15 +114,23 @@ class MergeRange {
     const int before = to.count;
     add_row(to, t, reference(t, kLeft), 1);
     add_row(to, t, reference(t, kRight), 1);
-    if (to.count - before != 1) add_unigram(to, t);
+    if (to.count - before != 1) add_unigram(to, t, 1);
     to.subtract_last = to.count - before == 3;
     return to;
   }
 
-  // What the window at the neighbor says of token t, or what its bigram on t's side does.
+  // What the window at the neighbor says of token t, or its bigram on t's side, or the token itself.
   void add_neighbor(TokenSources& to, int64_t t, int64_t neighbor, Column side, int slot) noexcept {
     const int64_t whole = reference(neighbor, kWindow);
-    add_row(to, t, whole != kMissing ? whole : reference(neighbor, side), slot);
+    add_row_or_unigram(to, t, whole != kMissing ? whole : reference(neighbor, side), slot, slot);
+  }
+
+  void add_row_or_unigram(TokenSources& to, int64_t t, int64_t reference, int slot, int unigram_slot) noexcept {
+    if (reference == kMissing) {
+      add_unigram(to, t, unigram_slot);
+    } else {
+      add_row(to, t, reference, slot);
+    }
   }
 
   int64_t reference(int64_t t, Column column) const { return a_.references[t * (a_.window == 2 ? 1 : 3) + column]; }
@@ -132,10 +145,10 @@ class MergeRange {
     push(to, a_.row_tables[table], row * a_.window + slot, slot);
   }
 
-  void add_unigram(TokenSources& to, int64_t t) noexcept {
+  void add_unigram(TokenSources& to, int64_t t, int slot) noexcept {
     const int64_t id = a_.sequences.input_ids[t];
     if (id < 0 || id >= unigrams_->num_rows) return error_.report(t);
-    push(to, *unigrams_, id, 0);
+    push(to, *unigrams_, id * kUnigramSlots + slot, slot);
   }
 
   void push(TokenSources& to, const RowTable& table, int64_t index, int slot) const noexcept {

@@ -151,7 +151,7 @@ def make_tables(
     float_types = [dtype if dtype.is_floating_point else torch.float16 for dtype in dtypes]
     return Tables(
         rows=rows,
-        unigrams=[torch.randn(VOCABULARY, hidden_size).to(dtype) for dtype in float_types],
+        unigrams=[torch.randn(VOCABULARY, 3, hidden_size).to(dtype) for dtype in float_types],
         unigram_table_of=[s % len(dtypes) for s in range(len(case.sequences))],
         positions=torch.randn(90, hidden_size).to(compute_type),
         weight=torch.randn(hidden_size).to(compute_type),
@@ -179,19 +179,26 @@ def merge(case: Case, tables: Tables, references: Tensor) -> Tensor:
     )
 
 
+def unigram(tables: Tables, s: int, token: int) -> Tensor:
+    """float64 [3, hidden]."""
+    return tables.unigrams[tables.unigram_table_of[s]][token].double()
+
+
 def expected_bigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:
     sequence = case.sequences[s]
-    u = tables.unigrams[tables.unigram_table_of[s]][sequence[t]].double()
-    state = u.clone()
-    if t > 0 and (reference := case.find(s, (sequence[t - 1], sequence[t]))) >= 0:
-        state += tables.row(reference)[1] - u
-    if t + 1 < len(sequence) and (reference := case.find(s, (sequence[t], sequence[t + 1]))) >= 0:
-        state += tables.row(reference)[0] - u
+    alone, after_mask, before_mask = unigram(tables, s, sequence[t])
+    state = alone.clone()
+    if t > 0:
+        reference = case.find(s, (sequence[t - 1], sequence[t]))
+        state += (tables.row(reference)[1] if reference >= 0 else after_mask) - alone
+    if t + 1 < len(sequence):
+        reference = case.find(s, (sequence[t], sequence[t + 1]))
+        state += (tables.row(reference)[0] if reference >= 0 else before_mask) - alone
     return state
 
 
-def expected_trigram_row(case: Case, tables: Tables, s: int, t: int) -> Tensor:
-    """R of the window at t, [3, hidden]: its row or, if it is missing, composed of its bigrams."""
+def expected_trigram_row(case: Case, tables: Tables, s: int, t: int) -> list[Tensor | None]:
+    """R of the window at t, a row [hidden] for each of its tokens: its own, or composed."""
     a, b, c = windows_of(case.sequences[s], t)
 
     def row(ngram: NGram) -> Tensor | None:
@@ -199,13 +206,14 @@ def expected_trigram_row(case: Case, tables: Tables, s: int, t: int) -> Tensor:
         return tables.row(reference) if reference >= 0 else None
 
     if (whole := row((a, b, c))) is not None:
-        return whole
-    u = tables.unigrams[tables.unigram_table_of[s]][b].double()
+        return [*whole]
+    u = unigram(tables, s, b)[1]
     left = row((a, b, ABSENT)) if a != ABSENT else None
     right = row((ABSENT, b, c)) if c != ABSENT else None
-    nothing = torch.zeros_like(u)
     middle = (u if left is None else left[1]) + (u if right is None else right[1]) - u
-    return torch.stack([nothing if left is None else left[0], middle, nothing if right is None else right[2]])
+    first = None if a == ABSENT else unigram(tables, s, a)[0] if left is None else left[0]
+    last = None if c == ABSENT else unigram(tables, s, c)[2] if right is None else right[2]
+    return [first, middle, last]
 
 
 def expected_trigram_state(case: Case, tables: Tables, s: int, t: int) -> Tensor:

@@ -88,7 +88,7 @@ def test_every_code_is_read_exactly(simd_level: str) -> None:
         books = torch.randn(2, 256, 256, piece_size).half()
         tables = Tables(
             rows=[codes],
-            unigrams=[torch.zeros(1, size)],
+            unigrams=[torch.zeros(1, 3, size)],
             unigram_table_of=[0],
             positions=torch.zeros(2, size),
             weight=torch.ones(size),
@@ -168,7 +168,7 @@ def test_every_int8_is_read_exactly(simd_level: str) -> None:
     spread = float(values.double().pow(2).mean().sqrt())
     tables = Tables(
         rows=[values.expand(1, 2, size).contiguous()],
-        unigrams=[torch.zeros(1, size)],
+        unigrams=[torch.zeros(1, 3, size)],
         unigram_table_of=[0],
         positions=torch.zeros(2, size),
         weight=torch.full((size,), spread),
@@ -235,7 +235,7 @@ def test_every_half_is_read_exactly(simd_level: str) -> None:
     size = finite.shape[1]
     tables = Tables(
         [torch.zeros(1, 2, size)],
-        [finite],
+        [finite.expand(3, -1).unsqueeze(0).contiguous()],
         [0],
         torch.zeros(1, size),
         torch.full((size,), scale),
@@ -243,7 +243,7 @@ def test_every_half_is_read_exactly(simd_level: str) -> None:
     )
     torch.testing.assert_close(merge(case, tables, case.lookup()), finite.float(), rtol=1e-5, atol=0.0)
     for special in (float("inf"), float("nan")):
-        tables.unigrams = [torch.full((1, size), special, dtype=torch.float16)]
+        tables.unigrams = [torch.full((1, 3, size), special, dtype=torch.float16)]
         assert merge(case, tables, case.lookup()).isnan().all()
 
 
