@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from pydantic import JsonValue
-from tokenizers import Tokenizer
 
 from benchmarks.arguments import Arguments, read_arguments
 from benchmarks.composition_findings import (
@@ -120,10 +119,9 @@ class _Base:
 
     @classmethod
     def load(cls, folder: Path) -> _Base:
-        configuration = import_bert(str(packaged_model()), folder)
-        placeholder = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(MASK_TOKEN)
+        configuration, placeholder = import_bert(str(packaged_model()), folder)
         if placeholder is None:
-            raise UnsupportedModelError(f"the tokenizer of {PACKAGE} has no {MASK_TOKEN} to stand for a word")
+            raise UnsupportedModelError(f"the tokenizer of {PACKAGE} has no token to stand for a word")
         return cls(folder, configuration.max_positions, placeholder)
 
     @functools.cached_property

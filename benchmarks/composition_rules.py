@@ -88,7 +88,7 @@ def pair_sides(rows: StudyRows) -> PairSides:
 
 
 def own_rows(rows: StudyRows) -> PairSides:
-    """Today's stand-in: the token's unigram row, so that the bracket of a missing bigram is zero."""
+    """A stand-in that is none: the token's row alone, so that the bracket of a missing bigram is zero."""
     alone = rows.first.slot(0)
     return PairSides(alone, alone)
 
@@ -163,7 +163,7 @@ class Singles:
 
 
 def zero_outer_singles(rows: StudyRows) -> Singles:
-    """Today's: the unigram row in the middle; a missing window adds nothing to its neighbors' tokens."""
+    """The unigram row in the middle; a missing window adds nothing to its neighbors' tokens."""
     alone = rows.middle.slot(1)
     nothing = torch.zeros_like(alone)
     return Singles(nothing, alone, nothing)

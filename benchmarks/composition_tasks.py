@@ -57,6 +57,7 @@ def general_info(model: HierarchicalBert, source: str) -> GeneralInfo:
         hidden_size=shape.hidden_size,
         num_heads=shape.num_heads,
         intermediate_size=shape.intermediate_size,
+        placeholder_token_id=None,
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
         plot_layers=model.plot_layers,

@@ -31,7 +31,7 @@ from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert, load_configuration
+from hmi_engine.models.loading import import_bert
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.tokenization import TextEncoder
 
@@ -103,13 +103,12 @@ def _read(arguments: Arguments, sizes: Sizes) -> list[TextSet]:
 
 
 def _load(arguments: Arguments, plan: _Plan, folder: Path) -> Subject:
-    import_bert(str(packaged_model()), folder)
-    configuration = load_configuration(folder)
+    configuration, placeholder = import_bert(str(packaged_model()), folder)
     encoder = TextEncoder(folder, configuration.max_positions)
     sets = _read(arguments, plan.sizes)
     corpus = PackedSequences.pack(encoder.token_ids([text for each in sets for text in each.corpus]))
     model = HierarchicalBert.load(folder, configuration.num_layers // 2)
-    table = compute_table(model, corpus)
+    table = compute_table(model, corpus, placeholder)
     stored = {row_format: store_table(table, row_format) for row_format in ROW_FORMATS}
     return Subject(table, stored, [prepare(each, encoder, plan.sizes) for each in sets])
 

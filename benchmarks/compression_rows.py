@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import hmi_kernels
+from benchmarks.composition_tasks import general_info
+from hmi_engine.construct.materialise import compute_unigrams
 from hmi_engine.construct.row_encoding import EncodedRows, RowEncoder
 from hmi_engine.knowledge.row_formats import RowFormat
 from hmi_engine.models.bert import HierarchicalBert
@@ -30,7 +32,7 @@ class Table:
         keys: int64 [N], ascending.
         counts: int64 [N], how often the corpus holds them.
         rows: float32 [N, 2, H].
-        unigrams: float16 [V, H], as a store keeps them.
+        unigrams: float16 [V, 3, H], as a store keeps them.
     """
 
     model: HierarchicalBert
@@ -58,22 +60,21 @@ class Table:
 
     def unigram_rows(self) -> Tensor:
         """float32 [N, 2, H]: for each slot of each row, its token's unigram row."""
-        return self.unigrams[hmi_kernels.ngram_tokens(self.keys)[:, :WINDOW].long()].float()
+        return self.unigrams[hmi_kernels.ngram_tokens(self.keys)[:, :WINDOW].long(), 0].float()
 
 
 @torch.no_grad()
-def compute_table(model: HierarchicalBert, corpus: PackedSequences, min_count: int = 2) -> Table:
+def compute_table(
+    model: HierarchicalBert, corpus: PackedSequences, placeholder_token_id: int | None, min_count: int = 2
+) -> Table:
     """Runs the bigrams that the corpus holds so often, and every token alone, through the domain layers."""
     keys, counts = hmi_kernels.count_ngrams(corpus.input_ids, corpus.offsets, order=WINDOW)
     keys, order = keys[counts >= min_count].sort()
-    counts = counts[counts >= min_count][order]
-    vocabulary = torch.full((model.configuration.vocab_size, WINDOW), -1, dtype=torch.int32)
-    vocabulary[:, 0] = torch.arange(len(vocabulary), dtype=torch.int32)
-    rows, alone = (
-        torch.cat([model.window_states(part) for part in tokens.split(WINDOWS_PER_BATCH)])
-        for tokens in (hmi_kernels.ngram_tokens(keys)[:, :WINDOW], vocabulary)
-    )
-    return Table(model, keys, counts, rows, alone[:, 0].half())
+    tokens = hmi_kernels.ngram_tokens(keys)[:, :WINDOW]
+    rows = torch.cat([model.window_states(part) for part in tokens.split(WINDOWS_PER_BATCH)])
+    stored = {"placeholder_token_id": placeholder_token_id, "row_dtype": "float16"}
+    unigrams = compute_unigrams(model.window_states, general_info(model, "").model_copy(update=stored))
+    return Table(model, keys, counts[counts >= min_count][order], rows, unigrams)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def _metadata(corpus_tokens: int) -> PlotMetadata:
         window=2,
         plot_layers=3,
         hidden_size=HIDDEN_SIZE,
+        placeholder_token_id=103,
         vocab_size=VOCABULARY,
         row_dtype="float16",
         row_format="float16",

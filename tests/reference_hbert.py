@@ -3,6 +3,9 @@
 import torch
 from transformers import BertModel
 
+PLACEHOLDER = 4
+"""[MASK] of the tests' vocabulary."""
+
 
 def run_window(model: BertModel, tokens: list[int | None], plot_layers: int) -> dict[int, torch.Tensor]:
     """One window alone through embeddings and layers 0..K-1; {slot: hidden state} of its present slots."""
@@ -29,11 +32,11 @@ def merged(model: BertModel, ids: list[int], plot_layers: int, window: int) -> t
             if t < len(ids) - 1:
                 total += run_window(model, [ids[t], ids[t + 1]], plot_layers)[0] - alone
         else:
-            total = run_window(model, _trigram(ids, t), plot_layers)[1].clone()
+            total = run_trigram(model, _trigram(ids, t), plot_layers)[1].clone()
             if t > 0:
-                total += run_window(model, _trigram(ids, t - 1), plot_layers)[2]
+                total += run_trigram(model, _trigram(ids, t - 1), plot_layers)[2]
             if t < len(ids) - 1:
-                total += run_window(model, _trigram(ids, t + 1), plot_layers)[0]
+                total += run_trigram(model, _trigram(ids, t + 1), plot_layers)[0]
         rows.append(total)
     positions = model.embeddings.position_embeddings.weight[: len(ids)]
     return torch.nn.functional.layer_norm(
@@ -45,47 +48,55 @@ def _trigram(ids: list[int], t: int) -> list[int | None]:
     return [ids[p] if 0 <= p < len(ids) else None for p in (t - 1, t, t + 1)]
 
 
+def run_trigram(model: BertModel, tokens: list[int | None], plot_layers: int) -> dict[int, torch.Tensor]:
+    """Three places, of which those without a known token hold [MASK]."""
+    return run_window(model, [PLACEHOLDER if token is None else token for token in tokens], plot_layers)
+
+
 def backed_off(
     model: BertModel, ids: list[int], plot_layers: int, window: int, has: "callable"
 ) -> torch.Tensor:
     """Input of layer K where only windows for which ``has(tokens)`` is true are in the table."""
     count, size = len(ids), model.config.hidden_size
 
-    def unigram(t: int) -> torch.Tensor:
-        tokens = [ids[t], None] if window == 2 else [None, ids[t], None]
-        return run_window(model, tokens, plot_layers)[window - 2]
+    def pair(t: int) -> dict[int, torch.Tensor]:
+        """What bigram (t, t+1) tells of its tokens for window=2: each beside [MASK] where it is missing."""
+        if has([ids[t], ids[t + 1]]):
+            return run_window(model, [ids[t], ids[t + 1]], plot_layers)
+        return {
+            0: run_window(model, [ids[t], PLACEHOLDER], plot_layers)[0],
+            1: run_window(model, [PLACEHOLDER, ids[t + 1]], plot_layers)[1],
+        }
 
-    def pair(t: int) -> dict[int, torch.Tensor] | None:
-        """Bigram (t, t+1) for window=2."""
-        tokens = [ids[t], ids[t + 1]]
-        return run_window(model, tokens, plot_layers) if has(tokens) else None
+    def single(t: int, number: int) -> torch.Tensor:
+        """A token at a slot of a trigram window of which nothing else is known."""
+        tokens = [ids[t] if place == number else None for place in range(3)]
+        return run_trigram(model, tokens, plot_layers)[number]
 
     def slot(t: int, number: int) -> torch.Tensor:
         """R(g_t)[number] for window=3, composed where the trigram is missing."""
         tokens = _trigram(ids, t)
         if has(tokens):
-            return run_window(model, tokens, plot_layers)[number]
+            return run_trigram(model, tokens, plot_layers)[number]
         left, right = [tokens[0], tokens[1], None], [None, tokens[1], tokens[2]]
         has_left = tokens[0] is not None and has(left)
         has_right = tokens[2] is not None and has(right)
         if number == 0:
-            return run_window(model, left, plot_layers)[0] if has_left else torch.zeros(size)
+            return run_trigram(model, left, plot_layers)[0] if has_left else single(t - 1, 0)
         if number == 2:
-            return run_window(model, right, plot_layers)[2] if has_right else torch.zeros(size)
-        alone = unigram(t)
-        first = run_window(model, left, plot_layers)[1] if has_left else alone
-        second = run_window(model, right, plot_layers)[1] if has_right else alone
+            return run_trigram(model, right, plot_layers)[2] if has_right else single(t + 1, 2)
+        alone = single(t, 1)
+        first = run_trigram(model, left, plot_layers)[1] if has_left else alone
+        second = run_trigram(model, right, plot_layers)[1] if has_right else alone
         return first + second - alone
 
     rows = []
     for t in range(count):
         if window == 2:
-            alone = unigram(t)
-            before = pair(t - 1) if t > 0 else None
-            after = pair(t) if t < count - 1 else None
+            alone = run_window(model, [ids[t], None], plot_layers)[0]
             total = alone.clone()
-            total += before[1] - alone if before else 0
-            total += after[0] - alone if after else 0
+            total += pair(t - 1)[1] - alone if t > 0 else 0
+            total += pair(t)[0] - alone if t < count - 1 else 0
         else:
             total = slot(t, 1).clone()
             total += slot(t - 1, 2) if t > 0 else 0

@@ -64,7 +64,7 @@ def plot() -> Plot:
     return Plot(
         hmi_kernels.plot_index_build(keys),
         torch.randn(NUM_ROWS, 2, HIDDEN_SIZE).half(),
-        torch.randn(VOCABULARY, HIDDEN_SIZE).half(),
+        torch.randn(VOCABULARY, 3, HIDDEN_SIZE).half(),
         torch.arange(NUM_SEQUENCES + 1) * LENGTH,
         [zipf_tokens(NUM_TOKENS) for _ in range(NUM_BATCHES)],
     )
@@ -127,7 +127,7 @@ def test_merge(benchmark: BenchmarkFixture, plot: Plot, peer: str) -> None:
         """As if every bigram had a row: three gathers, two sums, one LayerNorm."""
         found = references[batch % NUM_BATCHES].squeeze(1).clamp(min=0)
         state = plot.rows[found, 0].float() + plot.rows[found.roll(1), 1].float()
-        state -= plot.unigrams[plot.batches[batch % NUM_BATCHES].long()].float()
+        state -= plot.unigrams[plot.batches[batch % NUM_BATCHES].long(), 0].float()
         return functional.layer_norm(state + positions[place], (HIDDEN_SIZE,), weight, bias)
 
     benchmark(in_turn(merge if peer == "hmi" else merge_in_torch))

@@ -22,7 +22,7 @@ _Array = npt.NDArray[Any]
 
 
 class NumbaPlot:
-    """N-gram rows [N, W, H] and unigram rows [V, H], both float16 and possibly memory-mapped."""
+    """N-gram rows [N, W, H] and unigram rows [V, 3, H], both float16 and possibly memory-mapped."""
 
     def __init__(self, keys: _Array, rows: _Array, unigrams: _Array, *, window: int, parallel: bool) -> None:
         """``keys`` int64 [N] as HMI's; ``parallel`` runs the sequences of a batch on all threads."""
@@ -34,7 +34,7 @@ class NumbaPlot:
 
     def run(self, input_ids: _Array, offsets: _Array) -> _Array:
         """input_ids int32 [T], offsets int64 [S+1] -> float32 [T, H], the merge before its LayerNorm."""
-        output = np.empty((len(input_ids), self._unigrams.shape[1]), dtype=np.float32)
+        output = np.empty((len(input_ids), self._unigrams.shape[2]), dtype=np.float32)
         self._merge(self._table, self._rows, self._unigrams, input_ids, offsets, output)
         return output
 
@@ -75,20 +75,23 @@ def _merge_bigrams(
     table: Any, rows: _Array, unigrams: _Array, input_ids: _Array, offsets: _Array, output: _Array
 ) -> None:
     for sequence in numba.prange(len(offsets) - 1):
+        start, end = offsets[sequence], offsets[sequence + 1]
         before = -1
-        for token in range(offsets[sequence], offsets[sequence + 1]):
+        for token in range(start, end):
             after = -1
-            if token + 1 < offsets[sequence + 1]:
+            if token + 1 < end:
                 after = find_row(table, input_ids[token], input_ids[token + 1], -1)
             unigram = unigrams[input_ids[token]]
-            for column in range(output.shape[1]):
-                base = _widen(unigram[column])
-                value = base
-                if before >= 0:
-                    value += _widen(rows[before, 1, column]) - base
-                if after >= 0:
-                    value += _widen(rows[after, 0, column]) - base
-                output[token, column] = value
+            from_left = rows[before, 1] if before >= 0 else unigram[1]
+            from_right = rows[after, 0] if after >= 0 else unigram[2]
+            if token > start and token + 1 < end:
+                for column in range(output.shape[1]):
+                    brackets = _widen(from_left[column]) + _widen(from_right[column])
+                    output[token, column] = brackets - _widen(unigram[0, column])
+            else:  # at an end one neighbor says all, and a lone token itself
+                only = from_left if token > start else from_right if token + 1 < end else unigram[0]
+                for column in range(output.shape[1]):
+                    output[token, column] = _widen(only[column])
             before = after
 
 
@@ -115,12 +118,16 @@ def _merge_trigrams(
             right = find_row(table, -1, b, c) if c >= 0 else -1
             unigram = unigrams[b]
             for column in range(output.shape[1]):
-                base = _widen(unigram[column])
+                base = _widen(unigram[1, column])
                 middle = base
                 if left >= 0:
                     middle += _widen(rows[left, 1, column]) - base
-                    output[token - 1, column] += _widen(rows[left, 0, column])
                 if right >= 0:
                     middle += _widen(rows[right, 1, column]) - base
-                    output[token + 1, column] += _widen(rows[right, 2, column])
                 output[token, column] += middle
+                if a >= 0:
+                    first = rows[left, 0, column] if left >= 0 else unigrams[a, 0, column]
+                    output[token - 1, column] += _widen(first)
+                if c >= 0:
+                    last = rows[right, 2, column] if right >= 0 else unigrams[c, 2, column]
+                    output[token + 1, column] += _widen(last)

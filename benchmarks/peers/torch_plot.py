@@ -83,13 +83,13 @@ class TorchMerge:
         batch: PackedBatch,
         norm: tuple[Tensor, Tensor, Tensor, float],
     ) -> None:
-        """``places`` int64 [T, 1 or 3] into ``rows`` [N, window, H], -1: none; ``unigrams`` [V, H].
+        """``places`` int64 [T, 1 or 3] into ``rows`` [N, window, H], -1: none; ``unigrams`` [V, 3, H].
 
         ``norm``: position embeddings [P, H], weight and bias [H], epsilon.
         """
         self._places = list(places.unbind(1))
         self._window, self._rows = rows.shape[1], rows.flatten(0, 1)
-        self._unigrams, self._batch, self._norm = unigrams, batch, norm
+        self._unigrams, self._batch, self._norm = unigrams.flatten(0, 1), batch, norm
 
     def run(self) -> Tensor:
         """What ``plot_merge`` gives."""
@@ -102,7 +102,10 @@ class TorchMerge:
     def _bigrams(self) -> Tensor:
         right = torch.where(self._batch.has_right, self._places[0], -1)
         left = torch.where(self._batch.has_left, self._places[0].roll(1), -1)
-        return self._slot(left, 1) + self._slot(right, 0) + self._left_over(left >= 0, right >= 0)
+        has_left, has_right = self._batch.has_left, self._batch.has_right
+        state = self._slot(left, 1) + self._unigram((has_left & (left < 0)).float(), 1)
+        state += self._slot(right, 0) + self._unigram((has_right & (right < 0)).float(), 2)
+        return state + self._unigram(1.0 - has_left.float() - has_right.float(), 0)
 
     def _trigrams(self) -> Tensor:
         whole, before, after = self._places
@@ -112,14 +115,16 @@ class TorchMerge:
         from_right = torch.where(is_whole, whole, before).roll(-1)
         from_right = torch.where(self._batch.has_right, from_right, -1)
         state = self._slot(whole, 1) + self._slot(before, 1) + self._slot(after, 1)
-        state += self._left_over((before >= 0) | is_whole, after >= 0)
+        has_first, has_second = (before >= 0) | is_whole, after >= 0
+        state += self._unigram(1.0 - has_first.float() - has_second.float(), 1)
+        state += self._unigram((self._batch.has_left & (from_left < 0)).float(), 2)
+        state += self._unigram((self._batch.has_right & (from_right < 0)).float(), 0)
         return state + self._slot(from_left, 2) + self._slot(from_right, 0)
 
     def _slot(self, places: Tensor, slot: int) -> Tensor:
         found = self._rows.index_select(0, places.clamp(min=0) * self._window + slot).float()
         return torch.where((places >= 0)[:, None], found, 0.0)
 
-    def _left_over(self, has_first: Tensor, has_second: Tensor) -> Tensor:
-        """The unigram where both rows are missing, its negative where both are there."""
-        factor = 1.0 - has_first.float() - has_second.float()
-        return factor[:, None] * self._unigrams.index_select(0, self._batch.input_ids).float()
+    def _unigram(self, factor: Tensor, slot: int) -> Tensor:
+        """One of a token's unigram rows, times a number for each token."""
+        return factor[:, None] * self._unigrams.index_select(0, self._batch.input_ids * 3 + slot).float()

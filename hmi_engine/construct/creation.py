@@ -72,7 +72,7 @@ def _import_general(
     window: Literal[2, 3],
     row_dtype: Literal["float16", "float32"],
 ) -> GeneralInfo:
-    configuration = import_bert(source, layout.general)
+    configuration, placeholder = import_bert(source, layout.general)
     chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
     info = GeneralInfo(
         family="bert",
@@ -86,6 +86,7 @@ def _import_general(
         plot_layers=chosen,
         window=window,
         row_dtype=row_dtype,
+        placeholder_token_id=placeholder,
         tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),
         domain_layers=f"{file_sha256(layout.general / 'model.safetensors')[:16]}:{chosen}",
     )

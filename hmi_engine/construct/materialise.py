@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,8 +18,9 @@ from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.row_encoding import SAMPLE_ROWS, RowEncoder
 from hmi_engine.construct.table_plan import TablePlan
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.plot_table import PlotMetadata, PlotTable
+from hmi_engine.knowledge.plot_table import UNIGRAM_SLOTS, PlotMetadata, PlotTable
 from hmi_engine.knowledge.row_formats import is_product_quantized, stored_shapes
+from hmi_engine.models.windows import fill_places
 
 __all__ = ["RowSources", "WindowLayersOf", "build_root_table", "build_table", "compute_unigrams"]
 
@@ -63,7 +64,7 @@ def build_table(
         plan: what the table holds.
         sources: where its rows come from.
         folder: takes the rows batch by batch.
-        unigrams: [V, H] of the store's float type, or None.
+        unigrams: [V, 3, H] of the store's float type, or None.
         progress: told about the rows.
 
     Raises:
@@ -181,7 +182,7 @@ def _compute(
     progress: Progress | None = None,
 ) -> Tensor:
     """float32 [M, W, H]: the rows of ``keys`` int64 [M]."""
-    tokens = hmi_kernels.ngram_tokens(keys)[:, : metadata.window]
+    tokens = fill_places(hmi_kernels.ngram_tokens(keys)[:, : metadata.window], metadata.placeholder_token_id)
     return _run_windows(tokens, metadata.hidden_size, sources.windows, step, progress)
 
 
@@ -201,11 +202,29 @@ def _run_windows(
 def compute_unigrams(
     windows: WindowLayersOf, general: GeneralInfo, *, progress: Progress | None = None
 ) -> Tensor:
-    """Returns the unigram row of every token id: [V, H] of the store's float type."""
-    tokens = torch.full((general.vocab_size, general.window), -1, dtype=torch.int32)
-    tokens[:, general.window - 2] = torch.arange(general.vocab_size, dtype=torch.int32)
-    rows = _run_windows(tokens, general.hidden_size, windows, "computing unigram rows", progress)
-    return rows[:, general.window - 2].to(getattr(torch, general.row_dtype))
+    """Returns the unigram rows of every token id, as :func:`hmi_kernels.plot_merge` reads them.
+
+    They are [V, 3, H] of the store's float type: for bigram windows the token alone, on the right and on the
+    left of the placeholder; for trigram windows at each slot among placeholders.
+    """
+    unigrams = torch.empty(
+        general.vocab_size, UNIGRAM_SLOTS, general.hidden_size, dtype=getattr(torch, general.row_dtype)
+    )
+    for number, (tokens, slot) in enumerate(_unigram_windows(general)):
+        step = f"computing unigram rows, {number + 1} of {UNIGRAM_SLOTS}"
+        unigrams[:, number] = _run_windows(tokens, general.hidden_size, windows, step, progress)[:, slot]
+    return unigrams
+
+
+def _unigram_windows(general: GeneralInfo) -> Iterator[tuple[Tensor, int]]:
+    """For each unigram row the windows of all tokens, int32 [V, W], and the slot that it is."""
+    token_ids = torch.arange(general.vocab_size, dtype=torch.int32)
+    if general.window == 2:
+        yield token_ids[:, None], 0
+    for slot in (1, 0) if general.window == 2 else range(general.window):
+        tokens = torch.full((general.vocab_size, general.window), -1, dtype=torch.int32)
+        tokens[:, slot] = token_ids
+        yield fill_places(tokens, general.placeholder_token_id), slot
 
 
 def build_root_table(
@@ -226,6 +245,7 @@ def build_root_table(
             layer_identity=general.domain_layers,
             hidden_size=general.hidden_size,
             vocab_size=general.vocab_size,
+            placeholder_token_id=general.placeholder_token_id,
             row_dtype=general.row_dtype,
             row_format=general.row_dtype,
             corpus_tokens=0,

@@ -133,6 +133,7 @@ def plan_table(
         plot_layers=general.plot_layers,
         hidden_size=general.hidden_size,
         vocab_size=general.vocab_size,
+        placeholder_token_id=general.placeholder_token_id,
         row_dtype=general.row_dtype,
         row_format=row_format,
         layer_identity=layer_identity,

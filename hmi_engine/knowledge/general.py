@@ -17,7 +17,9 @@ class GeneralInfo(BaseModel):
 
     ``num_layers`` is N, ``plot_layers`` is K; sizes are in elements. ``row_dtype`` is the type of PLOT rows
     on disk. ``domain_layers`` identifies the weights of layers 0..K-1 that domains inherit, so that tables
-    made by other weights are never mixed.
+    made by other weights are never mixed. ``placeholder_token_id`` stands in the places of windows
+    that hold no known token: the tokenizer's mask token, or else its unknown token; only where there are no
+    domain layers it may have neither.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +36,7 @@ class GeneralInfo(BaseModel):
     window: Literal[2, 3]
     row_dtype: Literal["float16", "float32"]
     tokenizer_sha256: str
+    placeholder_token_id: int | None
     domain_layers: str
 
     @property
@@ -66,4 +69,14 @@ class GeneralInfo(BaseModel):
             raise UnsupportedModelError(
                 f"plot_layers is {self.plot_layers}, must be 0 to {self.num_layers - 1}: {self.source} has "
                 f"{self.num_layers} layers and at least one must stay for the tenants' adapters"
+            )
+        if self.plot_layers and self.placeholder_token_id is None:
+            raise UnsupportedModelError(
+                f"{self.source}: its tokenizer has neither a mask token nor an unknown token, one of which "
+                "has to stand for unknown neighbors in the PLOT; add one to it, or choose plot_layers=0"
+            )
+        if self.placeholder_token_id is not None and not 0 <= self.placeholder_token_id < self.vocab_size:
+            raise UnsupportedModelError(
+                f"{self.source}: the tokenizer's mask or unknown token has id {self.placeholder_token_id}, "
+                f"but the model has only {self.vocab_size} tokens"
             )

@@ -3,8 +3,8 @@
 The tensors of the file: ``index`` int64 [C, 2] of (key, row) as `hmi_kernels.plot_index_build` makes it,
 ``rows`` (with ``row_scales`` or ``codebooks``) in one of :mod:`~hmi_engine.knowledge.row_formats`,
 ``row_keys`` and ``row_counts`` int64 [N], ``candidate_keys`` and ``candidate_counts`` int64 [M],
-``documents`` int64 [D], and optionally ``unigrams`` [V, H]. All begin on a cache line. Settings are JSON in
-the header's metadata. Rows and frequencies lie in one file, so that one rename changes both.
+``documents`` int64 [D], and optionally ``unigrams`` [V, 3, H]. All begin on a cache line. Settings are
+JSON in the header's metadata. Rows and frequencies lie in one file, so that one rename changes both.
 """
 
 import hashlib
@@ -23,9 +23,19 @@ from hmi_engine.knowledge.mapped_file import DTYPES, map_tensors
 from hmi_engine.knowledge.row_formats import RowFormat, stored_shapes
 from hmi_engine.knowledge.tensor_file import TensorHeader, read_header, write_tensors
 
-__all__ = ["FORMAT_VERSION", "PlotMetadata", "PlotTable", "open_plot", "text_digest", "write_plot"]
+__all__ = [
+    "FORMAT_VERSION",
+    "UNIGRAM_SLOTS",
+    "PlotMetadata",
+    "PlotTable",
+    "open_plot",
+    "text_digest",
+    "write_plot",
+]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNIGRAM_SLOTS = 3
+"""Rows of each token of the vocabulary; see :func:`hmi_kernels.plot_merge`."""
 _MAX_HEADER_BYTES = 1 << 16
 _TENSORS = (
     "index",
@@ -48,7 +58,8 @@ class PlotMetadata(BaseModel):
     ``row_dtype`` is the store's type of float rows, which the unigrams have too; ``row_format`` is how the
     n-gram rows lie here. ``admission_count`` is the least count among its n-grams (0 if it has none),
     ``min_count`` the least count that was asked for, ``corpus_tokens`` the number of tokens counted.
-    ``layer_identity`` names the weights of the domain layers that computed the rows. ``total_weight``,
+    ``layer_identity`` names the weights of the domain layers that computed the rows, in places without a
+    token from ``placeholder_token_id``. ``total_weight``,
     ``corpus_weight`` and ``occurrence_weight`` are those of
     :class:`~hmi_engine.knowledge.frequencies.Frequencies`.
     """
@@ -59,6 +70,7 @@ class PlotMetadata(BaseModel):
     plot_layers: int
     hidden_size: int
     vocab_size: int
+    placeholder_token_id: int | None
     row_dtype: str
     row_format: RowFormat
     layer_identity: str
@@ -76,7 +88,7 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PlotTable:
-    """A PLOT: ``index`` int64 [C, 2], ``rows`` of the row format and ``unigrams`` [V, H] (or None).
+    """A PLOT: ``index`` int64 [C, 2], ``rows`` of the row format and ``unigrams`` [V, 3, H] (or None).
 
     ``rows`` are [N, W, H] of a float type, or int8 with ``row_scales`` float32 [N, W], or product-quantised:
     uint8 [N, W, M] with ``codebooks`` float16 [W, M, 256, H/M]. ``row_keys`` and ``row_counts`` int64 [N],
@@ -227,13 +239,13 @@ def _expected_tensors(described: dict[str, _Described], metadata: PlotMetadata) 
     expected.update(stored_shapes(metadata.row_format, rows, metadata.window, metadata.hidden_size))
     if "unigrams" in described:
         unigram_dtype = getattr(torch, metadata.row_dtype)
-        expected["unigrams"] = (unigram_dtype, (metadata.vocab_size, metadata.hidden_size))
+        expected["unigrams"] = (unigram_dtype, (metadata.vocab_size, UNIGRAM_SLOTS, metadata.hidden_size))
     return expected
 
 
 def _find_foreign(metadata: PlotMetadata, general: GeneralInfo | None) -> str | None:
     """Return how a table differs from what the store's base model asks for."""
-    for name in ("window", "plot_layers", "hidden_size", "vocab_size", "row_dtype"):
+    for name in ("window", "plot_layers", "hidden_size", "vocab_size", "placeholder_token_id", "row_dtype"):
         found = getattr(metadata, name)
         if general is not None and found != getattr(general, name):
             return f"made for {name} {found}, the store has {getattr(general, name)}"

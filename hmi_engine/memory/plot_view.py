@@ -17,6 +17,7 @@ from hmi_engine.memory.missing_windows import MissingWindows, find_missing, most
 from hmi_engine.memory.overlay import OverlayHold, OverlayTable, WindowOverlay
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences
+from hmi_engine.models.windows import fill_places
 
 __all__ = ["CompletedReferences", "DomainLayers", "PlotView", "SearchedDomain"]
 
@@ -34,7 +35,7 @@ class SearchedDomain:
         identity: names the weights of its domain layers.
         names: the domain and those of its ancestors that have the same layers, nearest first.
         tables: the tables among them, by name, in this order.
-        unigrams: [V, H], the nearest unigram rows.
+        unigrams: [V, 3, H], the nearest unigram rows.
     """
 
     identity: str
@@ -198,6 +199,7 @@ class PlotView(AbstractContextManager["PlotView"]):
     def _compute(self, model: HierarchicalBert, missing: MissingWindows) -> torch.Tensor:
         """Rows of the windows, in a table that only this view has; returns their references int64 [M]."""
         tokens = hmi_kernels.ngram_tokens(missing.keys)[:, : self._general.window]
+        tokens = fill_places(tokens, self._general.placeholder_token_id)
         if self._domain_layers is None or missing.identity == self._general.domain_layers:
             states = model.window_states(tokens)
         else:

@@ -72,12 +72,15 @@ class BertConfiguration:
         )
 
 
-def import_bert(source: str, directory: Path) -> BertConfiguration:
+def import_bert(source: str, directory: Path) -> tuple[BertConfiguration, int | None]:
     """Copies a base model and its tokenizer into ``directory``, in transformers' format.
 
     ``source`` is a folder or a hub id; a hub id that is not in the local cache is downloaded by transformers,
     because the caller named it. The merge starts undistilled: the base's own position table, LayerNorm with
     weight 1 and bias 0.
+
+    Returns its sizes, and the id of the token that can stand for an unknown one: the tokenizer's mask token,
+    or else its unknown token; None if it has neither.
 
     Raises:
         UnsupportedModelError: the folder or id holds no readable model, or one of another architecture.
@@ -131,7 +134,8 @@ def import_bert(source: str, directory: Path) -> BertConfiguration:
         "layer_norm.bias": torch.zeros(configuration.hidden_size),
     }
     save_file(merge, directory / MERGE_FILE)
-    return configuration
+    mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
+    return configuration, unknown if mask is None else mask
 
 
 def _check_configuration(config: PretrainedConfig, source: str) -> BertConfiguration:

@@ -9,11 +9,26 @@ import torch
 from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
 from hmi_engine.models.token_projections import TokenProjections
 
-__all__ = ["DEFAULT_PROJECTION_BYTES", "WindowLayers"]
+__all__ = ["DEFAULT_PROJECTION_BYTES", "WindowLayers", "fill_places"]
 
 DEFAULT_PROJECTION_BYTES = 64 << 20
 ROWS_PER_STEP = 1536
 """Slots computed at a time: few enough that they stay in the caches, enough for fast matrix products."""
+
+
+def fill_places(tokens: torch.Tensor, placeholder_token_id: int | None) -> torch.Tensor:
+    """Windows int32 [M, W] with the placeholder in every place that has no token (-1).
+
+    A token whose neighbor is unknown, or lies outside the text, stands beside ``[MASK]`` rather than alone: a
+    base model never saw a lone token, and makes a state of it that is further from the true one than none
+    (docs/coverage.md).
+
+    Raises:
+        ValueError: there is no placeholder, as only a store without domain layers may have none.
+    """
+    if placeholder_token_id is None:
+        raise ValueError("windows run only in stores with domain layers, which have a placeholder token")
+    return tokens.masked_fill(tokens < 0, placeholder_token_id)
 
 
 class WindowLayers:

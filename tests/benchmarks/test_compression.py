@@ -26,6 +26,7 @@ from hmi_engine.models.loading import import_bert
 from hmi_engine.models.packing import PackedSequences
 
 PLOT_LAYERS = 2
+MASK = 4
 
 
 def some_sequences(seed: int) -> list[list[int]]:
@@ -39,7 +40,7 @@ def table(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Table:
     folder = tmp_path_factory.mktemp("compression") / "general"
     import_bert(str(tiny_bert), folder)
     return compute_table(
-        HierarchicalBert.load(folder, PLOT_LAYERS), PackedSequences.pack(some_sequences(1)), min_count=2
+        HierarchicalBert.load(folder, PLOT_LAYERS), PackedSequences.pack(some_sequences(1)), MASK, min_count=2
     )
 
 
@@ -62,12 +63,15 @@ def test_a_merge_follows_the_formula(table: Table) -> None:
     found = store_table(table, "float32").merge(sequences, table.references(keys, held))
     positions = sequences.positions()
     for t in range(len(ids)):
-        alone = table.unigrams[ids[t]].float()
+        alone = table.model.window_states(ids[t][None, None])[0, 0].half().float()
         state = alone.clone()
         for first, slot in ((t - 1, 1), (t, 0)):
-            if first >= 0 and held[first]:
-                window = table.model.window_states(ids[first : first + 2][None])
-                state += window[0, slot] - alone
+            if first >= 0 and not ends[first]:
+                window = ids[first : first + 2].clone()
+                if not held[first]:
+                    window[1 - slot] = MASK
+                row = table.model.window_states(window[None])[0, slot]
+                state += (row if held[first] else row.half().float()) - alone
         expected = table.model.merge_norm(state + table.model.merge_positions[positions[t]])
         torch.testing.assert_close(found[t], expected, rtol=1e-4, atol=1e-4)
 

@@ -47,7 +47,7 @@ def test_baselines_are_the_reference_merge_before_its_layer_norm(window: int) ->
     torch.manual_seed(1)
     rows = torch.randn(len(keys), window, HIDDEN).half()
     rows[(slots < 0)] = 0
-    unigrams = torch.randn(VOCABULARY, HIDDEN).half()
+    unigrams = torch.randn(VOCABULARY, 3, HIDDEN).half()
     chains = torch.zeros(packed.num_sequences, 1, dtype=torch.int32)
     with hmi_kernels.use_backend("reference"):
         references = hmi_kernels.plot_lookup(
@@ -111,6 +111,7 @@ def test_a_sparse_table_is_a_plot_file_that_processes_share(tmp_path: Path) -> N
         window=2,
         plot_layers=1,
         hidden_size=32,
+        placeholder_token_id=103,
         vocab_size=30522,
         row_dtype="float16",
         row_format="float16",

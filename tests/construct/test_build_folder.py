@@ -43,6 +43,7 @@ def plan(seed: int = 0) -> TablePlan:
         window=2,
         plot_layers=2,
         hidden_size=4,
+        placeholder_token_id=4,
         vocab_size=50,
         row_dtype="float32",
         row_format="int8",

@@ -71,7 +71,7 @@ def test_what_is_decoded_is_what_a_merge_reads(row_format: RowFormat, window: in
             torch.tensor([0, 300]),
             references,
             [table],
-            [torch.zeros(1, 16)],
+            [torch.zeros(1, 3, 16)],
             torch.zeros(1, dtype=torch.int32),
             torch.zeros(300, 16),
             torch.ones(16),

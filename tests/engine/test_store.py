@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import resource
+import shutil
 import signal
 from collections import Counter
 
@@ -26,6 +27,7 @@ from hmi_engine.errors import (
     TenantExistsError,
     UnknownDomainError,
     UnknownTenantError,
+    UnsupportedModelError,
 )
 from hmi_engine.memory.plots import PlotLibrary
 
@@ -227,3 +229,25 @@ def test_without_domain_layers_a_domain_is_a_name(tiny_bert, tmp_path, corpus, m
         store.add_tenant("t", domain="words", adapter=hmi.Adapter({}), head=make_head(store.general))
         (response,) = hmi.Engine(store).run([hmi.Request("t", text="the cell")])
         assert response.error is None
+
+
+def without_tokens(bert, folder, *names):
+    """A copy of a base model whose tokenizer does not know what some special tokens are for."""
+    shutil.copytree(bert, folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key not in names}))
+    return folder
+
+
+def test_unknown_neighbors_need_a_token_that_stands_for_them(tiny_bert, tmp_path, store):
+    assert store.general.placeholder_token_id == 4  # [MASK]
+    no_mask = without_tokens(tiny_bert, tmp_path / "no_mask", "mask_token")
+    with hmi.Store.create(tmp_path / "one", general=no_mask) as made:
+        assert made.general.placeholder_token_id == 1  # [UNK]
+    neither = without_tokens(tiny_bert, tmp_path / "neither", "mask_token", "unk_token")
+    with pytest.raises(UnsupportedModelError, match=r"mask token .* plot_layers=0"):
+        hmi.Store.create(tmp_path / "two", general=neither)
+    assert not (tmp_path / "two").exists()
+    with hmi.Store.create(tmp_path / "three", general=neither, plot_layers=0) as made:
+        assert made.general.placeholder_token_id is None

@@ -32,6 +32,7 @@ def make_general() -> Callable[[int], GeneralInfo]:
             hidden_size=32,
             num_heads=4,
             intermediate_size=48,
+            placeholder_token_id=4,
             vocab_size=60,
             max_positions=40,
             plot_layers=plot_layers,

@@ -88,7 +88,7 @@ def test_writing_to_an_opened_table_does_not_reach_the_file(tmp_path: Path, make
         {"index": torch.zeros(8, dtype=torch.int64)},
         {"row_keys": torch.zeros(3)},
         {"row_counts": torch.zeros(2, dtype=torch.int64)},
-        {"unigrams": torch.zeros(49, 8).half()},
+        {"unigrams": torch.zeros(49, 3, 8).half()},
         {"documents": torch.zeros(2, 2, dtype=torch.int64)},
         {"documents": torch.tensor(1)},
     ],
@@ -150,8 +150,8 @@ def test_newer_formats_and_cut_files_are_refused(tmp_path: Path, make_table: Mak
     path.unlink()
     with pytest.raises(StoreCorruptError, match="cannot be read"):
         open_plot(path)
-    save_file({}, path, {"format": "hmi-plot", "format_version": "3"})
-    with pytest.raises(StoreVersionError, match="format version 3"):
+    save_file({}, path, {"format": "hmi-plot", "format_version": "4"})
+    with pytest.raises(StoreVersionError, match="format version 4"):
         open_plot(path)
 
 

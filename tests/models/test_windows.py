@@ -7,7 +7,7 @@ import torch
 from reference_hbert import run_window
 from transformers import BertModel
 
-from hmi_engine.models.windows import WindowLayers
+from hmi_engine.models.windows import WindowLayers, fill_places
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -79,3 +79,10 @@ def test_many_threads_fill_the_projections(model):
         thread.join()
     for each, other in zip(found, expected, strict=True):
         torch.testing.assert_close(each, other, **TOLERANCE)
+
+
+def test_a_place_without_a_token_holds_the_placeholder():
+    tokens = torch.tensor([[7, -1, 8], [-1, 9, -1]], dtype=torch.int32)
+    assert fill_places(tokens, 4).tolist() == [[7, 4, 8], [4, 9, 4]]
+    with pytest.raises(ValueError, match="domain layers"):
+        fill_places(tokens, None)
