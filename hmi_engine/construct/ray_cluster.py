@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+
+import torch
 
 from hmi_engine.construct.materialise import WindowLayersOf
 from hmi_engine.construct.ray_rows import RowWorkers, layer_tensors
@@ -20,14 +22,15 @@ class RayCluster:
     """A connection to a cluster; made by :func:`open_cluster`.
 
     Attributes:
-        num_workers: processes that compute rows, one for each CPU of the cluster.
+        num_workers: processes that compute rows, each with as many CPUs as this process has threads.
     """
 
-    def __init__(self, catalog: Catalog, num_workers: int) -> None:
+    def __init__(self, catalog: Catalog, cpus_of_nodes: Sequence[int]) -> None:
         """Starts nothing: counting needs the CPUs first."""
         self._catalog = catalog
         self._workers: dict[str, RowWorkers] = {}
-        self.num_workers = num_workers
+        self._cpus_per_worker = min(torch.get_num_threads(), *cpus_of_nodes)
+        self.num_workers = sum(cpus // self._cpus_per_worker for cpus in cpus_of_nodes)
 
     def layers(self, identity: str) -> WindowLayersOf:
         """The domain layers of an identity, which run on the cluster.
@@ -38,7 +41,8 @@ class RayCluster:
             StoreCorruptError: the store has no such layers, or they are damaged.
         """
         if identity not in self._workers:
-            self._workers[identity] = RowWorkers(layer_tensors(self._catalog, identity), self.num_workers)
+            layers = layer_tensors(self._catalog, identity)
+            self._workers[identity] = RowWorkers(layers, self.num_workers, self._cpus_per_worker)
         return self._workers[identity]
 
     def close(self) -> None:
@@ -70,7 +74,8 @@ def open_cluster(address: str | None, catalog: Catalog) -> Iterator[RayCluster |
     if is_ours:
         _connect(ray, address)
     ray.data.DataContext.get_current().enable_progress_bars = False  # progress is told to our caller
-    cluster = RayCluster(catalog, max(1, int(ray.cluster_resources().get("CPU", 1))))
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cluster = RayCluster(catalog, [count for count in cpus if count] or [1])
     try:
         yield cluster
     finally:

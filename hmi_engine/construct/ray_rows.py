@@ -84,7 +84,8 @@ def _is_needed(name: str, num_layers: int) -> bool:
 class _RowWorker:
     """Lives in a process of the cluster."""
 
-    def __init__(self, layers: LayerTensors) -> None:
+    def __init__(self, layers: LayerTensors, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self._windows = layers.windows()
 
     def run(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -96,13 +97,18 @@ class _RowWorker:
 class RowWorkers:
     """Domain layers that run in some processes of the connected cluster; call it from as many threads."""
 
-    def __init__(self, layers: LayerTensors, num_workers: int) -> None:
-        """Starts the processes; one that dies is started again and does its work again."""
+    def __init__(self, layers: LayerTensors, num_workers: int, cpus_per_worker: int) -> None:
+        """Starts the processes; one that dies is started again and does its work again.
+
+        Each computes with as many threads as this process, because the last bits of a matrix product depend
+        on how many share it.
+        """
         import ray
 
         shared = ray.put(layers)
-        make = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(_RowWorker)
-        self._workers: list[Any] = [make.remote(shared) for _ in range(num_workers)]
+        make = ray.remote(num_cpus=cpus_per_worker, max_restarts=-1, max_task_retries=-1)(_RowWorker)
+        num_threads = torch.get_num_threads()
+        self._workers: list[Any] = [make.remote(shared, num_threads) for _ in range(num_workers)]
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)

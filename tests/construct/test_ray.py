@@ -52,9 +52,21 @@ def both(make_store, corpus, cluster: str, **settings):
     return made
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads one machine computes with."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize(("window", "row_format"), [(2, "float32"), (3, "int8"), (2, "pq8")])
-def test_files_give_the_same_table(make_store, files, cluster, monkeypatch, window, row_format):
+def test_files_give_the_same_table(
+    make_store, files, cluster, monkeypatch, threads, window, row_format, num_threads
+):
+    threads(num_threads)  # with one, the cluster has two workers
     monkeypatch.setattr(materialise, "WINDOWS_PER_BATCH", 100)  # several batches, on their way at once
     (here_report, here), (report, there) = both(
         make_store, lambda: files, cluster, window=window, row_format=row_format, plot_bytes="1MiB"
