@@ -100,7 +100,13 @@ def _tables(store: Store, texts: Sequence[str], shares: Sequence[float]) -> dict
             rows = int((mass < share).sum()) + 1
             domains[share] = f"share-{share:g}"
             plot_bytes = store.domains[whole].bytes * rows // len(counts)
-            store.add_domain(domains[share], iter(texts), min_count=1, plot_bytes=plot_bytes)
+            store.add_domain(
+                domains[share],
+                iter(texts),
+                min_count=1,
+                plot_bytes=plot_bytes,
+                row_format=store.general.row_dtype,
+            )
     return dict(sorted(domains.items()))
 
 

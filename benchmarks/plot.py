@@ -124,7 +124,7 @@ def _retrieval_cases(
     """One case for each batch size, on one table."""
     with Store.create(folder / f"window{window}", general=packaged_model(), window=window) as store:
         texts = list(dict.fromkeys(text for domain in data.domains for text in domain.texts))
-        store.add_domain(DOMAIN, iter(texts), plot_bytes=plot_bytes)
+        store.add_domain(DOMAIN, iter(texts), plot_bytes=plot_bytes, row_format=store.general.row_dtype)
         held_out = _read(data, store.encoder).held_out
         plots = PlotLibrary(store.layout, store.catalog, store.general)
         cases = [

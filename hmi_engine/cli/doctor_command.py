@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 import shutil
 from typing import Any
@@ -13,9 +11,8 @@ from rich.table import Table
 
 import hmi_kernels
 from hmi_engine.cli.output import AsJson, console, print_json
+from hmi_engine.demo.environment import PACKAGES, installed_versions
 from hmi_engine.models.linear import has_packed_matmul
-
-_PACKAGES = ("hmi", "torch", "transformers", "tokenizers", "safetensors", "peft", "triton")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -37,7 +34,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _examine() -> dict[str, dict[str, Any]]:
     return {
-        "Versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "Versions": _versions(),
         "Kernels": dict(hmi_kernels.build_info()),
         "Backends": {
             name: "on" if status.available else f"off: {status.reason}"
@@ -55,11 +52,10 @@ def _examine() -> dict[str, dict[str, Any]]:
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _versions() -> dict[str, str]:
+    found = installed_versions()
+    packages = {name: found.packages.get(name, "not installed") for name in PACKAGES}
+    return {"python": found.python} | packages
 
 
 def _gpu() -> str:

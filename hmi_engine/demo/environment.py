@@ -12,9 +12,24 @@ from pydantic import BaseModel, ConfigDict
 
 import hmi_kernels
 
-__all__ = ["Machine", "Versions", "describe_machine", "installed_versions"]
+__all__ = ["PACKAGES", "Machine", "Versions", "describe_machine", "installed_versions"]
 
-_PACKAGES = ("hmi", "numba", "numpy", "peft", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "duckdb",
+    "faiss-cpu",
+    "hmi",
+    "numba",
+    "numpy",
+    "peft",
+    "ray",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+    "zstandard",
+)
+"""What takes part in what is computed, or is measured beside it."""
 
 
 class Versions(BaseModel):
@@ -43,7 +58,7 @@ class Machine(BaseModel):
 
 def installed_versions() -> Versions:
     """Versions of what is installed here."""
-    found = {package: _version(package) for package in _PACKAGES}
+    found = {package: _version(package) for package in PACKAGES}
     present = {package: number for package, number in found.items() if number is not None}
     return Versions(python=platform.python_version(), packages=present)
 

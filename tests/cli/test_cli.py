@@ -1,5 +1,6 @@
 """The command line as a person types it."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def test_a_users_error_is_one_line_and_exit_code_2(made, tiny_bert, arguments, s
 def test_doctor_says_why():
     report = json.loads(hmi("doctor", "--json").stdout)
     assert set(report) == {"Versions", "Kernels", "Backends", "Machine"}
+    assert report["Versions"]["faiss-cpu"] == importlib.metadata.version("faiss-cpu")
     for name in ("cuda", "triton"):
         assert report["Backends"][name].startswith("off: ") or report["Backends"][name] == "on"
     assert "Kernels" in hmi("doctor").stdout
