@@ -82,7 +82,8 @@ class Engine(AbstractContextManager["Engine"]):
             dtype: ``"auto"`` or ``"float32"``.
             host_memory: budget for resident adapters, in bytes or as ``"2GiB"``.
             miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
-                ``"budget"`` computes those that a batch has most often and composes the others.
+                ``"budget"`` computes those that a batch has most often, of equals those that corpora and
+                recorded traffic have most often, and composes the others.
             exact_budget: ``miss="budget"``: most windows computed per token of a batch, 0 to 1.
             max_batch_tokens: most tokens computed at once.
             overlay_memory: budget for the rows of windows computed in traffic, which later batches find.

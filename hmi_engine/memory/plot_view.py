@@ -177,15 +177,20 @@ class PlotView(AbstractContextManager["PlotView"]):
             domains: the domain of each sequence.
             references: the result of :meth:`lookup`, which is not changed.
             limit: compute at most so many windows, those that the batch has most often; default all.
-            weights: with ``limit``, how frequent n-grams are beyond this batch: keys int64 [M] -> [M], not
-                negative. Default: what the domains' corpora counted.
+            weights: with ``limit``, how often traffic asked for n-grams lately: keys int64 [M] -> [M], not
+                negative. Of windows that the batch has equally often, those come first of which this and the
+                counts of the domains' tables are the greatest.
         """
         identities = [self._searched[domain].identity for domain in domains]
         missing = find_missing(sequences, references, identities, window=self._general.window)
         wanted = missing
         if limit is not None and sum(len(part.keys) for part in missing) > limit:
-            frequency = weights or self._corpus_counts
-            wanted = most_wanted(missing, [frequency(part.keys).double() for part in missing], limit)
+            frequencies = [self._counted(part.keys) for part in missing]
+            if weights is not None:
+                frequencies = [
+                    counted + weights(part.keys) for counted, part in zip(frequencies, missing, strict=True)
+                ]
+            wanted = most_wanted(missing, frequencies, limit)
         complete = references.clone() if wanted else references
         for part in wanted:
             complete[part.positions, 0] = self._compute(model, part)[part.members]
@@ -210,14 +215,15 @@ class PlotView(AbstractContextManager["PlotView"]):
         self._kernel_tables.append(_KernelTable(_NO_INDEX, rows, _NONE_FLOAT, _NONE_HALF))
         return (number << hmi_kernels.ROW_BITS) + torch.arange(len(rows))
 
-    def _corpus_counts(self, keys: torch.Tensor) -> torch.Tensor:
-        """How often the leased domains' corpora have n-grams that got no row: float64 [M]."""
+    def _counted(self, keys: torch.Tensor) -> torch.Tensor:
+        """How often the leased tables counted n-grams that got no row, in occurrences of now: float64 [M]."""
         result = torch.zeros(len(keys), dtype=torch.float64)
         for table in self._plots:
             candidates = table.candidate_keys
             if len(candidates):
                 places = torch.searchsorted(candidates, keys).clamp_(max=len(candidates) - 1)
-                result += torch.where(candidates[places] == keys, table.candidate_counts[places], 0)
+                counts = torch.where(candidates[places] == keys, table.candidate_counts[places], 0)
+                result += counts / table.metadata.occurrence_weight
         return result
 
     def merge(

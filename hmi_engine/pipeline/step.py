@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -95,7 +96,7 @@ class BatchRunner:
             residency: loads adapters.
             miss: what to do where the tables have no row.
             exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
-            recorder: counts what is looked up.
+            recorder: counts what is looked up, which a budget goes by.
         """
         self._general = general
         self._model = model
@@ -191,8 +192,9 @@ class BatchRunner:
             self._recorder.record(sequences, domains, view.in_tables(references[:, 0]))
         if self._miss != "backoff":
             limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
+            weights = partial(self._recorder.weights_of, domains=domains) if self._recorder else None
             references, computed, skipped = view.compute_misses(
-                self._model, sequences, domains, references, limit=limit
+                self._model, sequences, domains, references, limit=limit, weights=weights
             )
             self.plot_statistics.windows_computed += computed
             self.plot_statistics.budget_skipped += skipped

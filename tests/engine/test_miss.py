@@ -1,5 +1,6 @@
 """What an engine does where the table has no row: exact outputs depend on nothing else, budgets hold."""
 
+import shutil
 import threading
 
 import numpy as np
@@ -219,3 +220,30 @@ def test_a_damaged_table_fails_its_own_requests(tiny_bert, tmp_path, corpus, mak
         np.testing.assert_allclose(scores(responses[::2]), scores(expected[::2]), atol=1e-5)
         alone = hmi.Engine(store).run(requests[1::2])
         assert all(isinstance(response.error, StoreCorruptError) for response in alone)
+
+
+@pytest.mark.parametrize(
+    ("window", "asked", "question", "frequent"),
+    [
+        (2, "a gene drug a", "cell gene drug cell", ("gene", "drug")),
+        (3, "a cell gene drug a", "cell gene drug cell", ("cell", "gene", "drug")),
+    ],
+)
+def test_a_budget_goes_to_what_traffic_asks_for(stores, tmp_path, window, asked, question, frequent):
+    """Each window of the question is in its batch once; one of them was asked for before."""
+    computed = []
+    path = shutil.copytree(stores[window][2].layout.root, tmp_path / "store")
+    with hmi.Store.open(path) as store:
+        [ids] = store.encoder.token_ids([" ".join(frequent)])
+        compute = store.model.window_states
+
+        def window_states(tokens):
+            computed.append(tokens.tolist())
+            return compute(tokens)
+
+        store.model.window_states = window_states
+        with hmi.Engine(store, miss="budget", exact_budget=1.01 / 6, overlay_memory=0) as engine:
+            engine.run([hmi.Request("t", text=asked)] * 3)
+            computed.clear()
+            engine.run([hmi.Request("t", text=question)])
+        assert computed == [[ids[1:-1]]]

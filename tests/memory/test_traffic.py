@@ -15,7 +15,7 @@ from hmi_engine.errors import InvalidSizeError
 from hmi_engine.knowledge.traffic_file import TrafficCounts
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.packing import PackedSequences
-from hmi_kernels import FrequencySketch, ngram_tokens
+from hmi_kernels import FrequencySketch, ngram_keys, ngram_tokens
 
 TEXT = st.tuples(st.sampled_from("abc"), st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1))
 BATCHES = st.lists(st.lists(TEXT, min_size=1, max_size=6), min_size=1, max_size=5)
@@ -70,6 +70,33 @@ def test_counts_equal_counter(window: int, batches: list[list[tuple[str, list[tu
         assert counts.hits == sum(hit for text in texts for _, hit in text[: len(text) - ends])
         assert recorder.drain(domain).tokens == 0
     assert recorder.domains == ()
+
+
+@settings(deadline=None, max_examples=60)
+@given(window=st.sampled_from([2, 3]), batches=BATCHES, asked=st.sets(st.sampled_from("abcd")))
+def test_weights_are_those_of_a_moment_ago(
+    window: int, batches: list[list[tuple[str, list[tuple[int, bool]]]]], asked: set[str]
+) -> None:
+    recorder = TrafficRecorder(window, clock=Clock())
+    earlier: dict[str, list[Counter[tuple[int, ...]]]] = {domain: [Counter()] for domain in "abcd"}
+    tokens: dict[str, list[int]] = {domain: [0] for domain in "abcd"}
+    for texts in batches:
+        record(recorder, window, texts)
+        for domain in "abcd":
+            own = [[token for token, _ in text] for name, text in texts if name == domain]
+            new = sum((window_keys(ids, window) for ids in own), Counter())
+            earlier[domain].append(earlier[domain][-1] + new)
+            tokens[domain].append(tokens[domain][-1] + sum(map(len, own)))
+        slots = [*set().union(*(counts[-1] for counts in earlier.values())), (9, 9, 9)]
+        found = recorder.weights_of(ngram_keys(torch.tensor(slots, dtype=torch.int32)), [*asked, *asked])
+        for slot, weight in zip(slots, found.tolist(), strict=True):
+            least = sum(counts_at(earlier[name], tokens[name])[slot] for name in asked)
+            assert least <= weight <= sum(earlier[name][-1][slot] for name in asked)
+
+
+def counts_at(earlier: list[Counter[tuple[int, ...]]], tokens: list[int]) -> Counter[tuple[int, ...]]:
+    """The counts of the first moment at which a domain had more than eight ninths of its tokens."""
+    return next(counts for counts, seen in zip(earlier, tokens, strict=True) if seen * 9 >= tokens[-1] * 8)
 
 
 def random_batch(seed: int, *, sequences: int = 32, length: int = 64, tokens: int = 3000) -> PackedSequences:
