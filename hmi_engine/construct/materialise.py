@@ -211,9 +211,15 @@ def compute_unigrams(
         general.vocab_size, UNIGRAM_SLOTS, general.hidden_size, dtype=getattr(torch, general.row_dtype)
     )
     for number, (tokens, slot) in enumerate(_unigram_windows(general)):
-        step = f"computing unigram rows, {number + 1} of {UNIGRAM_SLOTS}"
-        unigrams[:, number] = _run_windows(tokens, general.hidden_size, windows, step, progress)[:, slot]
+        told = progress and _part_of(progress, number * general.vocab_size, unigrams.shape[:2].numel())
+        rows = _run_windows(tokens, general.hidden_size, windows, "computing unigram rows", told)
+        unigrams[:, number] = rows[:, slot]
     return unigrams
+
+
+def _part_of(progress: Progress, before: int, total: int) -> Progress:
+    """Tells of a part as of the whole."""
+    return lambda step, done, _: progress(step, before + done, total)
 
 
 def _unigram_windows(general: GeneralInfo) -> Iterator[tuple[Tensor, int]]:
