@@ -154,7 +154,7 @@ def _tokenizing(texts: list[str], encoder: TextEncoder, repetitions: int) -> Cas
         return np.concatenate([tokenize(batch)[0] for batch in batches])
 
     def plain(_: int) -> _Ids:
-        found = chain.from_iterable(encoder.token_ids(batch) for batch in batches)
+        found = chain.from_iterable(encoder.token_ids(batch, whole=True) for batch in batches)
         return np.fromiter(chain.from_iterable(found), np.int32)
 
     if not np.array_equal(ours(0), tokens := plain(0)):

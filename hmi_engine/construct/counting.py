@@ -69,7 +69,7 @@ def count_corpus(
 
     Args:
         texts: the corpus; read while the texts before are tokenised and counted.
-        encoder: the tokenizer; longer texts than it takes are cut.
+        encoder: the tokenizer; all of a text counts, also what the model has no positions for.
         window: 2 or 3 tokens.
         min_count: windows seen less often are left out of the result.
         memory_bytes: what the counts may take; beyond it they go to disk and are added up there. The result

@@ -34,9 +34,12 @@ _MODELS = ("WordPiece", "WordLevel")
 
 
 def corpus_tokenizer(encoder: TextEncoder) -> TokenizeTexts:
-    """The fastest way to the ids that ``encoder.token_ids`` gives."""
+    """The fastest way to the ids of whole texts, as ``encoder.token_ids(texts, whole=True)`` gives them.
+
+    Nothing is cut at the model's positions: windows behind them are as good as those before.
+    """
     if not treats_words_alone(encoder.definition()):
-        return lambda texts: _pack(encoder.token_ids(texts))
+        return lambda texts: _pack(encoder.token_ids(texts, whole=True))
     return WordMemory(encoder).tokenize
 
 
@@ -71,7 +74,6 @@ class WordMemory:
         """Finds out which tokens the encoder puts before and behind every text."""
         self._encoder = encoder
         self._prefix, self._suffix = _special_tokens(encoder)
-        self._max_inside = encoder.max_tokens - len(self._prefix) - len(self._suffix)
         self._forget()
 
     def _forget(self) -> None:
@@ -81,7 +83,7 @@ class WordMemory:
         self._ends = array("q", [0])
 
     def tokenize(self, texts: list[str]) -> PackedTokens:
-        """The ids of ``texts`` as ``encoder.token_ids`` gives them, special tokens included."""
+        """The ids of the whole ``texts``, special tokens around each included."""
         if len(self._places) > MAX_WORDS or self._characters > MAX_CHARACTERS:
             self._forget()
         words = [text.split(" ") for text in texts]
@@ -110,15 +112,14 @@ class WordMemory:
         return ids, np.add.reduceat(lengths, np.cumsum(num_words) - num_words)
 
     def _surround(self, inner: npt.NDArray[np.int32], num_inner: npt.NDArray[np.int64]) -> PackedTokens:
-        """Cuts each text to what the encoder takes, and puts the special tokens around it."""
-        kept = np.minimum(num_inner, self._max_inside)
+        """Puts the special tokens around each text."""
         num_prefix, num_suffix = len(self._prefix), len(self._suffix)
-        offsets = np.zeros(len(kept) + 1, np.int64)
-        np.cumsum(kept + num_prefix + num_suffix, out=offsets[1:])
+        offsets = np.zeros(len(num_inner) + 1, np.int64)
+        np.cumsum(num_inner + num_prefix + num_suffix, out=offsets[1:])
         ids = np.empty(offsets[-1], np.int32)
         ids[offsets[:-1, None] + np.arange(num_prefix)] = self._prefix
         ids[offsets[1:, None] - np.arange(num_suffix, 0, -1)] = self._suffix
-        ids[_ranges(offsets[:-1] + num_prefix, kept)] = inner[_ranges(np.cumsum(num_inner) - num_inner, kept)]
+        ids[_ranges(offsets[:-1] + num_prefix, num_inner)] = inner
         return ids, offsets
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["WindowCounter"]
 
+TOKENS_AT_ONCE = 1 << 20
+"""So many are counted between two looks at the memory: a single text may be larger than any batch."""
+
 _BYTES_PER_SLOT = 16  # of a counter's table: a key and a count
 
 
@@ -67,11 +70,17 @@ class WindowCounter:
         Raises:
             StoreFullError: the scratch folder has no room.
         """
+        for start in range(0, len(input_ids), TOKENS_AT_ONCE):
+            self._make_room(min(TOKENS_AT_ONCE, len(input_ids) - start))
+            for counter in self._counters:
+                # With the tokens that the last n-grams of the piece go on with, and no n-gram more.
+                end = start + TOKENS_AT_ONCE + counter.order - 1
+                counter.add(input_ids[start:end], offsets.clamp(start, end) - start)
+
+    def _make_room(self, num_tokens: int) -> None:
         limit = self._memory_bytes - self._database_bytes
-        if any(map(len, self._counters)) and self._memory_after(len(input_ids)) > limit:
+        if any(map(len, self._counters)) and self._memory_after(num_tokens) > limit:
             self._spill()
-        for counter in self._counters:
-            counter.add(input_ids, offsets)
 
     def take(
         self, min_count: int, max_ngrams: int | None, progress: MergeProgress | None = None

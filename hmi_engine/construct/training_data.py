@@ -25,8 +25,8 @@ class LabelledTexts:
 
     Attributes:
         texts: as given.
-        full_ids: token ids as a corpus is counted, cut only to the model's positions.
-        token_ids: the same, cut to the training's ``max_tokens``.
+        full_ids: token ids as a corpus is counted: of the whole text.
+        token_ids: the same, cut to the training's ``max_tokens`` and to the model's positions.
         targets: label numbers.
         labels: names of the labels by number, sorted.
     """
@@ -74,11 +74,11 @@ def encode_examples(
             f"test examples have the label {min(unknown)!r:.80}, which no training example has"
         )
     numbers = {label: number for number, label in enumerate(names)}
-    full_ids = encoder.token_ids([example.text for example in examples])
+    full_ids = encoder.token_ids([example.text for example in examples], whole=True)
     return LabelledTexts(
         texts=tuple(example.text for example in examples),
         full_ids=full_ids,
-        token_ids=[_cut(ids, max_tokens) for ids in full_ids],
+        token_ids=[_cut(ids, min(max_tokens, encoder.max_tokens)) for ids in full_ids],
         targets=tuple(numbers[example.label] for example in examples),
         labels=names,
     )

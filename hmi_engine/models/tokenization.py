@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,21 @@ class TextEncoder:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids alone, for corpora: texts longer than ``max_tokens`` are cut."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+    @functools.cached_property
+    def _untruncated(self) -> Tokenizer:
+        """The same tokenizer without a limit; another one, as two threads may ask for both."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.no_truncation()
+        return tokenizer
+
+    def token_ids(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
+        """Token ids alone; texts longer than ``max_tokens`` are cut, unless ``whole`` ones are asked for."""
+        tokenizer = self._untruncated if whole else self._tokenizer
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
     def inner_token_ids(self, texts: list[str]) -> list[list[int]]:
-        """Token ids without the special tokens around a text; cut to ``max_tokens``."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        """Token ids of whole texts, without the special tokens around them."""
+        encodings = self._untruncated.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def definition(self) -> dict[str, Any]:

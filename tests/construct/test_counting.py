@@ -14,9 +14,10 @@ import torch
 from conftest import WORDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 import hmi_kernels
-from hmi_engine.construct import counting_batches, counting_spill
+from hmi_engine.construct import counting_batches, counting_spill, counting_windows
 from hmi_engine.construct.counting import CorpusCounts, count_corpus, cut_counts, merge_counts
 from hmi_engine.errors import CorpusError, StoreFullError
 from hmi_engine.knowledge.corpus import CorpusReport, corpus_bytes, stream_texts
@@ -36,12 +37,17 @@ def encoder(tiny_bert: Path) -> TextEncoder:
 def count_windows(texts: Sequence[str], encoder: TextEncoder, window: int) -> Windows:
     """Every window by its slots, -1 where absent."""
     found: Windows = Counter()
-    for ids in encoder.token_ids(list(texts)):
-        pairs = list(pairwise(ids))
-        found.update((a, b, -1) for a, b in pairs)
-        if window == 3:
-            found.update((-1, a, b) for a, b in pairs)
-            found.update(zip(ids, ids[1:], ids[2:], strict=False))
+    for ids in encoder.token_ids(list(texts), whole=True):
+        found += windows_of(ids, window)
+    return found
+
+
+def windows_of(ids: list[int], window: int) -> Windows:
+    pairs = list(pairwise(ids))
+    found: Windows = Counter((a, b, -1) for a, b in pairs)
+    if window == 3:
+        found.update((-1, a, b) for a, b in pairs)
+        found.update(zip(ids, ids[1:], ids[2:], strict=False))
     return found
 
 
@@ -87,6 +93,39 @@ def test_counts_equal_counter(
     assert (counts.total_occurrences, counts.num_distinct) == (expected.total(), len(expected))
     assert (counts.num_texts, counts.num_tokens) == (len(texts), sum(map(len, encoder.token_ids(texts))))
     assert counts.documents.tolist() == sorted({text_digest(text) for text in texts})
+
+
+@pytest.mark.parametrize("splits_at_spaces", [True, False])
+@pytest.mark.parametrize("window", [2, 3])
+@SLOW
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    tokens_at_once=st.sampled_from([1, 2, 7, 64, 1 << 20]),
+)
+def test_all_of_a_long_text_is_counted_once(
+    tiny_bert: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    window: int,
+    splits_at_spaces: bool,
+    lengths: list[int],
+    tokens_at_once: int,
+) -> None:
+    """Also what lies behind the model's 48 positions; [CLS] and [SEP] stand at the true ends alone."""
+    encoder = TextEncoder(tiny_bert, 48)
+    if not splits_at_spaces:
+        encoder._tokenizer.normalizer = normalizers.Replace("  ", " ")
+    monkeypatch.setattr(counting_windows, "TOKENS_AT_ONCE", tokens_at_once)
+    names = ["[CLS]", "[SEP]", *dict.fromkeys(WORDS)]
+    number = {name: encoder._tokenizer.token_to_id(name) for name in names}
+    words = [[WORDS[(7 * place + length) % len(WORDS)] for place in range(length)] for length in lengths]
+    expected: Windows = Counter()
+    for text in words:
+        ids = [number["[CLS]"], *(number[word] for word in text), number["[SEP]"]]
+        expected += windows_of(ids, window)
+    counts = count_corpus([" ".join(text) for text in words], encoder, window=window)
+    assert as_windows(counts) == expected
+    assert counts.total_occurrences == expected.total()
+    assert counts.num_tokens == sum(lengths) + 2 * len(lengths)
 
 
 @pytest.mark.parametrize("window", [2, 3])

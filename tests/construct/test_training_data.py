@@ -24,14 +24,15 @@ def encoder(tiny_bert):
     return TextEncoder(tiny_bert, 48)
 
 
-@pytest.mark.parametrize("max_tokens", [3, 7, 48])
+@pytest.mark.parametrize("max_tokens", [3, 7, 48, 60])
 def test_cutting_equals_the_tokenizers_truncation(encoder, tiny_bert, make_sentences, max_tokens):
-    texts = make_sentences(30, longest=40)
+    texts = make_sentences(30, longest=80)
     data = encode_examples([Example(text, "x", 1) for text in texts], encoder, max_tokens)
     tokenizer = Tokenizer.from_file(str(tiny_bert / "tokenizer.json"))
-    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_truncation()
+    assert data.full_ids == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    tokenizer.enable_truncation(min(max_tokens, 48))
     assert data.token_ids == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    assert data.full_ids == encoder.token_ids(texts)
 
 
 def test_labels_are_sorted_and_may_be_given(encoder):
