@@ -1,8 +1,8 @@
 """In which format a new table's rows lie, where nobody asked for one.
 
 Where bytes are short, more rows are worth more than exact ones: on labelled sets, rows of ``pq8`` cost 0.2
-+- 0.5 points of accuracy against the same rows as float16, and in a table of 4 MiB, of which they fill an
-eighth, what fits besides gains 3.8 +- 1.6 (docs/coverage.md, benchmarks/compression.py).
++- 0.5 points of accuracy against the same rows as float16, and the rows that 4 MiB then hold besides gained
+3.8 +- 1.6 (docs/coverage.md, benchmarks/compression.py).
 """
 
 from __future__ import annotations
