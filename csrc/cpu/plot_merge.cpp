@@ -19,11 +19,6 @@ constexpr int64_t kCacheLine = 64;
 // All of a row of up to 1024 halves: the hardware's own prefetcher is too slow to start within a row.
 constexpr int64_t kPrefetchedBytes = 2048;
 
-constexpr int kUnigramSlots = 3;
-
-// Of unigram rows of window 2; those of window 3 are numbered like the slots of windows.
-enum UnigramSlot { kAlone, kBesideLeftMask, kBesideRightMask };
-
 enum Column { kWindow, kLeft, kRight };
 
 // The rows whose sum is one token's state before its position is added.

@@ -9,6 +9,10 @@
 
 namespace hmi {
 
+// Each token has so many unigram rows. For window 3 they are numbered like the slots of windows, for window 2 so:
+constexpr int kUnigramSlots = 3;
+enum UnigramSlot { kAlone, kBesideLeftMask, kBesideRightMask };
+
 struct RowTable {
   const void* data;
   int64_t num_rows;

@@ -26,7 +26,7 @@ struct PlotMergeArguments {
   const int64_t* references;       // as plot_lookup gives them
   DeviceTable row_tables[kMaxTables];      // [num_rows, window, hidden_size] each
   int32_t num_row_tables;
-  DeviceTable unigram_tables[kMaxTables];  // [vocabulary, hidden_size] each, never int8
+  DeviceTable unigram_tables[kMaxTables];  // [vocabulary, 3, hidden_size] each, never int8
   int32_t num_unigram_tables;
   const int32_t* sequence_unigram_tables;  // [num_sequences]
   DataType data_type;                // of position_embeddings, layer norm and output: not kInt8

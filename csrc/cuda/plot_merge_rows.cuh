@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/plot_lookup.h"
+#include "cpu/plot_merge.h"
 #include "cuda/plot_merge.h"
 #include "cuda/plot_merge_plan.h"
 #include "cuda/sequences.cuh"
@@ -86,16 +87,19 @@ class RowFinder {
     if (unigrams < 0 || unigrams >= a_.num_unigram_tables) refuse(Fault::kUnigramTables, sequence_.index);
   }
 
-  // U + (left - U) + (right - U) is left + right - U, or the one that is there, or U alone.
+  // U + (left - U) + (right - U) is left + right - U, or the one whose neighbor is there, or U alone.
   __device__ void find_bigrams(SummandRow (&found)[kSummands], int32_t unigrams, int64_t id) {
     const int64_t left = reference(has_left(), t_ - 1, kWhole);
     const int64_t right = reference(has_right(), t_, kWhole);
-    found[kFromLeft] = table_row(left, 1);
-    found[kFromRight] = table_row(right, 0);
-    found[kUnigram] = unigram_row(unigrams, id, left != kMissing, right != kMissing);
+    if (has_left()) found[kFromLeft] = left != kMissing ? table_row(left, 1) : unigram_row(unigrams, id, kBesideLeftMask);
+    if (has_right()) {
+      found[kFromRight] = right != kMissing ? table_row(right, 0) : unigram_row(unigrams, id, kBesideRightMask);
+    }
+    found[kUnigram] = unigram_left_over(unigrams, id, kAlone, has_left(), has_right());
   }
 
-  // Of each neighbor its window or, where that is missing, its bigram on our side; of the token its window or both.
+  // Of each neighbor its window or, where that is missing, its bigram on our side or else the token itself; of the
+  // token its window or both bigrams.
   __device__ void find_trigrams(SummandRow (&found)[kSummands], int32_t unigrams, int64_t id) {
     const int64_t left_whole = reference(has_left(), t_ - 1, kWhole);
     const int64_t left_side = reference(has_left(), t_ - 1, kRight);
@@ -104,12 +108,16 @@ class RowFinder {
     const int64_t whole = reference(true, t_, kWhole);
     const int64_t left = reference(true, t_, kLeft);
     const int64_t right = reference(true, t_, kRight);
-    found[kFromLeft] = table_row(left_whole != kMissing ? left_whole : left_side, 2);
-    found[kFromRight] = table_row(right_whole != kMissing ? right_whole : right_side, 0);
+    const int64_t from_left = left_whole != kMissing ? left_whole : left_side;
+    const int64_t from_right = right_whole != kMissing ? right_whole : right_side;
+    if (has_left()) found[kFromLeft] = from_left != kMissing ? table_row(from_left, 2) : unigram_row(unigrams, id, 2);
+    if (has_right()) {
+      found[kFromRight] = from_right != kMissing ? table_row(from_right, 0) : unigram_row(unigrams, id, 0);
+    }
     found[kCenter] = table_row(whole != kMissing ? whole : left, 1);
     if (whole != kMissing) return;
     found[kCenterOfRight] = table_row(right, 1);
-    found[kUnigram] = unigram_row(unigrams, id, left != kMissing, right != kMissing);
+    found[kUnigram] = unigram_left_over(unigrams, id, 1, left != kMissing, right != kMissing);
   }
 
   __device__ bool has_left() const { return t_ > sequence_.begin; }
@@ -131,12 +139,18 @@ class RowFinder {
     return row_at(a_.row_tables[table], row * kWindow + slot);
   }
 
-  // U where both rows are missing, -U where both are there, none where one is.
-  __device__ SummandRow unigram_row(int32_t table, int64_t id, bool has_left_row, bool has_right_row) {
-    if (table < 0 || table >= a_.num_unigram_tables || has_left_row != has_right_row) return {};
+  // Empty for a table out of bounds: find() reports that.
+  __device__ SummandRow unigram_row(int32_t table, int64_t id, int slot) {
+    if (table < 0 || table >= a_.num_unigram_tables) return {};
     if (id < 0 || id >= a_.unigram_tables[table].num_rows) return refuse(Fault::kInputIds, t_);
-    SummandRow row = row_at(a_.unigram_tables[table], id);
-    row.factor = has_left_row ? -1.0f : 1.0f;
+    return row_at(a_.unigram_tables[table], id * kUnigramSlots + slot);
+  }
+
+  // U where both are missing, -U where both are there, none where one is.
+  __device__ SummandRow unigram_left_over(int32_t table, int64_t id, int slot, bool has_first, bool has_second) {
+    if (has_first != has_second) return {};
+    SummandRow row = unigram_row(table, id, slot);
+    row.factor = has_first ? -1.0f : 1.0f;
     return row;
   }
 

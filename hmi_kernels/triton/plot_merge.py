@@ -36,6 +36,7 @@ _BFLOAT16 = tl.constexpr(4)
 _INT8 = tl.constexpr(8)
 _ROW_BITS = tl.constexpr(ROW_BITS)
 _MISSING = tl.constexpr(-1)
+_UNIGRAM_SLOTS = tl.constexpr(3)
 _VECTOR_BYTES = tl.constexpr(16)
 
 
@@ -58,9 +59,8 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
             arguments.sequence_offsets,
             num_sequences,
             arguments.references,
-            address_table(rows, input_ids.device),
+            address_table([*rows, *unigrams], input_ids.device),
             len(rows),
-            address_table(unigrams, input_ids.device),
             len(unigrams),
             arguments.sequence_unigram_tables,
             positions,
@@ -109,9 +109,8 @@ def _merge_kernel(
     sequence_offsets: tl.tensor,
     num_sequences: tl.tensor,
     references: tl.tensor,
-    row_tables: tl.tensor,
+    tables: tl.tensor,
     num_row_tables: tl.tensor,
-    unigram_tables: tl.tensor,
     num_unigram_tables: tl.tensor,
     sequence_unigram_tables: tl.tensor,
     positions: tl.tensor,
@@ -135,11 +134,14 @@ def _merge_kernel(
     has_right = is_sane & (t + 1 < end)
     columns = tl.arange(0, block)[None, :]
 
+    unigram_table = tl.load(sequence_unigram_tables + sequence).to(tl.int64)
+    token_id = tl.load(input_ids + t, mask=is_sane, other=0).to(tl.int64)
+
     if window == 2:
         before = tl.load(references + t - 1, mask=has_left, other=_MISSING)
         after = tl.load(references + t, mask=has_right, other=_MISSING)
-        # U + (before - U) + (after - U), a bracket being zero without its row: U counts 1, 0 or -1 times.
-        num_unigrams = 1 - _is_found(before) - _is_found(after)
+        # U + (before - U) + (after - U), without the bracket of a neighbor that is not: U counts 1, 0 or -1.
+        num_unigrams = 1 - has_left.to(tl.int32) - has_right.to(tl.int32)
     else:
         row = references + 3 * t
         before = _first_found(row - 3, row - 1, has_left)
@@ -149,31 +151,30 @@ def _merge_kernel(
         composed = tl.load(row + 2, mask=is_composed, other=_MISSING)
         num_unigrams = is_composed.to(tl.int32) * (1 - _is_found(own) - _is_found(composed))
 
-    is_needed = num_unigrams != 0
-    unigram_table = tl.load(sequence_unigram_tables + sequence).to(tl.int64)
-    token_id = tl.load(input_ids + t, mask=is_sane, other=0).to(tl.int64)
-    state, has_unigram = _read(
-        unigram_tables, num_unigram_tables, unigram_table, token_id, 0, is_sane & is_needed,
-        1, hidden_size, columns, types, is_aligned,
+    nothing = tl.zeros([tile_rows, block], tl.float32)
+    missing = tl.full([tile_rows], _MISSING, tl.int64)
+    state, is_sane = _add(
+        nothing, is_sane, missing, 0, num_unigrams != 0, window - 2, unigram_table, token_id,
+        tables, num_row_tables, num_unigram_tables, window, hidden_size, columns, types, is_aligned,
     )  # fmt: skip
     state *= num_unigrams[:, None]
-    is_sane = is_sane & (has_unigram | ~is_needed)
     state, is_sane = _add(
-        state, is_sane, before, window - 1, row_tables, num_row_tables,
-        window, hidden_size, columns, types, is_aligned,
+        state, is_sane, before, window - 1, has_left, window - 1, unigram_table, token_id,
+        tables, num_row_tables, num_unigram_tables, window, hidden_size, columns, types, is_aligned,
     )  # fmt: skip
     state, is_sane = _add(
-        state, is_sane, after, 0, row_tables, num_row_tables,
-        window, hidden_size, columns, types, is_aligned,
+        state, is_sane, after, 0, has_right, 2 if window == 2 else 0, unigram_table, token_id,
+        tables, num_row_tables, num_unigram_tables, window, hidden_size, columns, types, is_aligned,
     )  # fmt: skip
     if window == 3:
+        nowhere = missing != _MISSING
         state, is_sane = _add(
-            state, is_sane, own, 1, row_tables, num_row_tables,
-            window, hidden_size, columns, types, is_aligned,
+            state, is_sane, own, 1, nowhere, 0, unigram_table, token_id,
+            tables, num_row_tables, num_unigram_tables, window, hidden_size, columns, types, is_aligned,
         )  # fmt: skip
         state, is_sane = _add(
-            state, is_sane, composed, 1, row_tables, num_row_tables,
-            window, hidden_size, columns, types, is_aligned,
+            state, is_sane, composed, 1, nowhere, 0, unigram_table, token_id,
+            tables, num_row_tables, num_unigram_tables, window, hidden_size, columns, types, is_aligned,
         )  # fmt: skip
 
     is_column = columns < hidden_size
@@ -203,46 +204,54 @@ def _add(
     is_sane: tl.tensor,
     reference: tl.tensor,
     slot: tl.constexpr,
+    needs_unigram: tl.tensor,
+    unigram_slot: tl.constexpr,
+    unigram_table: tl.tensor,
+    token_id: tl.tensor,
     tables: tl.tensor,
-    num_tables: tl.tensor,
+    num_row_tables: tl.tensor,
+    num_unigram_tables: tl.tensor,
     window: tl.constexpr,
     hidden_size: tl.constexpr,
     columns: tl.tensor,
     types: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (state, is_sane) with one slot of each reference's row added; as they are if it is missing."""
+    """The (state, is_sane) with one slot of each reference's row added.
+
+    Where it is missing, a slot of the token's unigram rows stands in if it is needed; else they stay as they
+    are. Tables of rows come first, then those of unigrams.
+    """
     is_found = reference != _MISSING
-    table = reference >> _ROW_BITS
-    row = reference - (table << _ROW_BITS)
-    values, is_there = _read(
-        tables, num_tables, table, row, slot, is_sane & is_found,
-        window, hidden_size, columns, types, is_aligned,
-    )  # fmt: skip
-    return state + values, is_sane & (is_there | ~is_found)
+    is_unigram = needs_unigram & ~is_found
+    row_table = reference >> _ROW_BITS
+    table = tl.where(is_unigram, unigram_table, row_table)
+    row = tl.where(is_unigram, token_id, reference - (row_table << _ROW_BITS))
+    vector = tl.where(is_unigram, token_id * _UNIGRAM_SLOTS + unigram_slot, row * window + slot)
+    num_tables = tl.where(is_unigram, num_unigram_tables, num_row_tables)
+    is_wanted = is_found | is_unigram
+    is_table = is_sane & is_wanted & (table >= 0) & (table < num_tables)
+    place = table + tl.where(is_unigram, num_row_tables, 0)
+    words = tables + tl.where(is_table, place, 0) * WORDS_PER_TABLE
+    values, is_there = _read(words, is_table, row, vector, hidden_size, columns, types, is_aligned)
+    return state + values, is_sane & (is_there | ~is_wanted)
 
 
 @triton.jit
 def _read(
-    tables: tl.tensor,
-    num_tables: tl.tensor,
-    table: tl.tensor,
+    words: tl.tensor,
+    is_table: tl.tensor,
     row: tl.tensor,
-    slot: tl.constexpr,
-    is_wanted: tl.tensor,
-    window: tl.constexpr,
+    vector: tl.tensor,
     hidden_size: tl.constexpr,
     columns: tl.tensor,
     types: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (float32 [tokens, columns], is_there) of one slot of each row; zeros, not read, if not there."""
-    is_table = is_wanted & (table >= 0) & (table < num_tables)
-    words = tables + tl.where(is_table, table, 0) * WORDS_PER_TABLE
+    """The (float32 [tokens, columns], is_there) of one vector of each row; zeros, not read, if not there."""
     is_there = is_table & (row >= 0) & (row < tl.load(words + 1, mask=is_table, other=0))
     address = tl.load(words, mask=is_there, other=0)
     kind = tl.load(words + 2, mask=is_there, other=0)
-    vector = row * window + slot
     places = (vector * hidden_size)[:, None] + columns
     values = tl.zeros(places.shape, tl.float32)
     mask = is_there[:, None] & (columns < hidden_size)

@@ -111,17 +111,16 @@ def _merge_row(window: int, hidden_size: int, row_type: torch.dtype, num_tokens:
     positions, weight, bias = (
         torch.randn(shape).half() for shape in ((LENGTH, hidden_size), hidden_size, hidden_size)
     )
-    unigrams = torch.randn(VOCABULARY, hidden_size).half()
+    unigrams = torch.randn(VOCABULARY, 3, hidden_size).half()
     of_sequence = torch.zeros(len(offsets) - 1, dtype=torch.int32)
     shared = (ids, offsets, references, [table], [unigrams], of_sequence, positions, weight, bias)
     with emulated("count"):
         output = hmi_kernels.plot_merge(*shared, layer_norm_eps=1e-5, window=window, row_scales=[scales])
         (launch,) = counters()
-    num_table_rows, num_unigram_rows = _summands(references, offsets, window)
+    num_table_rows, num_unigram_rows, num_ids = _summands(references, offsets, window)
     least = output.nbytes + references.nbytes + weight.nbytes + bias.nbytes + num_tokens * positions[0].nbytes
-    least += num_table_rows * table[0, 0].nbytes + num_unigram_rows * (
-        unigrams[0].nbytes + ids.element_size()
-    )
+    least += num_table_rows * table[0, 0].nbytes + num_unigram_rows * unigrams[0, 0].nbytes
+    least += num_ids * ids.element_size()
     if row_type is torch.int8:
         least += SECTOR * int((references >= 0).sum())
     name = str(row_type).removeprefix("torch.")
@@ -140,19 +139,20 @@ def _random_references(num_tokens: int, window: int) -> Tensor:
     return references[:, :1].contiguous() if window == 2 else references
 
 
-def _summands(references: Tensor, offsets: Tensor, window: int) -> tuple[int, int]:
-    """Rows of the table and of unigrams that are summed over all tokens."""
-    num_rows = num_unigrams = 0
+def _summands(references: Tensor, offsets: Tensor, window: int) -> tuple[int, int, int]:
+    """Rows of the table and of unigrams that are summed over all tokens, and tokens that need a unigram."""
+    num_rows = num_unigrams = num_ids = 0
     is_there = (references >= 0).tolist()
     starts, ends = set(offsets[:-1].tolist()), {end - 1 for end in offsets[1:].tolist()}
     for t, own in enumerate(is_there):
-        left = is_there[t - 1] if t not in starts else [False] * 3
-        right = is_there[t + 1] if t not in ends else [False] * 3
-        if window == 2:
-            center = [left[0], own[0] and t not in ends]
-        else:
-            num_rows += (left[0] or left[2]) + (right[0] or right[1])
-            center = [own[0] or own[1], own[2]]
-        num_rows += sum(center)
-        num_unigrams += center[0] == center[1]
-    return num_rows, num_unigrams
+        neighbors = [] if t in starts else [is_there[t - 1][0] or (window == 3 and is_there[t - 1][2])]
+        if t not in ends:
+            neighbors.append(own[0] if window == 2 else is_there[t + 1][0] or is_there[t + 1][1])
+        center = [] if window == 2 else [own[0] or own[1], own[2]]
+        # The unigram by itself: minus one for both neighbors of window 2, as for both bigrams of window 3.
+        is_alone = len(neighbors) != 1 if window == 2 else center[0] == center[1]
+        unigrams = neighbors.count(False) + is_alone
+        num_rows += sum(neighbors) + sum(center)
+        num_unigrams += unigrams
+        num_ids += unigrams > 0
+    return num_rows, num_unigrams, num_ids

@@ -136,7 +136,7 @@ def run_vectors_and_plot(dtype: torch.dtype) -> None:
         for types in ([torch.float16], [torch.float16, torch.float32, torch.int8]):
             tables = [torch.zeros(2, window, size, dtype=row_type) for row_type in types]
             scales = [torch.zeros(2, window) for _ in types]
-            unigrams = [torch.zeros(9, size, dtype=torch.float16)]
+            unigrams = [torch.zeros(9, 3, size, dtype=torch.float16)]
             merged = (ids, segments[0], references, tables, unigrams, int32(0), rows, vector, vector)
             plot_merge.plot_merge(MergeArguments(*merged, 1e-12, window, scales))
 
