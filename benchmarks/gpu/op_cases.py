@@ -203,7 +203,7 @@ def _merge(window: int, row_type: torch.dtype, device: torch.device) -> OpCase:
     if row_type is torch.int8:
         quantized = [quantize_rows(part) for part in rows]
         rows, scales = [part for part, _ in quantized], [part for _, part in quantized]
-    unigrams = [_random((VOCABULARY, HIDDEN_SIZE), device, torch.float16, seed=seed) for seed in (3, 4)]
+    unigrams = [_random((VOCABULARY, 3, HIDDEN_SIZE), device, torch.float16, seed=seed) for seed in (3, 4)]
     norm = _random((42, HIDDEN_SIZE), device, torch.float16, seed=5)
 
     def run() -> Tensor:

@@ -65,7 +65,7 @@ class PlotProblem:
             return torch.randn(size, generator=on_device, device=device, dtype=torch.float16)
 
         rows = random(len(keys), shape.window, shape.hidden_size)
-        self.unigrams = random(shape.vocabulary, shape.hidden_size)
+        self.unigrams = random(shape.vocabulary, 3, shape.hidden_size)
         self.positions = random(max(shape.length, 8), shape.hidden_size)
         self.norm_weight, self.norm_bias = random(shape.hidden_size), random(shape.hidden_size)
         self.scales: list[Tensor] = []
@@ -145,21 +145,28 @@ class PlotProblem:
     def merge_cost(self) -> Cost:
         """Of the slots and unigrams that this batch needs."""
         shape, columns = self.shape, self.references.unbind(1)
-        is_first = columns[0].roll(1) >= 0 if shape.window == 2 else (columns[0] >= 0) | (columns[1] >= 0)
-        is_second = columns[0] >= 0 if shape.window == 2 else columns[2] >= 0
-        if shape.window == 2:
-            is_first = is_first & self.batch.has_left
         return merge_cost(
             num_tokens=shape.num_tokens,
             num_sequences=shape.num_sequences,
             row_slots=self._num_row_slots(columns),
-            unigram_rows=len(self.input_ids[is_first == is_second].unique()),
+            unigram_rows=sum(len(self.input_ids[needed].unique()) for needed in self._unigrams(columns)),
             position_rows=shape.length,
             hidden_size=shape.hidden_size,
             window=shape.window,
             row_bytes=shape.row_type.itemsize,
             element_bytes=2,
         )
+
+    def _unigrams(self, columns: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """For each of the three unigram rows of a token, which tokens need it: bool [T]."""
+        has_left, has_right = self.batch.has_left, self.batch.has_right
+        if self.shape.window == 2:
+            is_found = columns[0] >= 0
+            return has_left == has_right, has_left & ~is_found.roll(1), has_right & ~is_found
+        whole, before, after = (column >= 0 for column in columns)
+        first = has_right & ~(whole | before).roll(-1)
+        last = has_left & ~(whole | after).roll(1)
+        return first, (whole | before) == after, last
 
     def _num_row_slots(self, columns: tuple[Tensor, ...]) -> int:
         def distinct(references: Tensor, mask: Tensor | None = None) -> int:

@@ -28,7 +28,7 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     index = hmi_kernels.plot_index_build(keys)
     chains = int32([[0], [0]])
     references = hmi_kernels.plot_lookup(ids, offsets, [index], chains, window=2)
-    tables = [torch.randn(2, 2, 6).half()], [torch.randn(4, 6)]
+    tables = [torch.randn(2, 2, 6).half()], [torch.randn(4, 3, 6)]
     slots = torch.tensor([0]), int32([2])
     adapter = (torch.zeros(5, 6), torch.randn(5, 6), torch.randn(99), torch.tensor([0, 5]), int32([0]))
     norm = torch.randn(3, 6), torch.ones(6), torch.zeros(6)

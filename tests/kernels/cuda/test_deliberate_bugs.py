@@ -43,6 +43,16 @@ with emulated():
     found = hmi_kernels.plot_lookup(ids, offsets, [index], chains, window=2)
 assert torch.equal(found, expected), "wrong"
 """
+MERGE = """
+from emulator.harness import emulated
+from kernels.plot_cases import assert_merged, make_case, make_tables, merge
+import torch
+for window in (2, 3):
+    case = make_case(window)
+    tables = make_tables(case, 64, (torch.float16, torch.float16), torch.float16)
+    with emulated():
+        assert_merged(case, tables, merge(case, tables, case.lookup()))
+"""
 COPIES = """
 import torch
 from emulator.device_streams import assert_right_under_all_schedules
@@ -119,6 +129,18 @@ BUGS = {
             "if (has_right && lane == kWarpSize - 1) right",
             "if (has_right && lane == kWarpSize) right",
         ),
+    ),
+    "the token after a placeholder for the one before it": (
+        MERGE,
+        Mutation(
+            "csrc/cuda/plot_merge_rows.cuh",
+            "(unigrams, id, kBesideLeftMask)",
+            "(unigrams, id, kBesideRightMask)",
+        ),
+    ),
+    "an unknown neighbor of a trigram left out": (
+        MERGE,
+        Mutation("csrc/cuda/plot_merge_rows.cuh", "unigram_row(unigrams, id, 0);", "SummandRow{};"),
     ),
     "wrong stream order: the event stands before the copies": (
         COPIES,

@@ -17,7 +17,7 @@ def plot_arguments() -> tuple[tuple[object, ...], dict[str, object]]:
     offsets, no_domain = torch.tensor([0, 3, 5]), torch.zeros(2, dtype=torch.int32)
     references = torch.tensor([[0], [-1], [-1], [1], [-1]])
     half = torch.float16
-    tables = [torch.randn(2, 2, 256).to(half)], [torch.randn(4, 256).to(half)]
+    tables = [torch.randn(2, 2, 256).to(half)], [torch.randn(4, 3, 256).to(half)]
     norm = torch.randn(3, 256).to(half), torch.ones(256, dtype=half), torch.zeros(256, dtype=half)
     arguments = (ids, offsets, references, *tables, no_domain, *norm)
     return arguments, {"layer_norm_eps": 1e-5, "window": 2, "row_scales": [], "codebooks": []}
