@@ -127,10 +127,8 @@ class DomainStore:
             parent: name of the parent domain; n-grams that an ancestor's table holds are not stored again.
             plot_bytes: budget for the table, in bytes or as ``"256MiB"``.
             min_count: n-grams seen less often get no row.
-            row_format: how rows are stored (:mod:`hmi_engine.knowledge.row_formats`); the smaller ones are
-                not exact. None: as floats of the store's ``row_dtype``, or as ``pq8`` where the budget then
-                holds more of what the corpus asks for; the domain's card and the report say why. Updates
-                keep the format.
+            row_format: how rows are stored (:mod:`hmi_engine.knowledge.row_formats`), by default as floats
+                of the store's ``row_dtype``. The others are smaller and not exact.
             text_field: field of the text in JSON lines, column in Parquet files.
             stdin_format: what standard input is.
             count_memory: budget for counts in memory; beyond, they go to files and are merged by DuckDB.
@@ -147,10 +145,9 @@ class DomainStore:
             InvalidNameError, DomainExistsError, UnknownDomainError: the name or the parent's.
             CorpusError: a path cannot be read, or there is no text at all.
             BudgetTooSmallError: the budget is not 0, and not enough for one row.
-            MissingDependencyError: the row format that was asked for needs faiss, which is not installed.
             StoreFullError: no room; what is done is kept for the next try.
             StoreBusyError: someone else is building this domain.
-            MissingDependencyError, ClusterError: also, Ray is not installed, or not at this address.
+            MissingDependencyError, ClusterError: Ray is not installed, or not at this address.
         """
         check_name(name, "domain")
         self._check_writable()
@@ -190,7 +187,6 @@ class DomainStore:
             )
             change.add(name, parent, plan, settings, folder)
             change.commit()
-        source.report.row_format_reason = str(plan.statistics.get("row_format_reason", "")) or None
         return source.report
 
     def update_domain(
@@ -348,7 +344,7 @@ class DomainStore:
     def _settings(self, plot_bytes: int | str, row_format: RowFormat | None, min_count: int) -> TableSettings:
         # With K = 0 nothing is looked up: the domain is a name for its tenants, and no rows are kept.
         budget = parse_bytes(plot_bytes) if self.general.plot_layers else 0
-        return TableSettings(budget, row_format, min_count)
+        return TableSettings(budget, row_format or self.general.row_dtype, min_count)
 
     def _check_writable(self) -> None:
         if self.catalog.read_only:

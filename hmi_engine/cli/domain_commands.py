@@ -57,7 +57,7 @@ def add(
     min_count: Annotated[int, typer.Option(min=1, help="Leave out n-grams seen less often.")] = 2,
     row_format: Annotated[
         str | None,
-        typer.Option(help=f"How rows are stored: {', '.join(ROW_FORMATS)}; default: what holds more."),
+        typer.Option(help=f"How rows are stored: {', '.join(ROW_FORMATS)}; default: floats of the store."),
     ] = None,
     text_field: TextField = "text",
     stdin_format: StdinFormat = "txt",
@@ -99,11 +99,8 @@ def add(
         return
     say(
         f"{name}: {report.texts} texts, {info.corpus_tokens} tokens, {info.rows} n-grams kept "
-        f"as {info.row_format} ({format_bytes(info.bytes)}); they are {info.card['hit_mass']:.0%} of the "
-        "corpus' own n-grams"
+        f"({format_bytes(info.bytes)}); they are {info.card['hit_mass']:.0%} of the corpus' own n-grams"
     )
-    if report.row_format_reason:
-        say(f"{info.row_format}: {report.row_format_reason}")
 
 
 @app.command()
@@ -320,12 +317,11 @@ def remove(store: StorePath, name: DomainName, as_json: AsJson = False) -> None:
         say(f"removed domain {name}")
 
 
-def _describe_report(report: CorpusReport) -> dict[str, object]:
+def _describe_report(report: CorpusReport) -> dict[str, int]:
     return {
         "texts": report.texts,
         "bad_lines": report.num_bad_lines,
         "replaced_lines": report.num_replaced,
-        "row_format_reason": report.row_format_reason,
     }
 
 

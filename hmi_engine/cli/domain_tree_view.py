@@ -49,8 +49,6 @@ def _node(info: DomainInfo, waiting_tokens: Mapping[str, int], coverage: Mapping
         lines.append(
             f"of its own text's n-grams {float(info.card['hit_mass']):.1%} here, {inherited:.1%} inherited"
         )
-    if "row_format_reason" in info.card:
-        lines.append(f"{info.row_format} when added: {info.card['row_format_reason']}")
     if info.layers is not None:
         lines.append("own domain layers")
     if waiting_tokens.get(info.name):

@@ -131,7 +131,7 @@ class TreeChange:
         """Builds a new domain's table; ``folder`` has the plan, and becomes the change's to close."""
         (number,) = self._catalog.reserve()
         identity = self._node(parent).after.layer_identity
-        draft = self._draft(name, number, parent, plan, settings)
+        draft = self._draft(name, number, parent, identity, settings)
         self._nodes[name] = _Node(None, draft, is_opened=True, folder=folder)
         self._build(self._node(name), plan, folder, sources=self.above(parent, identity))
 
@@ -140,7 +140,7 @@ class TreeChange:
         name: str,
         number: int,
         parent: str,
-        plan: TablePlan,
+        identity: str,
         settings: TableSettings,
     ) -> DomainInfo:
         return DomainInfo(
@@ -154,12 +154,12 @@ class TreeChange:
             sha256="",
             rows=0,
             unigrams=False,
-            layer_identity=plan.metadata.layer_identity,
+            layer_identity=identity,
             corpus_tokens=0,
             min_count=settings.min_count,
             admission_count=0,
             plot_bytes=settings.plot_bytes,
-            row_format=plan.metadata.row_format,
+            row_format=settings.row_format,
             created=datetime.now(timezone.utc),
         )
 
@@ -218,15 +218,13 @@ class TreeChange:
         *,
         max_promotions: int | None = None,
     ) -> None:
-        """Plans a domain's table anew from other frequencies or another budget, and those below it.
-
-        Its rows keep their format.
-        """
+        """Plans a domain's table anew from other frequencies or another budget, and those below it."""
         node = self._node(name)
         node.after = node.after.model_copy(
             update={
                 "plot_bytes": settings.plot_bytes,
                 "min_count": settings.min_count,
+                "row_format": settings.row_format,
                 "card": node.after.card | {"plot_bytes": settings.plot_bytes},
             }
         )

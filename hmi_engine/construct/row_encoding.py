@@ -24,7 +24,7 @@ from hmi_engine.knowledge.row_formats import (
     stored_shapes,
 )
 
-__all__ = ["SAMPLE_ROWS", "EncodedRows", "RowEncoder", "is_available"]
+__all__ = ["SAMPLE_ROWS", "EncodedRows", "RowEncoder"]
 
 SAMPLE_ROWS = 32768
 """Rows that codebooks are trained on at most, 128 for each piece: twice as many lessen the error by 0.5 %."""
@@ -66,7 +66,7 @@ class RowEncoder:
             seed: makes the codebooks reproducible.
 
         Raises:
-            MissingDependencyError: the format needs faiss, which cannot be imported.
+            MissingDependencyError: the format needs faiss, which is not installed.
             UnsupportedModelError: the hidden size cannot be cut into this format's pieces.
             ValueError: rows of another shape or dtype, or with NaN or infinity.
         """
@@ -102,7 +102,7 @@ class RowEncoder:
         """Encodes float32 rows [N, W, H].
 
         Raises ValueError for another shape or dtype, and for NaN or infinity, which only float formats can
-        hold; MissingDependencyError where codes need faiss, which cannot be imported.
+        hold; MissingDependencyError where codes need faiss, which is not installed.
         """
         _require_rows(rows)
         if self.row_format in _FLOAT_TYPES:
@@ -127,16 +127,6 @@ class RowEncoder:
         return rows.float()
 
 
-def is_available(row_format: RowFormat) -> bool:
-    """Return whether rows of this format can be made here: some need faiss, which not every platform has."""
-    if is_product_quantized(row_format):
-        try:
-            _faiss()
-        except MissingDependencyError:
-            return False
-    return True
-
-
 def _require_rows(rows: Tensor) -> None:
     if rows.dtype is not torch.float32 or rows.dim() != 3:
         raise ValueError(f"rows must be float32 [rows, window, hidden], not {rows.dtype} {list(rows.shape)}")
@@ -147,8 +137,8 @@ def _faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise MissingDependencyError(
-            f"product quantized rows are made by faiss, which cannot be imported ({error}): "
-            "pip install faiss-cpu, or choose another row format"
+            "product quantized rows are made by faiss, which is not installed: "
+            "pip install 'hmi[compression]', or choose another row format"
         ) from error
     module: ModuleType = faiss
     return module

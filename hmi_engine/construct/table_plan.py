@@ -12,13 +12,12 @@ from pydantic import JsonValue
 from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.construct.row_format_choice import DENSE_FORMAT, choose_row_format
-from hmi_engine.errors import BudgetTooSmallError, UnsupportedModelError
+from hmi_engine.errors import BudgetTooSmallError
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.plot_table import PlotMetadata
 from hmi_engine.knowledge.row_formats import RowFormat, codebook_bytes
-from hmi_engine.knowledge.selection import Selection, bytes_per_row, select_rows, table_bytes
+from hmi_engine.knowledge.selection import bytes_per_row, select_rows, table_bytes
 from hmi_engine.knowledge.sizes import format_bytes
 
 __all__ = ["TablePlan", "TableSettings", "largest_useful_count", "plan_table"]
@@ -37,13 +36,12 @@ class TableSettings:
     Attributes:
         plot_bytes: budget of the file: rows, keys, counts, index, candidates and the texts' digests (of
             which at most a quarter of it is charged); 0 for no rows at all. Unigrams come on top.
-        row_format: how its rows are stored; None for what
-            :func:`~hmi_engine.construct.row_format_choice.choose_row_format` finds best.
+        row_format: how its rows are stored.
         min_count: n-grams seen less often get no row.
     """
 
     plot_bytes: int
-    row_format: RowFormat | None
+    row_format: RowFormat
     min_count: int
 
 
@@ -58,8 +56,7 @@ class TablePlan:
         candidate_counts: int64 [M], their counts.
         documents: int64 [D], sorted digests of the corpus' texts.
         metadata: of the table.
-        statistics: ``hit_mass`` and ``inherited_mass``, shares of all counted occurrences, and
-            ``row_format_reason`` where the row format was chosen here.
+        statistics: ``hit_mass`` and ``inherited_mass``, shares of all counted occurrences.
     """
 
     keys: Tensor
@@ -107,24 +104,17 @@ def plan_table(
     Raises:
         BudgetTooSmallError: the budget is not 0, and not enough for one row.
     """
+    row_budget = _row_budget(settings, general, len(documents))
     promotable = _promotable(frequencies, settings.min_count, inherited, held, max_promotions)
-
-    def select(row_format: RowFormat) -> Selection:
-        return select_rows(
-            frequencies.keys[promotable],
-            frequencies.counts[promotable],
-            budget_bytes=_row_budget(settings.plot_bytes, row_format, general, len(documents)),
-            bytes_per_row=bytes_per_row(general.window, general.hidden_size, row_format),
-            min_count=1,
-            exclude=inherited,
-            total=frequencies.total,
-        )
-
-    statistics: dict[str, JsonValue] = {}
-    if settings.row_format is None:
-        row_format, selection, statistics["row_format_reason"] = choose_row_format(general, select)
-    else:
-        row_format, selection = settings.row_format, select(settings.row_format)
+    selection = select_rows(
+        frequencies.keys[promotable],
+        frequencies.counts[promotable],
+        budget_bytes=row_budget,
+        bytes_per_row=bytes_per_row(general.window, general.hidden_size, settings.row_format),
+        min_count=1,
+        exclude=inherited,
+        total=frequencies.total,
+    )
     keys, order = torch.sort(selection.keys)
     candidates = _candidates(frequencies, keys, settings)
     inherited_mass = float(frequencies.counts[_found(frequencies.keys, inherited)].sum())
@@ -135,7 +125,7 @@ def plan_table(
         vocab_size=general.vocab_size,
         placeholder_token_id=general.placeholder_token_id,
         row_dtype=general.row_dtype,
-        row_format=row_format,
+        row_format=settings.row_format,
         layer_identity=layer_identity,
         corpus_tokens=corpus_tokens,
         min_count=settings.min_count,
@@ -151,8 +141,7 @@ def plan_table(
         candidate_counts=candidates.counts,
         documents=documents,
         metadata=metadata,
-        statistics=statistics
-        | {
+        statistics={
             "hit_mass": selection.hit_mass,
             "inherited_mass": inherited_mass / max(frequencies.total, 1.0),
         },
@@ -161,32 +150,22 @@ def plan_table(
 
 def largest_useful_count(settings: TableSettings, general: GeneralInfo, inherited: Sequence[Tensor]) -> int:
     """Returns how many of the most frequent n-grams a plan has use for, so that counting keeps no more."""
-    rows = settings.plot_bytes // _least_bytes_per_row(settings, general)
+    row_bytes = bytes_per_row(general.window, general.hidden_size, settings.row_format)
+    rows = settings.plot_bytes // row_bytes
     candidates = int(settings.plot_bytes * _CANDIDATE_SHARE) // _CANDIDATE_BYTES
     return rows + candidates + sum(len(index) // 2 for index in inherited)
 
 
-def _least_bytes_per_row(settings: TableSettings, general: GeneralInfo) -> int:
-    """Of the formats that the table may have."""
-    if settings.row_format is not None:
-        return bytes_per_row(general.window, general.hidden_size, settings.row_format)
-    try:
-        return bytes_per_row(general.window, general.hidden_size, DENSE_FORMAT)
-    except UnsupportedModelError:
-        return bytes_per_row(general.window, general.hidden_size, general.row_dtype)
-
-
-def _row_budget(plot_bytes: int, row_format: RowFormat, general: GeneralInfo, num_documents: int) -> int:
-    """What the rows with their keys and index may take of the budget; raises as :func:`plan_table`."""
-    if plot_bytes == 0:
+def _row_budget(settings: TableSettings, general: GeneralInfo, num_documents: int) -> int:
+    if settings.plot_bytes == 0:
         return 0
-    fixed = codebook_bytes(row_format, general.window, general.hidden_size)
-    row_budget = int(plot_bytes * (1 - _CANDIDATE_SHARE)) - fixed
-    row_bytes = bytes_per_row(general.window, general.hidden_size, row_format)
+    fixed = codebook_bytes(settings.row_format, general.window, general.hidden_size)
+    row_budget = int(settings.plot_bytes * (1 - _CANDIDATE_SHARE)) - fixed
+    row_bytes = bytes_per_row(general.window, general.hidden_size, settings.row_format)
     least = math.ceil((table_bytes(1, row_bytes) + fixed) / (1 - _CANDIDATE_SHARE))
-    if plot_bytes < least:
+    if settings.plot_bytes < least:
         raise BudgetTooSmallError(
-            f"plot_bytes is {format_bytes(plot_bytes)}, but one {row_format} row with its "
+            f"plot_bytes is {format_bytes(settings.plot_bytes)}, but one {settings.row_format} row with its "
             f"index takes {format_bytes(least)}; give the table more, or 0 for none"
         )
     # Of very many short texts only so much is charged that a small table still has rows.

@@ -30,8 +30,7 @@ class CorpusReport:
     ``bytes`` counts bytes of files as they lie on the disk (in steps where they are compressed), of UTF-8
     where the corpus is texts or standard input. ``num_replaced`` counts the lines and texts with bytes that
     are no UTF-8, or with half a surrogate pair: U+FFFD stands in their place. ``bad_lines`` holds the first
-    hundred of ``num_bad_lines``. ``row_format_reason`` says of a new domain why its rows have the format
-    that they have, where none was asked for.
+    hundred of ``num_bad_lines``.
     """
 
     texts: int = 0
@@ -40,7 +39,6 @@ class CorpusReport:
     num_replaced: int = 0
     bad_lines: list[BadLine] = field(default_factory=list)
     num_bad_lines: int = 0
-    row_format_reason: str | None = None
 
     def add_bad_line(self, bad_line: BadLine) -> None:
         """Count a bad line, and keep it if it is among the first."""

@@ -190,7 +190,7 @@ def test_rows_that_cannot_be_coded_are_refused(bad: float) -> None:
         RowEncoder.fit(rows, "pq8")
 
 
-def test_without_faiss_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
     def without_faiss(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -205,6 +205,6 @@ def test_without_faiss_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         lambda: RowEncoder.fit(rows, "pq8"),
         lambda: RowEncoder.from_codebooks("pq8", books).encode(rows),
     ):
-        with pytest.raises(MissingDependencyError, match="pip install faiss-cpu"):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'hmi\[compression\]'"):
             call()
     RowEncoder.fit(rows, "int8").encode(rows)  # needs none

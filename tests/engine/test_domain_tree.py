@@ -33,7 +33,6 @@ import hmi_engine as hmi
 import hmi_kernels
 from hmi_engine.errors import DomainCycleError, DomainInUseError
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot
-from hmi_engine.knowledge.row_formats import RowFormat
 from hmi_engine.knowledge.traffic_file import TrafficCounts
 
 CORPORA = [sentences(25, seed=seed, longest=9) for seed in range(10, 15)]
@@ -100,11 +99,9 @@ class DomainTree(RuleBasedStateMachine):
         parent=places,
         budget=st.sampled_from(BUDGETS),
         min_count=st.integers(1, 3),
-        row_format=st.sampled_from([None, "float32", "float16"]),
+        row_format=st.sampled_from(["float32", "float16"]),
     )
-    def add(
-        self, name: str, corpus: int, parent: int, budget: str, min_count: int, row_format: RowFormat | None
-    ) -> None:
+    def add(self, name: str, corpus: int, parent: int, budget: str, min_count: int, row_format: str) -> None:
         if name in self.expected:
             return
         above = self.choose(parent, root=True)
