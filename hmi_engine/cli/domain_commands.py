@@ -36,11 +36,16 @@ app = typer.Typer(help="Domains: n-gram tables built from text.", no_args_is_hel
 
 _CORPUS_HELP = (
     "File (.txt: one text per line, .jsonl, also .gz and .zst, .parquet), folder of files, or - for standard "
-    "input; repeatable."
+    "input; more of them may follow."
 )
 _STDIN_FORMATS: tuple[Literal["txt", "jsonl"], ...] = ("txt", "jsonl")
 
 DomainName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the domain.", show_default=False)]
+MoreFiles = Annotated[
+    list[Path] | None,
+    # So that a shell's *.txt works behind --corpus, which by itself takes one value.
+    typer.Argument(metavar="[FILE]...", help="More files of the corpus.", show_default=False),
+]
 TextField = Annotated[
     str, typer.Option(help="Field of the text in JSON lines, column of it in Parquet files.")
 ]
@@ -52,6 +57,7 @@ def add(
     store: StorePath,
     name: DomainName,
     corpus: Annotated[list[Path], typer.Option(help=_CORPUS_HELP)],
+    more_files: MoreFiles = None,
     parent: Annotated[str, typer.Option(help="Parent domain.")] = ROOT_DOMAIN,
     plot_bytes: Annotated[str, typer.Option(help="Budget of the table, such as 256MiB.")] = "256MiB",
     min_count: Annotated[int, typer.Option(min=1, help="Leave out n-grams seen less often.")] = 2,
@@ -80,7 +86,7 @@ def add(
     with Store.open(store) as opened, progress_bars() as progress:
         report = opened.add_domain(
             name,
-            corpus,
+            [*corpus, *(more_files or ())],
             parent=parent,
             plot_bytes=plot_bytes,
             min_count=min_count,
@@ -111,6 +117,7 @@ def update(
         list[Path] | None,
         typer.Option(help=f"New text; default: the traffic that engines saw. {_CORPUS_HELP}"),
     ] = None,
+    more_files: MoreFiles = None,
     plot_bytes: Annotated[str | None, typer.Option(help="New budget; default: the present one.")] = None,
     half_life_tokens: Annotated[
         float, typer.Option(help="Tokens of traffic after which earlier counts weigh half.")
@@ -133,7 +140,7 @@ def update(
         before = opened.domains[name].generation
         done = opened.update_domain(
             name,
-            corpus or None,
+            [*(corpus or ()), *(more_files or ())] or None,
             plot_bytes=plot_bytes,
             half_life_tokens=half_life_tokens,
             max_promotions=max_promotions,
@@ -151,7 +158,7 @@ def update(
             | _describe_report(done.corpus)
         )
         return
-    say(_told_update(name, done, before, from_traffic=not corpus))
+    say(_told_update(name, done, before, from_traffic=not (corpus or more_files)))
 
 
 def _told_update(name: str, done: DomainUpdate, before: int, *, from_traffic: bool) -> str:

@@ -196,3 +196,15 @@ def test_run_under_a_budget_and_with_traffic_recorded(made, tmp_path):
     assert shown(made)["cells"]["waiting_tokens"] == 0, "nothing is recorded unless it is asked for"
     assert hmi("run", made, "--record-traffic", text=3 * line).returncode == 0
     assert shown(made)["cells"]["waiting_tokens"] == 3 * 4, "with the special tokens"
+
+
+def test_a_corpus_of_several_files_as_a_shell_expands_them(made, tmp_path):
+    files = [tmp_path / f"part{number}.txt" for number in range(3)]
+    for seed, file in enumerate(files):
+        file.write_text("\n".join(sentences(30, seed=20 + seed)))
+    done = hmi("domain", "add", made, "parts", "--corpus", *files, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"] == 90
+    done = hmi("domain", "update", made, "words", "--corpus", *files, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"] == 90
