@@ -34,6 +34,7 @@ ORDER = (
     "composition",
     "compression",
     "counting",
+    "materialise",
     "kernels",
 )
 """What people ask first comes first; other results follow by name."""
