@@ -148,6 +148,15 @@ def check_segments(
     max_rank: int,
 ) -> None: ...
 
+def read_files(
+    paths: list[bytes],
+    offsets: list[int],
+    sizes: list[int],
+    destinations: list[int],
+    check_finite: bool,
+    num_threads: int,
+) -> list[tuple[int, int, bool]]: ...
+
 class Block: ...
 
 class BlockPool:

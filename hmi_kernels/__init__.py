@@ -18,6 +18,7 @@ from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tok
 from hmi_kernels.pinned_pool import PinnedPool
 from hmi_kernels.plot import plot_lookup, plot_merge
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
+from hmi_kernels.read_files import read_files
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
 from hmi_kernels.row_tables import quantize_rows
 from hmi_kernels.vectors import grouped_bias, grouped_scale
@@ -55,6 +56,7 @@ __all__ = [
     "plot_merge",
     "quantize_rows",
     "raise_faults",
+    "read_files",
     "use_backend",
     "wait_for_copies",
 ]

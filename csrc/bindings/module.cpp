@@ -248,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
   define_counter(m);
   define_pool(m);
   define_sketch(m);
+  define_files(m);
 #if HMI_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda");
   define_cuda(cuda);
