@@ -19,7 +19,8 @@ from hmi_kernels.row_tables import require_row_tables
 
 __all__ = ["plot_lookup", "plot_merge"]
 
-_PIECE_SIZES_ON_CPU = (4, 8)
+PIECE_SIZES = (4, 8)
+"""Elements that a code can stand for, but in the reference, which takes any."""
 NativeTable: TypeAlias = tuple[int, int, int, int, int, int]
 """Address, rows, number of the data type, addresses of scales and codebooks or 0, elements of a piece."""
 
@@ -97,8 +98,8 @@ def plot_merge(
             :func:`quantize_rows`). Needed only if one is int8.
         codebooks: for each of ``row_tables`` float16 [window, codes, 256, hidden / codes] if it is uint8,
             empty otherwise. Code m of slot w stands for the elements from ``m * hidden / codes`` on:
-            ``codebooks[w, m, code]``. Needed only if one is uint8. The backend ``cpu`` takes pieces of 4 and
-            8 elements; ``cuda`` and ``triton`` take no codes.
+            ``codebooks[w, m, code]``. Needed only if one is uint8. Pieces have 4 or 8 elements (any number on
+            the backend ``reference``).
 
     While the other tensors are on a GPU, ``row_tables``, ``unigram_tables``, ``row_scales`` and
     ``codebooks`` may lie in pinned host memory: the kernel then reads the rows in place. Sums are made in
@@ -167,17 +168,20 @@ class MergeArguments(NamedTuple):
         """Room for the result: [tokens, hidden] of the type of the position embeddings."""
         return self.position_embeddings.new_empty(self.input_ids.shape[0], self.position_embeddings.shape[1])
 
-    @property
-    def has_codes(self) -> bool:
-        """Whether a row table holds codes of a codebook."""
-        return any(table.dtype is torch.uint8 for table in self.row_tables)
-
-    def scaled_row_tables(self) -> list[tuple[Tensor, Tensor | None]]:
-        """The row tables, those of int8 with their scales."""
+    def row_tables_with_decoding(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The row tables, those of int8 with their scales, those of codes with their codebooks."""
+        sides = {torch.int8: self.row_scales, torch.uint8: self.codebooks}
         return [
-            (table, self.row_scales[i] if table.dtype is torch.int8 else None)
+            (table, sides[table.dtype][i] if table.dtype in sides else None)
             for i, table in enumerate(self.row_tables)
         ]
+
+    def refused_pieces(self) -> str:
+        """Why no kernel but the reference takes the codebooks; "" if they can."""
+        sizes = {codebook.shape[3] for codebook in self.codebooks if codebook.numel()}
+        if sizes <= set(PIECE_SIZES):
+            return ""
+        return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
 
 
 def _check_lookup(arguments: LookupArguments) -> None:
@@ -289,10 +293,7 @@ def _merge_refuses_on_cpu(arguments: MergeArguments) -> str:
     tables = (*arguments.row_tables, *arguments.unigram_tables)
     if any(table.dtype is torch.bfloat16 for table in tables):
         return "row_tables and unigram_tables must not be torch.bfloat16"
-    sizes = {codebook.shape[3] for codebook in arguments.codebooks if codebook.numel()}
-    if not sizes <= set(_PIECE_SIZES_ON_CPU):
-        return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
-    return ""
+    return arguments.refused_pieces()
 
 
 _plot_lookup = define(

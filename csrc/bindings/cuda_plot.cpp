@@ -11,8 +11,8 @@
 namespace hmi::bindings {
 namespace {
 
-// (address, rows, number of its DataType, address of its scales or 0)
-using NumberedTable = std::tuple<Address, int64_t, int, Address>;
+// (address, rows, number of its DataType, address of its scales or codebooks or 0, elements of a piece)
+using NumberedTable = std::tuple<Address, int64_t, int, Address, int32_t>;
 
 // Throws std::invalid_argument if there are more than the kernel's parameters have room for.
 void require_room(const char* name, size_t count, size_t room) {
@@ -45,8 +45,9 @@ void plot_lookup(Address input_ids, int64_t num_tokens, Address sequence_offsets
 
 int32_t copy_tables(const char* name, const std::vector<NumberedTable>& from, cuda::DeviceTable* to) {
   require_room(name, from.size(), cuda::kMaxTables);
-  for (const auto& [address, num_rows, type, scales] : from) {
-    *to++ = {pointer<const void>(address), pointer<const float>(scales), num_rows, static_cast<DataType>(type)};
+  for (const auto& [address, num_rows, type, decoding, piece_size] : from) {
+    *to++ = {pointer<const void>(address), pointer<const void>(decoding), num_rows, static_cast<DataType>(type),
+             piece_size};
   }
   return static_cast<int32_t>(from.size());
 }

@@ -93,6 +93,11 @@ __device__ __forceinline__ unsigned load4_once(const void* global) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];\n" : "=r"(value) : "l"(global));
   return value;
 }
+// Eight bytes and one, which others read too.
+__device__ __forceinline__ uint2 load8(const void* global) { return __ldg(static_cast<const uint2*>(global)); }
+__device__ __forceinline__ unsigned load_byte(const void* global) {
+  return __ldg(static_cast<const unsigned char*>(global));
+}
 // 16 bytes of global memory that this thread alone writes, later in the launch.
 __device__ __forceinline__ uint4 load16_changing(const void* global) { return *static_cast<const uint4*>(global); }
 __device__ __forceinline__ void store16(void* global, const uint4& value) { *static_cast<uint4*>(global) = value; }

@@ -25,6 +25,26 @@ __device__ __forceinline__ uint4 load_chunk(const void* row, DataType type, int 
   return {load4_once(from), 0, 0, 0};
 }
 
+// The pieces that the codes of such a chunk stand for, as halves. Codes of a row lie side by side, and so do a chunk's
+// neighbors' among the threads; the codebooks, a few hundred KB, are read again and again.
+template <int kElements>
+__device__ __forceinline__ uint4 load_pieces(const void* row, const Codebook& codebook, int number) {
+  const auto piece_of = [&](int code_number) {
+    const unsigned code = load_byte(static_cast<const char*>(row) + code_number);
+    return static_cast<const char*>(codebook.pieces) + (code_number * kCodebookSize + code) * codebook.piece_size * 2;
+  };
+  if (codebook.piece_size == 4) {
+    constexpr int kCodes = kElements / 4;
+    const uint2 first = load8(piece_of(number * kCodes));
+    if constexpr (kCodes == 1) return {first.x, first.y, 0, 0};
+    const uint2 second = load8(piece_of(number * kCodes + kCodes - 1));
+    return {first.x, first.y, second.x, second.y};
+  }
+  if constexpr (kElements == 8) return load16(piece_of(number));
+  const uint2 half = load8(static_cast<const char*>(piece_of(number / 2)) + number % 2 * 8);
+  return {half.x, half.y, 0, 0};
+}
+
 template <class Element, int kCount>
 __device__ __forceinline__ void add_elements(const uint4& bytes, float scale, float* sums) {
   Element elements[kCount];
@@ -40,7 +60,7 @@ __device__ __forceinline__ void add_elements(const uint4& bytes, float scale, fl
   }
 }
 
-// What load_chunk gave of the row.
+// What load_chunk or load_pieces gave of the row.
 template <int kElements>
 __device__ __forceinline__ void add_chunk(const uint4& chunk, const void* row, DataType type, int number, float scale,
                                           float (&sums)[kElements]) {
@@ -58,7 +78,7 @@ __device__ __forceinline__ void add_chunk(const uint4& chunk, const void* row, D
     case DataType::kInt8:
       return add_elements<int8_t, kElements>(chunk, scale, sums);
     case DataType::kCode:
-      return;  // hmi_kernels/cuda/plot.py refuses these
+      return add_elements<__half, kElements>(chunk, scale, sums);
   }
 }
 
@@ -85,8 +105,8 @@ __device__ __forceinline__ float token_sum(const Place& place, float value, floa
 }
 
 // sums = the token's rows, all loaded before the first is used.
-template <int kVectors, int kElements, int kSummands>
-__device__ __forceinline__ void sum_rows(const SummandRows<kSummands>& rows, int token, const Place& place,
+template <int kVectors, int kElements, int kSummands, bool kHasCodes>
+__device__ __forceinline__ void sum_rows(const SummandRows<kSummands, kHasCodes>& rows, int token, const Place& place,
                                          float (&sums)[kVectors][kElements]) {
   uint4 chunks[kSummands][kVectors];
 #pragma unroll
@@ -96,7 +116,12 @@ __device__ __forceinline__ void sum_rows(const SummandRows<kSummands>& rows, int
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const int number = place.first_chunk + v * place.stride;
-      if (row != nullptr && number < place.num_chunks) chunks[summand][v] = load_chunk<kElements>(row, type, number);
+      if (row == nullptr || number >= place.num_chunks) continue;
+      if (kHasCodes && type == DataType::kCode) {
+        chunks[summand][v] = load_pieces<kElements>(row, rows.codebooks.of(summand, token), number);
+      } else {
+        chunks[summand][v] = load_chunk<kElements>(row, type, number);
+      }
     }
   }
 #pragma unroll
@@ -171,9 +196,9 @@ __device__ __forceinline__ void copy_layer_norm(const PlotMergeArguments& a, int
 }
 
 // Thread i finds the rows of the block's token i.
-template <int kWindow>
+template <int kWindow, bool kHasCodes>
 __device__ __forceinline__ void find_rows(const PlotMergeArguments& a, int64_t first, int num_tokens,
-                                          typename RowFinder<kWindow>::Rows& rows) {
+                                          typename RowFinder<kWindow, kHasCodes>::Rows& rows) {
   const int token = threadIdx.x;
   const int begin = token - token % kWarpSize, end = begin + kWarpSize;
   if (begin >= num_tokens) return;
@@ -181,15 +206,15 @@ __device__ __forceinline__ void find_rows(const PlotMergeArguments& a, int64_t f
   const int64_t last = first + (end < num_tokens ? end : num_tokens) - 1;
   const SequenceRange range = find_sequences_by_warp(sequences, first + begin, last);
   if (token >= num_tokens) return;
-  RowFinder<kWindow> finder(a, first + token, find_sequence(sequences, range, first + token, a.fault));
+  RowFinder<kWindow, kHasCodes> finder(a, first + token, find_sequence(sequences, range, first + token, a.fault));
   finder.find(rows, token);
 }
 
-template <class Element, int kWindow, int kVectors>
+template <class Element, int kWindow, int kVectors, bool kHasCodes>
 __global__ void __launch_bounds__(max_merge_threads(kVectors, sizeof(Element)), min_merge_blocks(kVectors))
     plot_merge_kernel(const __grid_constant__ PlotMergeArguments a, const MergePlan plan) {
   constexpr int kElements = 16 / sizeof(Element);
-  using Rows = typename RowFinder<kWindow>::Rows;
+  using Rows = typename RowFinder<kWindow, kHasCodes>::Rows;
   HMI_DYNAMIC_SHARED(shared);
   HMI_SHARED(Rows, rows, [1]);
   uint4* const layer_norm = reinterpret_cast<uint4*>(shared);
@@ -202,7 +227,7 @@ __global__ void __launch_bounds__(max_merge_threads(kVectors, sizeof(Element)), 
   const int num_tokens = left < plan.tokens_at_once * plan.rounds ? left : plan.tokens_at_once * plan.rounds;
 
   copy_layer_norm(a, place.num_chunks, layer_norm);
-  find_rows<kWindow>(a, first, num_tokens, rows[0]);
+  find_rows<kWindow, kHasCodes>(a, first, num_tokens, rows[0]);
   cp_async_wait<0>();
   __syncthreads();
   // Groups without a token in the last round go along: the layer norm waits for all threads of the block.
@@ -217,20 +242,33 @@ __global__ void __launch_bounds__(max_merge_threads(kVectors, sizeof(Element)), 
   check_offsets_rise({a.sequence_offsets, a.num_sequences, a.num_tokens}, a.fault);
 }
 
-template <class Element, int kWindow>
+template <class Element, int kWindow, bool kHasCodes>
 cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
   if (a.hidden_size > kMaxMergeHiddenSize) return cudaErrorInvalidValue;
   const MergePlan plan = plan_merge(a.num_tokens, ceil_div(a.hidden_size, 16 / sizeof(Element)));
-  const auto kernel =
-      plan.vectors_per_lane == 1 ? plot_merge_kernel<Element, kWindow, 1> : plot_merge_kernel<Element, kWindow, 2>;
+  const auto kernel = plan.vectors_per_lane == 1 ? plot_merge_kernel<Element, kWindow, 1, kHasCodes>
+                                                 : plot_merge_kernel<Element, kWindow, 2, kHasCodes>;
   const dim3 grid(static_cast<unsigned>(ceil_div(a.num_tokens, int64_t{plan.tokens_at_once} * plan.rounds)));
   const dim3 block(static_cast<unsigned>(plan.tokens_at_once * plan.warps_per_token * kWarpSize));
   return launch(kernel, grid, block, 2 * a.hidden_size * sizeof(Element), stream, a, plan);
 }
 
+template <class Element, bool kHasCodes>
+cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
+  return a.window == 2 ? launch_plot_merge<Element, 2, kHasCodes>(a, stream)
+                       : launch_plot_merge<Element, 3, kHasCodes>(a, stream);
+}
+
+bool has_codes(const PlotMergeArguments& a) {
+  for (int table = 0; table < a.num_row_tables; ++table) {
+    if (a.row_tables[table].data_type == DataType::kCode) return true;
+  }
+  return false;
+}
+
 template <class Element>
 cudaError_t launch_plot_merge(const PlotMergeArguments& a, cudaStream_t stream) {
-  return a.window == 2 ? launch_plot_merge<Element, 2>(a, stream) : launch_plot_merge<Element, 3>(a, stream);
+  return has_codes(a) ? launch_plot_merge<Element, true>(a, stream) : launch_plot_merge<Element, false>(a, stream);
 }
 
 }  // namespace

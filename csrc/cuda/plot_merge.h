@@ -11,11 +11,15 @@ namespace hmi::cuda {
 
 constexpr int kMaxTables = 48;  // of each kind; they travel as kernel parameters, of which there are 4 KiB
 
+// Device memory, or pinned host memory that the device reads in place.
 struct DeviceTable {
-  const void* rows;     // device memory, or pinned host memory that the device reads in place
-  const float* scales;  // [num_rows, window] for int8, else null
+  const void* rows;
+  // For int8 floats [num_rows, window], the scales; for codes halves [window, hidden_size / piece_size, 256, piece_size],
+  // as in csrc/cpu/plot_merge.h; else null.
+  const void* decoding;
   int64_t num_rows;
   DataType data_type;
+  int32_t piece_size;  // of codes: 4 or 8
 };
 
 struct PlotMergeArguments {
@@ -26,10 +30,10 @@ struct PlotMergeArguments {
   const int64_t* references;       // as plot_lookup gives them
   DeviceTable row_tables[kMaxTables];      // [num_rows, window, hidden_size] each
   int32_t num_row_tables;
-  DeviceTable unigram_tables[kMaxTables];  // [vocabulary, 3, hidden_size] each, never int8
+  DeviceTable unigram_tables[kMaxTables];  // [vocabulary, 3, hidden_size] each, of floats
   int32_t num_unigram_tables;
   const int32_t* sequence_unigram_tables;  // [num_sequences]
-  DataType data_type;                // of position_embeddings, layer norm and output: not kInt8
+  DataType data_type;                // of position_embeddings, layer norm and output: floats
   const void* position_embeddings;   // [num_positions, hidden_size]
   int64_t num_positions;
   const void* layer_norm_weight;

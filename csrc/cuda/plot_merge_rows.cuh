@@ -2,6 +2,7 @@
 // is loaded. See csrc/cpu/plot_merge.h for the formulas.
 #pragma once
 
+#include "common/data_type.h"
 #include "cpu/plot_lookup.h"
 #include "cpu/plot_merge.h"
 #include "cuda/plot_merge.h"
@@ -19,17 +20,38 @@ __host__ __device__ constexpr int size_of(DataType type) {
   return type == DataType::kFloat32 ? 4 : type == DataType::kInt8 ? 1 : 2;
 }
 
+// What the codes of a row stand for: code m is one of the 256 pieces from m * 256 on.
+struct Codebook {
+  const void* pieces = nullptr;
+  int32_t piece_size = 0;
+};
+
 // Where a summand lies. Its value is factor * row or, for int8, factor * *scale * row.
 struct SummandRow {
   const void* address = nullptr;  // null for none
   const float* scale = nullptr;   // null for none
   float factor = 1.0f;
   DataType type = DataType::kFloat32;
+  Codebook codebook;
+};
+
+// Only kernels for tables of codes have room for codebooks.
+template <int kSummands, bool kHasCodes>
+struct SummandCodebooks {
+  Codebook codebooks[kSummands][kMaxMergeTokens];
+  __device__ void set(int summand, int token, const Codebook& codebook) { codebooks[summand][token] = codebook; }
+  __device__ Codebook of(int summand, int token) const { return codebooks[summand][token]; }
+};
+template <int kSummands>
+struct SummandCodebooks<kSummands, false> {
+  __device__ void set(int, int, const Codebook&) {}
+  __device__ Codebook of(int, int) const { return {}; }
 };
 
 // Those of a block's tokens, in shared memory. One array for each field: neighboring threads write neighboring words.
-template <int kSummands>
+template <int kSummands, bool kHasCodes>
 struct SummandRows {
+  SummandCodebooks<kSummands, kHasCodes> codebooks;
   const void* addresses[kSummands][kMaxMergeTokens];
   float scales[kSummands][kMaxMergeTokens];
   DataType types[kSummands][kMaxMergeTokens];
@@ -38,6 +60,7 @@ struct SummandRows {
     addresses[summand][token] = row.address;
     scales[summand][token] = scale;
     types[summand][token] = row.type;
+    codebooks.set(summand, token, row.codebook);
   }
   // A token without a position has no rows at all: its output is zero.
   __device__ bool is_empty(int token) const { return addresses[kPosition][token] == nullptr; }
@@ -46,11 +69,11 @@ struct SummandRows {
 // One token's search for its rows. A value out of bounds is a fault and leaves the token without any.
 // References, id and table come in loads that do not wait for each other, and so do the scales after them: this search
 // is all latency, and no row is loaded before its end.
-template <int kWindow>
+template <int kWindow, bool kHasCodes>
 class RowFinder {
  public:
   static constexpr int kSummands = num_summands(kWindow);
-  using Rows = SummandRows<kSummands>;
+  using Rows = SummandRows<kSummands, kHasCodes>;
 
   __device__ RowFinder(const PlotMergeArguments& arguments, int64_t t, const TokenSequence& sequence)
       : a_(arguments), t_(t), sequence_(sequence), is_valid_(sequence.index >= 0) {}
@@ -136,14 +159,14 @@ class RowFinder {
     if (reference < 0 || table >= a_.num_row_tables || row >= a_.row_tables[table].num_rows) {
       return refuse(Fault::kReferences, t_);
     }
-    return row_at(a_.row_tables[table], row * kWindow + slot);
+    return row_at(a_.row_tables[table], row * kWindow + slot, slot);
   }
 
   // Empty for a table out of bounds: find() reports that.
   __device__ SummandRow unigram_row(int32_t table, int64_t id, int slot) {
     if (table < 0 || table >= a_.num_unigram_tables) return {};
     if (id < 0 || id >= a_.unigram_tables[table].num_rows) return refuse(Fault::kInputIds, t_);
-    return row_at(a_.unigram_tables[table], id * kUnigramSlots + slot);
+    return row_at(a_.unigram_tables[table], id * kUnigramSlots + slot, slot);
   }
 
   // U where both are missing, -U where both are there, none where one is.
@@ -157,13 +180,22 @@ class RowFinder {
   __device__ SummandRow position_row() {
     const int64_t position = t_ - sequence_.begin;
     if (position >= a_.num_positions) return refuse(Fault::kPositions, sequence_.index);
-    return row_at({a_.position_embeddings, nullptr, a_.num_positions, a_.data_type}, position);
+    return row_at({a_.position_embeddings, nullptr, a_.num_positions, a_.data_type, 0}, position, 0);
   }
 
-  __device__ SummandRow row_at(const DeviceTable& table, int64_t index) const {
-    const int64_t offset = index * a_.hidden_size * size_of(table.data_type);
-    const float* scale = table.data_type == DataType::kInt8 ? table.scales + index : nullptr;
-    return {static_cast<const char*>(table.rows) + offset, scale, 1.0f, table.data_type};
+  __device__ SummandRow row_at(const DeviceTable& table, int64_t index, int slot) const {
+    SummandRow row;
+    row.type = table.data_type;
+    if (kHasCodes && table.data_type == DataType::kCode) {
+      const int num_codes = a_.hidden_size / table.piece_size;
+      row.address = static_cast<const char*>(table.rows) + index * num_codes;
+      const int64_t elements_before = int64_t{slot} * kCodebookSize * a_.hidden_size;
+      row.codebook = {static_cast<const char*>(table.decoding) + elements_before * 2, table.piece_size};
+      return row;
+    }
+    row.address = static_cast<const char*>(table.rows) + index * a_.hidden_size * size_of(table.data_type);
+    if (table.data_type == DataType::kInt8) row.scale = static_cast<const float*>(table.decoding) + index;
+    return row;
   }
 
   static __device__ float load_scale(const float* address) {

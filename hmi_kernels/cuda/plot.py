@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from hmi_kernels.cuda import driver
@@ -60,8 +61,8 @@ def _merge_refuses(arguments: MergeArguments) -> str:
         )
     if arguments.input_ids.shape[0] > _MAX_TOKENS:
         return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
-    if arguments.has_codes:
-        return "row_tables must not be torch.uint8"
+    if reason := arguments.refused_pieces():
+        return reason
     for name, tables in (
         ("row_tables", arguments.row_tables),
         ("unigram_tables", arguments.unigram_tables),
@@ -70,6 +71,7 @@ def _merge_refuses(arguments: MergeArguments) -> str:
             return f"{name} must be at most {MAX_TABLES}, not {len(tables)}"
     on_host = [*_numbered("row_tables", arguments.row_tables), *_numbered("row_scales", arguments.row_scales)]
     on_host += _numbered("unigram_tables", arguments.unigram_tables)
+    on_host += _numbered("codebooks", arguments.codebooks)
     on_device = [
         ("position_embeddings", arguments.position_embeddings),
         ("layer_norm_weight", arguments.layer_norm_weight),
@@ -89,7 +91,7 @@ def _merge(arguments: MergeArguments) -> Tensor:
             arguments.sequence_offsets.data_ptr(),
             arguments.sequence_offsets.shape[0] - 1,
             arguments.references.data_ptr(),
-            [_device_table(*table) for table in arguments.scaled_row_tables()],
+            [_device_table(*table) for table in arguments.row_tables_with_decoding()],
             [_device_table(table, None) for table in arguments.unigram_tables],
             arguments.sequence_unigram_tables.data_ptr(),
             driver.DATA_TYPES[positions.dtype],
@@ -107,9 +109,12 @@ def _merge(arguments: MergeArguments) -> Tensor:
     return output
 
 
-def _device_table(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
+def _device_table(table: Tensor, decoding: Tensor | None) -> tuple[int, int, int, int, int]:
     number = driver.DATA_TYPES[table.dtype]
-    return _device_address(table), table.shape[0], number, 0 if scales is None else _device_address(scales)
+    if decoding is None:
+        return _device_address(table), table.shape[0], number, 0, 0
+    piece_size = decoding.shape[3] if table.dtype is torch.uint8 else 0
+    return _device_address(table), table.shape[0], number, _device_address(decoding), piece_size
 
 
 def _device_address(tensor: Tensor) -> int:

@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 __all__ = ["plot_merge", "plot_merge_refuses"]
 
 ELEMENT_TYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 4, torch.int8: 8}
-"""Of rows, one bit each: a kernel is compiled for the types that its call has."""
+CODE_TYPES = {4: 16, 8: 32}
+"""Of rows, those of codes by the size of their pieces; one bit each: a kernel is compiled for the types that
+its call has."""
 
 _FLOAT16 = tl.constexpr(1)
 _FLOAT32 = tl.constexpr(2)
 _BFLOAT16 = tl.constexpr(4)
 _INT8 = tl.constexpr(8)
+_CODES_OF_4 = tl.constexpr(16)
+_CODES_OF_8 = tl.constexpr(32)
+_CODEBOOK_SIZE = tl.constexpr(256)
 _ROW_BITS = tl.constexpr(ROW_BITS)
 _MISSING = tl.constexpr(-1)
 _UNIGRAM_SLOTS = tl.constexpr(3)
@@ -48,7 +53,7 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
     output = arguments.new_hidden_states()
     if 0 in (num_tokens, num_sequences):
         return output.zero_()
-    rows = [_words(table, scales) for table, scales in arguments.scaled_row_tables()]
+    rows = [_words(*table) for table in arguments.row_tables_with_decoding()]
     unigrams = [_words(table, None) for table in arguments.unigram_tables]
     tile_rows, num_warps = row_tile(hidden_size)
     with torch.cuda.device_of(input_ids):
@@ -84,17 +89,17 @@ def plot_merge_refuses(arguments: MergeArguments) -> str:
     hidden_size = arguments.position_embeddings.shape[1]
     if hidden_size > MAX_HIDDEN_SIZE:
         return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
-    return "row_tables must not be torch.uint8" if arguments.has_codes else ""
+    return arguments.refused_pieces()
 
 
-def _words(table: Tensor, scales: Tensor | None) -> tuple[int, int, int, int]:
-    """Address, rows, element type and address of the scales, as the kernel reads them."""
-    return (
-        table.data_ptr(),
-        table.shape[0],
-        ELEMENT_TYPES[table.dtype],
-        0 if scales is None else scales.data_ptr(),
-    )
+def _words(table: Tensor, decoding: Tensor | None) -> tuple[int, int, int, int]:
+    """Address, rows, element type and address of the scales or codebooks, as the kernel reads them."""
+    address, num_rows = table.data_ptr(), table.shape[0]
+    if decoding is None:
+        return address, num_rows, ELEMENT_TYPES[table.dtype], 0
+    if table.dtype is torch.uint8:
+        return address, num_rows, CODE_TYPES[decoding.shape[3]], decoding.data_ptr()
+    return address, num_rows, ELEMENT_TYPES[table.dtype], decoding.data_ptr()
 
 
 @triton.jit(
@@ -233,7 +238,7 @@ def _add(
     is_table = is_sane & is_wanted & (table >= 0) & (table < num_tables)
     place = table + tl.where(is_unigram, num_row_tables, 0)
     words = tables + tl.where(is_table, place, 0) * WORDS_PER_TABLE
-    values, is_there = _read(words, is_table, row, vector, hidden_size, columns, types, is_aligned)
+    values, is_there = _read(words, is_table, row, vector, slot, hidden_size, columns, types, is_aligned)
     return state + values, is_sane & (is_there | ~is_wanted)
 
 
@@ -243,12 +248,16 @@ def _read(
     is_table: tl.tensor,
     row: tl.tensor,
     vector: tl.tensor,
+    slot: tl.constexpr,
     hidden_size: tl.constexpr,
     columns: tl.tensor,
     types: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """The (float32 [tokens, columns], is_there) of one vector of each row; zeros, not read, if not there."""
+    """The (float32 [tokens, columns], is_there) of one vector of each row; zeros, not read, if not there.
+
+    ``slot`` is the vector's in rows of codes.
+    """
     is_there = is_table & (row >= 0) & (row < tl.load(words + 1, mask=is_table, other=0))
     address = tl.load(words, mask=is_there, other=0)
     kind = tl.load(words + 2, mask=is_there, other=0)
@@ -266,7 +275,36 @@ def _read(
         scales = tl.load(words + 3, mask=is_there, other=0).to(tl.pointer_type(tl.float32))
         scale = tl.load(scales + vector, mask=is_int8, other=0.0)[:, None]
         values += _elements(address, tl.int8, places, mask & is_int8[:, None], is_aligned) * scale
+    if _CODES_OF_4 & types:
+        is_code = mask & (kind == _CODES_OF_4)[:, None]
+        values += _decoded(words, address, vector, slot, 4, hidden_size, columns, is_code)
+    if _CODES_OF_8 & types:
+        is_code = mask & (kind == _CODES_OF_8)[:, None]
+        values += _decoded(words, address, vector, slot, 8, hidden_size, columns, is_code)
     return values, is_there
+
+
+@triton.jit
+def _decoded(
+    words: tl.tensor,
+    address: tl.tensor,
+    vector: tl.tensor,
+    slot: tl.constexpr,
+    piece_size: tl.constexpr,
+    hidden_size: tl.constexpr,
+    columns: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
+    """What the codes of each vector stand for, as float32; zeros where the mask is false."""
+    num_codes: tl.constexpr = hidden_size // piece_size
+    number = columns // piece_size
+    codes = address.to(tl.pointer_type(tl.uint8))[:, None] + (vector * num_codes)[:, None] + number
+    code = tl.load(codes, mask=mask, other=0).to(tl.int64)
+    piece = (slot * num_codes + number) * _CODEBOOK_SIZE + code
+    codebooks = tl.load(words + 3).to(tl.pointer_type(tl.float16))
+    return tl.load(codebooks[:, None] + piece * piece_size + columns % piece_size, mask=mask, other=0).to(
+        tl.float32
+    )
 
 
 @triton.jit

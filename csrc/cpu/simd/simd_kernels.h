@@ -11,7 +11,6 @@
 
 namespace hmi {
 
-constexpr int kCodebookSize = 256;
 
 struct MergeSource {
   const void* row;

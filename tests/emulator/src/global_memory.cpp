@@ -39,6 +39,10 @@ unsigned load4_constant(const void* address, Place place) {
   return load<unsigned>(address, AccessKind::kConstantRead, place, __builtin_return_address(0));
 }
 
+unsigned char load1_constant(const void* address, Place place) {
+  return load<unsigned char>(address, AccessKind::kConstantRead, place, __builtin_return_address(0));
+}
+
 uint4 load16(const void* address, Place place) {
   return load<uint4>(address, AccessKind::kRead, place, __builtin_return_address(0));
 }

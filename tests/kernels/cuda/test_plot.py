@@ -27,7 +27,7 @@ from hmi_kernels.cuda import driver
 from hmi_kernels.reference import mix_key
 
 COMPUTE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROW_TYPES = (*COMPUTE_TYPES, torch.int8)
+ROW_TYPES = (*COMPUTE_TYPES, torch.int8, torch.uint8)
 HIDDEN_SIZES = (256, 264, 384, 768, 1024, 4096)
 
 
@@ -122,6 +122,17 @@ def test_merge_of_rows_of_each_type(
     assert_merged(case, tables, merge(case, tables, case.lookup()))
 
 
+@pytest.mark.parametrize("compute_type", COMPUTE_TYPES, ids=str)
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("hidden_size", [8, 256, 384, 1024])
+@pytest.mark.parametrize("piece_size", [4, 8])
+def test_merge_of_codes(window: int, hidden_size: int, piece_size: int, compute_type: torch.dtype) -> None:
+    case = make_case(window, share=0.4)
+    for row_types in ((torch.uint8, torch.uint8), (torch.float16, torch.uint8), (torch.uint8, torch.int8)):
+        tables = make_tables(case, hidden_size, row_types, compute_type, piece_size=piece_size)
+        assert_merged(case, tables, merge(case, tables, case.lookup()))
+
+
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("lengths", [[], [0, 0], [1], [2, 0, 1], [7], [9, 70]], ids=str)
 def test_merge_of_few_tokens(window: int, lengths: list[int]) -> None:
@@ -163,7 +174,9 @@ def test_any_batch(data: st.DataObject) -> None:
     assert references.view(-1, 1 if window == 2 else 3).tolist() == expected_references(case)
     hidden_size = 8 * draw(st.integers(1, 80))
     row_types = tuple(draw(st.sampled_from(ROW_TYPES)) for _ in range(2))
-    tables = make_tables(case, hidden_size, row_types, draw(st.sampled_from(COMPUTE_TYPES)))
+    piece_size = draw(st.sampled_from([4, 8]))
+    compute_type = draw(st.sampled_from(COMPUTE_TYPES))
+    tables = make_tables(case, hidden_size, row_types, compute_type, piece_size=piece_size)
     assert_merged(case, tables, merge(case, tables, references))
 
 
@@ -182,10 +195,10 @@ def test_neighbors_and_schedules_change_no_bit(window: int, hidden_size: int) ->
         assert torch.equal(merge(alone, own, alone.lookup()), together[begin:end])
 
 
-def test_codes_of_codebooks_are_refused() -> None:
+def test_pieces_of_other_sizes_are_refused() -> None:
     case = make_case(2)
-    tables = make_tables(case, 256, (torch.float16, torch.uint8), torch.float16)
-    with pytest.raises(ValueError, match=r"backend cuda .*row_tables must not be torch\.uint8"):
+    tables = make_tables(case, 48, (torch.float16, torch.uint8), torch.float16, piece_size=6)
+    with pytest.raises(ValueError, match=r"backend cuda .*codebooks must hold pieces of 4 or 8 .* not \[6\]"):
         merge(case, tables, case.lookup())
 
 

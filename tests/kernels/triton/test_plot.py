@@ -26,7 +26,7 @@ from torch import Tensor
 import hmi_kernels
 
 COMPUTE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROW_TYPES = (*COMPUTE_TYPES, torch.int8)
+ROW_TYPES = (*COMPUTE_TYPES, torch.int8, torch.uint8)
 UNIT = 2.0**-24
 """Largest relative error of one rounding to float32."""
 
@@ -274,7 +274,11 @@ def test_any_batch(data: st.DataObject) -> None:
     case = Case(sequences, ngrams, [data.draw(chain) for _ in sequences], window)
     assert case.lookup().tolist() == expected_references(case)
     types = tuple(data.draw(st.sampled_from(ROW_TYPES)) for _ in ngrams)
+    piece_size = data.draw(st.sampled_from([4, 8]))
+    hidden_size = data.draw(st.integers(2, 70))
+    if torch.uint8 in types:
+        hidden_size = piece_size * (1 + hidden_size // piece_size)
     tables = make_tables(
-        case, data.draw(st.integers(2, 70)), types, data.draw(st.sampled_from(COMPUTE_TYPES))
+        case, hidden_size, types, data.draw(st.sampled_from(COMPUTE_TYPES)), piece_size=piece_size
     )
     assert_merged(case, tables, merge(case, tables, case.lookup()))

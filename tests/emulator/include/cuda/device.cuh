@@ -74,6 +74,10 @@ inline uint2 load8_once(const void* global, Place place = Place::here()) {
 inline unsigned load4_once(const void* global, Place place = Place::here()) {
   return emulator::load4_constant(global, place);
 }
+inline uint2 load8(const void* global, Place place = Place::here()) { return emulator::load8_constant(global, place); }
+inline unsigned load_byte(const void* global, Place place = Place::here()) {
+  return emulator::load1_constant(global, place);
+}
 inline uint4 load16_changing(const void* global, Place place = Place::here()) {
   return emulator::load16(global, place);
 }

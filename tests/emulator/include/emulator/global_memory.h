@@ -11,6 +11,7 @@ namespace emulator {
 uint4 load16_constant(const void* address, Place place);
 uint2 load8_constant(const void* address, Place place);
 unsigned load4_constant(const void* address, Place place);
+unsigned char load1_constant(const void* address, Place place);
 
 uint4 load16(const void* address, Place place);
 void store16(void* address, const uint4& value, Place place);
