@@ -313,8 +313,8 @@ def test_page_locked_rows_are_read_where_the_device_sees_them(
     (quantized, plain), unigrams = module.tables
     first, second = arguments.row_tables
     scales = arguments.row_scales[0].data_ptr() + 1000
-    assert quantized == (first.data_ptr() + 1000, len(first), 3, scales)
-    assert plain == (second.data_ptr() + 1000, len(second), 1, 0)
+    assert quantized == (first.data_ptr() + 1000, len(first), 3, scales, 0)
+    assert plain == (second.data_ptr() + 1000, len(second), 1, 0, 0)
     assert [table[0] for table in unigrams] == [table.data_ptr() + 1000 for table in arguments.unigram_tables]
 
 
