@@ -1,7 +1,7 @@
 """Every op once or twice, on small inputs with what is hazardous in them, in buffers that can be refilled.
 
 Ragged and empty segments, segments without an adapter, tiles that are not full, a hidden size that is no
-multiple of a tile, several ranks and tables, int8 rows, rows of a wider tensor. What the checks of graphs, of
+multiple of a tile, several ranks and tables, int8 rows, codes, rows of a wider tensor. What the checks of graphs, of
 torch.compile and of the sanitizers run.
 """
 
@@ -55,7 +55,7 @@ def op_cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[OpCa
         cases += [_vectors(f"{name}, {suffix}", name, device, dtype) for name in ("scale", "bias")]
     for window in (2, 3):
         cases.append(_lookup(window, device))
-        cases += [_merge(window, row_type, device) for row_type in (torch.float16, torch.int8)]
+        cases += [_merge(window, row_type, device) for row_type in (torch.float16, torch.int8, torch.uint8)]
     return cases
 
 
@@ -200,9 +200,14 @@ def _merge(window: int, row_type: torch.dtype, device: torch.device) -> OpCase:
         for table, count in enumerate(sequences.num_rows)
     ]
     scales: list[Tensor] = []
+    codebooks: list[Tensor] = []
     if row_type is torch.int8:
         quantized = [quantize_rows(part) for part in rows]
         rows, scales = [part for part, _ in quantized], [part for _, part in quantized]
+    if row_type is torch.uint8:  # codes: any byte is one
+        rows = [(part[:, :, : HIDDEN_SIZE // 4] * 1000).long().to(torch.uint8) for part in rows]
+        pieces = (window, HIDDEN_SIZE // 4, 256, 4)
+        codebooks = [_random(pieces, device, torch.float16, seed=6 + table) for table in range(len(rows))]
     unigrams = [_random((VOCABULARY, 3, HIDDEN_SIZE), device, torch.float16, seed=seed) for seed in (3, 4)]
     norm = _random((42, HIDDEN_SIZE), device, torch.float16, seed=5)
 
@@ -220,6 +225,7 @@ def _merge(window: int, row_type: torch.dtype, device: torch.device) -> OpCase:
             layer_norm_eps=1e-5,
             window=window,
             row_scales=scales,
+            codebooks=codebooks,
         )
 
     def refill(seed: int) -> None:
