@@ -1,8 +1,8 @@
 """Every op once or twice, on small inputs with what is hazardous in them, in buffers that can be refilled.
 
 Ragged and empty segments, segments without an adapter, tiles that are not full, a hidden size that is no
-multiple of a tile, several ranks and tables, int8 rows, codes, rows of a wider tensor. What the checks of graphs, of
-torch.compile and of the sanitizers run.
+multiple of a tile, several ranks and tables, int8 rows, codes, rows of a wider tensor. What the checks of
+graphs, of torch.compile and of the sanitizers run.
 """
 
 from __future__ import annotations
