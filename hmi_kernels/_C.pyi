@@ -147,7 +147,6 @@ def check_segments(
     multiple: int,
     max_rank: int,
 ) -> None: ...
-
 def read_files(
     paths: list[bytes],
     offsets: list[int],
