@@ -26,8 +26,10 @@ from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.catalog_views import TenantView
 from hmi_engine.knowledge.changes import (
+    TENANTS_PER_BATCH,
     NewTenant,
     remove_tenant,
+    save_in_batches,
     save_tenants,
 )
 from hmi_engine.knowledge.corpus import Example
@@ -35,6 +37,7 @@ from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
 from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tenant_file import load_tenant
 from hmi_engine.knowledge.verification import Problem, Repair, repair, verify
 from hmi_engine.memory.plots import PlotLibrary
@@ -109,6 +112,7 @@ class Store(DomainStore, AbstractContextManager["Store"]):
         head: Head,
         replace: bool = False,
         card: dict[str, Any] | None = None,
+        max_bytes: int | str | None = None,
     ) -> TenantInfo:
         """Adds a tenant, or with ``replace`` puts it atomically in the place of one of this name.
 
@@ -119,23 +123,53 @@ class Store(DomainStore, AbstractContextManager["Store"]):
             head: its head.
             replace: whether a tenant of this name may be replaced.
             card: JSON that is kept with it.
+            max_bytes: refuse a larger file, as the smallest engine that shall serve it holds no more
+                (``host_memory``); in bytes or as ``"1GiB"``.
 
         Raises:
             InvalidNameError, TenantExistsError, UnknownDomainError.
-            InvalidAdapterError, InvalidHeadError: shapes, types or values (NaN, infinity) that do not fit.
+            InvalidAdapterError, InvalidHeadError: shapes, types or values (NaN, infinity) that do not fit,
+                or a file above ``max_bytes``.
             StoreFullError: no room; the store is as it was.
         """
+        self._check_writable()
+        limit = None if max_bytes is None else parse_bytes(max_bytes)
         new = NewTenant(name, domain, adapter, head, card or {})
-        return self.add_tenants([new], replace=replace)[0]
+        return save_tenants(self.catalog, [new], replace=replace, max_bytes=limit)[0]
 
-    def add_tenants(self, tenants: Sequence[NewTenant], *, replace: bool = False) -> list[TenantInfo]:
-        """Adds many tenants in one transaction: all or none.
+    def add_tenants(
+        self,
+        tenants: Iterable[NewTenant],
+        *,
+        replace: bool = False,
+        batch: int | None = TENANTS_PER_BATCH,
+        max_bytes: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> int:
+        """Adds many tenants, drawn from ``tenants`` as they are written; each batch is one transaction.
+
+        A batch is all or none, and on the disk before the next begins. An error leaves the batches before it
+        in the store, and its message says how many tenants they are; of its own batch nothing stays.
+
+        Args:
+            tenants: each name once; one batch of them is in memory.
+            replace: whether tenants of these names may be replaced.
+            batch: how many in a transaction; None for all in one.
+            max_bytes: as for :meth:`add_tenant`.
+            progress: told how many are in the store.
+
+        Returns:
+            How many were added.
 
         Raises:
-            As :meth:`add_tenant`.
+            ValueError: ``batch`` is below 1.
+            As :meth:`add_tenant`; what ``tenants`` raises passes through.
         """
         self._check_writable()
-        return save_tenants(self.catalog, tenants, replace=replace)
+        limit = None if max_bytes is None else parse_bytes(max_bytes)
+        return save_in_batches(
+            self.catalog, tenants, replace=replace, batch=batch, max_bytes=limit, progress=progress
+        )
 
     def remove_tenant(self, name: str) -> None:
         """Removes a tenant; engines that hold it finish what runs.

@@ -98,9 +98,14 @@ def add_random_tenants(
         task = tasks[number % len(tasks)]
         adapter = random_adapter(store.general, "lora", rank, seed + number)
         head = _random_head(task.labels, store.general.hidden_size, pooling, seed + number)
-        return NewTenant(f"{prefix}/{number:05d}", task.domain, adapter, head, {"random_weights": True})
+        return NewTenant(_random_name(prefix, number), task.domain, adapter, head, {"random_weights": True})
 
-    return [info.name for info in store.add_tenants([tenant(number) for number in range(count)])]
+    store.add_tenants(tenant(number) for number in range(count))
+    return [_random_name(prefix, number) for number in range(count)]
+
+
+def _random_name(prefix: str, number: int) -> str:
+    return f"{prefix}/{number:05d}"
 
 
 def _random_head(labels: Sequence[str], hidden_size: int, pooling: Pooling, seed: int) -> ClassificationHead:

@@ -3,12 +3,13 @@
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hmi_engine.errors import ReadOnlyStoreError, StoreError, StoreFullError
+from hmi_engine.knowledge.parallel import map_in_threads
 
-__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_path", "remove_quietly", "storage_error"]
+__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_folders", "fsync_path", "remove_quietly", "storage_error"]
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is being written; one found later was left by a crash."""
@@ -22,8 +23,8 @@ def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True
 
     The temporary file lies in the same folder (made if missing), is fsynced and renamed, and the folder
     is fsynced, so that a crash leaves the old file or the new one. If anything fails the temporary file is
-    removed and the old file stays. With ``sync=False`` the caller must call ``os.sync()`` before anything
-    refers to the file: that is for writing many files at once.
+    removed and the old file stays. With ``sync=False`` the caller must flush the file, and with
+    :func:`fsync_folders` its folder, before anything refers to it: that is for writing many files at once.
 
     Raises :class:`StoreFullError` on a full disk, quota or file size limit and :class:`ReadOnlyStoreError`
     where writing is not allowed, :class:`StoreError` on other operating system errors; what else ``write``
@@ -53,6 +54,22 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folders(folders: Iterable[Path], root: Path) -> None:
+    """Flush the entries of folders below ``root`` and of all folders between, each once, deepest first.
+
+    Raises as :func:`atomic_write` does.
+    """
+    changed = {
+        above for folder in folders for above in (folder, *folder.parents) if above.is_relative_to(root)
+    }
+    deepest_first = sorted(changed, key=lambda folder: -len(folder.parts))
+    try:
+        for _ in map_in_threads(fsync_path, deepest_first):
+            pass
+    except OSError as error:
+        raise storage_error(error, root) from error
 
 
 def remove_quietly(path: Path) -> bool:

@@ -3,24 +3,41 @@
 A crash between two steps leaves the state before or after, and at most files that no entry refers to.
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import islice
 from typing import Any
 
-from hmi_engine.errors import TenantExistsError
+from hmi_engine.errors import HmiError, InvalidAdapterError, TenantExistsError
 from hmi_engine.knowledge.adapters import Adapter
-from hmi_engine.knowledge.atomic import remove_quietly
+from hmi_engine.knowledge.atomic import fsync_folders, fsync_path, remove_quietly, storage_error
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.heads import Head
+from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
+from hmi_engine.knowledge.parallel import map_in_threads
 from hmi_engine.knowledge.plot_table import PlotTable, write_plot
 from hmi_engine.knowledge.records import DomainInfo, TenantInfo, TrafficInfo
 from hmi_engine.knowledge.tenant_file import write_tenant
 from hmi_engine.knowledge.traffic_file import TrafficCounts, write_traffic
 
-__all__ = ["NewTenant", "remove_domain", "remove_tenant", "save_domain", "save_tenants", "save_traffic"]
+__all__ = [
+    "TENANTS_PER_BATCH",
+    "NewTenant",
+    "remove_domain",
+    "remove_tenant",
+    "save_domain",
+    "save_in_batches",
+    "save_tenants",
+    "save_traffic",
+]
+
+TENANTS_PER_BATCH = 500
+"""In one transaction: enough that flushing 256 folders and the catalog weighs little."""
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with the name of the step, the number done and that of all, None where it is not known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,71 +52,135 @@ class NewTenant:
 
 
 def save_tenants(
-    catalog: Catalog, tenants: Sequence[NewTenant], *, replace: bool = False
+    catalog: Catalog, tenants: Sequence[NewTenant], *, replace: bool = False, max_bytes: int | None = None
 ) -> list[TenantInfo]:
     """Check and write tenants and put them into the catalog in one transaction: all of them or none.
 
-    With ``replace``, tenants of these names are replaced; who has read an old one keeps it. Raises
-    :class:`InvalidNameError`, :class:`UnknownDomainError`, :class:`InvalidAdapterError`,
-    :class:`InvalidHeadError`, :class:`TenantExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
+    With ``replace``, tenants of these names are replaced; who has read an old one keeps it. A file of more
+    than ``max_bytes`` is refused. Raises :class:`InvalidNameError`, :class:`UnknownDomainError`,
+    :class:`InvalidAdapterError`, :class:`InvalidHeadError`, :class:`TenantExistsError`,
+    :class:`StoreFullError`, :class:`StoreBusyError`.
     """
-    _check_tenants(catalog, tenants, replace)
     with catalog.change_lock:
-        return _save_checked(catalog, tenants, replace)
-
-
-def _save_checked(catalog: Catalog, tenants: Sequence[NewTenant], replace: bool) -> list[TenantInfo]:
-    layout = catalog.layout
-    infos: list[TenantInfo] = []
-    try:
-        for tenant, number in zip(tenants, catalog.reserve(len(tenants)), strict=True):
-            info = _describe_tenant(catalog, tenant, number)
-            infos.append(info)
-            path = layout.resolve(info.file)
-            # One flush for all is far cheaper than two for each of thousands.
-            sha256 = write_tenant(path, tenant.adapter, tenant.head, sync=len(tenants) == 1)
-            infos[-1] = info.model_copy(update={"sha256": sha256, "bytes": path.stat().st_size})
-        if len(tenants) > 1:
-            os.sync()
-        replaced = catalog.add_tenants(infos, replace=replace)
-    except Exception:
-        for info in infos:
-            remove_quietly(layout.resolve(info.file))
-        raise
+        numbers = catalog.reserve(len(tenants))
+        try:
+            infos = _write_tenants(catalog, tenants, numbers, replace, max_bytes)
+            replaced = catalog.add_tenants(infos, replace=replace)
+        except Exception:
+            for number in numbers:
+                remove_quietly(catalog.layout.resolve(catalog.layout.tenant_file(number, number)))
+            raise
     for info in replaced:
-        remove_quietly(layout.resolve(info.file))
+        remove_quietly(catalog.layout.resolve(info.file))
     return infos
 
 
-def _check_tenants(catalog: Catalog, tenants: Sequence[NewTenant], replace: bool) -> None:
-    """Refuse what can be refused before anything is written; the catalog checks again when it commits."""
-    general = catalog.general
+def save_in_batches(
+    catalog: Catalog,
+    tenants: Iterable[NewTenant],
+    *,
+    replace: bool = False,
+    batch: int | None = TENANTS_PER_BATCH,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Save tenants as :func:`save_tenants` does, ``batch`` of them in a transaction; return how many.
+
+    Every batch is on the disk when the next is drawn from ``tenants``. An error leaves the batches before it
+    in the store and nothing of its own; where it is one of :func:`save_tenants`, its message says how many
+    tenants that is. ``batch=None`` makes one transaction of all.
+    """
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}, must be at least 1")
+    total = len(tenants) if isinstance(tenants, Sized) else None
+    drawn = iter(tenants)
+    names: set[str] = set()
+    while group := list(islice(drawn, batch)):
+        try:
+            _check_given_once(group, names)
+            save_tenants(catalog, group, replace=replace, max_bytes=max_bytes)
+        except HmiError as error:
+            # Names are given once each, so there are as many of them as tenants.
+            kept = (
+                f"The {len(names)} tenants given before this batch are in the store" if names else "None is"
+            )
+            raise type(error)(f"{error} ({kept}; of this batch of {len(group)}, none is)") from error
+        names.update(tenant.name for tenant in group)
+        if progress:
+            progress("adding tenants", len(names), total)
+    return len(names)
+
+
+def _check_given_once(tenants: Sequence[NewTenant], before: Set[str]) -> None:
     seen: set[str] = set()
     for tenant in tenants:
         check_name(tenant.name)
-        if tenant.name in seen:
+        if tenant.name in seen or tenant.name in before:
             raise TenantExistsError(f"tenant {tenant.name!r} is given twice")
         seen.add(tenant.name)
-        if not replace and tenant.name in catalog.tenants:
-            raise TenantExistsError(
-                f"tenant {tenant.name!r} is in {catalog.layout.root} already; pass replace=True to replace it"
-            )
-        tenant.adapter.validate(general)
-        tenant.head.validate(general)
 
 
-def _describe_tenant(catalog: Catalog, tenant: NewTenant, number: int) -> TenantInfo:
+def _write_tenants(
+    catalog: Catalog, tenants: Sequence[NewTenant], numbers: range, replace: bool, max_bytes: int | None
+) -> list[TenantInfo]:
+    """Write and flush all files; tenants are checked in this thread while others write those before."""
+    _check_given_once(tenants, set())
+    general, domains = catalog.general, {name: catalog.domains[name] for name in _domains_of(tenants)}
+
+    def checked() -> Iterator[tuple[NewTenant, TenantInfo]]:
+        for tenant, number in zip(tenants, numbers, strict=True):
+            if not replace and tenant.name in catalog.tenants:
+                raise TenantExistsError(
+                    f"tenant {tenant.name!r} is in {catalog.layout.root} already; pass replace=True to "
+                    "replace it"
+                )
+            tenant.adapter.validate(general)
+            tenant.head.validate(general)
+            yield tenant, _describe_tenant(catalog.layout, tenant, domains[tenant.domain], number)
+
+    def write(described: tuple[NewTenant, TenantInfo]) -> TenantInfo:
+        return _write_tenant(catalog.layout, *described, max_bytes)
+
+    infos = list(map_in_threads(write, checked()))
+    fsync_folders({catalog.layout.resolve(info.file).parent for info in infos}, catalog.layout.root)
+    return infos
+
+
+def _domains_of(tenants: Sequence[NewTenant]) -> set[str]:
+    return {tenant.domain for tenant in tenants}
+
+
+def _write_tenant(
+    layout: StoreLayout, tenant: NewTenant, info: TenantInfo, max_bytes: int | None
+) -> TenantInfo:
+    """Write one file and flush it, but not its folder, which others of the batch are in as well."""
+    path = layout.resolve(info.file)
+    sha256 = write_tenant(path, tenant.adapter, tenant.head, sync=False)
+    num_bytes = path.stat().st_size
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise InvalidAdapterError(
+            f"tenant {tenant.name!r} takes {num_bytes} bytes, more than max_bytes={max_bytes}; give it a "
+            "smaller rank or fewer layers, or raise the limit"
+        )
+    try:
+        fsync_path(path)  # not os.sync(), which reports no error and waits for other programs' files
+    except OSError as error:
+        raise storage_error(error, path) from error
+    return info.model_copy(update={"sha256": sha256, "bytes": num_bytes})
+
+
+def _describe_tenant(layout: StoreLayout, tenant: NewTenant, domain: DomainInfo, number: int) -> TenantInfo:
     return TenantInfo(
         id=number,
         name=tenant.name,
-        domain_id=catalog.domains[tenant.domain].id,
-        domain=tenant.domain,
+        domain_id=domain.id,
+        domain=domain.name,
         kind=tenant.adapter.kind,
         rank=tenant.adapter.rank,
         bytes=0,
         sha256="",
         generation=number,
-        file=catalog.layout.tenant_file(number, number),
+        file=layout.tenant_file(number, number),
         head_kind=tenant.head.kind,
         labels=tenant.head.labels,
         card=dict(tenant.card),

@@ -1,6 +1,6 @@
 """Heads: what a tenant makes of the last layer's hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,24 +9,43 @@ from torch import Tensor
 
 from hmi_engine.errors import InvalidHeadError
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_kernels import ACTIVATIONS
 
 __all__ = [
+    "MAX_HIDDEN_LAYERS",
+    "MAX_PROJECTION",
     "POOLINGS",
     "ClassificationHead",
+    "DenseLayer",
     "EmbeddingHead",
     "Head",
     "HeadKind",
     "Pooling",
+    "RegressionHead",
     "TokenClassificationHead",
 ]
 
-HeadKind = Literal["classification", "token_classification", "embedding"]
+HeadKind = Literal["classification", "token_classification", "embedding", "regression"]
 Pooling = Literal["pooler", "cls", "mean"]
 
 POOLINGS: tuple[Pooling, ...] = ("pooler", "cls", "mean")
 """``pooler``: the base model's tanh layer on the first token; ``cls``: that token; ``mean``: the average."""
 
+MAX_HIDDEN_LAYERS = 8
+MAX_PROJECTION = 65_536
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLayer:
+    """A layer inside a head: ``activation(x @ weight.T + bias)``; ``weight`` [out, in], ``bias`` [out].
+
+    ``activation`` is one of ``hmi_kernels.ACTIVATIONS``, or None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    activation: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +53,7 @@ class ClassificationHead:
     """Scores of C labels for a sequence: ``pooled @ weight.T + bias``.
 
     ``weight`` [C, H], ``bias`` [C]. Probabilities are a softmax over labels, or, with ``multi_label``, a
-    sigmoid of each.
+    sigmoid of each. ``hidden`` layers [H, H] come before, in their order.
     """
 
     kind: ClassVar[Literal["classification"]] = "classification"
@@ -43,54 +62,102 @@ class ClassificationHead:
     bias: Tensor
     pooling: Pooling
     multi_label: bool = False
+    hidden: tuple[DenseLayer, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return {"weight": self.weight, "bias": self.bias}
+        return _linear_tensors(self)
 
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if labels, tensors or pooling do not fit the base model."""
-        _check_linear(self.kind, self.labels, self.tensors(), general)
+        _check_linear(self, general)
+        _check_pooling(self.kind, self.pooling)
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionHead:
+    """C numbers for a sequence, ``pooled @ weight.T + bias`` as it is; the labels name the numbers.
+
+    ``weight`` [C, H], ``bias`` [C]. ``hidden`` layers [H, H] come before, in their order.
+    """
+
+    kind: ClassVar[Literal["regression"]] = "regression"
+    labels: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor
+    pooling: Pooling
+    hidden: tuple[DenseLayer, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        return _linear_tensors(self)
+
+    def validate(self, general: GeneralInfo) -> None:
+        """Raise :class:`InvalidHeadError` if labels, tensors or pooling do not fit the base model."""
+        _check_linear(self, general)
         _check_pooling(self.kind, self.pooling)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenClassificationHead:
-    """Scores of C labels for each token: ``hidden @ weight.T + bias``; ``weight`` [C, H], ``bias`` [C]."""
+    """Scores of C labels for each token: ``hidden @ weight.T + bias``; ``weight`` [C, H], ``bias`` [C].
+
+    ``hidden`` layers [H, H] come before, in their order.
+    """
 
     kind: ClassVar[Literal["token_classification"]] = "token_classification"
+    pooling: ClassVar[None] = None
     labels: tuple[str, ...]
     weight: Tensor
     bias: Tensor
+    hidden: tuple[DenseLayer, ...] = ()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name."""
-        return {"weight": self.weight, "bias": self.bias}
+        return _linear_tensors(self)
 
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if labels or tensors do not fit the base model."""
-        _check_linear(self.kind, self.labels, self.tensors(), general)
+        _check_linear(self, general)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingHead:
-    """One vector [H] for a sequence, of length 1 if ``normalize``."""
+    """One vector for a sequence: pooled [H], then the ``projection`` to [D] if there is one.
+
+    ``normalize`` makes its length 1 at the end. The projection is ``sentence_transformers.models.Dense``.
+    """
 
     kind: ClassVar[Literal["embedding"]] = "embedding"
     labels: ClassVar[tuple[str, ...]] = ()
     pooling: Pooling
     normalize: bool = True
+    projection: DenseLayer | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return no tensors: nothing is learned here."""
-        return {}
+        """Return the projection's tensors by name, nothing without one."""
+        return {} if self.projection is None else _dense_tensors("projection", self.projection)
 
     def validate(self, general: GeneralInfo) -> None:
-        """Raise :class:`InvalidHeadError` if the pooling is unknown."""
+        """Raise :class:`InvalidHeadError` if pooling or projection do not fit the base model."""
         _check_pooling(self.kind, self.pooling)
+        if self.projection is not None:
+            _check_projection(self.projection, general)
 
 
-Head = ClassificationHead | TokenClassificationHead | EmbeddingHead
+Head = ClassificationHead | TokenClassificationHead | EmbeddingHead | RegressionHead
+_LinearHead = ClassificationHead | TokenClassificationHead | RegressionHead
+
+
+def _dense_tensors(name: str, layer: DenseLayer) -> dict[str, Tensor]:
+    return {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+
+
+def _linear_tensors(head: _LinearHead) -> dict[str, Tensor]:
+    tensors = {"weight": head.weight, "bias": head.bias}
+    for index, layer in enumerate(head.hidden):
+        tensors |= _dense_tensors(f"hidden.{index}", layer)
+    return tensors
 
 
 def _check_pooling(kind: str, pooling: object) -> None:
@@ -114,11 +181,53 @@ def _check_labels(kind: str, labels: Sequence[object]) -> None:
         seen.add(label)
 
 
-def _check_linear(
-    kind: str, labels: Sequence[object], tensors: dict[str, Tensor], general: GeneralInfo
+def _check_linear(head: _LinearHead, general: GeneralInfo) -> None:
+    _check_labels(head.kind, head.labels)
+    _check_hidden(head.kind, head.hidden)
+    count, size = len(head.labels), general.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"weight": (count, size), "bias": (count,)}
+    for index in range(len(head.hidden)):
+        shapes |= {f"hidden.{index}.weight": (size, size), f"hidden.{index}.bias": (size,)}
+    _check_tensors(head.kind, head.tensors(), shapes, f"for {count} labels and hidden size {size}")
+
+
+def _check_hidden(kind: str, layers: object) -> None:
+    if not isinstance(layers, tuple) or len(layers) > MAX_HIDDEN_LAYERS:
+        raise InvalidHeadError(
+            f"{kind} head: hidden must be a tuple of at most {MAX_HIDDEN_LAYERS} DenseLayer, "
+            f"found {layers!r:.80}"
+        )
+    for index, layer in enumerate(layers):
+        _check_dense(f"{kind} head, hidden.{index}", layer)
+
+
+def _check_dense(where: str, layer: object) -> None:
+    if not isinstance(layer, DenseLayer):
+        raise InvalidHeadError(f"{where}: expected a DenseLayer, found a {type(layer).__name__}")
+    if layer.activation is not None and layer.activation not in ACTIVATIONS:
+        raise InvalidHeadError(
+            f"{where}: activation {layer.activation!r:.80} is unknown; known are "
+            f"{', '.join(ACTIVATIONS)}, and None"
+        )
+
+
+def _check_projection(projection: object, general: GeneralInfo) -> None:
+    _check_dense("embedding head, projection", projection)
+    assert isinstance(projection, DenseLayer)
+    weight = projection.weight
+    size = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0
+    if not 1 <= size <= MAX_PROJECTION:
+        raise InvalidHeadError(
+            f"embedding head: the projection's weight must be a matrix [D, {general.hidden_size}] with "
+            f"D from 1 to {MAX_PROJECTION}"
+        )
+    shapes = {"projection.weight": (size, general.hidden_size), "projection.bias": (size,)}
+    _check_tensors("embedding", _dense_tensors("projection", projection), shapes, "for this base model")
+
+
+def _check_tensors(
+    kind: str, tensors: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], reason: str
 ) -> None:
-    _check_labels(kind, labels)
-    shapes = {"weight": (len(labels), general.hidden_size), "bias": (len(labels),)}
     for name, tensor in tensors.items():
         where = f"{kind} head, {name}"
         if not isinstance(tensor, Tensor):
@@ -127,8 +236,7 @@ def _check_linear(
             raise InvalidHeadError(f"{where}: dtype is {tensor.dtype}, expected float32, float16 or bfloat16")
         if tuple(tensor.shape) != shapes[name]:
             raise InvalidHeadError(
-                f"{where}: shape is {list(tensor.shape)}, expected {list(shapes[name])} "
-                f"for {len(labels)} labels and hidden size {general.hidden_size}"
+                f"{where}: shape is {list(tensor.shape)}, expected {list(shapes[name])} {reason}"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidHeadError(f"{where}: holds NaN or infinity; was the training diverging?")

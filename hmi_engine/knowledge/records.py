@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from hmi_engine.knowledge.adapters import AdapterKind
 from hmi_engine.knowledge.heads import HeadKind
 from hmi_engine.knowledge.row_formats import RowFormat
 
@@ -98,12 +97,13 @@ class DomainChange(NamedTuple):
 class TenantInfo(_Info):
     """A tenant: the domain it belongs to, and its file (path relative to the store, bytes, SHA-256).
 
-    ``kind`` and ``rank`` describe the adapter; ``labels`` are the head's.
+    ``kind`` and ``rank`` describe the adapter, as :class:`~hmi_engine.knowledge.adapters.Adapter` does;
+    ``labels`` are the head's.
     """
 
     domain_id: int
     domain: str
-    kind: AdapterKind
+    kind: str
     rank: int
     file: str
     head_kind: HeadKind

@@ -1,12 +1,13 @@
 """A tenant's file: adapter blocks and head as one run of float32, read by one call into the caller's memory.
 
 Order: the blocks by layer and site name, each block in the order in which kernels read it (``down, down_bias,
-up, up_bias`` or ``a, b``), then ``output_head.bias``, ``output_head.weight``. So all of one layer is
-contiguous, the block's offset in the data section is all that an arena needs to know, and with sizes that are
-multiples of 16 every matrix of a block begins on a cache line. What is no tensor (rank, scale, activation,
-labels) is JSON in the header's metadata.
+up, up_bias``; ``a, b``; ``vector``), then the head's tensors by name. So all of one layer is contiguous, the
+block's offset in the data section is all that an arena needs to know, and with sizes that are multiples of 16
+every matrix of a block begins on a cache line. What is no tensor (the settings of each block's kind, the
+head's labels) is JSON in the header's metadata.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError, StoreCorruptError
-from hmi_engine.knowledge.adapters import Adapter, Block, BottleneckBlock, LoraBlock
+from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
+from hmi_engine.knowledge.adapters import Adapter, Block
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, Head, TokenClassificationHead
+from hmi_engine.knowledge.head_layout import HEAD_PREFIX, TensorPlace
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.tenant_layout import (
     BlockLayout,
     HeadLayout,
@@ -46,7 +49,7 @@ def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True)
     tensors: dict[str, Tensor] = {}
     for (layer, site), block in adapter.ordered_blocks():
         tensors |= {f"layer.{layer:03d}.{site}.{name}": tensor for name, tensor in block.tensors().items()}
-    tensors |= {f"output_head.{name}": tensor for name, tensor in sorted(head.tensors().items())}
+    tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in sorted(head.tensors().items())}
     floats = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
     return write_tensors(path, floats, describe_tenant(adapter, head), sync=sync)
 
@@ -94,7 +97,7 @@ def load_tenant(path: Path, general: GeneralInfo | None = None) -> tuple[Adapter
     data = torch.empty(layout.num_elements, dtype=torch.float32)
     read_into(path, layout, data)
     adapter = Adapter({(block.layer, block.site): _block(block, data) for block in layout.blocks})
-    head = _head(layout.head, data)
+    head = layout.head.build(data)
     if general is not None:
         try:
             adapter.validate(general)
@@ -104,33 +107,11 @@ def load_tenant(path: Path, general: GeneralInfo | None = None) -> tuple[Adapter
     return adapter, head
 
 
-def _matrix(data: Tensor, start: int, rows: int, columns: int) -> Tensor:
-    return data[start : start + rows * columns].view(rows, columns)
-
-
 def _block(block: BlockLayout, data: Tensor) -> Block:
-    inputs, rank, outputs = block.inputs, block.rank, block.outputs
-    first = _matrix(data, block.offset_elements, inputs, rank)
-    second_start = block.offset_elements + inputs * rank
-    if block.activation is None:
-        return LoraBlock(first, _matrix(data, second_start, rank, outputs), block.scale)
-    up_start = second_start + rank
-    bias_start = up_start + rank * outputs
-    return BottleneckBlock(
-        down=first,
-        down_bias=data[second_start:up_start],
-        up=_matrix(data, up_start, rank, outputs),
-        up_bias=data[bias_start : bias_start + outputs],
-        activation=block.activation,
-        scale=block.scale,
-    )
-
-
-def _head(head: HeadLayout, data: Tensor) -> Head:
-    if head.weight_offset is None or head.bias_offset is None or head.hidden_size is None:
-        return EmbeddingHead(head.pooling or "mean", head.normalize)
-    weight = _matrix(data, head.weight_offset, len(head.labels), head.hidden_size)
-    bias = data[head.bias_offset : head.bias_offset + len(head.labels)]
-    if head.kind == "token_classification":
-        return TokenClassificationHead(head.labels, weight, bias)
-    return ClassificationHead(head.labels, weight, bias, head.pooling or "cls", head.multi_label)
+    kind = KIND_OF_SITE[block.site]
+    tensors: dict[str, Tensor] = {}
+    offset = block.offset_elements
+    for name, shape in kind.shapes(block.sizes).items():
+        tensors[name] = TensorPlace(offset, shape).view(data)
+        offset += math.prod(shape)
+    return kind.block(tensors, block.settings)

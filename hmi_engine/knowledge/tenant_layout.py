@@ -6,15 +6,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hmi_engine.errors import StoreCorruptError, StoreVersionError
-from hmi_engine.knowledge.adapters import LORA_SITES, Adapter, BottleneckBlock, Site, site_sizes
+from hmi_engine.errors import InvalidAdapterError, StoreCorruptError, StoreVersionError
+from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
+from hmi_engine.knowledge.adapter_kinds.kind import BlockSizes, Settings
+from hmi_engine.knowledge.adapters import Adapter, Site, site_sizes
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import Head, HeadKind, Pooling
+from hmi_engine.knowledge.head_layout import HEAD_PREFIX, HeadLayout, HeadRecord, describe_head, place_head
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.tensor_file import TensorEntry, read_header
 
 __all__ = ["FORMAT_VERSION", "BlockLayout", "HeadLayout", "TenantLayout", "describe_tenant", "read_layout"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAX_HEADER_BYTES = 1 << 20
 _FLOAT_BYTES = 4
 
@@ -26,35 +29,26 @@ class _StrictModel(BaseModel):
 class _BlockRecord(_StrictModel):
     layer: int
     site: str
-    activation: str | None = None
-    scale: float
-
-
-class _HeadRecord(_StrictModel):
-    kind: HeadKind
-    labels: list[str] = []
-    pooling: Pooling | None = None
-    multi_label: bool = False
-    normalize: bool = False
+    settings: dict[str, str | float] = {}
 
 
 class _Record(_StrictModel):
     blocks: list[_BlockRecord]
-    head: _HeadRecord
+    head: HeadRecord
 
 
 @dataclass(frozen=True)
 class BlockLayout:
     """Where one block lies: ``num_elements`` float32 from ``offset_elements`` of the data section.
 
-    ``inputs`` and ``outputs`` are the sizes of the block's input and output. ``activation`` is None for LoRA.
+    ``inputs`` and ``outputs`` are the sizes of the block's input and output; ``rank`` is 0 for a kind without
+    one. ``settings`` are those of the kind.
     """
 
     layer: int
     site: Site
     rank: int
-    activation: str | None
-    scale: float
+    settings: Settings
     inputs: int
     outputs: int
     offset_elements: int
@@ -62,25 +56,13 @@ class BlockLayout:
 
     @property
     def kind(self) -> str:
-        """``"lora"`` or ``"bottleneck"``."""
-        return "lora" if self.activation is None else "bottleneck"
+        """The name of the block's kind."""
+        return KIND_OF_SITE[self.site].name
 
-
-@dataclass(frozen=True)
-class HeadLayout:
-    """The head's settings and where its tensors lie in the data section (None where it has none).
-
-    ``weight_offset`` and ``bias_offset`` count float32 elements; weight is [C, ``hidden_size``] for C labels.
-    """
-
-    kind: HeadKind
-    labels: tuple[str, ...]
-    pooling: Pooling | None
-    multi_label: bool
-    normalize: bool
-    hidden_size: int | None
-    weight_offset: int | None
-    bias_offset: int | None
+    @property
+    def sizes(self) -> BlockSizes:
+        """Input, rank and output."""
+        return BlockSizes(self.inputs, self.rank, self.outputs)
 
 
 @dataclass(frozen=True)
@@ -124,30 +106,23 @@ def describe_tenant(adapter: Adapter, head: Head) -> dict[str, str]:
     """Return the header's metadata for a tenant: all that is no tensor."""
     record = _Record(
         blocks=[
-            _BlockRecord(
-                layer=layer,
-                site=site.value,
-                activation=block.activation if isinstance(block, BottleneckBlock) else None,
-                scale=float(block.scale),
-            )
+            _BlockRecord(layer=layer, site=site.value, settings=dict(block.settings()))
             for (layer, site), block in adapter.ordered_blocks()
         ],
-        head=_HeadRecord(
-            kind=head.kind,
-            labels=list(head.labels),
-            pooling=getattr(head, "pooling", None),
-            multi_label=getattr(head, "multi_label", False),
-            normalize=getattr(head, "normalize", False),
-        ),
+        head=describe_head(head),
     )
-    return {"format": "hmi-tenant", "format_version": str(FORMAT_VERSION), "hmi": record.model_dump_json()}
+    return {
+        "format": "hmi-tenant",
+        "format_version": str(FORMAT_VERSION),
+        "hmi": record.model_dump_json(exclude_defaults=True),
+    }
 
 
 def read_layout(path: Path) -> TenantLayout:
     """Read where everything in a tenant's file lies; only the header is read.
 
     Raises :class:`StoreCorruptError`, naming the file, where the header contradicts itself or the file, and
-    :class:`StoreVersionError` for a file of a newer format.
+    :class:`StoreVersionError` for a file of another version of the format.
     """
     header = read_header(path, max_header_bytes=_MAX_HEADER_BYTES)
     record = _checked_record(path, header.metadata)
@@ -155,7 +130,8 @@ def read_layout(path: Path) -> TenantLayout:
     if any(entry.dtype != "F32" for entry in entries):
         raise StoreCorruptError(f"{path}: a tenant's tensors are all F32")
     blocks = tuple(_block_layout(path, block, entries) for block in record.blocks)
-    head = _head_layout(path, record.head, entries)
+    names = [f"{HEAD_PREFIX}{name}" for name in record.head.tensor_names()]
+    head = place_head(path, record.head, _take(path, entries, names))
     if entries:
         raise StoreCorruptError(f"{path}: tensor {entries[0].name!r:.80} is not described by the metadata")
     places = [(block.layer, block.site.value) for block in blocks]
@@ -171,6 +147,11 @@ def _checked_record(path: Path, metadata: Mapping[str, str]) -> _Record:
     if int(version) > FORMAT_VERSION:
         raise StoreVersionError(
             f"{path}: format version {int(version)}, this HMI reads up to {FORMAT_VERSION}; upgrade HMI"
+        )
+    if int(version) < FORMAT_VERSION:
+        raise StoreVersionError(
+            f"{path}: format version {int(version)} is from before kinds had settings of their own, this HMI "
+            f"reads {FORMAT_VERSION}; add the tenant again"
         )
     try:
         return _Record.model_validate_json(metadata.get("hmi", ""))
@@ -190,59 +171,30 @@ def _take(path: Path, entries: list[TensorEntry], names: list[str]) -> list[Tens
     return taken
 
 
-def _check_shapes(path: Path, entries: list[TensorEntry], shapes: list[tuple[int, ...]]) -> None:
-    for entry, shape in zip(entries, shapes, strict=True):
-        if entry.shape != shape:
-            raise StoreCorruptError(f"{path}: {entry.name} has shape {entry.shape}, expected {shape}")
-
-
-def _head_layout(path: Path, record: _HeadRecord, entries: list[TensorEntry]) -> HeadLayout:
-    labels = tuple(record.labels)
-    if (record.pooling is None) != (record.kind == "token_classification"):
-        raise StoreCorruptError(f"{path}: pooling of a {record.kind} head is {record.pooling}")
-    hidden_size = weight_offset = bias_offset = None
-    if record.kind != "embedding":
-        bias, weight = _take(path, entries, ["output_head.bias", "output_head.weight"])
-        hidden_size = weight.shape[-1] if weight.shape else 0
-        _check_shapes(path, [bias, weight], [(len(labels),), (len(labels), hidden_size)])
-        weight_offset, bias_offset = weight.start // _FLOAT_BYTES, bias.start // _FLOAT_BYTES
-    return HeadLayout(
-        kind=record.kind,
-        labels=labels,
-        pooling=record.pooling,
-        multi_label=record.multi_label,
-        normalize=record.normalize,
-        hidden_size=hidden_size,
-        weight_offset=weight_offset,
-        bias_offset=bias_offset,
-    )
-
-
 def _block_layout(path: Path, record: _BlockRecord, entries: list[TensorEntry]) -> BlockLayout:
     where = f"layer.{record.layer:03d}.{record.site}"
     try:
-        site = Site(record.site)
+        kind = KIND_OF_SITE[Site(record.site)]
     except ValueError as error:
         raise StoreCorruptError(f"{path}: {where}: unknown site") from error
-    is_lora = site in LORA_SITES
-    if is_lora != (record.activation is None):
-        raise StoreCorruptError(f"{path}: {where}: activation is {record.activation!r:.80}")
-    names = ("a", "b") if is_lora else ("down", "down_bias", "up", "up_bias")
+    try:
+        kind.check_settings(where, record.settings)
+    except InvalidAdapterError as error:
+        raise StoreCorruptError(f"{path}: {error}") from error
+    names = kind.tensor_names
     taken = _take(path, entries, [f"{where}.{name}" for name in names])
-    first, up = taken[0], taken[1 if is_lora else 2]
-    if len(first.shape) != 2 or len(up.shape) != 2:
-        raise StoreCorruptError(f"{path}: {where}: shapes {first.shape} and {up.shape} are no matrices")
-    (inputs, rank), outputs = first.shape, up.shape[1]
-    shapes = [(inputs, rank), (rank,), (rank, outputs), (outputs,)]
-    _check_shapes(path, taken, [shapes[0], shapes[2]] if is_lora else list(shapes))
+    shapes = {name: entry.shape for name, entry in zip(names, taken, strict=True)}
+    sizes = kind.sizes_of(shapes)
+    if sizes is None or shapes != dict(kind.shapes(sizes)):
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise StoreCorruptError(f"{path}: {where}: shapes do not fit each other: {found}")
     return BlockLayout(
         layer=record.layer,
-        site=site,
-        rank=rank,
-        activation=record.activation,
-        scale=record.scale,
-        inputs=inputs,
-        outputs=outputs,
-        offset_elements=first.start // _FLOAT_BYTES,
-        num_elements=(taken[-1].end - first.start) // _FLOAT_BYTES,
+        site=Site(record.site),
+        rank=sizes.rank,
+        settings=record.settings,
+        inputs=sizes.inputs,
+        outputs=sizes.outputs,
+        offset_elements=taken[0].start // _FLOAT_BYTES,
+        num_elements=(taken[-1].end - taken[0].start) // _FLOAT_BYTES,
     )

@@ -260,20 +260,29 @@ def test_an_interrupt_after_the_commit_does_not_remove_what_was_committed(
     assert verify(catalog.layout, catalog) == []
 
 
-def test_many_files_are_flushed_once_and_before_the_commit(
+def test_files_and_their_folders_are_flushed_once_and_before_the_commit(
     catalog: Catalog, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[str] = []
-    add = catalog.add_tenants
-    monkeypatch.setattr(os, "sync", lambda: events.append(f"sync {len(stored_files(catalog.layout))} files"))
+    flushed: list[str] = []
+    flush, add = os.fsync, catalog.add_tenants
+
+    def record_flush(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        flushed.append(path.relative_to(catalog.layout.root).as_posix())
+        flush(descriptor)
 
     def record_commit(*arguments: Any, **options: Any) -> object:
-        events.append("commit")
+        flushed.append("commit")
         return add(*arguments, **options)
 
+    monkeypatch.setattr(os, "fsync", record_flush)
     monkeypatch.setattr(catalog, "add_tenants", record_commit)
-    save_tenants(catalog, [make_tenant(f"t{seed}", seed) for seed in range(5)])
-    assert events == ["sync 5 files", "commit"]
+    infos = save_tenants(catalog, [make_tenant(f"t{seed}", seed) for seed in range(5)])
+    folders = {Path(info.file).parent.as_posix() for info in infos}
+    assert set(flushed[:5]) == {info.file for info in infos}
+    assert set(flushed[5:-3]) == folders
+    assert flushed[-3:] == ["tenants", ".", "commit"]
+    assert len(flushed) == 5 + len(folders) + 3
 
 
 def test_a_really_full_disk_keeps_every_tenant_that_was_saved(
