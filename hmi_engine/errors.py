@@ -146,7 +146,7 @@ class StoreBusyError(StoreError):
 
 
 class StoreFullError(StoreError, OSError):
-    """The disk has no room; the store is as it was before."""
+    """The disk has no room; nothing of the change was kept."""
 
 
 class ReadOnlyStoreError(StoreError):

@@ -90,7 +90,10 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def storage_error(
-    error: OSError, path: Path, *, kept: str = "The store is as it was before; free some space and try again"
+    error: OSError,
+    path: Path,
+    *,
+    kept: str = "Nothing of this change was kept; free some space and try again",
 ) -> StoreError:
     """Return the error to raise where the operating system refused to write ``path``.
 

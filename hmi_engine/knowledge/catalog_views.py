@@ -236,9 +236,9 @@ class TenantView(_View[TenantInfo]):
 
     def _current(self) -> _Known:
         """Return what is known of the catalog as it is now: nothing, after any change."""
-        if self._database.in_transaction:
-            return _Known(None)  # what is read now may be rolled back
-        version = self._database.version
+        version = self._database.committed_version
+        if version is None:
+            return _Known(None)
         known = self._known
         if known.version != version:
             # A new object, so that a thread that reads for the version before does not fill this one.

@@ -183,9 +183,11 @@ class Database:
                 raise _explain(error, self.path) from error
 
     @property
-    def in_transaction(self) -> bool:
-        """Whether some thread of this process is in a transaction; asked by that thread it is certain."""
-        return self._connection.in_transaction
+    def committed_version(self) -> tuple[int, int] | None:
+        """:attr:`version`; None in a transaction of this thread, as what it sees may yet be undone."""
+        with self._lock:
+            version = self.version
+            return None if self._connection.in_transaction else version
 
     def integrity_problems(self) -> list[str]:
         """Return what SQLite's own checks find wrong with the file; empty if it is sound."""
@@ -227,7 +229,7 @@ _MEANINGS = (
     (
         "disk is full",
         StoreFullError,
-        "no room for the catalog; free some space. The store is as it was before",
+        "no room for the catalog. Nothing of this change was kept; free some space and try again",
     ),
     (
         "readonly database",
