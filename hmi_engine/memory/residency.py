@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import torch
 from hmi_engine.errors import HmiError, OverloadedError, StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import HeadLayout, TenantLayout, read_into, read_layout
-from hmi_engine.memory.arena import AdapterArena, SlotTables
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.slot_tables import SlotTables
 
 __all__ = ["AdapterResidency", "ResidencyStatistics", "ResidentTenant"]
 
@@ -42,19 +45,10 @@ class ResidentTenant:
     parameters: torch.Tensor
     arena_offset: int
 
-    def head_weight(self) -> torch.Tensor:
-        """Weight [C, H] of the head."""
-        if self.head.weight_offset is None or self.head.hidden_size is None:
-            raise ValueError(f"a {self.head.kind} head has no weight")
-        size = len(self.head.labels) * self.head.hidden_size
-        weight = self.parameters[self.head.weight_offset : self.head.weight_offset + size]
-        return weight.view(-1, self.head.hidden_size)
-
-    def head_bias(self) -> torch.Tensor:
-        """Bias [C] of the head."""
-        if self.head.bias_offset is None:
-            raise ValueError(f"a {self.head.kind} head has no bias")
-        return self.parameters[self.head.bias_offset : self.head.bias_offset + len(self.head.labels)]
+    @functools.cached_property
+    def output_head(self) -> Head:
+        """The head, its tensors views of ``parameters``."""
+        return self.head.build(self.parameters)
 
 
 @dataclass
@@ -83,7 +77,7 @@ class AdapterResidency:
         self._catalog = catalog
         self._general = general
         self.arena = AdapterArena(capacity_bytes)
-        self.slots = SlotTables(general.num_layers)
+        self.slots = SlotTables()
         self.statistics = ResidencyStatistics()
         self._entries: OrderedDict[_Digest, _Entry] = OrderedDict()
 

@@ -31,8 +31,9 @@ def _content(admitted: AdmittedRequest, output: HeadOutput) -> dict[str, Any]:
         return {"embedding": output.values.numpy()}
     if output.kind == "token_classification":
         return {"tags": _tags(admitted.encoded.words, output)}
-    probabilities = output.values.tolist()
-    scores = dict(zip(output.labels, probabilities, strict=True))
+    scores = dict(zip(output.labels, output.values.tolist(), strict=True))
+    if output.kind == "regression":
+        return {"scores": scores}
     label = None if output.multi_label else output.labels[int(output.values.argmax())]
     return {"label": label, "scores": scores}
 

@@ -6,9 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hmi_engine.knowledge.adapters import Site
-from hmi_engine.knowledge.tenant_file import BlockLayout
-from hmi_engine.memory.arena import AdapterArena, SlotTables
+from hmi_engine.memory.arena import AdapterArena
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -46,21 +44,3 @@ class ArenaMachine(RuleBasedStateMachine):
 
 ArenaMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestArena = ArenaMachine.TestCase
-
-
-def block(layer, site, rank, offset, activation=None):
-    return BlockLayout(layer, site, rank, activation, 0.5, 8, 8, offset, 16 * rank)
-
-
-def test_slot_tables_forget_everything_at_clear():
-    tables = SlotTables(num_layers=3, num_slots=1)
-    slot = tables.assign((block(1, Site.QUERY, 4, 10), block(2, Site.AFTER_FFN, 2, 99, "relu")), 1000)
-    assert [table[slot].item() for table in tables.at(1, Site.QUERY)] == [1010, 4, 0, 0.5]
-    assert [table[slot].item() for table in tables.at(2, Site.AFTER_FFN)] == [1099, 2, 0, 0.5]
-    assert tables.at(0, Site.QUERY)[1][slot] == 0
-    second = tables.assign((block(0, Site.KEY, 3, 0),), 0)  # grows
-    assert second != slot and tables.num_slots == 2
-    assert tables.at(1, Site.QUERY)[1].tolist() == [4, 0]
-    tables.clear(slot)
-    assert not tables.ranks[:, :, slot].any() and not tables.offsets[:, :, slot].any()
-    assert tables.assign((), 0) == slot, "a cleared slot is used again"
