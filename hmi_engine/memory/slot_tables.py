@@ -73,7 +73,11 @@ class SlotTables:
         """
         row = self._rows[layer, site]
         return SlotTable(
-            self._offsets[row], self._ranks[row], self._activations[row], self._scales[row], self._max_ranks[row]
+            self._offsets[row],
+            self._ranks[row],
+            self._activations[row],
+            self._scales[row],
+            self._max_ranks[row],
         )
 
     def _row(self, block: BlockLayout) -> int:
