@@ -91,6 +91,11 @@ class HeadLayout:
         """The head's labels."""
         return self.record.labels
 
+    @property
+    def pooling(self) -> Pooling | None:
+        """What the head reads; None for one that reads every token."""
+        return self.record.pooling
+
     def build(self, data: Tensor) -> Head:
         """Return the head whose tensors are views of the file's float32 data section."""
         record = self.record

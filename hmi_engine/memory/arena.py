@@ -6,16 +6,11 @@ from collections.abc import Iterable
 
 import torch
 
-from hmi_engine.knowledge.adapters import Site
-from hmi_engine.knowledge.tenant_file import BlockLayout
 from hmi_engine.memory.ranges import RangeAllocator
-from hmi_kernels import ACTIVATIONS
 
-__all__ = ["AdapterArena", "SlotTables"]
+__all__ = ["AdapterArena"]
 
 _GRANULE = 1024  # elements; whole pages, so that a load never shares a page with another tenant's slot
-_SITES = tuple(Site)
-_SITE_INDEX = {site: index for index, site in enumerate(_SITES)}
 
 
 class AdapterArena:
@@ -85,62 +80,3 @@ class AdapterArena:
 
 def _granules(num_elements: int) -> int:
     return max(1, -(-num_elements // _GRANULE))
-
-
-class SlotTables:
-    """For each layer and site, where in the arena each slot's block lies; what the grouped kernels read.
-
-    A slot's entries are written whole at load and cleared whole at eviction, so that a block that the new
-    tenant lacks is never the old tenant's.
-    """
-
-    def __init__(self, num_layers: int, num_slots: int = 64) -> None:
-        shape = (num_layers, len(_SITES), num_slots)
-        self.offsets = torch.zeros(shape, dtype=torch.int64)
-        self.ranks = torch.zeros(shape, dtype=torch.int32)
-        self.activations = torch.zeros(shape, dtype=torch.int32)
-        self.scales = torch.zeros(shape, dtype=torch.float32)
-        self._free = list(reversed(range(num_slots)))
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that exist now, used or free."""
-        return int(self.ranks.shape[-1])
-
-    def assign(self, blocks: tuple[BlockLayout, ...], arena_offset: int) -> int:
-        """Writes a tenant's blocks, whose file begins at ``arena_offset``, and returns its slot."""
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        for block in blocks:
-            place = (block.layer, _SITE_INDEX[block.site], slot)
-            self.offsets[place] = arena_offset + block.offset_elements
-            self.ranks[place] = block.rank
-            self.scales[place] = block.scale
-            if block.activation is not None:
-                self.activations[place] = ACTIVATIONS.index(block.activation)
-        return slot
-
-    def clear(self, slot: int) -> None:
-        """Frees a slot; nothing of its tenant is left in the tables."""
-        for table in (self.offsets, self.ranks, self.activations, self.scales):
-            table[:, :, slot] = 0
-        self._free.append(slot)
-
-    def at(self, layer: int, site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Offsets, ranks, activations and scales of all slots at one place, each [num_slots]."""
-        index = _SITE_INDEX[site]
-        return (
-            self.offsets[layer, index],
-            self.ranks[layer, index],
-            self.activations[layer, index],
-            self.scales[layer, index],
-        )
-
-    def _grow(self) -> None:
-        old = self.num_slots
-        self.offsets, self.ranks, self.activations, self.scales = (
-            torch.cat([table, torch.zeros_like(table)], dim=-1)
-            for table in (self.offsets, self.ranks, self.activations, self.scales)
-        )
-        self._free.extend(reversed(range(old, 2 * old)))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout
-from hmi_engine.memory.arena import AdapterArena, SlotTables
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.slot_tables import SlotTables
 from hmi_engine.memory.tenant_reader import Digest, digest_of
 
 __all__ = ["PlacedTenant", "Placement"]
@@ -51,9 +51,9 @@ class PlacedTenant:
 class Placement:
     """The arena, the slots, and who has them. Decides nothing about who leaves; not thread-safe."""
 
-    def __init__(self, general: GeneralInfo, arena_bytes: int, device: str | torch.device) -> None:
+    def __init__(self, arena_bytes: int, device: str | torch.device) -> None:
         self.arena = AdapterArena(arena_bytes, device)
-        self.slots = SlotTables(general.num_layers)
+        self.slots = SlotTables()
         self.moves = 0
         self.bytes_moved = 0
         self._published: dict[Digest, PlacedTenant] = {}

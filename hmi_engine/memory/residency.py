@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from hmi_engine.errors import (
 )
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import HeadLayout, TenantLayout
@@ -59,19 +61,10 @@ class ResidentTenant:
     parameters: torch.Tensor
     arena_offset: int
 
-    def head_weight(self) -> torch.Tensor:
-        """Weight [C, H] of the head."""
-        if self.head.weight_offset is None or self.head.hidden_size is None:
-            raise ValueError(f"a {self.head.kind} head has no weight")
-        size = len(self.head.labels) * self.head.hidden_size
-        weight = self.parameters[self.head.weight_offset : self.head.weight_offset + size]
-        return weight.view(-1, self.head.hidden_size)
-
-    def head_bias(self) -> torch.Tensor:
-        """Bias [C] of the head."""
-        if self.head.bias_offset is None:
-            raise ValueError(f"a {self.head.kind} head has no bias")
-        return self.parameters[self.head.bias_offset : self.head.bias_offset + len(self.head.labels)]
+    @functools.cached_property
+    def output_head(self) -> Head:
+        """The head, its tensors views of ``parameters``."""
+        return self.head.build(self.parameters)
 
 
 class _NoRoomError(OverloadedError):
@@ -108,7 +101,7 @@ class AdapterResidency:
         self._reader = TenantReader(layout, general)
         self._host = None if host_bytes is None else HostTier(self._reader, host_bytes)
         self._source: ParameterSource = self._host or self._reader
-        self._placement = Placement(general, arena_bytes, device)
+        self._placement = Placement(arena_bytes, device)
         self.arena = self._placement.arena
         self.slots = self._placement.slots
         self._residents: dict[Digest, ResidentTenant] = {}
@@ -359,9 +352,9 @@ class AdapterResidency:
                 WantedParameters(placed.info, placed.layout, self._placement.parameters(placed))
                 for placed in reserved
             ]
-            for placed, error in zip(reserved, self._source.load(wanted), strict=True):
-                loaded[placed.digest] = error or placed
-                if error is None:
+            for placed, problem in zip(reserved, self._source.load(wanted), strict=True):
+                loaded[placed.digest] = problem or placed
+                if problem is None:
                     self._placement.publish(placed)
                     held.append(placed)
                     self._statistics.loads += 1

@@ -35,8 +35,9 @@ def _content(admitted: AdmittedRequest, output: HeadOutput, encoder: TextEncoder
         if not words and text is not None:  # admitted for a tenant without tags, which was replaced meanwhile
             words = encoder.encode([text], words=True)[0].words
         return {"tags": _tags(words, output)}
-    probabilities = output.values.tolist()
-    scores = dict(zip(output.labels, probabilities, strict=True))
+    scores = dict(zip(output.labels, output.values.tolist(), strict=True))
+    if output.kind == "regression":
+        return {"scores": scores}
     label = None if output.multi_label else output.labels[int(output.values.argmax())]
     return {"label": label, "scores": scores}
 
