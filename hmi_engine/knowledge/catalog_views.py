@@ -4,7 +4,7 @@ import difflib
 import json
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, ValuesView
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -136,6 +136,15 @@ class TenantView(_View[TenantInfo]):
     _select = (
         "SELECT own.*, other.name AS domain FROM tenants own JOIN domains other ON own.domain_id = other.id"
     )
+
+    def existing_ids(self, ids: Iterable[int]) -> set[int]:
+        """Return those of ``ids`` that are in the store; who replaces a tenant has another id."""
+        statement = "SELECT id FROM tenants WHERE id IN (SELECT value FROM json_each(?))"
+        return {int(row["id"]) for row in self._database.query(statement, (json.dumps(list(ids)),))}
+
+    def pinned(self) -> list[TenantInfo]:
+        """Return the tenants that engines keep in memory, by name."""
+        return [info for info in self.values() if info.pinned]
 
     def _parse(self, row: sqlite3.Row) -> TenantInfo:
         decoded = {"card": json.loads(row["card"]), "labels": tuple(json.loads(row["labels"]))}

@@ -108,6 +108,7 @@ class TenantInfo(_Info):
     file: str
     head_kind: HeadKind
     labels: tuple[str, ...]
+    pinned: bool = False
 
 
 class GeneralFile(NamedTuple):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
+from collections.abc import Iterable
 
 import torch
+
+from hmi_engine.memory.ranges import RangeAllocator
 
 __all__ = ["AdapterArena"]
 
@@ -12,22 +14,15 @@ _GRANULE = 1024  # elements; whole pages, so that a load never shares a page wit
 
 
 class AdapterArena:
-    """A float32 block with best-fit allocation; freed neighbours grow together again.
+    """A float32 block with best-fit allocation; what lies in pieces can be slid together.
 
-    The smallest range that is long enough is taken: with sizes mixed as tenants' are, 3 % to 7 % more of the
-    block is in use than where the first one is (``benchmarks/residency.py``). The operating system gives
-    pages as tenants arrive, so an unused capacity costs nothing. Not thread-safe.
+    The operating system gives pages as tenants arrive, so an unused capacity costs nothing. Not thread-safe.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
-        granules = max(1, capacity_bytes // (_GRANULE * 4))
-        self.memory = torch.empty(granules * _GRANULE, dtype=torch.float32)
-        self.used_bytes = 0
-        # Free ranges in granules, by start and by length.
-        self._starts: list[int] = []
-        self._lengths: dict[int, int] = {}
-        self._by_length: list[tuple[int, int]] = []
-        self._add_free(0, granules)
+    def __init__(self, capacity_bytes: int, device: str | torch.device = "cpu") -> None:
+        granules = capacity_bytes // (_GRANULE * 4)
+        self.memory = torch.empty(granules * _GRANULE, dtype=torch.float32, device=device)
+        self._ranges = RangeAllocator(granules)
 
     @property
     def capacity_bytes(self) -> int:
@@ -35,47 +30,53 @@ class AdapterArena:
         return self.memory.numel() * 4
 
     @property
-    def largest_free_bytes(self) -> int:
-        """The most that one allocation can get now."""
-        return self._by_length[-1][0] * _GRANULE * 4 if self._by_length else 0
+    def used_bytes(self) -> int:
+        """Bytes in allocated ranges."""
+        return self._ranges.used * _GRANULE * 4
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes in free ranges, which may lie apart."""
+        return self._ranges.free * _GRANULE * 4
 
     @staticmethod
     def allocated_bytes(num_elements: int) -> int:
         """Bytes that an allocation of ``num_elements`` takes."""
-        return -(-num_elements // _GRANULE) * _GRANULE * 4
+        return _granules(num_elements) * _GRANULE * 4
 
     def allocate(self, num_elements: int) -> int | None:
         """Element offset of a free range, or None where no range is long enough."""
-        needed = -(-num_elements // _GRANULE)
-        place = bisect.bisect_left(self._by_length, (needed, -1))
-        if place == len(self._by_length):
+        start = self._ranges.allocate(_granules(num_elements))
+        return None if start is None else start * _GRANULE
+
+    def release(self, offset: int) -> None:
+        """Gives back a range that ``allocate`` returned or ``slide`` moved."""
+        self._ranges.release(offset // _GRANULE)
+
+    def slide(self, num_elements: int, fixed: Iterable[int] = ()) -> dict[int, int] | None:
+        """Makes a free range of ``num_elements`` by moving others, contents and all, but none of ``fixed``.
+
+        Returns the new offsets of what was moved, by the old ones; None, and nothing has moved, where this
+        cannot be.
+        """
+        moves = self._ranges.slide(_granules(num_elements), (offset // _GRANULE for offset in fixed))
+        if moves is None:
             return None
-        length, start = self._by_length[place]
-        self._remove_free(start)
-        if length > needed:
-            self._add_free(start + needed, length - needed)
-        self.used_bytes += needed * _GRANULE * 4
-        return start * _GRANULE
+        for move in moves:
+            source, target, length = (number * _GRANULE for number in move)
+            # By way of a copy, as the two may overlap.
+            self.memory[target : target + length] = self.memory[source : source + length].clone()
+        return {move.start * _GRANULE: move.target * _GRANULE for move in moves}
 
-    def release(self, offset: int, num_elements: int) -> None:
-        """Gives back a range that ``allocate`` returned."""
-        start, length = offset // _GRANULE, -(-num_elements // _GRANULE)
-        self.used_bytes -= length * _GRANULE * 4
-        if start + length in self._lengths:
-            length += self._remove_free(start + length)
-        place = bisect.bisect_left(self._starts, start) - 1
-        if place >= 0 and self._starts[place] + self._lengths[self._starts[place]] == start:
-            start = self._starts[place]
-            length += self._remove_free(start)
-        self._add_free(start, length)
+    def clear_tail(self, offset: int, num_elements: int) -> None:
+        """Sets to zero what an allocation has beyond its ``num_elements``."""
+        self.memory[offset + num_elements : offset + _granules(num_elements) * _GRANULE] = 0.0
 
-    def _add_free(self, start: int, length: int) -> None:
-        self._lengths[start] = length
-        bisect.insort(self._starts, start)
-        bisect.insort(self._by_length, (length, start))
+    def close(self) -> None:
+        """Gives the memory back; nothing can be allocated any more."""
+        self.memory = torch.empty(0, dtype=torch.float32, device=self.memory.device)
+        self._ranges = RangeAllocator(0)
 
-    def _remove_free(self, start: int) -> int:
-        length = self._lengths.pop(start)
-        del self._starts[bisect.bisect_left(self._starts, start)]
-        del self._by_length[bisect.bisect_left(self._by_length, (length, start))]
-        return length
+
+def _granules(num_elements: int) -> int:
+    return max(1, -(-num_elements // _GRANULE))

@@ -137,7 +137,7 @@ def test_a_malformed_adapter_is_refused_when_added_vllm_11727(store, make_head):
 
 def poison(engine, info):
     """NaN in every parameter of a tenant where it lies in memory."""
-    with engine._residency.pinned([info]) as (resident,):
+    with engine._residency.holding([info]) as (resident,):
         resident.parameters.fill_(float("nan"))
 
 
