@@ -28,7 +28,7 @@ from hmi_engine.knowledge.catalog_views import TenantView
 from hmi_engine.knowledge.changes import (
     TENANTS_PER_BATCH,
     NewTenant,
-    remove_tenant,
+    remove_tenants,
     save_in_batches,
     save_tenants,
 )
@@ -39,7 +39,13 @@ from hmi_engine.knowledge.names import check_name
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tenant_file import load_tenant
-from hmi_engine.knowledge.verification import Problem, Repair, repair, verify
+from hmi_engine.knowledge.verification import (
+    Problem,
+    Repair,
+    collect_garbage,
+    repair,
+    verify,
+)
 from hmi_engine.memory.plots import PlotLibrary
 
 __all__ = ["Corpus", "Store"]
@@ -177,7 +183,23 @@ class Store(DomainStore, AbstractContextManager["Store"]):
         Raises:
             UnknownTenantError, ReadOnlyStoreError.
         """
-        remove_tenant(self.catalog, name)
+        remove_tenants(self.catalog, [name])
+
+    def remove_tenants(self, names: Iterable[str]) -> None:
+        """Removes tenants in one transaction, all of them or none; raises as :meth:`remove_tenant`."""
+        remove_tenants(self.catalog, names)
+
+    def pin_tenant(self, name: str) -> TenantInfo:
+        """Has every engine of the store keep a tenant in memory; who replaces it is pinned too.
+
+        Raises:
+            UnknownTenantError, ReadOnlyStoreError.
+        """
+        return self.catalog.pin_tenant(name, True)
+
+    def unpin_tenant(self, name: str) -> TenantInfo:
+        """Lets engines evict a tenant again; raises as :meth:`pin_tenant`."""
+        return self.catalog.pin_tenant(name, False)
 
     def load_tenant(self, name: str) -> tuple[Adapter, Head]:
         """A tenant's adapter and head, as tensors of their own.
@@ -283,6 +305,13 @@ class Store(DomainStore, AbstractContextManager["Store"]):
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""
         return verify(self.layout, self.catalog, deep=deep, progress=progress)
+
+    def collect_garbage(self, *, progress: Progress | None = None) -> list[Repair]:
+        """Removes files that belong to nobody, as crashes leave them; reads no file, and costs little.
+
+        Interrupted builds of domains stay. Returns what was removed, raises as :meth:`repair`.
+        """
+        return collect_garbage(self.layout, self.catalog, progress=progress)
 
     def repair(self, problems: Sequence[Problem]) -> list[Repair]:
         """Sets right what is repairable among ``problems``; nothing else is touched.

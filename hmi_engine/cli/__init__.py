@@ -32,6 +32,7 @@ app.add_typer(domain_commands.app, name="domain")
 app.add_typer(tenant_commands.app, name="tenant")
 app.command("run")(run_command.run)
 app.command("verify")(store_commands.verify)
+app.command("gc")(store_commands.gc)
 app.command("doctor")(doctor_command.doctor)
 
 

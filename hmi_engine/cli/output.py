@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Protocol, TypeVar
@@ -31,6 +31,7 @@ __all__ = [
     "console",
     "fail",
     "print_json",
+    "print_json_list",
     "progress_bars",
     "say",
     "warn",
@@ -59,6 +60,16 @@ StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """A JSON list on standard output, each value as soon as it is there; ``print_json`` prints the same."""
+    separator, end = "[\n  ", "[]\n"
+    for value in values:
+        text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write(separator + text.replace("\n", "\n  "))
+        separator, end = ",\n  ", "\n]\n"
+    sys.stdout.write(end)
 
 
 def say(message: str) -> None:

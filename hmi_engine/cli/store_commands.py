@@ -1,4 +1,4 @@
-"""``hmi init`` and ``hmi verify``."""
+"""``hmi init``, ``hmi verify`` and ``hmi gc``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.table import Table
 
-from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars
+from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, say
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.knowledge.verification import Problem
 from hmi_engine.store import Store
@@ -72,6 +72,16 @@ def verify(
         _print_problems(store, left, total)
     if left:
         raise typer.Exit(1)
+
+
+def gc(store: StorePath, as_json: AsJson = False) -> None:
+    """Remove files that belong to nobody, as crashes leave them; reads none of them."""
+    with Store.open(store) as opened, progress_bars() as progress:
+        removed = opened.collect_garbage(progress=progress)
+    if as_json:
+        print_json({"removed": [str(done.path) for done in removed]})
+    else:
+        say(f"{store}: removed {len(removed)} files that belonged to nobody")
 
 
 def _print_problems(store: Path, problems: Sequence[Problem], total: int) -> None:

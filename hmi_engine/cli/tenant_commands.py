@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,16 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
-from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, warn
+from hmi_engine.cli.output import (
+    AsJson,
+    StorePath,
+    console,
+    print_json,
+    print_json_list,
+    progress_bars,
+    say,
+    warn,
+)
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.errors import CorpusError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
@@ -23,6 +33,7 @@ TenantName = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the tenant, such as acme/chemprot.", show_default=False)
 ]
 DomainOption = Annotated[str, typer.Option(help="The tenant's domain.")]
+ROWS_OF_TEXT = 100
 ReplaceOption = Annotated[bool, typer.Option(help="Replace a tenant of this name.")]
 
 
@@ -158,18 +169,26 @@ def _print_report(name: str, report: Any, num_bytes: int) -> None:
 @app.command("list")
 def list_tenants(
     store: StorePath,
-    limit: Annotated[int, typer.Option(min=1, help="Most rows printed as text.")] = 100,
+    prefix: Annotated[str, typer.Option(help="Only names that begin like this, such as acme/.")] = "",
+    pinned: Annotated[bool, typer.Option("--pinned", help="Only pinned tenants.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help=f"Most rows; default {ROWS_OF_TEXT}, with --json all.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List tenants by name."""
     with Store.open(store, read_only=True) as opened:
+        if pinned:
+            chosen = [info for info in opened.tenants.pinned() if info.name.startswith(prefix)]
+            count, infos = len(chosen), iter(chosen)
+        else:
+            count, infos = opened.tenants.count(prefix), opened.tenants.iterate_infos(prefix)
         if as_json:
-            print_json([_describe(info) for info in opened.tenants.values()])
+            print_json_list(map(_describe, islice(infos, limit)))
             return
-        table = Table("tenant", "domain", "adapter", "rank", "head", "labels", "bytes")
-        for number, info in enumerate(opened.tenants.values()):
-            if number == limit:
-                break
+        limit = limit or ROWS_OF_TEXT
+        table = Table("tenant", "domain", "adapter", "rank", "head", "labels", "bytes", "pinned")
+        for info in islice(infos, limit):
             table.add_row(
                 info.name,
                 info.domain,
@@ -178,11 +197,31 @@ def list_tenants(
                 info.head_kind,
                 str(len(info.labels)),
                 format_bytes(info.bytes),
+                "yes" if info.pinned else "",
             )
-        count = len(opened.tenants)
     console.print(table)
     if count > limit:
         console.print(f"{count - limit} more; --limit shows them, --json lists all", highlight=False)
+
+
+@app.command()
+def pin(
+    store: StorePath,
+    name: TenantName,
+    off: Annotated[bool, typer.Option("--off", help="Let engines evict it again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Keep a tenant in the memory of every engine of the store."""
+    with Store.open(store) as opened:
+        info = opened.unpin_tenant(name) if off else opened.pin_tenant(name)
+    if as_json:
+        print_json(_describe(info))
+    else:
+        say(
+            f"{name} is pinned: engines keep its {format_bytes(info.bytes)}"
+            if info.pinned
+            else f"{name} is not pinned"
+        )
 
 
 @app.command()

@@ -57,16 +57,15 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_folders(folders: Iterable[Path], root: Path) -> None:
-    """Flush the entries of folders below ``root`` and of all folders between, each once, deepest first.
+    """Flush the entries of folders below ``root`` and of all folders between, each once, several at a time.
 
     Raises as :func:`atomic_write` does.
     """
     changed = {
         above for folder in folders for above in (folder, *folder.parents) if above.is_relative_to(root)
     }
-    deepest_first = sorted(changed, key=lambda folder: -len(folder.parts))
     try:
-        for _ in map_in_threads(fsync_path, deepest_first):
+        for _ in map_in_threads(fsync_path, changed):
             pass
     except OSError as error:
         raise storage_error(error, root) from error

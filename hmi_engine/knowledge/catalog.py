@@ -7,7 +7,7 @@ catalog entry without its file.
 
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from types import TracebackType
@@ -34,6 +34,7 @@ from hmi_engine.knowledge.catalog_rows import (
     insert_tenant,
     insert_traffic,
     replace_domain,
+    write_general,
 )
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
 from hmi_engine.knowledge.database import Database, create_database
@@ -106,7 +107,7 @@ class Catalog:
         )
 
         def fill(connection: sqlite3.Connection) -> None:
-            _write_general(connection, general, files)
+            write_general(connection, general, files)
             insert_domain(connection, root)
             connection.execute("UPDATE counters SET last = 1 WHERE name = 'number'")
 
@@ -176,7 +177,7 @@ class Catalog:
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM general")
             connection.execute("DELETE FROM general_files")
-            _write_general(connection, general, files)
+            write_general(connection, general, files)
 
     def reserve(self, count: int = 1) -> range:
         """Return ``count`` numbers, larger than all before and never given again: ids and generations."""
@@ -308,9 +309,9 @@ class Catalog:
     def add_tenants(self, tenants: Sequence[TenantInfo], *, replace: bool = False) -> list[TenantInfo]:
         """Add tenants in one transaction: all or none. Return the entries that were replaced.
 
-        Raises :class:`TenantExistsError` for a name in use unless ``replace``, :class:`UnknownDomainError`,
-        :class:`InvalidNameError`, and :class:`StoreBusyError` if another process has meanwhile put in a newer
-        generation.
+        Who replaces a pinned tenant is pinned too. Raises :class:`TenantExistsError` for a name in use unless
+        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, and :class:`StoreBusyError` if
+        another process has meanwhile put in a newer generation.
         """
         replaced: list[TenantInfo] = []
         with self._database.transaction() as connection:
@@ -320,9 +321,11 @@ class Catalog:
                     raise UnknownDomainError(
                         f"domain {tenant.domain!r} of tenant {tenant.name!r} is not in the store"
                     )
+                pinned = tenant.pinned
                 if has_name(connection, "tenants", tenant.name):
                     replaced.append(self._make_room(connection, tenant, replace))
-                insert_tenant(connection, tenant)
+                    pinned = pinned or replaced[-1].pinned
+                insert_tenant(connection, tenant, pinned=pinned)
         return replaced
 
     def _make_room(self, connection: sqlite3.Connection, tenant: TenantInfo, replace: bool) -> TenantInfo:
@@ -336,12 +339,32 @@ class Catalog:
         connection.execute("DELETE FROM tenants WHERE id = ?", (previous.id,))
         return previous
 
-    def remove_tenant(self, name: str) -> TenantInfo:
-        """Remove a tenant and return what it was; raises :class:`UnknownTenantError`."""
+    def remove_tenants(self, names: Iterable[str]) -> list[TenantInfo]:
+        """Remove tenants in one transaction and return what they were; raises :class:`UnknownTenantError`."""
+        removed = []
+        with self._database.transaction() as connection:
+            for name in names:
+                tenant = self.tenants[name]
+                connection.execute("DELETE FROM tenants WHERE id = ?", (tenant.id,))
+                removed.append(tenant)
+        return removed
+
+    def pin_tenant(self, name: str, pinned: bool) -> TenantInfo:
+        """Note whether engines shall keep a tenant in memory; return it as it is now.
+
+        Raises :class:`UnknownTenantError`.
+        """
         with self._database.transaction() as connection:
             tenant = self.tenants[name]
-            connection.execute("DELETE FROM tenants WHERE id = ?", (tenant.id,))
-        return tenant
+            connection.execute("UPDATE tenants SET pinned = ? WHERE id = ?", (pinned, tenant.id))
+        return tenant.model_copy(update={"pinned": pinned})
+
+    def files(self) -> list[str]:
+        """Return the relative paths of all files that entries refer to, as the entries have them."""
+        rows = self._database.query("SELECT file FROM tenants UNION ALL SELECT file FROM traffic")
+        domains = self.domains.values()
+        of_domains = [file for info in domains for file in (info.plot_file(), info.previous, info.layers)]
+        return [str(row["file"]) for row in rows] + [file.file for file in of_domains if file]
 
     def chain(self, domain: str) -> list[DomainInfo]:
         """Return the nodes to search for a row, from ``domain`` towards the root.
@@ -353,16 +376,7 @@ class Catalog:
 
     def integrity_problems(self) -> list[str]:
         """Return what SQLite's own checks find wrong with the catalog; empty if it is sound."""
-        try:
-            checks = self._database.query("PRAGMA integrity_check")
-            dangling = self._database.query("PRAGMA foreign_key_check")
-        except StoreCorruptError as error:
-            return [str(error)]
-        found = [str(row[0]) for row in checks if row[0] != "ok"]
-        return found + [
-            f"row {row['rowid']} of {row['table']} refers to a missing row of {row['parent']}"
-            for row in dangling
-        ]
+        return self._database.integrity_problems()
 
 
 def _describe_files(layout: StoreLayout) -> list[GeneralFile]:
@@ -371,8 +385,3 @@ def _describe_files(layout: StoreLayout) -> list[GeneralFile]:
         for path in sorted(layout.general.rglob("*"))
         if path.is_file()
     ]
-
-
-def _write_general(connection: sqlite3.Connection, general: GeneralInfo, files: list[GeneralFile]) -> None:
-    connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(),))
-    connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)

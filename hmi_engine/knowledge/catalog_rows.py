@@ -2,9 +2,11 @@
 
 import json
 import sqlite3
+from collections.abc import Sequence
 
 from hmi_engine.errors import StoreBusyError
-from hmi_engine.knowledge.records import DomainInfo, TenantInfo, TrafficInfo
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.records import DomainInfo, GeneralFile, TenantInfo, TrafficInfo
 
 __all__ = [
     "check_newer",
@@ -15,7 +17,14 @@ __all__ = [
     "insert_tenant",
     "insert_traffic",
     "replace_domain",
+    "write_general",
 ]
+
+
+def write_general(connection: sqlite3.Connection, general: GeneralInfo, files: Sequence[GeneralFile]) -> None:
+    """Put in the description of the base model and of its files, of which there are none yet."""
+    connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(),))
+    connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)
 
 
 def insert_domain(connection: sqlite3.Connection, domain: DomainInfo) -> None:
@@ -23,9 +32,10 @@ def insert_domain(connection: sqlite3.Connection, domain: DomainInfo) -> None:
     _insert(connection, "domains", _domain_row(domain))
 
 
-def insert_tenant(connection: sqlite3.Connection, tenant: TenantInfo) -> None:
+def insert_tenant(connection: sqlite3.Connection, tenant: TenantInfo, *, pinned: bool) -> None:
     """Add a tenant's row."""
     row = tenant.model_dump(exclude={"domain"}) | {
+        "pinned": pinned,
         "labels": json.dumps(tenant.labels),
         "card": json.dumps(tenant.card),
         "created": tenant.created.isoformat(),

@@ -26,7 +26,7 @@ __all__ = [
     "TENANTS_PER_BATCH",
     "NewTenant",
     "remove_domain",
-    "remove_tenant",
+    "remove_tenants",
     "save_domain",
     "save_in_batches",
     "save_tenants",
@@ -56,23 +56,32 @@ def save_tenants(
 ) -> list[TenantInfo]:
     """Check and write tenants and put them into the catalog in one transaction: all of them or none.
 
-    With ``replace``, tenants of these names are replaced; who has read an old one keeps it. A file of more
-    than ``max_bytes`` is refused. Raises :class:`InvalidNameError`, :class:`UnknownDomainError`,
-    :class:`InvalidAdapterError`, :class:`InvalidHeadError`, :class:`TenantExistsError`,
-    :class:`StoreFullError`, :class:`StoreBusyError`.
+    With ``replace``, tenants of these names are replaced, and a pinned one's successor is pinned; who has
+    read an old one keeps it. A file of more than ``max_bytes`` is refused. Raises :class:`InvalidNameError`,
+    :class:`UnknownDomainError`, :class:`InvalidAdapterError`, :class:`InvalidHeadError`,
+    :class:`TenantExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
     """
     with catalog.change_lock:
         numbers = catalog.reserve(len(tenants))
         try:
             infos = _write_tenants(catalog, tenants, numbers, replace, max_bytes)
+        except BaseException:
+            _remove_files(catalog.layout, numbers)
+            raise
+        try:
             replaced = catalog.add_tenants(infos, replace=replace)
-        except Exception:
-            for number in numbers:
-                remove_quietly(catalog.layout.resolve(catalog.layout.tenant_file(number, number)))
+        except Exception:  # not an interrupt, which may come when the commit is done
+            _remove_files(catalog.layout, numbers)
             raise
     for info in replaced:
         remove_quietly(catalog.layout.resolve(info.file))
-    return infos
+    kept_pins = {info.name for info in replaced if info.pinned}
+    return [info.model_copy(update={"pinned": True}) if info.name in kept_pins else info for info in infos]
+
+
+def _remove_files(layout: StoreLayout, numbers: range) -> None:
+    for number in numbers:
+        remove_quietly(layout.resolve(layout.tenant_file(number, number)))
 
 
 def save_in_batches(
@@ -188,11 +197,15 @@ def _describe_tenant(layout: StoreLayout, tenant: NewTenant, domain: DomainInfo,
     )
 
 
-def remove_tenant(catalog: Catalog, name: str) -> TenantInfo:
-    """Remove a tenant and its file; return what it was. Raises :class:`UnknownTenantError`."""
-    tenant = catalog.remove_tenant(name)
-    remove_quietly(catalog.layout.resolve(tenant.file))
-    return tenant
+def remove_tenants(catalog: Catalog, names: Iterable[str]) -> list[TenantInfo]:
+    """Remove tenants, all of them or none, and their files; return what they were.
+
+    Raises :class:`UnknownTenantError`.
+    """
+    removed = catalog.remove_tenants(names)
+    for tenant in removed:
+        remove_quietly(catalog.layout.resolve(tenant.file))
+    return removed
 
 
 def save_domain(

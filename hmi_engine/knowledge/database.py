@@ -20,7 +20,7 @@ from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = ["FORMAT_VERSION", "Database", "create_database"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _APPLICATION_ID = 0x484D4953  # "HMIS"
 _BUSY_SECONDS = 10.0
 
@@ -45,9 +45,18 @@ CREATE TABLE tenants (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, domain_id INTEGER NOT NULL REFERENCES domains (id),
     kind TEXT NOT NULL, rank INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
     generation INTEGER NOT NULL, file TEXT NOT NULL UNIQUE, head_kind TEXT NOT NULL, labels TEXT NOT NULL,
-    card TEXT NOT NULL, created TEXT NOT NULL);
+    card TEXT NOT NULL, created TEXT NOT NULL, pinned INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX tenants_by_domain ON tenants (domain_id);
+CREATE INDEX pinned_tenants ON tenants (name) WHERE pinned;
 """
+
+_UPGRADES = {
+    2: (
+        "ALTER TABLE tenants ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0",
+        "CREATE INDEX pinned_tenants ON tenants (name) WHERE pinned",
+    ),
+}
+"""What makes a catalog of each former version one of the next."""
 
 
 def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> None:
@@ -70,6 +79,9 @@ def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> N
 
 class Database:
     """One connection to a catalog, shared by all threads of the process under one lock.
+
+    A catalog of a former version is upgraded when it is opened for writing. Opened read-only it stays as it
+    is: columns of later versions are missing then, and infos have their defaults.
 
     Raises :class:`StoreNotFoundError` where there is no catalog, :class:`StoreVersionError` where a newer HMI
     wrote it and :class:`StoreCorruptError` where it is no catalog of HMI.
@@ -125,7 +137,7 @@ class Database:
                     f"{self.path.parent} was written in store format {version}; this HMI reads up to "
                     f"{FORMAT_VERSION}. Upgrade HMI: pip install --upgrade hmi"
                 )
-            if version < FORMAT_VERSION:
+            if version < min(_UPGRADES):
                 raise StoreVersionError(
                     f"{self.path.parent} was written by an earlier, unreleased HMI (store format {version}); "
                     "make the store again"
@@ -134,6 +146,21 @@ class Database:
             if not self.read_only:
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = FULL")
+        if version < FORMAT_VERSION and not self.read_only:
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        with self.transaction() as connection:
+            # Asked again under the lock: another process may have done it meanwhile.
+            for version in range(self.stored_version, FORMAT_VERSION):
+                for statement in _UPGRADES[version]:
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
+    @property
+    def stored_version(self) -> int:
+        """Version of the catalog's format as it is on the disk now."""
+        return int(self.query("PRAGMA user_version")[0][0])
 
     def close(self) -> None:
         """Close the connection; other calls then raise :class:`StoreError`."""
@@ -148,9 +175,30 @@ class Database:
     @property
     def version(self) -> tuple[int, int]:
         """What changes with every change of the file: by other connections, and by this one."""
-        with self._lock, _explained(self.path):
-            (others,) = self._connection.execute("PRAGMA data_version").fetchone()
-            return others, self._connection.total_changes
+        with self._lock:
+            try:  # not by the context manager, which would cost a quarter of this
+                (others,) = self._connection.execute("PRAGMA data_version").fetchone()
+                return others, self._connection.total_changes
+            except sqlite3.Error as error:
+                raise _explain(error, self.path) from error
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether some thread of this process is in a transaction; asked by that thread it is certain."""
+        return self._connection.in_transaction
+
+    def integrity_problems(self) -> list[str]:
+        """Return what SQLite's own checks find wrong with the file; empty if it is sound."""
+        try:
+            checks = self.query("PRAGMA integrity_check")
+            dangling = self.query("PRAGMA foreign_key_check")
+        except StoreCorruptError as error:
+            return [str(error)]
+        found = [str(row[0]) for row in checks if row[0] != "ok"]
+        return found + [
+            f"row {row['rowid']} of {row['table']} refers to a missing row of {row['parent']}"
+            for row in dangling
+        ]
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -194,12 +242,17 @@ _MEANINGS = (
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Raise SQLite's errors as ours. Told apart by text: error codes reach Python only from 3.11 on."""
+    """Raise SQLite's errors as ours."""
     try:
         yield
     except sqlite3.Error as error:
-        text = str(error)
-        for part, error_type, meaning in _MEANINGS:
-            if part in text:
-                raise error_type(f"{path}: {meaning} (SQLite: {text})") from error
-        raise StoreError(f"{path}: SQLite: {text}") from error
+        raise _explain(error, path) from error
+
+
+def _explain(error: sqlite3.Error, path: Path) -> StoreError:
+    """Return ours for an error of SQLite. Told apart by text: codes reach Python only from 3.11 on."""
+    text = str(error)
+    for part, error_type, meaning in _MEANINGS:
+        if part in text:
+            return error_type(f"{path}: {meaning} (SQLite: {text})")
+    return StoreError(f"{path}: SQLite: {text}")

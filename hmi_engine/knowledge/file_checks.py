@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 ProblemKind = Literal["catalog", "missing", "checksum", "content", "orphan", "unfinished"]
+
+
+_ONE_TABLE = threading.Lock()
+"""Checks of large tables take memory for copies of their indexes, so threads take turns."""
 
 
 class Problem(NamedTuple):
@@ -97,7 +102,8 @@ def table_problems(layout: StoreLayout, file: PlotFile, general: GeneralInfo, *,
     path = layout.resolve(file.file)
     try:
         table = open_plot(path, general)
-        faults = list(table_faults(file, table, deep=deep))
+        with _ONE_TABLE:
+            faults = list(table_faults(file, table, deep=deep))
     except HmiError as error:
         return [Problem("content", path, str(error))]
     return [Problem("content", path, f"{path}: {fault}") for fault in faults]

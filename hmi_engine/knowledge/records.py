@@ -98,7 +98,8 @@ class TenantInfo(_Info):
     """A tenant: the domain it belongs to, and its file (path relative to the store, bytes, SHA-256).
 
     ``kind`` and ``rank`` describe the adapter, as :class:`~hmi_engine.knowledge.adapters.Adapter` does;
-    ``labels`` are the head's.
+    ``labels`` are the head's. Engines keep ``pinned`` tenants in memory. An info may be shared by everybody
+    who asks for the tenant: don't change its card.
     """
 
     domain_id: int

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from hmi_engine.errors import StoreBusyError, StoreCorruptError
-from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
+from hmi_engine.errors import StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.file_checks import (
     Problem,
@@ -21,10 +22,11 @@ from hmi_engine.knowledge.file_checks import (
 )
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
-from hmi_engine.knowledge.locks import FolderLock
+from hmi_engine.knowledge.leftovers import find_leftovers, find_orphans, remove_leftover
+from hmi_engine.knowledge.parallel import map_in_threads
 from hmi_engine.knowledge.records import DomainInfo, PlotFile
 
-__all__ = ["Problem", "ProblemKind", "Repair", "repair", "verify"]
+__all__ = ["Problem", "ProblemKind", "Repair", "collect_garbage", "repair", "verify"]
 
 
 class Repair(NamedTuple):
@@ -43,22 +45,23 @@ def verify(
 ) -> list[Problem]:
     """Check the catalog, every file that it refers to, and that there are no others.
 
-    ``deep`` reads all files: checksums and contents (adapters and heads against the base model, tables as
-    :mod:`~hmi_engine.knowledge.table_checks` tells). Without it, presence, sizes and headers are checked. An
-    empty list means a sound store. Where the catalog itself is damaged, nothing is called an orphan: its
-    entry may only be unreadable.
+    ``deep`` reads all files, several at a time: checksums and contents (adapters and heads against the base
+    model, tables as :mod:`~hmi_engine.knowledge.table_checks` tells). Without it, presence, sizes and headers
+    are checked. An empty list means a sound store. Where the catalog itself is damaged, nothing is called an
+    orphan: its entry may only be unreadable.
     """
     problems = [Problem("catalog", layout.catalog, text) for text in catalog.integrity_problems()]
     try:
         total = len(catalog.general_files()) + len(catalog.domains) + len(catalog.tenants)
         total += len(catalog.traffic_files())
-        for done, found in enumerate(_file_problems(layout, catalog, deep), start=1):
-            problems += found
-            if progress:
-                progress("checking files", done, total)
+        with closing(map_in_threads(_run, _checks(layout, catalog, deep))) as found_of_each:
+            for done, found in enumerate(found_of_each, start=1):
+                problems += found
+                if progress:
+                    progress("checking files", done, total)
         problems += [Problem("catalog", layout.catalog, text) for text in _tree_faults(catalog)]
         if not any(problem.kind == "catalog" for problem in problems):
-            problems += _find_leftovers(layout, catalog)
+            problems += find_leftovers(layout, catalog)
     except StoreCorruptError as error:
         problems.append(Problem("catalog", layout.catalog, str(error)))
     return problems
@@ -77,28 +80,56 @@ def repair(layout: StoreLayout, catalog: Catalog, problems: Iterable[Problem]) -
     """
     wanted = {problem.path for problem in problems if problem.repairable}
     with catalog.change_lock, catalog.alone():
-        if catalog.integrity_problems():
-            raise StoreCorruptError(
-                f"{layout.catalog} is damaged, so nothing is removed; restore it from a copy"
-            )
+        _check_sound(layout, catalog)
         done: list[Repair] = []
         for domain in list(catalog.domains.values()):
             done += _mend_domain(layout, catalog, domain, wanted)
         done += _drop_traffic(layout, catalog, wanted)
-        leftovers = [problem for problem in _find_leftovers(layout, catalog) if problem.path in wanted]
-        return done + [repaired for problem in leftovers for repaired in _remove(problem)]
+        leftovers = [problem for problem in find_leftovers(layout, catalog) if problem.path in wanted]
+        return done + list(_remove(leftovers, None))
 
 
-def _file_problems(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterator[list[Problem]]:
+def collect_garbage(
+    layout: StoreLayout, catalog: Catalog, *, progress: Progress | None = None
+) -> list[Repair]:
+    """Remove the files that no entry refers to; return what was done.
+
+    Their folders are listed, and no file is read. Interrupted builds stay, as the same command goes on with
+    them. Raises as :func:`repair`.
+    """
+    with catalog.change_lock, catalog.alone():
+        _check_sound(layout, catalog)
+        return list(_remove(find_orphans(layout, catalog), progress))
+
+
+def _check_sound(layout: StoreLayout, catalog: Catalog) -> None:
+    if catalog.integrity_problems():
+        raise StoreCorruptError(f"{layout.catalog} is damaged, so nothing is removed; restore it from a copy")
+
+
+def _remove(leftovers: Sequence[Problem], progress: Progress | None) -> Iterator[Repair]:
+    for done, problem in enumerate(leftovers, start=1):
+        if remove_leftover(problem):
+            yield Repair(problem.path, f"removed {problem.path}")
+        if progress:
+            progress("removing files", done, len(leftovers))
+
+
+def _checks(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterator[Callable[[], list[Problem]]]:
+    """Yield the check of each file, or of each domain's files."""
     general = catalog.general
     for file in catalog.general_files():
-        yield byte_problems(layout.general / file.name, file.bytes, file.sha256, deep=deep)
+        yield partial(byte_problems, layout.general / file.name, file.bytes, file.sha256, deep=deep)
     for domain in catalog.domains.values():
-        yield domain_problems(layout, domain, general, deep=deep)
+        yield partial(domain_problems, layout, domain, general, deep=deep)
     for tenant in catalog.tenants.values():
-        yield tenant_problems(layout, tenant, general, deep=deep)
+        yield partial(tenant_problems, layout, tenant, general, deep=deep)
     for traffic in catalog.traffic_files():
-        yield traffic_problems(layout, traffic, deep=deep)
+        yield partial(traffic_problems, layout, traffic, deep=deep)
+
+
+def _run(check: Callable[[], list[Problem]]) -> list[Problem]:
+    return check()
 
 
 def _tree_faults(catalog: Catalog) -> Iterator[str]:
@@ -111,47 +142,6 @@ def _tree_faults(catalog: Catalog) -> Iterator[str]:
             above = parents.get(above)
         if above is not None:
             yield f"domain {name!r} hangs in a loop of the tree"
-
-
-def _find_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
-    """Find files in our folders that no entry refers to, unfinished files, and interrupted builds."""
-    # Listed before the entries are read, so that what is committed meanwhile is no orphan.
-    files = [path for folder in (layout.domains, layout.tenants) for path in sorted(folder.rglob("*"))]
-    partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
-    partials += sorted(layout.general.rglob(f"*{PARTIAL_SUFFIX}"))
-    builds = sorted(layout.builds.glob("*"))
-    known = {layout.resolve(file) for file in _known_files(catalog)}
-    orphans = [path for path in files if path not in known] + partials
-    orphans += [path for path in builds if not path.is_dir()]
-    return [
-        Problem(
-            "orphan", path, f"{path} belongs to nothing in the catalog (left by a crash?)", repairable=True
-        )
-        for path in orphans
-        if path.is_file() or path.is_symlink()
-    ] + [_unfinished(folder) for folder in builds if folder.is_dir() and not FolderLock.is_held(folder)]
-
-
-def _known_files(catalog: Catalog) -> Iterator[str]:
-    for traffic in catalog.traffic_files():
-        yield traffic.file
-    for tenant in catalog.tenants.values():
-        yield tenant.file
-    for domain in catalog.domains.values():
-        for file in (domain.plot_file(), domain.previous, domain.layers):
-            if file:
-                yield file.file
-
-
-def _unfinished(folder: Path) -> Problem:
-    name = FolderLock.description(folder)
-    return Problem(
-        "unfinished",
-        folder,
-        f"{folder}: the build of domain {name!r} was interrupted; give the same command again to go on where "
-        "it was, or let `hmi verify --repair` remove what it has done",
-        repairable=True,
-    )
 
 
 def _mend_domain(
@@ -219,15 +209,3 @@ def _drop_traffic(layout: StoreLayout, catalog: Catalog, wanted: set[Path]) -> l
 def _commit(catalog: Catalog, domain: DomainInfo, **changes: object) -> None:
     (generation,) = catalog.reserve()
     catalog.replace_domain(domain.model_copy(update={**changes, "generation": generation}))
-
-
-def _remove(problem: Problem) -> list[Repair]:
-    if problem.kind == "orphan":
-        gone = remove_quietly(problem.path)
-    else:
-        try:
-            FolderLock(problem.path, busy="a build goes on there").remove_folder()
-            gone = True
-        except StoreBusyError:
-            gone = False
-    return [Repair(problem.path, f"removed {problem.path}")] if gone else []

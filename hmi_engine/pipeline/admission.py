@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hmi_engine.errors import HmiError, InvalidRequestError, TextTooLongError
+from hmi_engine.knowledge.catalog_views import TenantView
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.models.tokenization import EncodedText, TextEncoder
 from hmi_engine.request import Request
@@ -23,19 +24,10 @@ class AdmittedRequest:
 
 
 def admit(
-    requests: Sequence[Request], tenants: Mapping[str, TenantInfo], encoder: TextEncoder
+    requests: Sequence[Request], tenants: TenantView, encoder: TextEncoder
 ) -> list[AdmittedRequest | HmiError]:
     """Admits requests one by one: in their order, each admitted or the error that its response will carry."""
-    found: dict[str, TenantInfo | HmiError] = {}
-    results: list[TenantInfo | HmiError] = []
-    for request in requests:
-        try:
-            request.check()
-            if request.tenant not in found:
-                found[request.tenant] = _find(request.tenant, tenants)
-            results.append(found[request.tenant])
-        except InvalidRequestError as error:
-            results.append(error)
+    results = _find_tenants(requests, tenants)
     encoded = _encode(requests, results, encoder)
     return [
         result if isinstance(result, HmiError) else _admitted(request, result, encoded.get(index), encoder)
@@ -43,7 +35,24 @@ def admit(
     ]
 
 
-def _find(name: str, tenants: Mapping[str, TenantInfo]) -> TenantInfo | HmiError:
+def _find_tenants(requests: Sequence[Request], tenants: TenantView) -> list[TenantInfo | HmiError]:
+    """Checks all requests and finds their tenants, all in one look at the catalog."""
+    results: list[str | HmiError] = []
+    for request in requests:
+        try:
+            request.check()
+            results.append(request.tenant)
+        except InvalidRequestError as error:
+            results.append(error)
+    found: dict[str, TenantInfo | HmiError] = {}
+    found.update(tenants.find(name for name in results if isinstance(name, str)))
+    for name in results:
+        if isinstance(name, str) and name not in found:
+            found[name] = _missing(name, tenants)
+    return [found[result] if isinstance(result, str) else result for result in results]
+
+
+def _missing(name: str, tenants: TenantView) -> TenantInfo | HmiError:
     try:
         return tenants[name]
     except HmiError as error:

@@ -149,7 +149,7 @@ def test_a_store_of_a_newer_version_names_both_versions(catalog: Catalog, layout
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     for read_only in (False, True):
-        with pytest.raises(StoreVersionError, match=r"format 7; this HMI reads up to 2"):
+        with pytest.raises(StoreVersionError, match=r"format 7; this HMI reads up to 3"):
             Catalog.open(layout, read_only=read_only)
 
 
@@ -165,7 +165,7 @@ def test_numbers_are_never_given_twice(catalog: Catalog, layout: StoreLayout) ->
     for count in (1, 3, 0, 2):
         given += catalog.reserve(count)
     catalog.add_tenants([tenant("a", given[-1])])
-    catalog.remove_tenant("a")
+    catalog.remove_tenants(["a"])
     catalog.close()
     with Catalog.open(layout) as reopened:
         given += reopened.reserve(2)
@@ -203,7 +203,7 @@ def test_unknown_names_get_a_suggestion(catalog: Catalog) -> None:
     with pytest.raises(UnknownDomainError, match="did you mean 'general'"):
         _ = catalog.domains["genral"]
     with pytest.raises(UnknownTenantError):
-        catalog.remove_tenant("zzz")
+        catalog.remove_tenants(["zzz"])
     with pytest.raises(UnknownDomainError):
         catalog.remove_domain("zzz")
 
@@ -228,7 +228,7 @@ def test_replacing_returns_the_old_entry_and_needs_a_newer_generation(catalog: C
     with pytest.raises(StoreBusyError, match="meanwhile"):
         catalog.add_tenants([old], replace=True)
     assert catalog.tenants["a"] == newer
-    assert catalog.remove_tenant("a") == newer
+    assert catalog.remove_tenants(["a"]) == [newer]
     assert "a" not in catalog.tenants
 
 
@@ -257,7 +257,7 @@ def test_domains_in_use_stay(catalog: Catalog) -> None:
         catalog.remove_domain("child")
     with pytest.raises(DomainInUseError, match="root"):
         catalog.remove_domain("general")
-    catalog.remove_tenant("t")
+    catalog.remove_tenants(["t"])
     assert catalog.remove_domain("child") == child
     assert catalog.remove_domain("parent") == parent
     assert list(catalog.domains) == ["general"]
@@ -311,7 +311,7 @@ def test_read_only_catalogs_refuse_every_change(
         changes: list[Callable[[], object]] = [
             reader.reserve,
             lambda: reader.add_tenants([tenant("b", 50)]),
-            lambda: reader.remove_tenant("a"),
+            lambda: reader.remove_tenants(["a"]),
             lambda: reader.add_domain(domain("d", 50, root)),
             lambda: reader.replace_domain(root),
             lambda: reader.remove_domain("general"),

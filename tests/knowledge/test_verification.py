@@ -8,7 +8,7 @@ import torch
 
 from hmi_engine.errors import StoreBusyError, StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
-from hmi_engine.knowledge.changes import NewTenant, remove_domain, remove_tenant, save_domain, save_tenants
+from hmi_engine.knowledge.changes import NewTenant, remove_domain, remove_tenants, save_domain, save_tenants
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import FolderLock
 from hmi_engine.knowledge.plot_table import PlotTable
@@ -325,7 +325,7 @@ def test_a_removed_domain_leaves_no_file(store: Catalog, make_table: MakeTable) 
     folder = plot_path(store, "organic").parent
     remove_domain(store, "organic")
     assert check(store) == [] and not folder.exists()
-    remove_tenant(store, "acme/two")
+    remove_tenants(store, ["acme/two"])
     path = save_traffic(store)
     remove_domain(store, "chemistry")
     assert check(store) == [] and not path.exists()

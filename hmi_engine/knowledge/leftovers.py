@@ -1,0 +1,81 @@
+"""Files of a store that no entry of its catalog refers to, and builds that were interrupted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from hmi_engine.errors import StoreBusyError
+from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
+from hmi_engine.knowledge.catalog import Catalog
+from hmi_engine.knowledge.file_checks import Problem
+from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.locks import FolderLock
+
+__all__ = ["find_leftovers", "find_orphans", "remove_leftover"]
+
+
+def find_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
+    """Find files in our folders that no entry refers to, unfinished files, and interrupted builds."""
+    builds = sorted(layout.builds.glob("*"))
+    unfinished = [_unfinished(path) for path in builds if path.is_dir() and not FolderLock.is_held(path)]
+    return find_orphans(layout, catalog) + unfinished
+
+
+def find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
+    """Find files in our folders that no entry refers to, and unfinished files: each folder is listed once.
+
+    Raises :class:`StoreCorruptError` where an entry's file lies outside the store.
+    """
+    # Listed before the entries are read, so that what is committed meanwhile is no orphan.
+    listed = {file for name in ("domains", "tenants") for file in _list_files(layout.root / name, name)}
+    partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
+    partials += sorted(layout.general.rglob(f"*{PARTIAL_SUFFIX}"))
+    partials += sorted(path for path in layout.builds.glob("*") if not path.is_dir())
+    known = set(catalog.files())
+    # Paths cost more than texts, so they are made only of files that are missing, or spelled otherwise.
+    known_paths = {layout.resolve(file) for file in known - listed}
+    orphans = [layout.root / file for file in sorted(listed - known)]
+    return [
+        Problem(
+            "orphan", path, f"{path} belongs to nothing in the catalog (left by a crash?)", repairable=True
+        )
+        for path in [path for path in orphans if path not in known_paths] + partials
+        if path.is_file() or path.is_symlink()
+    ]
+
+
+def _list_files(folder: Path, name: str) -> Iterator[str]:
+    """Yield the paths of all files and links below a folder, as seen from the store; ``name`` is its own."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return  # a new store's, or removed meanwhile
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _list_files(Path(entry.path), f"{name}/{entry.name}")
+        else:
+            yield f"{name}/{entry.name}"
+
+
+def _unfinished(folder: Path) -> Problem:
+    name = FolderLock.description(folder)
+    return Problem(
+        "unfinished",
+        folder,
+        f"{folder}: the build of domain {name!r} was interrupted; give the same command again to go on where "
+        "it was, or let `hmi verify --repair` remove what it has done",
+        repairable=True,
+    )
+
+
+def remove_leftover(problem: Problem) -> bool:
+    """Remove what :func:`find_leftovers` found; return whether it is gone."""
+    if problem.kind == "orphan":
+        return remove_quietly(problem.path)
+    try:
+        FolderLock(problem.path, busy="a build goes on there").remove_folder()
+    except StoreBusyError:
+        return False
+    return True
