@@ -10,10 +10,24 @@ from hmi_engine import errors
 from hmi_engine.construct.training import TrainedTenant, TrainingReport, TrainingSettings
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
-from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, random_adapter
+from hmi_engine.knowledge.adapters import (
+    Adapter,
+    BiasBlock,
+    BottleneckBlock,
+    LoraBlock,
+    ScaleBlock,
+    Site,
+    random_adapter,
+)
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.corpus import Example, stream_examples
-from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
+from hmi_engine.knowledge.heads import (
+    ClassificationHead,
+    DenseLayer,
+    EmbeddingHead,
+    RegressionHead,
+    TokenClassificationHead,
+)
 from hmi_engine.request import Request, Response, Tag, Timing, Usage
 from hmi_engine.store import Store
 
@@ -21,8 +35,10 @@ __version__ = version("hmi")
 
 __all__ = [
     "Adapter",
+    "BiasBlock",
     "BottleneckBlock",
     "ClassificationHead",
+    "DenseLayer",
     "EmbeddingHead",
     "Engine",
     "EngineStatistics",
@@ -30,8 +46,10 @@ __all__ = [
     "HmiError",
     "LoraBlock",
     "NewTenant",
+    "RegressionHead",
     "Request",
     "Response",
+    "ScaleBlock",
     "Site",
     "Store",
     "Tag",

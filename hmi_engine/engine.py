@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -34,7 +35,8 @@ class EngineStatistics:
     """Counts since the engine started.
 
     ``plot`` and ``adapters`` hold the fields of ``PlotStatistics`` (tokens, windows) and
-    ``ResidencyStatistics`` (tenants, bytes); ``traffic`` and ``updates`` those of ``TrafficStatistics`` and
+    ``ResidencyStatistics`` (tenants, bytes); ``host_adapters`` those of ``HostStatistics``, or None where
+    host memory is no tier of its own; ``traffic`` and ``updates`` those of ``TrafficStatistics`` and
     ``UpdateStatistics``, or None where the engine does neither.
     """
 
@@ -48,6 +50,7 @@ class EngineStatistics:
     resident_bytes: int = 0
     plot: dict[str, int] | None = None
     adapters: dict[str, int] | None = None
+    host_adapters: dict[str, int] | None = None
     traffic: dict[str, int | float | str | None] | None = None
     updates: dict[str, int | str | None] | None = None
 
@@ -62,6 +65,7 @@ class Engine(AbstractContextManager["Engine"]):
         device: str = "auto",
         backend: str = "auto",
         dtype: str = "auto",
+        device_memory: int | str = "auto",
         host_memory: int | str = "2GiB",
         miss: MissPolicy = "backoff",
         exact_budget: float = 0.05,
@@ -80,7 +84,10 @@ class Engine(AbstractContextManager["Engine"]):
             device: ``"auto"`` or ``"cpu"``.
             backend: kernels: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch, slow).
             dtype: ``"auto"`` or ``"float32"``.
-            host_memory: budget for resident adapters, in bytes or as ``"2GiB"``.
+            device_memory: budget for adapters where the device computes with them, in bytes or as
+                ``"512MiB"``, before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is
+                one tier, of ``host_memory``.
+            host_memory: budget for adapters in host memory, in bytes or as ``"2GiB"``.
             miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
                 ``"budget"`` computes those that a batch has most often, of equals those that corpora and
                 recorded traffic have most often, and composes the others.
@@ -99,6 +106,7 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             ValueError: an option is none of those above, or out of range.
             ReadOnlyStoreError: ``update_domains_every`` needs a store that is open for writing.
+            OverloadedError: the pinned tenants take more than the budget.
         """
         _check_option("device", device, ("auto", "cpu"))
         _check_option("backend", backend, ("auto", "cpu", "reference"))
@@ -113,9 +121,8 @@ class Engine(AbstractContextManager["Engine"]):
         self._backend = backend
         self._miss = miss
         self._warned: set[str] = set()
-        self._residency = AdapterResidency(
-            store.layout, store.catalog, store.general, parse_bytes(host_memory)
-        )
+        self._residency = _open_residency(store, device_memory, host_memory)
+        self._residency.load_pinned(store.tenants.pinned())
         self._plots: PlotLibrary | None = None
         if store.general.plot_layers:
             overlay_bytes = parse_bytes(overlay_memory)
@@ -173,26 +180,28 @@ class Engine(AbstractContextManager["Engine"]):
                 else:
                     queue.append((index, result))
             self._warn_of_mismatches([item for _, item in queue])
-            for batch in self._batches([item for _, item in queue]):
-                self._answer([queue[number] for number in batch], responses, started)
+            self._run_queue(queue, responses, started)
             if self._traffic is not None:
                 self._traffic.save_if_due()
             return self._finish(responses)
 
-    def prefetch(self, tenants: Sequence[str]) -> None:
-        """Loads tenants into memory ahead of their requests, as far as the budget goes.
+    def prefetch(self, tenants: Sequence[str]) -> int:
+        """Loads tenants into memory ahead of their requests, as far as there is room; beside :meth:`run` too.
+
+        Nothing that queued requests wait for is evicted for it. Frequent tenants and those that come soon are
+        worth it; memory is given to those given first.
+
+        Returns:
+            How many of them are in memory now.
 
         Raises:
-            UnknownTenantError: no such tenant.
-            StoreCorruptError: a tenant's file cannot be read.
+            UnknownTenantError: no such tenant; nothing is loaded.
+            StoreCorruptError: a tenant's file cannot be read; the others are loaded.
+            OverloadedError: a tenant is larger than all memory, or a pinned one finds no room.
             EngineClosedError: the engine is closed.
         """
-        with self._lock:
-            self._check_open()
-            for name in tenants:
-                with self._residency.pinned([self.store.tenants[name]]) as (result,):
-                    if isinstance(result, HmiError):
-                        raise result
+        self._check_open()
+        return self._residency.prefetch([self.store.tenants[name] for name in tenants])
 
     def stats(self) -> EngineStatistics:
         """Counts since the engine started."""
@@ -202,6 +211,8 @@ class Engine(AbstractContextManager["Engine"]):
             current.resident_bytes = self._residency.arena.used_bytes
             current.plot = asdict(self._runner.plot_statistics)
             current.adapters = asdict(self._residency.statistics)
+            host = self._residency.host_statistics
+            current.host_adapters = None if host is None else asdict(host)
             current.traffic = asdict(self._traffic.statistics) if self._traffic is not None else None
             current.updates = asdict(self._updater.statistics) if self._updater is not None else None
             return current
@@ -221,6 +232,7 @@ class Engine(AbstractContextManager["Engine"]):
                 self._traffic.close()
             if self._plots is not None:
                 self._plots.close()
+            self._residency.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -249,6 +261,20 @@ class Engine(AbstractContextManager["Engine"]):
                     stacklevel=3,
                 )
 
+    def _run_queue(
+        self, queue: list[tuple[int, AdmittedRequest]], responses: list[Response | None], started: float
+    ) -> None:
+        """Answers what was admitted, batch by batch; memory knows from the start what all of them need."""
+        batches = self._batches([item for _, item in queue])
+        tenants = [[queue[number][1].tenant for number in batch] for batch in batches]
+        waiting = deque(self._residency.expect(tenants))
+        try:
+            for batch in batches:
+                self._answer([queue[number] for number in batch], responses, started)
+                self._residency.release(waiting.popleft())
+        finally:
+            self._residency.release(*waiting)
+
     def _batches(self, queue: list[AdmittedRequest]) -> list[list[int]]:
         described = [
             QueuedSequence(
@@ -258,12 +284,11 @@ class Engine(AbstractContextManager["Engine"]):
             )
             for item in queue
         ]
-        # Half of the arena, so that fragments between pinned tenants never make a batch impossible.
         return list(
             form_batches(
                 described,
                 max_batch_tokens=self.max_batch_tokens,
-                max_adapter_bytes=self._residency.arena.capacity_bytes // 2,
+                max_adapter_bytes=self._residency.batch_bytes,
             )
         )
 
@@ -281,7 +306,7 @@ class Engine(AbstractContextManager["Engine"]):
             if isinstance(output, HmiError):
                 responses[index] = Response.failed(admitted.request, output)
             else:
-                responses[index] = respond(admitted, output, timing)
+                responses[index] = respond(admitted, output, timing, self.store.encoder)
         self._statistics.batches += 1
         self._statistics.tokens += sum(len(item.input_ids) for item in items)
         self._statistics.prepare_seconds += result.prepare_seconds
@@ -297,3 +322,16 @@ class Engine(AbstractContextManager["Engine"]):
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; this release knows {', '.join(map(repr, allowed))}")
+
+
+def _open_residency(store: Store, device_memory: int | str, host_memory: int | str) -> AdapterResidency:
+    host_bytes = parse_bytes(host_memory)
+    if device_memory == "auto":  # the CPU computes in host memory
+        return AdapterResidency(store.layout, store.catalog, store.general, host_bytes)
+    return AdapterResidency(
+        store.layout,
+        store.catalog,
+        store.general,
+        parse_bytes(device_memory),
+        host_bytes=host_bytes,
+    )

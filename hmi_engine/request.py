@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "Response", "Tag", "Timing", "Usage"]
 
-ResponseKind = Literal["classification", "token_classification", "embedding", "error"]
+ResponseKind = Literal["classification", "token_classification", "embedding", "regression", "error"]
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Response:
         tenant: the request's tenant.
         kind: what kind of head answered.
         label: classification: the best label (multi-label: None).
-        scores: classification: label -> probability.
+        scores: classification: label -> probability; regression: name -> number.
         tags: token classification: one tag per word.
-        embedding: float32 numpy [H].
+        embedding: float32 numpy [H], or as long as the head's projection is wide.
         usage: tokens and truncation.
         timing: seconds spent.
         error: an :class:`~hmi_engine.errors.HmiError`, or None.

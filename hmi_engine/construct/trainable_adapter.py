@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, site_sizes
+from hmi_engine.knowledge.adapters import (
+    KINDS,
+    Adapter,
+    Block,
+    BottleneckBlock,
+    LoraBlock,
+    Site,
+    site_sizes,
+)
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
 
-__all__ = ["DEFAULT_SITES", "AppliedAdapter", "TrainableAdapter"]
+__all__ = ["AppliedAdapter", "TrainableAdapter"]
 
-DEFAULT_SITES: dict[str, tuple[Site, ...]] = {
-    "bottleneck": (Site.AFTER_FFN_NORMALIZED,),
-    "lora": (Site.QUERY, Site.VALUE),
-}
-"""Where blocks of a kind go by default: the place of Pfeiffer et al. 2020, the matrices of Hu et al. 2021."""
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "silu": functional.silu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-}
 _INITIAL_DEVIATION = 0.02
 
 
@@ -42,7 +37,7 @@ class _TrainableBottleneck(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = _ACTIVATIONS[self.activation](torch.addmm(self.down_bias, x, self.down))
+        inner = ACTIVATION_FUNCTIONS[self.activation](torch.addmm(self.down_bias, x, self.down))
         return torch.addmm(self.up_bias, inner, self.up)
 
     def to_block(self) -> BottleneckBlock:
@@ -92,13 +87,13 @@ class TrainableAdapter(nn.Module):
         activation: str = "gelu",
         lora_scale: float = 2.0,
     ) -> None:
-        """Makes blocks at each of ``layers`` and ``sites`` (default: :data:`DEFAULT_SITES`).
+        """Makes blocks at each of ``layers`` and ``sites`` (default: the kind's usual ones).
 
         Raises:
             InvalidAdapterError: kind, rank, layers or sites do not fit each other or ``general``.
         """
         super().__init__()
-        chosen = DEFAULT_SITES[kind] if sites is None else tuple(sites)
+        chosen = KINDS[kind].default_sites if sites is None else tuple(sites)
         self.places = tuple((layer, site) for layer in sorted(set(layers)) for site in chosen)
 
         def block(site: Site) -> nn.Module:
@@ -126,7 +121,7 @@ class TrainableAdapter(nn.Module):
 
     def to_adapter(self) -> Adapter:
         """A copy of the current parameters as an adapter to store and serve."""
-        blocks: dict[tuple[int, Site], BottleneckBlock | LoraBlock] = {}
+        blocks: dict[tuple[int, Site], Block] = {}
         for layer, site in self.places:
             block = self.blocks[_name(layer, site)]
             assert isinstance(block, _TrainableBottleneck | _TrainableLora)

@@ -23,6 +23,8 @@ from hmi_engine.models.linear import SharedLinear
 
 __all__ = ["DenseBatch", "TrainableLayers"]
 
+_LATE_SITES = (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED, Site.PARALLEL_FFN)
+
 
 @dataclass(frozen=True)
 class DenseBatch:
@@ -116,11 +118,12 @@ class _TrainableLayer:
     def has_frozen_start(self) -> bool:
         """Whether all blocks of this layer act in :meth:`finish`."""
         sites = [site for layer, site in self._adapter.places if layer == self._layer.index]
-        return all(site in (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED) for site in sites)
+        return all(site in _LATE_SITES for site in sites)
 
     def finish(self, attended: Tensor, output: Tensor) -> Tensor:
         """The layer's result from the two that :meth:`start` gives, [*, H]."""
         output = self._adapt("after_ffn", output, output)
+        output = self._adapt("parallel_ffn", output, attended)
         if self._adapter.is_used(self._layer.index, "after_ffn_normalized"):
             normalized = self._layer.ffn_norm(output + attended)
             output = self._adapt("after_ffn_normalized", output, normalized)

@@ -225,6 +225,11 @@ class TenantView(_View[TenantInfo]):
                     known.keep(info, row)
         return found
 
+    def existing_ids(self, ids: Iterable[int]) -> set[int]:
+        """Return those of ``ids`` that are in the store; who replaces a tenant has another id."""
+        statement = "SELECT id FROM tenants WHERE id IN (SELECT value FROM json_each(?))"
+        return {int(row["id"]) for row in self._database.query(statement, (json.dumps(list(ids)),))}
+
     def pinned(self) -> list[TenantInfo]:
         """Return the tenants that engines keep in memory, by name; found by an index of their own."""
         if self._database.stored_version < _FIRST_VERSION_WITH_PINS:

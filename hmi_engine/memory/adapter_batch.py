@@ -7,10 +7,11 @@ from itertools import accumulate, groupby
 
 import torch
 
-import hmi_kernels
-from hmi_engine.knowledge.adapters import LORA_SITES, Site
-from hmi_engine.memory.arena import SlotTables
+from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
+from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall
+from hmi_engine.knowledge.adapters import Site
 from hmi_engine.memory.residency import ResidentTenant
+from hmi_engine.memory.slot_tables import SlotTables
 
 __all__ = ["AdapterBatch"]
 
@@ -45,26 +46,18 @@ class AdapterBatch:
     def apply(
         self, layer: int, site: str, output: torch.Tensor, hidden_states: torch.Tensor, *, readout: bool
     ) -> None:
-        """Adds each token's adapter output to ``output``, in place; see ``AdapterApplication.apply``."""
+        """Changes each token's ``output`` as its adapter says; see ``AdapterApplication.apply``."""
         place = Site(site)
-        offsets, ranks, activations, scales = self._slots.at(layer, place)
-        segments = self._readout_offsets if readout else self._token_offsets
-        if place in LORA_SITES:
-            hmi_kernels.grouped_lora(
-                output, hidden_states, self._arena, segments, self._segment_slots, offsets, ranks, scales
-            )
-        else:
-            hmi_kernels.grouped_bottleneck(
+        KIND_OF_SITE[place].apply(
+            GroupedCall(
                 output,
                 hidden_states,
                 self._arena,
-                segments,
+                self._readout_offsets if readout else self._token_offsets,
                 self._segment_slots,
-                offsets,
-                ranks,
-                activations,
-                scales,
+                self._slots.at(layer, place),
             )
+        )
 
 
 def _offsets(counts: Sequence[int]) -> torch.Tensor:

@@ -84,7 +84,9 @@ class FrequencyPerByte(Generic[Key]):
 
     def evict(self) -> Key | None:
         """Takes the key of the least worth; None if none was offered."""
-        self._now += 1 / (_HALF_LIFE_TURNOVERS * max(1, len(self._heap)))
+        if not len(self._heap):
+            return None
+        self._now += 1 / (_HALF_LIFE_TURNOVERS * len(self._heap))
         return self._heap.pop()
 
     def forget(self, key: Key) -> None:
@@ -156,9 +158,11 @@ class DemandQueue(Generic[Key]):
         self._needed.remove(key)
         self._policy.withdraw(key)
 
-    def evict(self) -> Key | None:
-        """Takes a key that leaves; None if all are in use."""
-        key = self._policy.evict() if len(self._policy) else self._needed.pop()
+    def evict(self, *, spare_needed: bool = False) -> Key | None:
+        """Takes a key that leaves; None if all are in use, or with ``spare_needed`` in use or needed."""
+        key = self._policy.evict()
+        if key is None and not spare_needed:
+            key = self._needed.pop()
         if key is not None:
             self._offered.discard(key)
         return key

@@ -1,25 +1,44 @@
-"""Which tenants are in memory: loaded on demand, the recent kept, none evicted while in use."""
+"""Which tenants are in memory: loaded on demand, those worth most kept, none evicted while in use."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import functools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
-from hmi_engine.errors import HmiError, OverloadedError, StoreCorruptError
+from hmi_engine.errors import (
+    EngineClosedError,
+    HmiError,
+    OverloadedError,
+    StoreCorruptError,
+    UnknownTenantError,
+)
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
-from hmi_engine.knowledge.tenant_file import HeadLayout, TenantLayout, read_into, read_layout
-from hmi_engine.memory.arena import AdapterArena, SlotTables
+from hmi_engine.knowledge.tenant_file import HeadLayout, TenantLayout
+from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
+from hmi_engine.memory.host_tier import HostTier
+from hmi_engine.memory.placement import PlacedTenant, Placement
+from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
+from hmi_engine.memory.tenant_reader import (
+    Digest,
+    ParameterSource,
+    TenantReader,
+    WantedParameters,
+    digest_of,
+)
 
-__all__ = ["AdapterResidency", "ResidencyStatistics", "ResidentTenant"]
+__all__ = ["AdapterResidency", "BatchTickets", "ResidencyStatistics", "ResidentTenant"]
 
-_Digest = tuple[int, int, str]  # tenant id, generation, content digest: a name never identifies weights
+BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
+"""What one batch of a queue waits for, in the arena and in the tier before it."""
 
 
 @dataclass(frozen=True)
@@ -42,142 +61,352 @@ class ResidentTenant:
     parameters: torch.Tensor
     arena_offset: int
 
-    def head_weight(self) -> torch.Tensor:
-        """Weight [C, H] of the head."""
-        if self.head.weight_offset is None or self.head.hidden_size is None:
-            raise ValueError(f"a {self.head.kind} head has no weight")
-        size = len(self.head.labels) * self.head.hidden_size
-        weight = self.parameters[self.head.weight_offset : self.head.weight_offset + size]
-        return weight.view(-1, self.head.hidden_size)
-
-    def head_bias(self) -> torch.Tensor:
-        """Bias [C] of the head."""
-        if self.head.bias_offset is None:
-            raise ValueError(f"a {self.head.kind} head has no bias")
-        return self.parameters[self.head.bias_offset : self.head.bias_offset + len(self.head.labels)]
+    @functools.cached_property
+    def output_head(self) -> Head:
+        """The head, its tensors views of ``parameters``."""
+        return self.head.build(self.parameters)
 
 
-@dataclass
-class ResidencyStatistics:
-    """Counts since the engine started."""
-
-    hits: int = 0
-    loads: int = 0
-    evictions: int = 0
-    bytes_read: int = 0
-
-
-@dataclass
-class _Entry:
-    tenant: ResidentTenant
-    pins: int = field(default=0)
+class _NoRoomError(OverloadedError):
+    """There is memory enough for the tenant, but others that must stay have it."""
 
 
 class AdapterResidency:
-    """Tenants in one arena under a byte budget; the least recently used goes first."""
+    """Tenants in one arena under a byte budget, and those before it in host memory where the arena is not.
+
+    Thread-safe. The lock is held while files are read, not while a batch uses its tenants.
+    """
 
     def __init__(
-        self, layout: StoreLayout, catalog: Catalog, general: GeneralInfo, capacity_bytes: int
+        self,
+        layout: StoreLayout,
+        catalog: Catalog,
+        general: GeneralInfo,
+        arena_bytes: int,
+        *,
+        host_bytes: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self._layout = layout
+        """Loads nothing yet.
+
+        Args:
+            layout: the store's files.
+            catalog: tells which tenants were replaced or removed.
+            general: the base that tenants must fit.
+            arena_bytes: the arena's budget.
+            host_bytes: budget of a tier in host memory before the arena; None: files are read into the arena.
+            device: where the arena lies; one that is not the CPU needs ``host_bytes``.
+        """
         self._catalog = catalog
-        self._general = general
-        self.arena = AdapterArena(capacity_bytes)
-        self.slots = SlotTables(general.num_layers)
-        self.statistics = ResidencyStatistics()
-        self._entries: OrderedDict[_Digest, _Entry] = OrderedDict()
+        self._reader = TenantReader(layout, general)
+        self._host = None if host_bytes is None else HostTier(self._reader, host_bytes)
+        self._source: ParameterSource = self._host or self._reader
+        self._placement = Placement(arena_bytes, device)
+        self.arena = self._placement.arena
+        self.slots = self._placement.slots
+        self._residents: dict[Digest, ResidentTenant] = {}
+        self._pinned: dict[Digest, int] = {}  # their bytes
+        self._statistics = ResidencyStatistics()
+        self._queue = DemandQueue[Digest](FrequencyPerByte())
+        self._catalog_version = catalog.version
+        self._lock = threading.RLock()
+        self._closed = False
 
     @property
     def num_resident(self) -> int:
-        """Tenants in memory now."""
-        return len(self._entries)
+        """Tenants in the arena now."""
+        return len(self._placement)
+
+    @property
+    def statistics(self) -> ResidencyStatistics:
+        """Counts of the arena."""
+        with self._lock:
+            return replace(
+                self._statistics,
+                moves=self._placement.moves,
+                bytes_moved=self._placement.bytes_moved,
+                files_read=self._reader.files_read,
+                bytes_read=self._reader.bytes_read,
+            )
+
+    @property
+    def host_statistics(self) -> HostStatistics | None:
+        """Counts of the host tier, None where there is none."""
+        with self._lock:
+            return None if self._host is None else replace(self._host.statistics)
+
+    @property
+    def batch_bytes(self) -> int:
+        """What one batch's tenants should take together, so that another batch can be loaded meanwhile."""
+        with self._lock:
+            return min(self.arena.capacity_bytes // 2, self.arena.capacity_bytes - self._pinned_bytes())
 
     @contextmanager
-    def pinned(self, tenants: Sequence[TenantInfo]) -> Iterator[list[ResidentTenant | HmiError]]:
-        """Makes tenants resident and holds them until the block ends.
+    def holding(self, tenants: Sequence[TenantInfo]) -> Iterator[list[ResidentTenant | HmiError]]:
+        """Makes tenants resident and holds them until the block ends: none leaves, none moves.
 
-        Yields, in the order of ``tenants``, the resident tenant or the error that kept it from loading
-        (:class:`StoreCorruptError`; :class:`OverloadedError` if all of the arena is held by others), so that
-        one damaged file fails nobody else.
+        Yields, in the order of ``tenants``, the resident tenant or the error that kept it from loading, so
+        that one damaged file fails nobody else: :class:`StoreCorruptError`; :class:`OverloadedError` if it
+        does not fit beside the others; :class:`UnknownTenantError` if it was removed before it was loaded.
+        A tenant that was replaced before it was loaded is the new one.
+
+        Raises:
+            EngineClosedError: after :meth:`close`.
         """
-        held: list[_Entry] = []
-        results: list[ResidentTenant | HmiError] = []
+        with self._lock:
+            self._follow_catalog()
+            with self._acquiring() as held:
+                acquired = self._acquire(tenants, held)
+                outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
+            for placed in held:
+                placed.users += 1
         try:
-            for info in tenants:
-                try:
-                    entry = self._resident(info)
-                except HmiError as error:
-                    results.append(error)
-                    continue
-                entry.pins += 1
-                held.append(entry)
-                results.append(entry.tenant)
-            yield results
+            yield outcomes
         finally:
-            for entry in held:
-                entry.pins -= 1
+            with self._lock:
+                for placed in held:
+                    placed.users -= 1
+                    self._settle(placed)
 
-    def _resident(self, info: TenantInfo) -> _Entry:
-        digest = (info.id, info.generation, info.sha256)
-        entry = self._entries.get(digest)
-        if entry is not None:
-            self._entries.move_to_end(digest)
-            self.statistics.hits += 1
-            return entry
-        try:
-            tenant = self._load(info)
-        except StoreCorruptError:
-            # Replaced since its record was read: the old file is gone, the new one is what to serve.
-            current = self._catalog.tenants.get(info.name)
-            if current is None or current.generation == info.generation:
-                raise
-            return self._resident(current)
-        entry = self._entries[digest] = _Entry(tenant)
-        return entry
+    def prefetch(self, tenants: Sequence[TenantInfo]) -> int:
+        """Loads tenants ahead of their requests, as far as there is room beside what queued requests need.
 
-    def _load(self, info: TenantInfo) -> ResidentTenant:
-        path = self._layout.resolve(info.file)
-        layout = read_layout(path)
-        layout.check_fits(self._general, path)
-        offset = self._make_room(info, layout)
-        parameters = self.arena.memory[offset : offset + layout.num_elements]
-        try:
-            read_into(path, layout, parameters)
-            if not bool(torch.isfinite(parameters).all()):
-                raise StoreCorruptError(f"{path}: holds NaN or infinity; run `hmi verify`")
-            slot = self.slots.assign(layout.blocks, offset)
-        except BaseException:
-            self.arena.release(offset, layout.num_elements)
-            raise
-        self.statistics.loads += 1
-        self.statistics.bytes_read += layout.data_bytes
-        return ResidentTenant(
-            info=info,
-            slot=slot,
-            places=frozenset((block.layer, block.site.value) for block in layout.blocks),
-            head=layout.head,
-            parameters=parameters,
-            arena_offset=offset,
-        )
+        Returns:
+            How many of them are in memory now.
 
-    def _make_room(self, info: TenantInfo, layout: TenantLayout) -> int:
-        if self.arena.allocated_bytes(layout.num_elements) > self.arena.capacity_bytes:
-            raise OverloadedError(
-                f"tenant {info.name!r} needs {layout.data_bytes} bytes, more than all adapter memory, "
-                f"{self.arena.capacity_bytes} bytes; give the engine more host_memory"
-            )
-        while (offset := self.arena.allocate(layout.num_elements)) is None:
-            victim = next((digest for digest, entry in self._entries.items() if not entry.pins), None)
-            if victim is None:
+        Raises:
+            StoreCorruptError, UnknownTenantError: of the first that cannot be loaded; the others are.
+            OverloadedError: one is larger than the arena, or is pinned and finds no room.
+            EngineClosedError: after :meth:`close`.
+        """
+        with self._lock:
+            self._follow_catalog()
+            with self._acquiring() as held:
+                acquired = self._acquire(tenants, held, spare_needed=True)
+            for placed in held:
+                self._settle(placed)
+        for info in tenants:
+            result = acquired[digest_of(info)]
+            if isinstance(result, HmiError) and (info.pinned or not isinstance(result, _NoRoomError)):
+                raise result
+        return sum(isinstance(result, PlacedTenant) for result in acquired.values())
+
+    def load_pinned(self, tenants: Sequence[TenantInfo]) -> None:
+        """Loads pinned tenants, which then stay; damaged ones are left to the request that asks for them.
+
+        Raises:
+            OverloadedError: they take more than the arena.
+        """
+        with self._lock:
+            layouts = [each for each in self._reader.layouts(tenants) if not isinstance(each, HmiError)]
+            needed = sum(self.arena.allocated_bytes(layout.num_elements) for layout in layouts)
+            if needed > self.arena.capacity_bytes:
                 raise OverloadedError(
-                    f"no room for tenant {info.name!r}: this batch uses all {self.arena.capacity_bytes} "
-                    "bytes of adapter memory; give the engine more host_memory or a smaller max_batch_tokens"
+                    f"the {len(tenants)} pinned tenants need {needed} bytes, more than all adapter memory, "
+                    f"{self.arena.capacity_bytes} bytes; unpin some, or give the engine more "
+                    f"{self._budget_name}"
                 )
-            self._evict(victim)
-        return offset
+            with self._acquiring() as held:
+                self._acquire(tenants, held)
+            for placed in held:
+                self._settle(placed)
 
-    def _evict(self, digest: _Digest) -> None:
-        tenant = self._entries.pop(digest).tenant
-        self.slots.clear(tenant.slot)
-        self.arena.release(tenant.arena_offset, tenant.parameters.numel())
-        self.statistics.evictions += 1
+    def expect(self, batches: Sequence[Sequence[TenantInfo]]) -> list[BatchTickets]:
+        """Notes a queue of batches, in the order in which they will run; each is to be released once.
+
+        What a queued batch needs is evicted only when nothing else can go, the last needed first.
+        """
+        with self._lock:
+            queued = [[digest_of(info) for info in batch] for batch in batches]
+            queued = [list(dict.fromkeys(digests)) for digests in queued]
+            return [(self._queue.expect(digests), self._source.expect(digests)) for digests in queued]
+
+    def release(self, *batches: BatchTickets) -> None:
+        """Forgets batches of a queue that have run or will not."""
+        with self._lock:
+            for tickets, source_tickets in batches:
+                self._queue.release(tickets)
+                self._source.release(source_tickets)
+                for _, digest in tickets:
+                    placed = self._placement.get(digest)
+                    if placed is not None and placed.is_retired:
+                        self._settle(placed)
+
+    def close(self) -> None:
+        """Gives all memory back; tenants must not be in use."""
+        with self._lock:
+            self._closed = True
+            self._residents.clear()
+            self._placement.close()
+            self._source.close()
+
+    @property
+    def _budget_name(self) -> str:
+        return "host_memory" if self._host is None else "device_memory"
+
+    def _pinned_bytes(self) -> int:
+        return sum(self._pinned.values())
+
+    def _follow_catalog(self) -> None:
+        """Lets go of tenants that were replaced or removed, once nobody waits for them or uses them."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed; open another one on the store")
+        version = self._catalog.version
+        if version == self._catalog_version:
+            return
+        self._catalog_version = version
+        resident = self._placement.all()
+        existing = self._catalog.tenants.existing_ids(placed.info.id for placed in resident)
+        pinned = {info.id for info in self._catalog.tenants.pinned()}
+        for placed in resident:
+            placed.is_retired = placed.info.id not in existing
+            placed.is_pinned = placed.info.id in pinned
+            self._settle(placed)
+
+    @contextmanager
+    def _acquiring(self) -> Iterator[list[PlacedTenant]]:
+        """A list for tenants that may not be evicted now; after an error they may again."""
+        held: list[PlacedTenant] = []
+        try:
+            yield held
+        except BaseException:
+            for placed in held:
+                self._settle(placed)
+            raise
+
+    def _settle(self, placed: PlacedTenant) -> None:
+        """Decides what becomes of a tenant that this thread does not hold any more."""
+        if placed.users or placed.slot is None:
+            return
+        if placed.is_retired and not self._queue.is_needed(placed.digest):
+            self._drop(placed)
+            self._queue.forget(placed.digest)
+            self._source.forget(placed.digest)
+            self._statistics.retired += 1
+        elif placed.is_pinned:
+            self._pinned[placed.digest] = placed.size
+            self._queue.withdraw(placed.digest)
+        else:
+            self._pinned.pop(placed.digest, None)
+            self._queue.offer(placed.digest)
+
+    def _acquire(
+        self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
+    ) -> dict[Digest, PlacedTenant | HmiError]:
+        """Finds or loads tenants, and adds what is theirs to ``held``."""
+        wanted = {digest_of(info): info for info in tenants}
+        acquired: dict[Digest, PlacedTenant | HmiError] = {}
+        # First those that are here, so that none of them leaves for another of the batch.
+        for digest, info in wanted.items():
+            self._queue.used(digest, info.bytes)
+            placed = self._placement.get(digest)
+            if placed is not None:
+                placed.is_pinned = info.pinned
+                self._queue.withdraw(digest)
+                held.append(placed)
+                acquired[digest] = placed
+        missing = [info for digest, info in wanted.items() if digest not in acquired]
+        self._statistics.hits += len(acquired)
+        self._statistics.misses += len(missing)
+        acquired |= self._load(missing, held, spare_needed)
+        return acquired | self._acquire_successors(wanted, acquired, held, spare_needed)
+
+    def _acquire_successors(
+        self,
+        wanted: Mapping[Digest, TenantInfo],
+        acquired: Mapping[Digest, PlacedTenant | HmiError],
+        held: list[PlacedTenant],
+        spare_needed: bool,
+    ) -> dict[Digest, PlacedTenant | HmiError]:
+        """Where a file is gone because its tenant was replaced since its record was read: the new one."""
+        successors: dict[Digest, TenantInfo] = {}
+        results: dict[Digest, PlacedTenant | HmiError] = {}
+        for digest, result in acquired.items():
+            if not isinstance(result, StoreCorruptError):
+                continue
+            current = self._catalog.tenants.get(wanted[digest].name)
+            if current is None:
+                results[digest] = UnknownTenantError(
+                    f"tenant {wanted[digest].name!r} was removed while its request waited"
+                )
+            elif digest_of(current) != digest:
+                successors[digest] = current
+        if successors:
+            loaded = self._acquire(list(successors.values()), held, spare_needed=spare_needed)
+            results |= {digest: loaded[digest_of(info)] for digest, info in successors.items()}
+        return results
+
+    def _load(
+        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], spare_needed: bool
+    ) -> dict[Digest, PlacedTenant | HmiError]:
+        """Finds room for all, then brings all in at once."""
+        loaded: dict[Digest, PlacedTenant | HmiError] = {}
+        reserved: list[PlacedTenant] = []
+        try:
+            for info, layout in zip(infos, self._reader.layouts(infos), strict=True):
+                try:
+                    reserved.append(self._reserve(info, layout, spare_needed))
+                except HmiError as error:
+                    loaded[digest_of(info)] = error
+            wanted = [
+                WantedParameters(placed.info, placed.layout, self._placement.parameters(placed))
+                for placed in reserved
+            ]
+            for placed, problem in zip(reserved, self._source.load(wanted), strict=True):
+                loaded[placed.digest] = problem or placed
+                if problem is None:
+                    self._placement.publish(placed)
+                    held.append(placed)
+                    self._statistics.loads += 1
+                    self._statistics.bytes_copied += placed.layout.data_bytes if self._host else 0
+        finally:
+            for placed in reserved:
+                if placed.slot is None:
+                    self._placement.drop(placed)
+        return loaded
+
+    def _reserve(self, info: TenantInfo, layout: TenantLayout | HmiError, spare_needed: bool) -> PlacedTenant:
+        """Takes a range for a tenant; raises ``layout`` if it is an error, and OverloadedError."""
+        if isinstance(layout, HmiError):
+            raise layout
+        size = self.arena.allocated_bytes(layout.num_elements)
+        if size > self.arena.capacity_bytes:
+            raise OverloadedError(
+                f"tenant {info.name!r} needs {size} bytes, more than all adapter memory, "
+                f"{self.arena.capacity_bytes} bytes; give the engine more {self._budget_name}"
+            )
+        while (placed := self._placement.reserve(info, layout)) is None:
+            victim = self._queue.evict(spare_needed=spare_needed)
+            leaving = None if victim is None else self._placement.get(victim)
+            if leaving is None:
+                raise _NoRoomError(
+                    f"no room for tenant {info.name!r}, which needs {size} bytes: of "
+                    f"{self.arena.capacity_bytes} bytes of adapter memory pinned tenants take "
+                    f"{self._pinned_bytes()}, and requests that run or wait the rest; give the engine more "
+                    f"{self._budget_name}, or a smaller max_batch_tokens"
+                )
+            self._drop(leaving)
+            self._statistics.evictions += 1
+        return placed
+
+    def _drop(self, placed: PlacedTenant) -> None:
+        self._residents.pop(placed.digest, None)
+        self._pinned.pop(placed.digest, None)
+        self._placement.drop(placed)
+
+    def _outcome(self, result: PlacedTenant | HmiError) -> ResidentTenant | HmiError:
+        """The resident tenant, made once for each place that it has."""
+        if isinstance(result, HmiError):
+            return result
+        resident = self._residents.get(result.digest)
+        if resident is None or (resident.slot, resident.arena_offset) != (result.slot, result.offset):
+            assert result.slot is not None  # what was acquired has been published
+            resident = self._residents[result.digest] = ResidentTenant(
+                info=result.info,
+                slot=result.slot,
+                places=frozenset((block.layer, block.site.value) for block in result.layout.blocks),
+                head=result.layout.head,
+                parameters=self._placement.parameters(result),
+                arena_offset=result.offset,
+            )
+        return resident

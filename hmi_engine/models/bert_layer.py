@@ -24,7 +24,7 @@ class AdapterApplication(Protocol):
     def apply(
         self, layer: int, site: str, output: torch.Tensor, hidden_states: torch.Tensor, *, readout: bool
     ) -> None:
-        """Adds each token's adapter output to ``output`` [*, out], in place.
+        """Changes ``output`` [*, out] in place as each token's adapter says; may read ``hidden_states``.
 
         ``readout`` tells that the rows are those of the batch's :class:`Readout`, not all its tokens.
         """
@@ -112,12 +112,14 @@ class BertLayer:
             sequences.offsets,
             num_heads=self.num_heads,
         )
-        at_readout = readout is not None
+        at = _Places(self.index, adapters, at_readout=readout is not None)
+        at.change("attention_output.input_scale", context)
         attended = self.attention_output(context)
-        self._adapt(adapters, "attention_output", attended, context, at_readout)
-        self._adapt(adapters, "after_attention", attended, attended, at_readout)
+        at.after_linear("attention_output", attended, context)
+        at.add("after_attention", attended, attended)
         attended = self.attention_norm(attended.add_(residual))
-        return self._feed_forward(attended, adapters, at_readout)
+        at.change("attention_norm.bias", attended)
+        return self._feed_forward(attended, at)
 
     def _project(
         self, hidden_states: torch.Tensor, adapters: AdapterApplication | None, readout: Readout | None
@@ -131,37 +133,75 @@ class BertLayer:
             residual = hidden_states[readout.rows]
             query = self.query(residual)
             key, value = self.key_value(hidden_states).split(size, dim=-1)
-        self._adapt(adapters, "query", query, residual, readout is not None)
-        self._adapt(adapters, "key", key, hidden_states, False)
-        self._adapt(adapters, "value", value, hidden_states, False)
+        _Places(self.index, adapters, readout is not None).after_linear("query", query, residual)
+        every_token = _Places(self.index, adapters, at_readout=False)
+        every_token.after_linear("key", key, hidden_states)
+        every_token.after_linear("value", value, hidden_states)
         return query, key, value, residual
 
-    def _feed_forward(
-        self, attended: torch.Tensor, adapters: AdapterApplication | None, at_readout: bool
-    ) -> torch.Tensor:
-        if adapters is not None and adapters.is_used(self.index, "ffn_up"):
-            inner = self.ffn_up(attended)
-            self._adapt(adapters, "ffn_up", inner, attended, at_readout)
-            inner = functional.gelu(inner)
-        else:
-            inner = self.ffn_up(attended, gelu=True)
+    def _feed_forward(self, attended: torch.Tensor, at: _Places) -> torch.Tensor:
+        inner = self._feed_forward_inner(attended, at)
+        at.change("ffn_down.input_scale", inner)
         output = self.ffn_down(inner)
-        self._adapt(adapters, "ffn_down", output, inner, at_readout)
-        self._adapt(adapters, "after_ffn", output, output, at_readout)
-        if adapters is not None and adapters.is_used(self.index, "after_ffn_normalized"):
-            normalized = self.ffn_norm(output + attended)
-            self._adapt(adapters, "after_ffn_normalized", output, normalized, at_readout)
-        return self.ffn_norm(output.add_(attended))
+        at.after_linear("ffn_down", output, inner)
+        at.add("after_ffn", output, output)
+        at.add("parallel_ffn", output, attended)
+        if at.is_used("after_ffn_normalized"):
+            at.add("after_ffn_normalized", output, self._normalize(output + attended, at))
+        return self._normalize(output.add_(attended), at)
 
-    def _adapt(
-        self,
-        adapters: AdapterApplication | None,
-        site: str,
-        output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        at_readout: bool,
-    ) -> None:
-        if adapters is not None and adapters.is_used(self.index, site):
+    def _feed_forward_inner(self, attended: torch.Tensor, at: _Places) -> torch.Tensor:
+        """The feed-forward network's inner state [*, 4H], after the activation."""
+        if at.is_used("ffn_up.input_scale"):
+            attended = attended.clone()  # the residual connection carries it unscaled
+            at.change("ffn_up.input_scale", attended)
+        if not at.is_used_after_linear("ffn_up"):
+            return self.ffn_up(attended, gelu=True)
+        inner = self.ffn_up(attended)
+        at.after_linear("ffn_up", inner, attended)
+        return functional.gelu(inner)
+
+    def _normalize(self, output: torch.Tensor, at: _Places) -> torch.Tensor:
+        """The last LayerNorm, whose bias may be a tenant's own."""
+        normalized = self.ffn_norm(output)
+        at.change("ffn_norm.bias", normalized)
+        return normalized
+
+
+_AFTER_LINEAR = {
+    linear: (linear, f"{linear}.bias", f"{linear}.scale")
+    for linear in ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
+}
+"""What acts on a linear layer's output, in this order: LoRA, bias, scale."""
+
+
+class _Places:
+    """The places of one layer where a batch's adapters act."""
+
+    def __init__(self, layer: int, adapters: AdapterApplication | None, at_readout: bool) -> None:
+        self._layer, self._adapters, self._at_readout = layer, adapters, at_readout
+
+    def is_used(self, site: str) -> bool:
+        return self._adapters is not None and self._adapters.is_used(self._layer, site)
+
+    def is_used_after_linear(self, linear: str) -> bool:
+        return any(self.is_used(site) for site in _AFTER_LINEAR[linear])
+
+    def add(self, site: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Adds to ``output`` what blocks with matrices make of ``hidden_states``."""
+        if self._adapters is not None and self._adapters.is_used(self._layer, site):
             if hidden_states is output:
-                hidden_states = output.clone()
-            adapters.apply(self.index, site, output, hidden_states, readout=at_readout)
+                hidden_states = output.clone()  # kernels read rows that others write
+            self._adapters.apply(self._layer, site, output, hidden_states, readout=self._at_readout)
+
+    def change(self, site: str, rows: torch.Tensor) -> None:
+        """Scales ``rows`` or adds a bias to them; needs nothing else."""
+        if self._adapters is not None and self._adapters.is_used(self._layer, site):
+            self._adapters.apply(self._layer, site, rows, rows, readout=self._at_readout)
+
+    def after_linear(self, linear: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """All that acts on a linear layer's output."""
+        lora, bias, scale = _AFTER_LINEAR[linear]
+        self.add(lora, output, hidden_states)
+        self.change(bias, output)
+        self.change(scale, output)

@@ -9,12 +9,20 @@ import torch
 from torch.nn import functional
 
 from hmi_engine.errors import HmiError
-from hmi_engine.knowledge.heads import HeadKind
+from hmi_engine.knowledge.heads import (
+    ClassificationHead,
+    DenseLayer,
+    EmbeddingHead,
+    HeadKind,
+    RegressionHead,
+    TokenClassificationHead,
+)
 from hmi_engine.memory.residency import ResidentTenant
+from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.heads import pool
 
-__all__ = ["HeadOutput", "read_out"]
+__all__ = ["HeadOutput", "apply_dense", "read_out"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class HeadOutput:
     Attributes:
         kind: the head's kind.
         labels: the head's labels.
-        values: classification: probabilities [C]; token classification: probabilities [n, C]; embedding [H].
+        values: classification: probabilities [C]; token classification: probabilities [n, C]; regression:
+            numbers [C]; embedding [H], or [D] with a projection.
         multi_label: whether each label has a probability of its own.
     """
 
@@ -47,11 +56,22 @@ def read_out(
 
 
 def _output(tenant: ResidentTenant, hidden_states: torch.Tensor, pooled: torch.Tensor) -> HeadOutput:
-    head = tenant.head
-    if head.kind == "embedding":
-        values = functional.normalize(pooled, dim=0) if head.normalize else pooled.clone()
+    head = tenant.output_head
+    multi_label = isinstance(head, ClassificationHead) and head.multi_label
+    if isinstance(head, EmbeddingHead):
+        values = pooled if head.projection is None else apply_dense(head.projection, pooled)
+        values = functional.normalize(values, dim=0) if head.normalize else values.clone()
     else:
-        read = hidden_states if head.kind == "token_classification" else pooled
-        logits = functional.linear(read, tenant.head_weight(), tenant.head_bias())
-        values = logits.sigmoid() if head.multi_label else logits.softmax(dim=-1)
-    return HeadOutput(head.kind, head.labels, values, head.multi_label)
+        read = hidden_states if isinstance(head, TokenClassificationHead) else pooled
+        for layer in head.hidden:
+            read = apply_dense(layer, read)
+        values = functional.linear(read, head.weight, head.bias)
+        if not isinstance(head, RegressionHead):
+            values = values.sigmoid() if multi_label else values.softmax(dim=-1)
+    return HeadOutput(head.kind, head.labels, values, multi_label)
+
+
+def apply_dense(layer: DenseLayer, rows: torch.Tensor) -> torch.Tensor:
+    """A head's inner layer: rows [*, in] -> [*, out]."""
+    result = functional.linear(rows, layer.weight, layer.bias)
+    return result if layer.activation is None else ACTIVATION_FUNCTIONS[layer.activation](result)

@@ -115,12 +115,16 @@ class BatchRunner:
         """
         started = prepared = time.perf_counter()
         with (
-            self._residency.pinned([item.tenant for item in items]) as tenants,
-            self._reading([item.tenant.domain for item in items]) as (view, failed),
+            self._residency.holding([item.tenant for item in items]) as tenants,
+            # A tenant that was replaced since its request was admitted may have another domain.
+            self._reading([each.info.domain for each in tenants if not isinstance(each, HmiError)]) as (
+                view,
+                failed,
+            ),
         ):
             outputs: list[HeadOutput | HmiError | None] = [
-                tenant if isinstance(tenant, HmiError) else failed.get(item.tenant.domain)
-                for tenant, item in zip(tenants, items, strict=True)
+                tenant if isinstance(tenant, HmiError) else failed.get(tenant.info.domain)
+                for tenant in tenants
             ]
             served = [(index, tenant) for index, tenant in enumerate(tenants) if outputs[index] is None]
             if served:
@@ -173,7 +177,7 @@ class BatchRunner:
             sequences.lengths,
             counts,
         )
-        hidden_states = self._enter(sequences, [item.tenant.domain for item in items], view)
+        hidden_states = self._enter(sequences, [tenant.info.domain for tenant in tenants], view)
         prepared = time.perf_counter()
         hidden_states = self._model.run_layers(
             hidden_states, sequences, first=self._general.plot_layers, adapters=adapters, readout=readout

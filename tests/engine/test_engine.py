@@ -168,7 +168,7 @@ def test_nan_in_one_slot_changes_no_other_response_by_a_bit(store, make_head, he
     requests = [hmi.Request(f"t{i % 6}", text=text) for i, text in enumerate(held_out)]
     engine = hmi.Engine(store)
     before = engine.run(requests)
-    with engine._residency.pinned([store.tenants["t1"]]) as (tenant,):
+    with engine._residency.holding([store.tenants["t1"]]) as (tenant,):
         tenant.parameters.fill_(float("nan"))
     for request, first, second in zip(requests, before, engine.run(requests), strict=True):
         if request.tenant == "t1":
@@ -327,7 +327,7 @@ def test_tenant_replaced_between_admission_and_loading(store, make_head):
     stale = store.tenants["t0"]
     head = make_head(store.general, labels=("a", "b"))
     store.add_tenant("t0", domain="words", adapter=hmi.Adapter({}), head=head, replace=True)
-    with engine._residency.pinned([stale]) as (tenant,):
+    with engine._residency.holding([stale]) as (tenant,):
         assert tenant.info.generation == store.tenants["t0"].generation
         assert tenant.head.labels == ("a", "b")
 

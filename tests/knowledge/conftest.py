@@ -8,11 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmi_engine.knowledge.adapters import Adapter, BottleneckBlock, LoraBlock, Site, random_adapter
+from hmi_engine.knowledge.adapters import (
+    Adapter,
+    BiasBlock,
+    BottleneckBlock,
+    LoraBlock,
+    ScaleBlock,
+    Site,
+    random_adapter,
+)
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
+from hmi_engine.knowledge.heads import (
+    ClassificationHead,
+    DenseLayer,
+    EmbeddingHead,
+    RegressionHead,
+    TokenClassificationHead,
+)
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.plot_table import PlotMetadata, PlotTable, text_digest
 from hmi_kernels import plot_index_build
@@ -56,7 +70,7 @@ def catalog(layout: StoreLayout, general: GeneralInfo) -> Iterator[Catalog]:
 
 @pytest.fixture(scope="session")
 def mixed_adapter(general: GeneralInfo) -> Adapter:
-    """LoRA and bottleneck blocks of several ranks, in an order that is not that of the file."""
+    """Blocks of all kinds, of several ranks, in an order that is not that of the file."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -73,6 +87,8 @@ def mixed_adapter(general: GeneralInfo) -> Adapter:
             (2, Site.AFTER_FFN_NORMALIZED): BottleneckBlock(
                 normal(8, 5), normal(5), normal(5, 8), normal(8), "relu"
             ),
+            (2, Site.FFN_DOWN_INPUT_SCALE): ScaleBlock(normal(12)),
+            (3, Site.QUERY_BIAS): BiasBlock(normal(8)),
         }
     )
 
@@ -84,12 +100,22 @@ def classification_head() -> ClassificationHead:
     )
 
 
+def dense(activation: str | None) -> DenseLayer:
+    return DenseLayer(torch.randn(8, 8), torch.randn(8), activation)
+
+
 @pytest.fixture(scope="session")
 def heads(classification_head: ClassificationHead) -> list[object]:
     return [
         classification_head,
         TokenClassificationHead(("O", "B"), torch.randn(2, 8), torch.randn(2)),
         EmbeddingHead("cls", normalize=False),
+        EmbeddingHead("mean", True, DenseLayer(torch.randn(5, 8), torch.randn(5), None)),
+        RegressionHead(("x",), torch.randn(1, 8), torch.randn(1), "pooler"),
+        ClassificationHead(("a", "b"), torch.randn(2, 8), torch.randn(2), "cls", hidden=(dense("tanh"),)),
+        TokenClassificationHead(
+            ("O", "B"), torch.randn(2, 8), torch.randn(2), (dense("relu"), dense(None), dense("gelu"))
+        ),
     ]
 
 

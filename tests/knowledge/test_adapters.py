@@ -7,12 +7,15 @@ import torch
 from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.knowledge.adapters import (
     BOTTLENECK_SITES,
+    KINDS,
     LORA_SITES,
     MAX_RANK,
     Adapter,
+    BiasBlock,
     Block,
     BottleneckBlock,
     LoraBlock,
+    ScaleBlock,
     Site,
     random_adapter,
 )
@@ -32,21 +35,27 @@ def test_every_site_takes_the_shapes_of_the_base(general: GeneralInfo) -> None:
     Adapter({(2, site): lora(*sizes.get(site, (8, 8))) for site in LORA_SITES}).validate(general)
     Adapter({(3, site): bottleneck() for site in BOTTLENECK_SITES}).validate(general)
     Adapter({}).validate(general)
-    assert {*LORA_SITES, *BOTTLENECK_SITES} == {*Site}
+    wide = {Site.FFN_UP_SCALE, Site.FFN_UP_BIAS, Site.FFN_DOWN_INPUT_SCALE}
+    for make_block, kind in ((ScaleBlock, KINDS["ia3"]), (BiasBlock, KINDS["bitfit"])):
+        blocks = {(2, site): make_block(torch.ones(12 if site in wide else 8)) for site in kind.sites}
+        Adapter(blocks).validate(general)
 
 
 def test_properties(mixed_adapter: Adapter) -> None:
     assert mixed_adapter.kind == "mixed"
     assert mixed_adapter.rank == 5
     assert mixed_adapter.layers == (2, 3)
-    assert mixed_adapter.num_parameters == (24 + 24) + (12 + 8) + (16 + 24) + (32 + 4 + 32 + 8) + (
-        40 + 5 + 40 + 8
+    assert (
+        mixed_adapter.num_parameters
+        == (24 + 24) + (12 + 8) + (16 + 24) + (32 + 4 + 32 + 8) + (40 + 5 + 40 + 8) + 12 + 8
     )
     assert [key for key, _ in mixed_adapter.ordered_blocks()] == [
         (2, Site.AFTER_FFN),
         (2, Site.AFTER_FFN_NORMALIZED),
+        (2, Site.FFN_DOWN_INPUT_SCALE),
         (2, Site.FFN_UP),
         (3, Site.FFN_DOWN),
+        (3, Site.QUERY_BIAS),
         (3, Site.VALUE),
     ]
     assert (Adapter({}).kind, Adapter({}).rank, Adapter({}).layers) == ("none", 0, ())
@@ -101,6 +110,12 @@ WITH_INFINITY = torch.ones(2, 8).index_fill(1, torch.tensor([0]), float("inf"))
             r"activation 'mish' is unknown",
         ),
         (2, Site.AFTER_FFN, lambda: replace(bottleneck(), up_bias=torch.ones(2)), r"up_bias: shape is \[2\]"),
+        (2, Site.KEY_SCALE, lora, r"key.scale: expected a ScaleBlock, found a LoraBlock"),
+        (2, Site.KEY_BIAS, lambda: ScaleBlock(torch.ones(8)), r"expected a BiasBlock, found a ScaleBlock"),
+        (2, Site.FFN_UP_SCALE, lambda: ScaleBlock(torch.ones(8)), r"vector: shape is \[8\], expected \[12\]"),
+        (2, Site.FFN_UP_INPUT_SCALE, lambda: ScaleBlock(torch.ones(12)), r"shape is \[12\], expected \[8\]"),
+        (2, Site.FFN_NORM_BIAS, lambda: BiasBlock(torch.ones(1, 8)), r"shape is \[1, 8\], expected \[8\]"),
+        (2, Site.KEY_BIAS, lambda: BiasBlock(torch.ones(8) / 0), r"vector: holds NaN or infinity"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_named(
@@ -132,3 +147,11 @@ def test_random_adapters_go_where_they_are_told(general: GeneralInfo) -> None:
     assert (adapter.kind, adapter.rank) == ("lora", 3)
     with pytest.raises(InvalidAdapterError, match="below plot_layers"):
         random_adapter(general, "lora", 3, 0, layers=[0])
+    with pytest.raises(InvalidAdapterError, match="'prefix' is unknown; known are bottleneck, lora"):
+        random_adapter(general, "prefix", 3, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_says_its_name_and_rank(general: GeneralInfo, kind: str) -> None:
+    adapter = random_adapter(general, kind, 3, 0, sites=KINDS[kind].sites)
+    assert (adapter.kind, adapter.rank) == (kind, 3 if KINDS[kind].has_rank else 0)

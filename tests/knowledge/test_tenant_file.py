@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hmi_engine.errors import StoreCorruptError, StoreError, StoreVersionError
 from hmi_engine.knowledge.adapters import Adapter, LoraBlock, Site
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, Head
+from hmi_engine.knowledge.heads import ClassificationHead, DenseLayer, EmbeddingHead, Head
 from hmi_engine.knowledge.tenant_file import load_tenant, read_into, read_layout, write_tenant
 
 
@@ -34,17 +34,26 @@ def test_adapter_and_heads_come_back(
         for key, block in mixed_adapter.blocks.items():
             found = adapter.blocks[key]
             assert type(found) is type(block)
-            assert (found.scale, getattr(found, "activation", None)) == (
-                block.scale,
-                getattr(block, "activation", None),
-            )
+            assert found.settings() == block.settings()
             assert all(torch.equal(found.tensors()[name], tensor) for name, tensor in block.tensors().items())
         assert type(loaded) is type(head)
-        for name, value in vars(head).items():
-            found_value = getattr(loaded, name)
-            assert (
-                torch.equal(found_value, value) if isinstance(value, torch.Tensor) else found_value == value
-            )
+        assert_same_head(loaded, head)
+
+
+def assert_same_head(found: object, expected: object) -> None:
+    """Fields alike, tensors equal, and so the layers inside."""
+    for name, value in vars(expected).items():
+        other = getattr(found, name)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(other, value), name
+        elif isinstance(value, DenseLayer):
+            assert_same_head(other, value)
+        elif name == "hidden":
+            assert len(other) == len(value)
+            for one, two in zip(other, value, strict=True):
+                assert_same_head(one, two)
+        else:
+            assert other == value, name
 
 
 def test_the_layout_describes_the_data_that_safetensors_sees(tenant_file: Path) -> None:
@@ -53,19 +62,25 @@ def test_the_layout_describes_the_data_that_safetensors_sees(tenant_file: Path) 
     tensors = load_file(tenant_file)
     data = torch.empty(layout.num_elements)
     read_into(tenant_file, layout, data)
-    kernel_order = {"lora": ("a", "b"), "bottleneck": ("down", "down_bias", "up", "up_bias")}
+    kernel_order = {
+        "lora": ("a", "b"),
+        "bottleneck": ("down", "down_bias", "up", "up_bias"),
+        "ia3": ("vector",),
+        "bitfit": ("vector",),
+    }
     for block in layout.blocks:
         parts = [tensors[f"layer.{block.layer:03d}.{block.site}.{name}"] for name in kernel_order[block.kind]]
         expected = torch.cat([part.flatten() for part in parts])
         end = block.offset_elements + block.num_elements
         assert torch.equal(data[block.offset_elements : end], expected)
+        if block.kind in ("ia3", "bitfit"):
+            assert (block.inputs, block.rank, block.outputs) == (len(parts[0]), 0, len(parts[0]))
+            continue
         assert (block.inputs, block.rank) == tuple(parts[0].shape)
         assert block.outputs == parts[1 if block.kind == "lora" else 2].shape[1]
-    assert layout.head.weight_offset is not None
-    assert layout.head.bias_offset is not None
-    weight = tensors["output_head.weight"]
-    assert torch.equal(data[layout.head.weight_offset :][: weight.numel()].view_as(weight), weight)
-    assert torch.equal(data[layout.head.bias_offset :][:3], tensors["output_head.bias"])
+    assert layout.head.tensors.keys() == {"weight", "bias"}
+    for name, place in layout.head.tensors.items():
+        assert torch.equal(place.view(data), tensors[f"output_head.{name}"])
 
 
 def test_all_of_a_layer_is_one_span(tenant_file: Path, mixed_adapter: Adapter) -> None:
@@ -168,15 +183,18 @@ Edit = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
         ),
         (lambda tensors, _: tensors.update({"zzz": torch.ones(1)}), "'zzz' is not described"),
         (lambda tensors, _: tensors.update({"output_head.bias": torch.ones(3).half()}), "all F32"),
-        (lambda tensors, _: tensors.update({"layer.003.value.a": torch.ones(3)}), "no matrices"),
-        (lambda tensors, _: tensors.update({"layer.003.value.b": torch.ones(4, 8)}), "value.b has shape"),
+        (lambda tensors, _: tensors.update({"layer.003.value.a": torch.ones(3)}), "do not fit each other"),
+        (lambda tensors, _: tensors.update({"layer.003.value.b": torch.ones(4, 8)}), "do not fit each other"),
         (lambda _, metadata: metadata.pop("format"), "no tenant file"),
         (lambda _, metadata: metadata.update(format_version="x"), "no tenant file"),
         (lambda _, metadata: metadata.pop("hmi"), "metadata"),
         (lambda _, metadata: replace_in(metadata, '"value"', '"nowhere"'), "unknown site"),
-        (lambda _, metadata: replace_in(metadata, '"relu"', "null"), "activation is None"),
+        (lambda _, metadata: replace_in(metadata, '"relu"', '"mish"'), "activation 'mish' is unknown"),
+        (lambda _, metadata: replace_in(metadata, '"relu"', "1"), "activation 1"),
+        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scales":0.5'), "settings are scales"),
+        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":1e999'), "metadata"),
         (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":NaN'), "metadata"),
-        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":"0.5"'), "metadata"),
+        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":"0.5"'), "must be a finite number"),
         (lambda _, metadata: replace_in(metadata, '"mean"', '"max"'), "pooling"),
         (lambda _, metadata: replace_in(metadata, '"mean"', "null"), "pooling"),
         (lambda _, metadata: replace_in(metadata, '"kind":"classification"', '"kind":"lm"'), "head.kind"),
@@ -199,7 +217,13 @@ def replace_in(metadata: dict[str, str], old: str, new: str) -> None:
 
 def test_a_newer_format_says_so(tenant_file: Path) -> None:
     save_file({}, tenant_file, {"format": "hmi-tenant", "format_version": "99"})
-    with pytest.raises(StoreVersionError, match="format version 99, this HMI reads up to 1"):
+    with pytest.raises(StoreVersionError, match="format version 99, this HMI reads up to 2"):
+        read_layout(tenant_file)
+
+
+def test_the_format_before_says_what_to_do(tenant_file: Path) -> None:
+    save_file({}, tenant_file, {"format": "hmi-tenant", "format_version": "1"})
+    with pytest.raises(StoreVersionError, match=r"format version 1 .*add the tenant again"):
         read_layout(tenant_file)
 
 

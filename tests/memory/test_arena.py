@@ -1,66 +1,120 @@
-"""The arena never hands out memory twice, and grows together again."""
+"""The arena never hands out memory twice, keeps what lies in it, and grows together again."""
 
 import itertools
 
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hmi_engine.knowledge.adapters import Site
-from hmi_engine.knowledge.tenant_file import BlockLayout
-from hmi_engine.memory.arena import AdapterArena, SlotTables
+from hmi_engine.memory.arena import AdapterArena
+
+GRANULES = 64
 
 
 class ArenaMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.arena = AdapterArena(64 * 4096)
+        self.arena = AdapterArena(GRANULES * 4096)
         self.held = {}
+        self.values = itertools.count(1.0)
 
-    @rule(size=st.integers(1, 20_000))
+    @rule(size=st.integers(0, 20_000))
     def allocate(self, size):
         offset = self.arena.allocate(size)
         if offset is None:
-            assert size > 1024 or self.arena.used_bytes == self.arena.capacity_bytes
+            assert size > 1024 or self.arena.free_bytes == 0
         else:
-            assert offset + size <= self.arena.memory.numel()
-            self.held[offset] = size
+            assert offset + size <= self.arena.memory.numel() and offset not in self.held
+            self.held[offset] = (size, next(self.values))
+            self.arena.memory[offset : offset + size] = self.held[offset][1]
+            self.arena.clear_tail(offset, size)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data):
         offset = data.draw(st.sampled_from(sorted(self.held)))
-        self.arena.release(offset, self.held.pop(offset))
+        del self.held[offset]
+        self.arena.release(offset)
+
+    @rule(size=st.integers(1, 40_000), data=st.data())
+    def slide(self, size, data):
+        before = {value: offset for offset, (_, value) in self.held.items()}
+        fixed = data.draw(
+            st.sets(st.sampled_from(sorted(self.held)), max_size=3) if self.held else st.just(set())
+        )
+        moved = self.arena.slide(size, fixed)
+        if moved is None:
+            # With nothing in the way whatever is free can be brought together.
+            assert fixed or self.arena.free_bytes < self.arena.allocated_bytes(size)
+            return
+        assert not fixed & moved.keys()
+        self.held = {moved.get(offset, offset): held for offset, held in self.held.items()}
+        assert {value for _, value in self.held.values()} == before.keys()
+        offset = self.arena.allocate(size)
+        assert offset is not None, "there is a free range as long as was asked for"
+        self.arena.release(offset)
 
     @invariant()
-    def ranges_are_disjoint_and_counted(self):
-        ranges = sorted((offset, offset + size) for offset, size in self.held.items())
-        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
-        assert self.arena.used_bytes == sum(map(AdapterArena.allocated_bytes, self.held.values()))
+    def ranges_are_disjoint_counted_and_keep_their_contents(self):
+        ends = sorted((offset, offset + max(1024, size)) for offset, (size, _) in self.held.items())
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+        sizes = [AdapterArena.allocated_bytes(size) for size, _ in self.held.values()]
+        assert self.arena.used_bytes == sum(sizes)
+        assert self.arena.used_bytes + self.arena.free_bytes == self.arena.capacity_bytes
+        for (offset, (size, value)), taken in zip(self.held.items(), sizes, strict=True):
+            lies = self.arena.memory[offset : offset + taken // 4]
+            assert (lies[:size] == value).all() and not lies[size:].any()
 
     def teardown(self):
-        for offset, size in self.held.items():
-            self.arena.release(offset, size)
-        assert self.arena.allocate(self.arena.memory.numel()) == 0, "free neighbours grow together"
+        for offset in self.held:
+            self.arena.release(offset)
+        assert self.arena.allocate(GRANULES * 1024) == 0, "free neighbours grow together"
 
 
-ArenaMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestArena = ArenaMachine.TestCase
 
 
-def block(layer, site, rank, offset, activation=None):
-    return BlockLayout(layer, site, rank, activation, 0.5, 8, 8, offset, 16 * rank)
+def filled(lengths, free):
+    """An arena of ranges of so many granules, those numbered in ``free`` given back; the others' offsets."""
+    arena = AdapterArena(sum(lengths) * 4096)
+    offsets = [arena.allocate(length * 1024) for length in lengths]
+    for number in free:
+        arena.release(offsets[number])
+    return arena, offsets
 
 
-def test_slot_tables_forget_everything_at_clear():
-    tables = SlotTables(num_layers=3, num_slots=1)
-    slot = tables.assign((block(1, Site.QUERY, 4, 10), block(2, Site.AFTER_FFN, 2, 99, "relu")), 1000)
-    assert [table[slot].item() for table in tables.at(1, Site.QUERY)] == [1010, 4, 0, 0.5]
-    assert [table[slot].item() for table in tables.at(2, Site.AFTER_FFN)] == [1099, 2, 0, 0.5]
-    assert tables.at(0, Site.QUERY)[1][slot] == 0
-    second = tables.assign((block(0, Site.KEY, 3, 0),), 0)  # grows
-    assert second != slot and tables.num_slots == 2
-    assert tables.at(1, Site.QUERY)[1].tolist() == [4, 0]
-    tables.clear(slot)
-    assert not tables.ranks[:, :, slot].any() and not tables.offsets[:, :, slot].any()
-    assert tables.assign((), 0) == slot, "a cleared slot is used again"
+def test_a_slide_moves_the_least():
+    # Holes of 2: over 9 and over 3 granules there are 4 together.
+    arena, offsets = filled([2, 9, 2, 3, 2, 8], free=[0, 2, 4])
+    assert arena.slide(4 * 1024) == {offsets[3]: offsets[2]}
+    assert arena.allocate(4 * 1024) == offsets[2] + 3 * 1024
+    # And where the short one may not move, the long one does.
+    arena, offsets = filled([2, 9, 2, 3, 2, 8], free=[0, 2, 4])
+    assert arena.slide(4 * 1024, fixed=[offsets[3]]) == {offsets[1]: 0}
+    assert arena.slide(6 * 1024, fixed=[offsets[3]]) is None
+    assert arena.slide(7 * 1024) is None, "there is not so much"
+
+
+def test_an_arena_takes_no_more_than_its_budget():
+    for budget, size in ((0, 0), (4095, 0), (4096, 4096), (10_000, 8192)):
+        arena = AdapterArena(budget)
+        assert arena.capacity_bytes == arena.memory.nbytes == size
+    assert AdapterArena(4095).allocate(1) is None
+    assert AdapterArena(4096).slide(2000) is None
+
+
+def test_the_best_fit_is_taken():
+    arena, offsets = filled([5, 1, 3, 1, 4, 1], free=[0, 2, 4])
+    assert arena.allocate(3 * 1024) == offsets[2]
+    assert arena.allocate(4 * 1024) == offsets[4]
+    assert arena.allocate(1) == offsets[0]
+
+
+def test_closed():
+    arena = AdapterArena(8192)
+    arena.allocate(1)
+    arena.close()
+    assert arena.capacity_bytes == arena.used_bytes == 0 and arena.allocate(1) is None
+    assert isinstance(arena.memory, torch.Tensor)

@@ -1,0 +1,122 @@
+"""The tier between files and a device's arena: tenants' parameters in host memory, page-locked for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import hmi_kernels
+from hmi_engine.errors import HmiError, OverloadedError
+from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
+from hmi_engine.memory.residency_statistics import HostStatistics
+from hmi_engine.memory.tenant_reader import Digest, TenantReader, WantedParameters, digest_of
+
+__all__ = ["HostTier"]
+
+
+class HostTier:
+    """Keeps parameters that files gave, under a byte budget; a :class:`ParameterSource` for an arena.
+
+    It is asked for what the arena lacks, so its frequencies are those of the arena's misses: what the arena
+    holds all the time is not wanted here, and leaves first. Not thread-safe.
+    """
+
+    def __init__(self, reader: TenantReader, budget_bytes: int) -> None:
+        self._reader = reader
+        self._pool = hmi_kernels.PinnedPool(budget_bytes)
+        self._blocks: dict[Digest, Tensor] = {}
+        self._queue = DemandQueue[Digest](FrequencyPerByte())
+        self._statistics = HostStatistics()
+
+    @property
+    def statistics(self) -> HostStatistics:
+        """Counts, and what is in memory now."""
+        self._statistics.resident_tenants = len(self._blocks)
+        self._statistics.resident_bytes = self._pool.bytes_in_use
+        self._statistics.reserved_bytes = self._pool.bytes_reserved
+        return self._statistics
+
+    def load(self, wanted: Sequence[WantedParameters]) -> list[HmiError | None]:
+        """Copies parameters to their destinations; reads first what is not here, as much at once as fits.
+
+        Copies to a GPU are under way on torch's current stream when this returns.
+        """
+        results: list[HmiError | None] = [None] * len(wanted)
+        here = [each for each in wanted if digest_of(each.info) in self._blocks]
+        hmi_kernels.copy_batch_async(
+            [each.destination for each in here], [self._blocks[digest_of(each.info)] for each in here]
+        )
+        for each in here:
+            self._queue.used(digest_of(each.info), each.layout.data_bytes)
+        self._statistics.hits += len(here)
+        missing = [number for number, each in enumerate(wanted) if digest_of(each.info) not in self._blocks]
+        self._statistics.misses += len(missing)
+        while missing:
+            blocks = self._take_blocks([wanted[number] for number in missing])
+            if not blocks:
+                results[missing[0]] = self._too_large(wanted[missing[0]])
+                missing = missing[1:]
+                continue
+            wave, missing = missing[: len(blocks)], missing[len(blocks) :]
+            for number, error in zip(wave, self._read([wanted[n] for n in wave], blocks), strict=True):
+                results[number] = error
+        return results
+
+    def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
+        """Notes what queued requests will need; it stays as long as something else can go."""
+        return self._queue.expect(digests)
+
+    def release(self, tickets: Tickets[Digest]) -> None:
+        """Forgets requests that have run or will not."""
+        self._queue.release(tickets)
+
+    def forget(self, digest: Digest) -> None:
+        """Drops parameters that nobody will ask for again."""
+        self._queue.forget(digest)
+        self._blocks.pop(digest, None)
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self._blocks.clear()
+        self._pool.close()
+
+    def _take_blocks(self, wanted: Sequence[WantedParameters]) -> list[Tensor]:
+        """Memory for as many of ``wanted``, from the first on, as fit together."""
+        blocks: list[Tensor] = []
+        for each in wanted:
+            block = self._take_block(each.layout.num_elements)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _take_block(self, num_elements: int) -> Tensor | None:
+        while True:
+            try:
+                return self._pool.empty(num_elements)
+            except (hmi_kernels.PoolExhaustedError, hmi_kernels.CudaError):
+                victim = self._queue.evict()
+                if victim is None:
+                    return None
+                del self._blocks[victim]
+                self._statistics.evictions += 1
+
+    def _read(self, wave: Sequence[WantedParameters], blocks: Sequence[Tensor]) -> list[HmiError | None]:
+        """Reads files into blocks, and copies what was read; what failed leaves nothing behind."""
+        read = [each._replace(destination=block) for each, block in zip(wave, blocks, strict=True)]
+        errors = self._reader.load(read)
+        good = [number for number, error in enumerate(errors) if error is None]
+        hmi_kernels.copy_batch_async([wave[n].destination for n in good], [blocks[n] for n in good])
+        for number in good:
+            digest = digest_of(wave[number].info)
+            self._blocks[digest] = blocks[number]
+            self._queue.used(digest, wave[number].layout.data_bytes)
+            self._queue.offer(digest)
+        return errors
+
+    def _too_large(self, wanted: WantedParameters) -> OverloadedError:
+        return OverloadedError(
+            f"tenant {wanted.info.name!r} needs {wanted.layout.data_bytes} bytes of host memory, more than "
+            f"all {self._pool.budget_bytes} bytes; give the engine more host_memory"
+        )

@@ -1,0 +1,127 @@
+"""Where resident tenants lie: each in a range of the arena, its blocks in a slot of the kernels' tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.tenant_file import TenantLayout
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.slot_tables import SlotTables
+from hmi_engine.memory.tenant_reader import Digest, digest_of
+
+__all__ = ["PlacedTenant", "Placement"]
+
+
+@dataclass(eq=False)
+class PlacedTenant:
+    """A tenant that has a range of the arena.
+
+    Attributes:
+        info: the catalog's record of the generation that lies there.
+        layout: of its file.
+        offset: first element in the arena; changes when it is moved.
+        is_pinned: whether it stays though nobody uses it.
+        slot: its number in the tables; None until its parameters are there.
+        users: how many batches use it: more than none, and it neither leaves nor moves.
+        is_retired: whether it was replaced or removed.
+    """
+
+    info: TenantInfo
+    layout: TenantLayout
+    offset: int
+    is_pinned: bool
+    slot: int | None = None
+    users: int = 0
+    is_retired: bool = False
+
+    @property
+    def digest(self) -> Digest:
+        """What it is known by."""
+        return digest_of(self.info)
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes of the arena."""
+        return AdapterArena.allocated_bytes(self.layout.num_elements)
+
+
+class Placement:
+    """The arena, the slots, and who has them. Decides nothing about who leaves; not thread-safe."""
+
+    def __init__(self, arena_bytes: int, device: str | torch.device) -> None:
+        self.arena = AdapterArena(arena_bytes, device)
+        self.slots = SlotTables()
+        self.moves = 0
+        self.bytes_moved = 0
+        self._published: dict[Digest, PlacedTenant] = {}
+        self._by_offset: dict[int, PlacedTenant] = {}  # also those whose parameters have not come yet
+
+    def __len__(self) -> int:
+        """How many tenants' parameters are in the arena."""
+        return len(self._published)
+
+    def get(self, digest: Digest) -> PlacedTenant | None:
+        """The tenant whose parameters are these, if they are in the arena."""
+        return self._published.get(digest)
+
+    def all(self) -> list[PlacedTenant]:
+        """Every tenant whose parameters are in the arena."""
+        return list(self._published.values())
+
+    def reserve(self, info: TenantInfo, layout: TenantLayout) -> PlacedTenant | None:
+        """Takes a range for a tenant; where what is free lies in pieces, tenants that nobody uses make way.
+
+        Returns None where too little is free, or what is in use lies between the pieces.
+        """
+        offset = self.arena.allocate(layout.num_elements)
+        if offset is None and self._bring_together(layout.num_elements):
+            offset = self.arena.allocate(layout.num_elements)
+        if offset is None:
+            return None
+        placed = self._by_offset[offset] = PlacedTenant(info, layout, offset, info.pinned)
+        return placed
+
+    def publish(self, placed: PlacedTenant) -> None:
+        """Gives a tenant whose parameters have come its slot."""
+        self.arena.clear_tail(placed.offset, placed.layout.num_elements)
+        placed.slot = self.slots.assign(placed.layout.blocks, placed.offset)
+        self._published[placed.digest] = placed
+
+    def drop(self, placed: PlacedTenant) -> None:
+        """Takes range and slot back, of one that was published or not."""
+        if placed.slot is not None:
+            del self._published[placed.digest]
+            self.slots.clear(placed.slot)
+            placed.slot = None
+        del self._by_offset[placed.offset]
+        self.arena.release(placed.offset)
+
+    def parameters(self, placed: PlacedTenant) -> torch.Tensor:
+        """Float32 [n]: the data section of its file."""
+        return self.arena.memory[placed.offset : placed.offset + placed.layout.num_elements]
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self._published.clear()
+        self._by_offset.clear()
+        self.arena.close()
+
+    def _bring_together(self, num_elements: int) -> bool:
+        if self.arena.free_bytes < self.arena.allocated_bytes(num_elements):
+            return False
+        fixed = [offset for offset, placed in self._by_offset.items() if placed.users]
+        offsets = self.arena.slide(num_elements, fixed)
+        if offsets is None:
+            return False
+        for placed in [self._by_offset.pop(offset) for offset in offsets]:
+            placed.offset = offsets[placed.offset]
+            self._by_offset[placed.offset] = placed
+            self.moves += 1
+            self.bytes_moved += placed.size
+            if placed.slot is not None:
+                self.slots.clear(placed.slot)
+                placed.slot = self.slots.assign(placed.layout.blocks, placed.offset)
+        return True

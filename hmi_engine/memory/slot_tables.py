@@ -1,0 +1,113 @@
+"""Where in the arena the blocks of each slot lie: what the grouped kernels read beside the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hmi_engine.knowledge.adapter_kinds.kind import SlotTable
+from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.tenant_file import BlockLayout
+from hmi_kernels import ACTIVATIONS
+
+__all__ = ["SlotTables"]
+
+_Place = tuple[int, Site]
+_NOTHING = -1
+_INITIAL_ROWS = 8
+
+
+class SlotTables:
+    """For each layer and site that any tenant used so far, a row with an entry for each slot.
+
+    A slot's entries are written whole at load and cleared whole at eviction, so that a block that the new
+    tenant lacks is never the old tenant's. Not thread-safe.
+    """
+
+    def __init__(self, num_slots: int = 64) -> None:
+        """Room for ``num_slots`` tenants at first; it grows."""
+        self._offsets = torch.full((_INITIAL_ROWS, num_slots), _NOTHING, dtype=torch.int64)
+        self._ranks = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32)
+        self._activations = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32)
+        self._scales = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.float32)
+        self._rows: dict[_Place, int] = {}
+        self._max_ranks: list[int] = []
+        self._free = list(reversed(range(num_slots)))
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that exist now, used or free."""
+        return int(self._offsets.shape[1])
+
+    def assign(self, blocks: Sequence[BlockLayout], arena_offset: int) -> int:
+        """Writes a tenant's blocks, whose file begins at ``arena_offset``, and returns its slot."""
+        if not self._free:
+            self._grow_slots()
+        slot = self._free.pop()
+        if not blocks:
+            return slot
+        rows = torch.tensor([self._row(block) for block in blocks])
+        self._offsets[rows, slot] = torch.tensor([arena_offset + block.offset_elements for block in blocks])
+        self._ranks[rows, slot] = torch.tensor([block.rank for block in blocks], dtype=torch.int32)
+        self._activations[rows, slot] = torch.tensor(
+            [_activation_number(block) for block in blocks], dtype=torch.int32
+        )
+        self._scales[rows, slot] = torch.tensor(
+            [float(block.settings.get("scale", 1.0)) for block in blocks], dtype=torch.float32
+        )
+        return slot
+
+    def clear(self, slot: int) -> None:
+        """Frees a slot; nothing of its tenant is left in the tables."""
+        self._offsets[:, slot] = _NOTHING
+        for table in (self._ranks, self._activations, self._scales):
+            table[:, slot] = 0
+        self._free.append(slot)
+
+    def at(self, layer: int, site: Site) -> SlotTable:
+        """The entries of all slots at one place.
+
+        Raises:
+            KeyError: no tenant had a block there.
+        """
+        row = self._rows[layer, site]
+        return SlotTable(
+            self._offsets[row],
+            self._ranks[row],
+            self._activations[row],
+            self._scales[row],
+            self._max_ranks[row],
+        )
+
+    def _row(self, block: BlockLayout) -> int:
+        place = (block.layer, block.site)
+        row = self._rows.get(place)
+        if row is None:
+            row = self._rows[place] = len(self._rows)
+            self._max_ranks.append(0)
+            if row == len(self._offsets):
+                self._grow_rows()
+        self._max_ranks[row] = max(self._max_ranks[row], block.rank)
+        return row
+
+    def _grow_rows(self) -> None:
+        self._extend(dim=0)
+
+    def _grow_slots(self) -> None:
+        old = self.num_slots
+        self._extend(dim=1)
+        self._free.extend(reversed(range(old, 2 * old)))
+
+    def _extend(self, dim: int) -> None:
+        """Doubles all tables along ``dim``; what is new is empty."""
+        self._offsets = torch.cat([self._offsets, torch.full_like(self._offsets, _NOTHING)], dim)
+        self._ranks, self._activations, self._scales = (
+            torch.cat([table, torch.zeros_like(table)], dim)
+            for table in (self._ranks, self._activations, self._scales)
+        )
+
+
+def _activation_number(block: BlockLayout) -> int:
+    activation = block.settings.get("activation")
+    return 0 if activation is None else ACTIVATIONS.index(str(activation))
