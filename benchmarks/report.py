@@ -35,6 +35,7 @@ ORDER = (
     "compression",
     "counting",
     "materialise",
+    "tenant_store",
     "kernels",
 )
 """What people ask first comes first; other results follow by name."""
