@@ -80,6 +80,7 @@ def measure_store(path: Path, num_tenants: int) -> StoreFigures:
     Raises:
         HmiError: the store is not sound, or holds not what it should; nothing should be reported then.
     """
+    gc.collect()
     with Store.open(path) as store:
         tenant_bytes = sum(info.bytes for info in store.tenants.values())
     names = [
@@ -113,7 +114,6 @@ def measure_store(path: Path, num_tenants: int) -> StoreFigures:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    gc.collect()
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
