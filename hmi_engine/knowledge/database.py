@@ -45,7 +45,7 @@ CREATE TABLE tenants (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, domain_id INTEGER NOT NULL REFERENCES domains (id),
     kind TEXT NOT NULL, rank INTEGER NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL,
     generation INTEGER NOT NULL, file TEXT NOT NULL UNIQUE, head_kind TEXT NOT NULL, labels TEXT NOT NULL,
-    card TEXT NOT NULL, created TEXT NOT NULL);
+    card TEXT NOT NULL, created TEXT NOT NULL, pinned INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX tenants_by_domain ON tenants (domain_id);
 """
 
