@@ -25,7 +25,7 @@ FLEET: tuple[tuple[str, int], ...] = (
     ("ia3", 0),
     ("bitfit", 0),
 )
-"""Kind and rank of the tenants in turn: LoRA on query and value, bottlenecks behind the feed-forward network."""
+"""Kind and rank of the tenants in turn; LoRA on query and value, bottlenecks in Pfeiffer's place."""
 
 _LABELS = ("first", "second", "third", "fourth")
 
@@ -74,7 +74,5 @@ def draw_requests(
     cumulated = np.cumsum(weights)
     draws = np.random.default_rng(seed).random(count) * cumulated[-1]
     numbers = order[np.searchsorted(cumulated, draws)]
-    first = seed * count
-    return [
-        (tenant_name(int(number)), texts[(first + place) % len(texts)]) for place, number in enumerate(numbers)
-    ]
+    names = [tenant_name(int(number)) for number in numbers]
+    return [(name, texts[(seed * count + place) % len(texts)]) for place, name in enumerate(names)]

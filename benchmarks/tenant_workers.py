@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,7 +26,7 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine of the benchmark is given: the adapters' budget in bytes, and how long its queues are."""
+    """What an engine of the benchmark gets: the adapters' budget in bytes, and how long its queues are."""
 
     store: Path
     adapter_bytes: int
@@ -97,11 +97,15 @@ def _serve(connection: Connection, options: EngineOptions) -> None:
             order, given = message
             try:
                 if order == "prefetch":
-                    connection.send(_measured(engine, [], lambda: engine.prefetch(given)))
+                    connection.send(_prefetched(engine, given))
                 else:
                     connection.send(_answered(engine, given, options.requests_per_call))
             except HmiError as error:
                 connection.send(f"{type(error).__name__}: {error}")
+
+
+def _prefetched(engine: Engine, names: Sequence[str]) -> Answered:
+    return _measured(engine, [], lambda: engine.prefetch(names))
 
 
 def _answered(engine: Engine, pairs: Pairs, requests_per_call: int) -> Answered:
@@ -120,9 +124,8 @@ def _answered(engine: Engine, pairs: Pairs, requests_per_call: int) -> Answered:
     return _measured(engine, latencies, run)
 
 
-def _measured(engine: Engine, latencies: list[float], run: object) -> Answered:
+def _measured(engine: Engine, latencies: list[float], run: Callable[[], None]) -> Answered:
     before = engine.stats().adapters or {}
-    assert callable(run)
     run()
     after = engine.stats().adapters or {}
     return Answered(

@@ -34,17 +34,17 @@ SHARES = {ALL: 1.0, "10 % in memory": 0.1, "5 % in memory": 0.05}
 AHEAD = "5 % in memory, queues of 512"
 TEN = "the first 10 tenants"
 NOTES = (
-    "Every tenant has weights of its own. In turn: LoRA of rank 4, 8 and 16 on query and value, bottlenecks of "
-    "width 8, 16 and 32, IA3, BitFit, all on the upper layers, each with a head of four classes.",
-    f"Requests come in calls of {BATCH} of one text each, the next call when the one before has been answered; a "
-    "request's latency is that of its call. Queues of 512 show the engine that many requests at once.",
+    "Every tenant has weights of its own. In turn: LoRA of rank 4, 8 and 16 on query and value, bottlenecks "
+    "of width 8, 16 and 32, IA3, BitFit, all on the upper layers, each with a head of four classes.",
+    f"Requests come in calls of {BATCH} of one text each, the next call when the one before has been "
+    "answered; a request's latency is that of its call. Queues of 512 show the engine so many at once.",
     "Each engine runs in a process of its own and waits idle while another is measured. RSS is what the "
     "operating system says of that process, with Python, torch, model and the mapped tables.",
     "The share in memory is that of the bytes that all tenants take in the arena. Files that are read lie in "
-    "the operating system's file cache, as on any machine with memory to spare, but where 'cold' says that it "
-    "was told to forget them before each repetition.",
-    "Warm: each engine has answered requests of the same law before, at least as many as there are tenants in "
-    "memory or {warm_up} ones, and where all fit every tenant was loaded.",
+    "the operating system's file cache, as on any machine with memory to spare, but where 'cold' says that "
+    "it was told to forget them before each repetition.",
+    "Warm: each engine has answered {warm_up} requests of the same law before, and where all fit every "
+    "tenant was loaded.",
     "Growth: the same store with more and more tenants, beside its first 10 alone in the same minutes.",
 )
 
@@ -81,7 +81,9 @@ class _Bench:
         ]
 
     @contextmanager
-    def engine(self, share: float, traffic: Traffic, requests_per_call: int = BATCH) -> Iterator[EngineProcess]:
+    def engine(
+        self, share: float, traffic: Traffic, requests_per_call: int = BATCH
+    ) -> Iterator[EngineProcess]:
         """An engine that holds a share of all tenants' bytes, warmed up by traffic of the same law."""
         budget = max(int(share * self.arena_bytes), 4 << 20)
         process = EngineProcess(EngineOptions(self.store, budget, requests_per_call))
@@ -269,10 +271,13 @@ def measure(arguments: Arguments) -> BenchmarkResult:
 
 
 def _model_per_tenant(count: int, model_bytes: int, arena_bytes: int) -> list[Quantity]:
+    tenant_bytes = arena_bytes / count
     return [
-        Quantity(name=f"a model per tenant, {count:,} of them", value=count * model_bytes / 2**30, unit="GiB"),
+        Quantity(
+            name=f"a model per tenant, {count:,} of them", value=count * model_bytes / 2**30, unit="GiB"
+        ),
         Quantity(name=f"adapters and heads of {count:,} tenants", value=arena_bytes / 2**30, unit="GiB"),
-        Quantity(name="bytes of a tenant over bytes of the model", value=arena_bytes / count / model_bytes, unit="share"),
+        Quantity(name="a tenant's bytes over the model's", value=tenant_bytes / model_bytes, unit="share"),
     ]
 
 

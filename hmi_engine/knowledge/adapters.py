@@ -151,8 +151,8 @@ def random_adapter(
     """Return an adapter that changes the base a little, the same for the same ``seed``.
 
     ``kind`` is a key of :data:`KINDS`; kinds without a rank don't look at ``rank``. By default on every upper
-    layer at the kind's usual sites. Raises :class:`InvalidAdapterError` if there is no such kind or the result
-    does not fit ``general``.
+    layer at the kind's usual sites. Raises :class:`InvalidAdapterError` if there is no such kind or the
+    result does not fit ``general``.
     """
     if kind not in KINDS:
         raise InvalidAdapterError(f"kind {kind!r:.80} is unknown; known are {', '.join(KINDS)}")

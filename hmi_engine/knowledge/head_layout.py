@@ -51,7 +51,7 @@ class HeadRecord(BaseModel):
         return sorted(names if inner == "projection" else [*names, "bias", "weight"])
 
     def shapes(self, hidden_size: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        """Return what shapes the tensors must have; ``outputs`` is the number of labels or the projection's."""
+        """Return the shapes that the tensors must have; ``outputs``: how many labels, or the projection's."""
         sizes = {name: hidden_size if name.startswith("hidden") else outputs for name in self.tensor_names()}
         return {
             name: (size,) if name.endswith("bias") else (size, hidden_size) for name, size in sizes.items()
@@ -118,6 +118,7 @@ def _dense(name: str, views: Mapping[str, Tensor], activation: str | None) -> De
 
 def describe_head(head: Head) -> HeadRecord:
     """Return all that is no tensor."""
+    layers: tuple[DenseLayer, ...]
     if isinstance(head, EmbeddingHead):
         layers = () if head.projection is None else (head.projection,)
     else:

@@ -24,7 +24,7 @@ class AdapterApplication(Protocol):
     def apply(
         self, layer: int, site: str, output: torch.Tensor, hidden_states: torch.Tensor, *, readout: bool
     ) -> None:
-        """Changes ``output`` [*, out] in place as each token's adapter says, which may read ``hidden_states``.
+        """Changes ``output`` [*, out] in place as each token's adapter says; may read ``hidden_states``.
 
         ``readout`` tells that the rows are those of the batch's :class:`Readout`, not all its tokens.
         """

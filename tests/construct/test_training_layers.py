@@ -105,7 +105,7 @@ def test_gradients_equal_those_of_peft(base, tiny_bert, sequences):
 
 
 def adapted_bert(tiny_bert, adapter, parameters):
-    """transformers' BERT whose modules are replaced by the formulas of the three bottleneck places."""
+    """transformers' BERT whose modules are replaced by the formulas of the bottleneck places."""
     model = BertModel.from_pretrained(tiny_bert, attn_implementation="eager").eval()
 
     def bottleneck(layer, site, x):
@@ -119,6 +119,7 @@ def adapted_bert(tiny_bert, adapter, parameters):
             output = module.dense(hidden_states)
             output = output + bottleneck(layer, houlsby, output)
             if pfeiffer:
+                output = output + bottleneck(layer, Site.PARALLEL_FFN, input_tensor)
                 output = output + bottleneck(layer, pfeiffer, module.LayerNorm(output + input_tensor))
             return module.LayerNorm(output + input_tensor)
 

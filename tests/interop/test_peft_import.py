@@ -69,7 +69,7 @@ def test_classifier(save_lora, make_general, task_type):
     assert torch.equal(head.weight, classifier.weight)
     assert torch.equal(head.bias, classifier.bias)
     assert head.labels == ("a", "b", "c")
-    assert getattr(head, "pooling", "pooler") == "pooler"
+    assert head.pooling == {"SEQ_CLS": "pooler", "TOKEN_CLS": None}[task_type]
 
 
 def test_default_labels_are_said_to_be_a_guess(save_lora, make_general):

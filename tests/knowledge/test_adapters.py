@@ -45,9 +45,10 @@ def test_properties(mixed_adapter: Adapter) -> None:
     assert mixed_adapter.kind == "mixed"
     assert mixed_adapter.rank == 5
     assert mixed_adapter.layers == (2, 3)
-    assert mixed_adapter.num_parameters == (24 + 24) + (12 + 8) + (16 + 24) + (32 + 4 + 32 + 8) + (
-        40 + 5 + 40 + 8
-    ) + 12 + 8
+    assert (
+        mixed_adapter.num_parameters
+        == (24 + 24) + (12 + 8) + (16 + 24) + (32 + 4 + 32 + 8) + (40 + 5 + 40 + 8) + 12 + 8
+    )
     assert [key for key, _ in mixed_adapter.ordered_blocks()] == [
         (2, Site.AFTER_FFN),
         (2, Site.AFTER_FFN_NORMALIZED),

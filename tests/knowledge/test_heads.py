@@ -69,10 +69,16 @@ def test_sound_heads_pass(general: GeneralInfo, heads: list[Head]) -> None:
         (lambda: with_hidden((replace(SQUARE, weight=WEIGHT),)), r"hidden\.0\.weight: shape is \[2, 8\]"),
         (lambda: with_hidden((replace(SQUARE, bias=torch.ones(8) / 0),)), r"hidden\.0\.bias: holds NaN"),
         (lambda: EmbeddingHead("cls", True, WEIGHT), "projection: expected a DenseLayer"),
-        (lambda: EmbeddingHead("cls", True, replace(SQUARE, weight=BIAS)), r"projection.weight: shape is \[2\]"),
+        (
+            lambda: EmbeddingHead("cls", True, replace(SQUARE, weight=BIAS)),
+            r"projection.weight: shape is \[2\]",
+        ),
         (lambda: EmbeddingHead("cls", True, replace(SQUARE, bias=BIAS)), r"projection.bias: shape is \[2\]"),
         (lambda: EmbeddingHead("cls", True, DenseLayer(None, BIAS, None)), "projection"),
-        (lambda: EmbeddingHead("cls", True, DenseLayer(torch.ones(0, 8), torch.ones(0), None)), "D from 1 to"),
+        (
+            lambda: EmbeddingHead("cls", True, DenseLayer(torch.ones(0, 8), torch.ones(0), None)),
+            "D from 1 to",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_named(

@@ -192,7 +192,7 @@ Edit = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
         (lambda _, metadata: replace_in(metadata, '"relu"', '"mish"'), "activation 'mish' is unknown"),
         (lambda _, metadata: replace_in(metadata, '"relu"', "1"), "activation 1"),
         (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scales":0.5'), "settings are scales"),
-        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":1e999'), "must be a finite number"),
+        (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":1e999'), "metadata"),
         (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":NaN'), "metadata"),
         (lambda _, metadata: replace_in(metadata, '"scale":0.5', '"scale":"0.5"'), "must be a finite number"),
         (lambda _, metadata: replace_in(metadata, '"mean"', '"max"'), "pooling"),
@@ -223,7 +223,7 @@ def test_a_newer_format_says_so(tenant_file: Path) -> None:
 
 def test_the_format_before_says_what_to_do(tenant_file: Path) -> None:
     save_file({}, tenant_file, {"format": "hmi-tenant", "format_version": "1"})
-    with pytest.raises(StoreVersionError, match="format version 1 .*add the tenant again"):
+    with pytest.raises(StoreVersionError, match=r"format version 1 .*add the tenant again"):
         read_layout(tenant_file)
 
 

@@ -1,7 +1,7 @@
 """The kinds of adapters, each in one file that says all of it: blocks, sites, shapes, settings, kernel.
 
-A new kind is a file here, an entry of :data:`KINDS`, and an op of ``hmi_kernels``; where it acts at places that
-no kind uses yet, these are new members of ``Site`` and hooks of the layer.
+A new kind is a file here, an entry of :data:`KINDS`, and an op of ``hmi_kernels``; where it acts at places
+that no kind uses yet, these are new members of ``Site`` and hooks of the layer.
 """
 
 from hmi_engine.knowledge.adapter_kinds.bitfit import BitfitKind

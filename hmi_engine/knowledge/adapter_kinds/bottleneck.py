@@ -96,7 +96,7 @@ class BottleneckKind(BlockKind):
         """Return a block of small normal values with GELU."""
         shapes = self.shapes(sizes)
         tensors = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-        return BottleneckBlock(**tensors, activation="gelu")
+        return self.block(tensors, {"activation": "gelu", "scale": 1.0})
 
     def apply(self, call: GroupedCall) -> None:
         """Add the bottlenecks of all tenants."""

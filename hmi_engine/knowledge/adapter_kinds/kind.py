@@ -1,4 +1,4 @@
-"""What every kind of adapter block tells of itself: this is all that files, arenas and layers know of kinds."""
+"""What every kind of adapter block tells of itself: all that files, arenas and layers know of kinds."""
 
 import math
 from abc import ABC, abstractmethod
@@ -110,11 +110,11 @@ class BlockKind(ABC):
 
     @abstractmethod
     def sizes_of(self, shapes: Shapes) -> BlockSizes | None:
-        """Return the sizes that tensors of these shapes have, None where the numbers of dimensions are wrong."""
+        """Return the sizes that tensors of these shapes have, None for wrong numbers of dimensions."""
 
     @abstractmethod
     def check_settings(self, where: str, settings: Mapping[str, object]) -> None:
-        """Raise :class:`InvalidAdapterError`, beginning with ``where``, on missing, unknown or wrong settings."""
+        """Raise :class:`InvalidAdapterError`, saying ``where``, on missing, unknown or wrong settings."""
 
     @abstractmethod
     def block(self, tensors: Mapping[str, Tensor], settings: Settings) -> Block:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,10 +35,10 @@ class VectorKind(BlockKind):
     """One vector for each place; no rank and no settings."""
 
     has_rank = False
-    block_type: type[VectorBlock]
+    block_type: ClassVar[type[VectorBlock]]
 
     def sizes(self, site: Site, general: GeneralInfo) -> tuple[int, int]:
-        """Return the width of the rows twice: of a linear layer's input, or of its or a LayerNorm's output."""
+        """Return the width of the rows twice: a linear layer's input, or its or a LayerNorm's output."""
         linear, _, action = site.value.partition(".")
         size = linear_sizes(linear, general)[0 if action.startswith("input") else 1]
         return size, size
