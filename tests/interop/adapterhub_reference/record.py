@@ -13,6 +13,7 @@ For K > 0 the upper layers of the adapted model run on the input of layer K that
 """
 
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -211,6 +212,8 @@ def logits_of(model: Any, plain: BertModel, ids: list[int], plot_layers: int, ca
 @torch.no_grad()
 def main(out: Path) -> None:
     """Writes everything."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("adapters").setLevel(logging.ERROR)  # it warns before adapters are activated
     os.chdir(out)  # the files name the base model by the path that it was loaded from
     base = Path("base")
     write_base(base)
