@@ -6,7 +6,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from reference_hbert import merged  # noqa: E402
 __all__ = [
     "PEFT_CASES",
     "RECORDED",
+    "Errors",
     "PeftCase",
     "Reference",
     "largest_errors",
@@ -182,15 +182,30 @@ def recorded_references(recorded: Path = RECORDED) -> Iterator[tuple[str, Refere
         yield name, Reference(recorded / name, inputs["input_ids"], logits)
 
 
+@dataclass(frozen=True)
+class Errors:
+    """The largest absolute difference of a probability, or of a regression's number.
+
+    ``without_adapter`` is that of the same head without the adapter: what an import that does nothing has.
+    """
+
+    error: float = 0.0
+    without_adapter: float = 0.0
+
+
 def largest_errors(
     base: Path, out: Path, references: Mapping[str, Reference], plot_layers: int
-) -> dict[str, float]:
-    """The largest absolute difference of a probability (regression: of a number), of each reference's answers.
+) -> dict[str, Errors]:
+    """The errors of each reference's answers.
 
     All adapters are tenants of one store, and all requests of all of them run in one call.
     """
     requests, logits = [], []
-    with _store(base, out, plot_layers) as store, hmi.Engine(store, miss="exact") as engine:
+    found: dict[Any, float] = {}
+    with (
+        hmi.Store.create(out, general=base, plot_layers=plot_layers, row_dtype="float32") as store,
+        hmi.Engine(store, miss="exact") as engine,
+    ):
         for name, reference in references.items():
             tenant = f"t{len(store.tenants)}"
             store.import_adapter(
@@ -199,23 +214,20 @@ def largest_errors(
                 problem_type=reference.problem_type,
                 lower_layers="drop" if plot_layers else "error",
             )
-            requests += [hmi.Request(tenant, input_ids=ids, id=name) for ids in reference.input_ids]
-            logits += reference.logits[plot_layers]
+            head = store.load_tenant(tenant)[1]
+            store.add_tenant(f"{tenant}-plain", domain="general", adapter=hmi.Adapter({}), head=head)
+            for served in (tenant, f"{tenant}-plain"):
+                key = (name, served == tenant)
+                requests += [hmi.Request(served, input_ids=ids, id=key) for ids in reference.input_ids]
+                logits += reference.logits[plot_layers]
         order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(0)).tolist()
-        errors = dict.fromkeys(references, 0.0)
         for index, response in zip(order, engine.run([requests[i] for i in order]), strict=True):
             head = store.load_tenant(response.tenant)[1]
             error = _error(
                 response, logits[index], isinstance(head, hmi.ClassificationHead) and head.multi_label
             )
-            errors[response.id] = max(errors[response.id], error)
-    return errors
-
-
-@contextmanager
-def _store(base: Path, out: Path, plot_layers: int) -> Iterator[hmi.Store]:
-    with hmi.Store.create(out, general=base, plot_layers=plot_layers, row_dtype="float32") as store:
-        yield store
+            found[response.id] = max(found.get(response.id, 0.0), error)
+    return {name: Errors(found[name, True], found[name, False]) for name in references}
 
 
 def _error(response: hmi.Response, logits: torch.Tensor, multi_label: bool) -> float:

@@ -2,8 +2,8 @@
 
     python tests/interop/adapterhub_reference/make.py [--out FOLDER] [--environment FOLDER]
 
-installs `adapters` 1.3.0 with the transformers that it wants and this environment's version of torch, in an
-environment of its own (a temporary one, or FOLDER, which is used again if it is there), and runs ``record.py``.
+installs `adapters` 1.3.0 with the transformers that it wants and this environment's version of torch in an
+environment of its own (a temporary one, or FOLDER, used again if it is there) and runs ``record.py``.
 The default ``--out`` is ``recorded/`` beside this file, which is what the tests compare with.
 """
 
