@@ -31,7 +31,7 @@ NOTES = (
     "that the plain base gives by the formulas of docs/architecture.md, computed by transformers' modules.",
     "Without adapter: the same at K = 0 of the head alone, which tells how much there was to get wrong.",
     "PEFT computes in this run. The `adapters` library wants an older transformers; its outputs were "
-    "recorded in an environment of its own (tests/interop/adapterhub_reference/make.py) on a small random BERT.",
+    "recorded in an environment of its own (tests/interop/adapterhub_reference/make.py) on a tiny BERT.",
     "Head and settings of each row: `PEFT_CASES` of benchmarks/parity_cases.py, and `CASES` of "
     "tests/interop/adapterhub_reference/record.py.",
 )

@@ -1,9 +1,11 @@
-"""The engine's answers against PEFT's, and against those that the `adapters` library gave when it was recorded."""
+"""The engine's answers against PEFT's, and against those recorded of the `adapters` library."""
 
 import subprocess
+import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 import hmi_engine as hmi
@@ -16,6 +18,7 @@ from benchmarks.parity_cases import (
 )
 
 from .adapterhub_reference.make import HERE, make_environment, record
+from .conftest import BERT_CLASSES
 
 BAR = 1e-4
 MATTERS = 1e-3
@@ -59,6 +62,27 @@ def test_answers_equal_those_of_adapterhub(recorded_errors, name, plot_layers):
     found = recorded_errors[plot_layers][name]
     assert found.error < BAR
     assert found.without_adapter > MATTERS
+
+
+@torch.no_grad()
+def test_peft_loads_what_hmi_exports(tmp_path):
+    references = dict(peft_references(RECORDED / "base", tmp_path / "folders", INPUTS, 2))
+    with hmi.Store.create(tmp_path / "store", general=RECORDED / "base", plot_layers=0) as store:
+        for number, (name, reference) in enumerate(references.items()):
+            case = PEFT_CASES[name]
+            store.import_peft(reference.folder, tenant=f"t{number}", problem_type=reference.problem_type)
+            store.export_peft(f"t{number}", tmp_path / "exported" / str(number))
+            base = BERT_CLASSES[case.task_type].from_pretrained(RECORDED / "base", num_labels=case.num_labels)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model = PeftModel.from_pretrained(base, str(tmp_path / "exported" / str(number))).eval()
+            assert not [w for w in caught if "missing" in str(w.message).lower()]
+            for ids, expected in zip(INPUTS, reference.logits[0], strict=True):
+                logits = model(input_ids=torch.tensor([ids])).logits[0]
+                torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+            store.import_peft(tmp_path / "exported" / str(number), tenant=f"t{number}", replace=True)
+            head = store.load_tenant(f"t{number}")[1]
+            assert getattr(head, "multi_label", False) == (case.problem_type == "multi_label_classification")
 
 
 def test_an_adapter_on_upper_layers_needs_nothing_dropped(tmp_path):

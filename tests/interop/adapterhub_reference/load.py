@@ -2,8 +2,8 @@
 
     python load.py OUT RECORDED FOLDER...
 
-Runs in the environment of ``record.py``. Each folder has the name of a recorded case; ``OUT`` gets the logits for
-K = 0 as in the record. Missing and unexpected tensors are errors.
+Runs in the environment of ``record.py``. Each folder has the name of a recorded case; ``OUT`` gets the logits
+for K = 0 as in the record. Missing and unexpected tensors are errors.
 """
 
 import json
