@@ -38,6 +38,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.composition
 	python -m benchmarks.compression
 	python -m benchmarks.counting
+	python -m benchmarks.materialise
 	python -m benchmarks.report
 
 report: ## Write docs/results.md from benchmarks/results/*.json
