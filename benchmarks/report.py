@@ -26,6 +26,7 @@ EMPTY = "\nNo results yet: run the benchmarks first.\n"
 QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it works and measures nothing.**"
 ORDER = (
     "mixed",
+    "tenants",
     "accuracy",
     "plot",
     "coverage_growth",

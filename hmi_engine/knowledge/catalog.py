@@ -366,16 +366,6 @@ class Catalog:
         of_domains = [file for info in domains for file in (info.plot_file(), info.previous, info.layers)]
         return [str(row["file"]) for row in rows] + [file.file for file in of_domains if file]
 
-    def pin_tenant(self, name: str, pinned: bool) -> TenantInfo:
-        """Note whether engines shall keep a tenant in memory; return it as it is now.
-
-        Raises :class:`UnknownTenantError`.
-        """
-        with self._database.transaction() as connection:
-            tenant = self.tenants[name]
-            connection.execute("UPDATE tenants SET pinned = ? WHERE id = ?", (pinned, tenant.id))
-        return tenant.model_copy(update={"pinned": pinned})
-
     def chain(self, domain: str) -> list[DomainInfo]:
         """Return the nodes to search for a row, from ``domain`` towards the root.
 
