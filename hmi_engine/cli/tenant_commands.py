@@ -134,7 +134,9 @@ def export_tenant(
     folder_format: Annotated[
         str, typer.Option("--format", help="Whose folder it shall be: peft or adapterhub.")
     ] = "peft",
-    with_head: Annotated[bool, typer.Option(help="Whether the head goes with it.")] = True,
+    with_head: Annotated[
+        bool, typer.Option("--head/--no-head", help="Whether the head goes with it.")
+    ] = True,
     as_json: AsJson = False,
 ) -> None:
     """Write a tenant as a folder that PEFT or AdapterHub's adapters library loads."""

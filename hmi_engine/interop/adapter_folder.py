@@ -24,6 +24,7 @@ __all__ = ["CONFIG_FILE", "FolderFormat", "TensorFile", "detect_format", "read_o
 
 CONFIG_FILE = "adapter_config.json"
 FolderFormat = Literal["peft", "adapterhub"]
+_FUSION_FILE = "adapter_fusion_config.json"
 
 MAX_SETTINGS_BYTES = 16 << 20
 MAX_HEADER_BYTES = 16 << 20
@@ -66,7 +67,7 @@ class TensorFile:
         """
         if name not in self._tensors:
             raise InvalidAdapterError(
-                f"{self.path}: no tensor {name}; the file is not complete, save the adapter again"
+                f"{self.path}: no tensor {name!r:.300}; the file is not complete, save the adapter again"
             )
         self._untaken.pop(name, None)
         entry = self._tensors[name]
@@ -92,7 +93,7 @@ def detect_format(directory: Path) -> FolderFormat:
     Raises:
         InvalidAdapterError: no folder, or its ``adapter_config.json`` is neither's.
     """
-    if not (directory / CONFIG_FILE).exists() and (directory / "adapter_fusion_config.json").exists():
+    if os.path.lexists(directory / _FUSION_FILE) and not os.path.lexists(directory / CONFIG_FILE):
         raise InvalidAdapterError(
             f"{directory}: AdapterFusion is not supported: it attends over several adapters at each layer; "
             "import one of its adapters, or train one on their task"

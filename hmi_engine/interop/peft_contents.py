@@ -99,9 +99,9 @@ def _is_bias(name: str) -> bool:
 def _no_place(file: TensorFile, name: str, settings: LoraSettings | Ia3Settings) -> str:
     served = ", ".join(SITE_OF_LINEAR)
     return (
-        f"{file.path}: tensor {name:.200} (peft_type {settings.peft_type}, task_type {settings.task_type}) "
-        f"has no place in HMI, which serves {settings.peft_type} on encoder.layer.N.{{{served}}}, a pooler "
-        "and a classifier; train again without it"
+        f"{file.path}: tensor {name:.200} (peft_type {settings.peft_type}, task_type "
+        f"{settings.task_type!r:.80}) has no place in HMI, which serves {settings.peft_type} on "
+        f"encoder.layer.N.{{{served}}}, a pooler and a classifier; train again without it"
     )
 
 
