@@ -14,6 +14,7 @@ from hmi_engine.knowledge.adapter_kinds.ia3 import ScaleBlock
 from hmi_engine.knowledge.adapter_kinds.kind import MAX_RANK, Block, BlockKind, BlockSizes, check_rank
 from hmi_engine.knowledge.adapter_kinds.lora import LoraBlock, LoraKind
 from hmi_engine.knowledge.adapter_kinds.sites import Site
+from hmi_engine.knowledge.finite import is_finite
 from hmi_engine.knowledge.general import GeneralInfo
 
 __all__ = [
@@ -135,7 +136,7 @@ def _check_tensor(where: str, tensor: object) -> None:
         raise InvalidAdapterError(f"{where}: expected a tensor, found a {type(tensor).__name__}")
     if tensor.dtype not in _FLOAT_TYPES:
         raise InvalidAdapterError(f"{where}: dtype is {tensor.dtype}, expected float32, float16 or bfloat16")
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise InvalidAdapterError(f"{where}: holds NaN or infinity; was the training diverging?")
 
 

@@ -61,9 +61,12 @@ def fsync_folders(folders: Iterable[Path], root: Path) -> None:
 
     Raises as :func:`atomic_write` does.
     """
-    changed = {
-        above for folder in folders for above in (folder, *folder.parents) if above.is_relative_to(root)
-    }
+    changed = {root}
+    for folder in folders:
+        for above in (folder, *folder.parents):
+            if above in changed or not above.is_relative_to(root):
+                break
+            changed.add(above)
     try:
         for _ in map_in_threads(fsync_path, changed):
             pass
@@ -85,7 +88,8 @@ def _make_folders(folder: Path) -> list[Path]:
     changed = [folder]
     while not changed[-1].is_dir():
         changed.append(changed[-1].parent)
-    folder.mkdir(parents=True, exist_ok=True)
+    if len(changed) > 1:
+        folder.mkdir(parents=True, exist_ok=True)
     return changed
 
 

@@ -162,7 +162,7 @@ def tenant_problems(
         contents = read_layout(path)
         contents.check_fits(general, path)
         if deep:
-            load_tenant(path, general)
+            load_tenant(path, general, layout=contents)
     except HmiError as error:
         return [Problem("content", path, str(error))]
     if (contents.head.kind, contents.head.labels) != (tenant.head_kind, tenant.labels):

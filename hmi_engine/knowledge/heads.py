@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hmi_engine.errors import InvalidHeadError
+from hmi_engine.knowledge.finite import is_finite
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_kernels import ACTIVATIONS
 
@@ -243,5 +244,5 @@ def _check_tensors(
             raise InvalidHeadError(
                 f"{where}: shape is {list(tensor.shape)}, expected {list(shapes[name])} {reason}"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise InvalidHeadError(f"{where}: holds NaN or infinity; was the training diverging?")

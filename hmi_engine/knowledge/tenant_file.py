@@ -48,10 +48,12 @@ def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True)
     """
     tensors: dict[str, Tensor] = {}
     for (layer, site), block in adapter.ordered_blocks():
-        tensors |= {f"layer.{layer:03d}.{site}.{name}": tensor for name, tensor in block.tensors().items()}
-    tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in sorted(head.tensors().items())}
-    floats = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
-    return write_tensors(path, floats, describe_tenant(adapter, head), sync=sync)
+        place = f"layer.{layer:03d}.{site.value}."
+        for name, tensor in block.tensors().items():
+            tensors[place + name] = tensor.to("cpu", torch.float32)
+    for name, tensor in sorted(head.tensors().items()):
+        tensors[HEAD_PREFIX + name] = tensor.to("cpu", torch.float32)
+    return write_tensors(path, tensors, describe_tenant(adapter, head), sync=sync)
 
 
 def read_into(path: Path, layout: TenantLayout, buffer: Tensor | memoryview) -> None:
@@ -88,12 +90,15 @@ def _writable_view(buffer: Tensor | memoryview) -> memoryview:
     return buffer.detach().numpy().data
 
 
-def load_tenant(path: Path, general: GeneralInfo | None = None) -> tuple[Adapter, Head]:
+def load_tenant(
+    path: Path, general: GeneralInfo | None = None, *, layout: TenantLayout | None = None
+) -> tuple[Adapter, Head]:
     """Return a file's adapter and head as tensors of their own, checked against ``general`` if given.
 
-    Raises as :func:`read_layout` does, and :class:`StoreCorruptError` where it does not fit ``general``.
+    ``layout`` is the file's, where it has been read already. Raises as :func:`read_layout` does, and
+    :class:`StoreCorruptError` where it does not fit ``general``.
     """
-    layout = read_layout(path)
+    layout = read_layout(path) if layout is None else layout
     data = torch.empty(layout.num_elements, dtype=torch.float32)
     read_into(path, layout, data)
     adapter = Adapter({(block.layer, block.site): _block(block, data) for block in layout.blocks})

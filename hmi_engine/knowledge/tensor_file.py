@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +79,27 @@ def write_tensors(
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            for chunk in (header, *map(_tensor_bytes, placed.values())):
-                for start in range(0, len(chunk), _CHUNK_BYTES):
-                    piece = chunk[start : start + _CHUNK_BYTES]
-                    digest.update(piece)
-                    file.write(piece)
+            for piece in _in_pieces(header, *map(_tensor_bytes, placed.values())):
+                digest.update(piece)
+                file.write(piece)
 
     atomic_write(path, write, sync=sync)
     return digest.hexdigest()
+
+
+def _in_pieces(*chunks: memoryview) -> Iterator[memoryview | bytearray]:
+    """Cut large chunks and join small ones: each piece costs calls, and threads the turn of one another."""
+    joined = bytearray()
+    for chunk in chunks:
+        if len(joined) + len(chunk) > _CHUNK_BYTES:
+            yield joined
+            joined = bytearray()
+        if len(chunk) <= _CHUNK_BYTES:
+            joined += chunk
+            continue
+        for start in range(0, len(chunk), _CHUNK_BYTES):
+            yield chunk[start : start + _CHUNK_BYTES]
+    yield joined
 
 
 def _with_padding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +131,9 @@ def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def _tensor_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.detach().contiguous().numpy()).cast("B")
 
 
 def read_header(path: Path, *, max_header_bytes: int) -> TensorHeader:
