@@ -42,8 +42,8 @@ QUEUES = (64, 1024)
 TABLE_SHARE = 0.05
 NOTES = (
     "A simulation: requests come one after another, each needs its tenant in memory, and a policy says who "
-    "leaves. Tenants are of MiniLM's shape: bottlenecks, LoRA and IA3 on three layers, ranks 2 to 64, each as "
-    "large as in an arena. What is not in memory at first counts as missed.",
+    "leaves. Tenants are of MiniLM's shape: bottlenecks, LoRA and IA3 on three layers, ranks 2 to 64, each "
+    "as large as in an arena. What is not in memory at first counts as missed.",
     "Traces are drawn by law with a fixed seed: Zipf(1), Zipf(0.8), uniform; drifting: every 20 requests two "
     "tenants change places in popularity, one of them drawn among the popular; scans: five times someone "
     "asks each tenant once, in turn, between every second request.",
@@ -54,8 +54,8 @@ NOTES = (
     "tenant is admitted, as it has to be in memory to run.",
     "Loading time is misses and bytes read by the costs of a load that are given below, measured with an "
     "engine's residency on this machine: files in the operating system's file cache, eight tenants a batch.",
-    "The arena: first or best fit; where what is free lies in pieces, more tenants are evicted, or tenants are "
-    "moved together. Loading time then includes moving.",
+    "The arena: first or best fit; where what is free lies in pieces, more tenants are evicted, or tenants "
+    "are moved together. Loading time then includes moving.",
 )
 
 
@@ -167,7 +167,7 @@ def _compare(traced: _Traced, plan: Plan, load: Cost) -> tuple[list[Curve], list
 
 def _curve(traced: _Traced, plan: Plan, name: str, what: str, shares: Sequence[float]) -> Curve:
     return Curve(
-        figure=f"{traced.trace.name}-{what.split()[0]}",
+        figure=f"{traced.trace.name}-{what.split(maxsplit=1)[0]}",
         name=name,
         x_label=f"memory, % of all bytes, {traced.label}",
         y_label=f"share of {what}",
@@ -234,16 +234,13 @@ def _costs(plan: Plan, base: Path) -> tuple[Cost, Cost, list[Quantity]]:
             Quantity(name=f"a {name}, fixed", value=cost.fixed_microseconds, unit="us"),
             Quantity(name=f"a {name}, by bytes", value=1000 * cost.nanoseconds_per_byte, unit="us per MB"),
         ]
-    quantities.append(
-        Quantity(
-            name="bytes that take as long as a load's fixed part", value=load.fixed_bytes / 1e3, unit="kB"
-        )
-    )
+    fixed = load.fixed_bytes / 1e3
+    quantities.append(Quantity(name="bytes that take as long as a load's fixed part", value=fixed, unit="kB"))
     return load, move, quantities
 
 
 def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
-    """Costs on this machine, then all traces under all policies; ``base``: folder of the model for the costs."""
+    """Costs on this machine, with the model in folder ``base``; then all traces under all policies."""
     load, move, quantities = _costs(plan, base)
     curves: list[Curve] = []
     half_lives: list[Curve] = []
