@@ -26,7 +26,7 @@ class FrequencyMachine(RuleBasedStateMachine):
 
     def worth(self, key):
         frequency = sum(2.0 ** (time - self.now) for time in self.uses[key])
-        return frequency * (eviction._FIXED_COST_BYTES + SIZES[key]) / SIZES[key]
+        return frequency * (eviction.FIXED_COST_BYTES + SIZES[key]) / SIZES[key]
 
     @rule(key=KEYS, times=st.integers(1, 5))
     def use(self, key, times):
@@ -54,7 +54,7 @@ class FrequencyMachine(RuleBasedStateMachine):
     @rule()
     def evict(self):
         if self.offered:
-            self.now += 1 / (eviction._HALF_LIFE_TURNOVERS * len(self.offered))
+            self.now += 1 / (eviction.HALF_LIFE_TURNOVERS * len(self.offered))
         key = self.policy.evict()
         if not self.offered:
             assert key is None
