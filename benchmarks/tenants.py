@@ -29,6 +29,8 @@ QUESTION = "How many tenants does one machine serve from little memory, and what
 DOMAIN = "documentation"
 MAX_TOKENS = 64
 WARM_UP = 1
+_FIRST_SEED, _WARM_UP_SEED = 7_000, 1_000_000
+_REQUESTS_PER_PLACE = 2
 ALL = "all in memory"
 SHARES = {ALL: 1.0, "10 % in memory": 0.1, "5 % in memory": 0.05}
 AHEAD = "5 % in memory, queues of 512"
@@ -43,24 +45,27 @@ NOTES = (
     "The share in memory is that of the bytes that all tenants take in the arena. Files that are read lie in "
     "the operating system's file cache, as on any machine with memory to spare, but where 'cold' says that "
     "it was told to forget them before each repetition.",
-    "Warm: each engine has answered {warm_up} requests of the same law before, and where all fit every "
-    "tenant was loaded.",
+    "Warm: each engine has answered {warm_up} requests of the same law before, or twice as many as tenants "
+    "fit, if that is more; where all fit every tenant was loaded.",
     "Growth: the same store with more and more tenants, beside its first 10 alone in the same minutes.",
 )
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """Sizes of a run; ``calls`` are those of a repetition, ``growth_calls`` those of growth's."""
+
     growth: tuple[int, ...]
     full: int
     calls: int
+    growth_calls: int
     repetitions: int
     warm_up_requests: int
     plot_bytes: int
 
 
-QUICK = _Plan((10, 40), 40, 2, 2, 64, 1 << 20)
-FULL = _Plan((10, 100, 1_000, 10_000, 100_000), 10_000, 20, 15, 10_000, 64 << 20)
+QUICK = _Plan((10, 40), 40, 2, 2, 2, 64, 1 << 20)
+FULL = _Plan((10, 100, 1_000, 10_000, 100_000), 10_000, 20, 10, 9, 4_000, 64 << 20)
 
 
 @dataclass
@@ -72,11 +77,10 @@ class _Bench:
     arena_bytes: int = 0
     num_tenants: int = 0
 
-    def rounds(self, traffic: Traffic, seed: int) -> list[list[tuple[str, str]]]:
+    def rounds(self, traffic: Traffic, calls: int) -> list[list[tuple[str, str]]]:
         """Requests of every repetition, all different."""
-        count = self.plan.calls * BATCH
         return [
-            draw_requests(traffic, self.texts, count, seed + number)
+            draw_requests(traffic, self.texts, calls * BATCH, _FIRST_SEED + number)
             for number in range(WARM_UP + self.plan.repetitions)
         ]
 
@@ -90,7 +94,10 @@ class _Bench:
         try:
             if share >= 1:
                 process.prefetch([tenant_name(number) for number in range(traffic.num_tenants)])
-            process.answer(draw_requests(traffic, self.texts, self.plan.warm_up_requests, 1_000_000))
+            count = self.plan.warm_up_requests
+            if share < 1:
+                count = max(count, int(_REQUESTS_PER_PLACE * share * traffic.num_tenants))
+            process.answer(draw_requests(traffic, self.texts, count, _WARM_UP_SEED))
             yield process
         finally:
             process.close()
@@ -115,7 +122,13 @@ class _Contender:
 
 
 def _case(
-    bench: _Bench, name: str, contenders: Mapping[str, _Contender], baseline: str, *, is_cold: bool = False
+    bench: _Bench,
+    name: str,
+    contenders: Mapping[str, _Contender],
+    baseline: str,
+    calls: int,
+    *,
+    is_cold: bool = False,
 ) -> Case:
     """Engines in turn on requests of one law; all get the same requests where their law is the same."""
     answered: dict[str, list[Answered]] = {label: [] for label in contenders}
@@ -124,7 +137,7 @@ def _case(
             label: stack.enter_context(bench.engine(each.share, each.traffic, each.requests_per_call))
             for label, each in contenders.items()
         }
-        rounds = {label: bench.rounds(each.traffic, 7_000) for label, each in contenders.items()}
+        rounds = {label: bench.rounds(each.traffic, calls) for label, each in contenders.items()}
 
         def on_round(label: str) -> Callable[[int], None]:
             return lambda number: answered[label].append(engines[label].answer(rounds[label][number]))
@@ -140,7 +153,7 @@ def _case(
             warm_up=WARM_UP,
             on_repetition=forget,
         )
-    work = [bench.plan.calls * BATCH] * bench.plan.repetitions
+    work = [calls * BATCH] * bench.plan.repetitions
     systems = {
         label: System.of(label, each.description, seconds[label], work, "requests")
         for label, each in contenders.items()
@@ -188,10 +201,11 @@ def _full_cases(bench: _Bench) -> list[Case]:
     count = bench.num_tenants
     zipf, uniform = Traffic(count, 1.0), Traffic(count, 0.0)
     cold = {label: each for label, each in _capped(zipf).items() if label != AHEAD}
+    calls = bench.plan.calls
     return [
-        _case(bench, f"{count:,} tenants, Zipf(1)", _capped(zipf), ALL),
-        _case(bench, f"{count:,} tenants, uniform", _capped(uniform), ALL),
-        _case(bench, f"{count:,} tenants, Zipf(1), cold file cache", cold, ALL, is_cold=True),
+        _case(bench, f"{count:,} tenants, Zipf(1)", _capped(zipf), ALL, calls),
+        _case(bench, f"{count:,} tenants, uniform", _capped(uniform), ALL, calls),
+        _case(bench, f"{count:,} tenants, Zipf(1), cold file cache", cold, ALL, calls, is_cold=True),
     ]
 
 
@@ -204,7 +218,7 @@ def _growth_case(bench: _Bench) -> Case:
         ALL: _Contender("Zipf(1) over all tenants", 1.0, zipf),
         "5 % in memory": _Contender("Zipf(1) over all tenants", 0.05, zipf),
     }
-    return _case(bench, f"growth to {count:,} tenants", contenders, TEN)
+    return _case(bench, f"growth to {count:,} tenants", contenders, TEN, bench.plan.growth_calls)
 
 
 def _curves(cases: Sequence[Case], plan: _Plan) -> list[Curve]:
