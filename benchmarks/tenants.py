@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from benchmarks.arguments import Arguments, read_arguments, read_texts
-from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, Table
 from benchmarks.tenant_fleet import FLEET, Traffic, draw_requests, fleet_tenants, tenant_name
 from benchmarks.tenant_workers import BATCH, Answered, EngineOptions, EngineProcess, drop_file_cache
 from hmi_engine.demo.base_model import packaged_model
@@ -74,6 +74,7 @@ class _Bench:
     store: Path
     texts: list[str]
     quantities: list[Quantity] = field(default_factory=list)
+    rows: list[tuple[str | float, ...]] = field(default_factory=list)
     arena_bytes: int = 0
     num_tenants: int = 0
 
@@ -158,8 +159,9 @@ def _case(
         label: System.of(label, each.description, seconds[label], work, "requests")
         for label, each in contenders.items()
     }
-    for label in contenders:
-        bench.quantities.extend(_quantities(f"{name}: {label}", answered[label][WARM_UP:]))
+    bench.rows.extend(
+        _row(f"{name}: {label}", system, answered[label][WARM_UP:]) for label, system in systems.items()
+    )
     return Case(
         name=name,
         settings={"tenants": bench.num_tenants, "adapter_bytes_of_all": bench.arena_bytes},
@@ -170,21 +172,29 @@ def _case(
     )
 
 
-def _quantities(name: str, answered: Sequence[Answered]) -> list[Quantity]:
+COLUMNS = (
+    "engine",
+    "requests/s",
+    "latency p50, ms",
+    "latency p99, ms",
+    "miss ratio, %",
+    "read per call, KiB",
+    "RSS, MiB",
+)
+
+
+def _row(name: str, system: System, answered: Sequence[Answered]) -> tuple[str | float, ...]:
     latencies = np.array(list(chain.from_iterable(each.latencies for each in answered)))
-    requests = sum(len(each.latencies) for each in answered)
-    misses = sum(each.misses for each in answered)
-    return [
-        Quantity(name=f"{name}, latency p50", value=1e3 * float(np.quantile(latencies, 0.5)), unit="ms"),
-        Quantity(name=f"{name}, latency p99", value=1e3 * float(np.quantile(latencies, 0.99)), unit="ms"),
-        Quantity(name=f"{name}, tenants loaded per call", value=misses / max(1, requests), unit="tenants"),
-        Quantity(
-            name=f"{name}, read per call",
-            value=sum(each.bytes_read for each in answered) / max(1, requests) / 2**20,
-            unit="MiB",
-        ),
-        Quantity(name=f"{name}, RSS", value=answered[-1].resident_bytes / 2**20, unit="MiB"),
-    ]
+    hits, misses = sum(each.hits for each in answered), sum(each.misses for each in answered)
+    return (
+        name,
+        system.rate.value,
+        1e3 * float(np.quantile(latencies, 0.5)),
+        1e3 * float(np.quantile(latencies, 0.99)),
+        100 * misses / max(1, hits + misses),
+        sum(each.bytes_read for each in answered) / max(1, len(latencies)) / 2**10,
+        answered[-1].resident_bytes / 2**20,
+    )
 
 
 def _capped(traffic: Traffic) -> dict[str, _Contender]:
@@ -280,6 +290,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         notes=tuple(note.replace("{warm_up}", f"{plan.warm_up_requests:,}") for note in NOTES),
         cases=(*full, *cases),
         quantities=tuple(bench.quantities),
+        tables=(Table(title="Latency, misses and memory", columns=COLUMNS, rows=tuple(bench.rows)),),
         curves=tuple(_curves(cases, plan)),
     )
 
@@ -303,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in result.cases:
         for ratio in case.ratios:
             print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    for row in result.tables[0].rows:
+        print(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row), sep="  ")
     for quantity in result.quantities:
         print(f"{quantity.name}: {quantity.value:.3g} {quantity.unit}")
     print(f"wrote {arguments.out}")
