@@ -29,6 +29,8 @@ test-slow: ## The tests that take minutes
 
 bench: ## Run all benchmarks (no other load on the machine) and write docs/results.md
 	python -m benchmarks.mixed
+	python -m benchmarks.tenants
+	python -m benchmarks.tenant_store
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
 	python -m benchmarks.accuracy
@@ -38,7 +40,8 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.composition
 	python -m benchmarks.compression
 	python -m benchmarks.counting
-	python -m benchmarks.tenant_store
+	python -m benchmarks.materialise
+	python -m benchmarks.parity
 	python -m benchmarks.report
 
 report: ## Write docs/results.md from benchmarks/results/*.json

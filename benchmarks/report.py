@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.arguments import RESULTS
 from benchmarks.figures import draw_curves, draw_rates
 from benchmarks.gpu.section import gpu_section
-from benchmarks.result import BenchmarkResult, Case, Curve, Interval, read_results
+from benchmarks.result import BenchmarkResult, Case, Curve, Interval, Table, read_results
 from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = ["main", "render"]
@@ -26,6 +26,8 @@ EMPTY = "\nNo results yet: run the benchmarks first.\n"
 QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it works and measures nothing.**"
 ORDER = (
     "mixed",
+    "tenants",
+    "tenant_store",
     "accuracy",
     "plot",
     "coverage_growth",
@@ -35,7 +37,7 @@ ORDER = (
     "compression",
     "counting",
     "materialise",
-    "tenant_store",
+    "parity",
     "kernels",
 )
 """What people ask first comes first; other results follow by name."""
@@ -69,6 +71,8 @@ def _result(result: BenchmarkResult, figures: Path, relative_to: Path) -> list[s
     else:
         for case in result.cases:
             parts += _case(case, result.name, figures, relative_to)
+    for table in result.tables:
+        parts += [f"### {table.title}", "", *_table(table), ""]
     if result.quantities:
         parts += ["### Other figures", "", "| what | value |", "| --- | ---: |"]
         parts += [f"| {item.name} | {_quantity(item.value, item.unit)} |" for item in result.quantities]
@@ -82,6 +86,19 @@ def _result(result: BenchmarkResult, figures: Path, relative_to: Path) -> list[s
             parts.append(f"| {x:,.0f} | " + " | ".join(_point(curve, index) for curve in curves) + " |")
         parts.append("")
     return parts
+
+
+def _table(table: Table) -> list[str]:
+    rule = "| --- |" + " ---: |" * (len(table.columns) - 1)
+    rows = [f"| {' | '.join(map(_cell, row))} |" for row in table.rows]
+    return [f"| {' | '.join(table.columns)} |", rule, *rows]
+
+
+def _cell(value: str | float | None) -> str:
+    """Small numbers, such as errors, by their power of ten."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1e}" if 0 < abs(value) < 0.01 else f"{value:.4g}"
 
 
 def _point(curve: Curve, index: int) -> str:

@@ -12,7 +12,17 @@ from hmi_engine.demo.environment import Machine, Versions
 from hmi_engine.demo.timing import median, median_interval, ratio_interval
 from hmi_engine.knowledge.atomic import atomic_write
 
-__all__ = ["BenchmarkResult", "Case", "Curve", "Interval", "Quantity", "Ratio", "System", "read_results"]
+__all__ = [
+    "BenchmarkResult",
+    "Case",
+    "Curve",
+    "Interval",
+    "Quantity",
+    "Ratio",
+    "System",
+    "Table",
+    "read_results",
+]
 
 
 class _Frozen(BaseModel):
@@ -117,6 +127,14 @@ class Curve(_Frozen):
     y_unit: Literal["share", "times"] = "share"
 
 
+class Table(_Frozen):
+    """Figures of which several belong to each thing; each row has a text and then one number a column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+
+
 class BenchmarkResult(_Frozen):
     """What one benchmark found, how, and on what."""
 
@@ -131,6 +149,7 @@ class BenchmarkResult(_Frozen):
     cases: tuple[Case, ...]
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()
+    tables: tuple[Table, ...] = ()
 
     def write(self, path: Path) -> None:
         """Writes the result as JSON, atomically."""

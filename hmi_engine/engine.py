@@ -122,6 +122,7 @@ class Engine(AbstractContextManager["Engine"]):
         self._miss = miss
         self._warned: set[str] = set()
         self._residency = _open_residency(store, device_memory, host_memory)
+        store.catalog.arena_bytes[self] = self._residency.arena.capacity_bytes
         self._residency.load_pinned(store.tenants.pinned())
         self._plots: PlotLibrary | None = None
         if store.general.plot_layers:
@@ -226,6 +227,7 @@ class Engine(AbstractContextManager["Engine"]):
             if self._closed:
                 return
             self._closed = True
+            self.store.catalog.arena_bytes.pop(self, None)
             if self._updater is not None:
                 self._updater.close()
             if self._traffic is not None:

@@ -16,14 +16,10 @@ from hmi_engine.construct.training import (
     TrainingSettings,
     train_classifier,
 )
-from hmi_engine.domain_store import DomainStore
-from hmi_engine.errors import (
-    HmiError,
-    TenantExistsError,
-)
-from hmi_engine.interop.peft import ImportedTenant, read_peft, write_peft
+from hmi_engine.errors import TenantExistsError
+from hmi_engine.exchange_store import ExchangeStore
 from hmi_engine.knowledge.adapters import Adapter
-from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
+from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.catalog_views import TenantView
 from hmi_engine.knowledge.changes import (
     TENANTS_PER_BATCH,
@@ -54,7 +50,7 @@ Corpus = str | Path | Sequence[Path] | Iterable[str]
 """Path or paths of text files (a folder stands for its files), or texts."""
 
 
-class Store(DomainStore, AbstractContextManager["Store"]):
+class Store(ExchangeStore, AbstractContextManager["Store"]):
     """One base model, its domain knowledge tree and its tenants. Files: docs/architecture.md."""
 
     @classmethod
@@ -257,50 +253,6 @@ class Store(DomainStore, AbstractContextManager["Store"]):
             card={"training": trained.report.model_dump(mode="json")},
         )
         return trained
-
-    def import_peft(
-        self,
-        directory: str | Path,
-        *,
-        tenant: str,
-        domain: str = ROOT_DOMAIN,
-        labels: Sequence[str] | None = None,
-        lower_layers: Literal["error", "drop"] = "error",
-        replace: bool = False,
-    ) -> ImportedTenant:
-        """Adds a tenant from a folder that PEFT saved (LoRA with a classifier).
-
-        Args:
-            directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-            tenant: name of the new tenant.
-            domain: its domain.
-            labels: names of the classes (PEFT does not keep them); default ``LABEL_0``, ...
-            lower_layers: what to do with blocks below the store's K: refuse, or leave out (recorded).
-            replace: whether a tenant of this name may be replaced.
-
-        Raises:
-            InvalidAdapterError: what cannot be served, with the way out.
-        """
-        imported = read_peft(Path(directory), self.general, labels=labels, lower_layers=lower_layers)
-        if imported.head is None:
-            raise HmiError(
-                f"{directory} has no classifier; save it with PEFT's modules_to_save=['classifier']"
-            )
-        card = {"imported": "peft", "dropped": list(imported.dropped), "warnings": list(imported.warnings)}
-        self.add_tenant(
-            tenant, domain=domain, adapter=imported.adapter, head=imported.head, replace=replace, card=card
-        )
-        return imported
-
-    def export_peft(self, name: str, directory: str | Path) -> None:
-        """Writes a LoRA tenant as a folder that PEFT loads.
-
-        Raises:
-            UnknownTenantError: no such tenant.
-            InvalidAdapterError: the tenant is not of a form that PEFT's LoRA can express.
-        """
-        adapter, head = self.load_tenant(name)
-        write_peft(Path(directory), adapter, head, self.general, base_model=self.general.source)
 
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""

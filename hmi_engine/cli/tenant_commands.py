@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from rich.table import Table
 from hmi_engine.cli.output import (
     AsJson,
     StorePath,
+    checked_choice,
     console,
     print_json,
     print_json_list,
@@ -22,6 +23,7 @@ from hmi_engine.cli.output import (
 )
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.errors import CorpusError
+from hmi_engine.interop import PROBLEM_TYPES
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_examples
 from hmi_engine.knowledge.sizes import format_bytes
@@ -37,28 +39,77 @@ ROWS_OF_TEXT = 100
 ReplaceOption = Annotated[bool, typer.Option(help="Replace a tenant of this name.")]
 
 
+LabelsOption = Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")]
+ProblemOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What a sequence head's numbers mean: {', '.join(PROBLEM_TYPES)}.", show_default=False
+    ),
+]
+DropOption = Annotated[
+    bool, typer.Option(help="Leave out blocks on layers that the store looks up, instead of refusing.")
+]
+
+
+@app.command("import")
+def import_tenant(
+    store: StorePath,
+    name: TenantName,
+    adapter: Annotated[Path, typer.Option(help="Folder that PEFT or AdapterHub's adapters library saved.")],
+    head: Annotated[
+        Path | None,
+        typer.Option(help="Folder where AdapterHub's save_head put a head; default: the adapter's."),
+    ] = None,
+    domain: DomainOption = ROOT_DOMAIN,
+    labels: LabelsOption = None,
+    problem_type: ProblemOption = None,
+    drop_lower_layers: DropOption = False,
+    replace: ReplaceOption = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add a tenant from an adapter trained elsewhere; its files tell by which library."""
+    _import(store, name, adapter, head, domain, labels, problem_type, drop_lower_layers, replace, as_json)
+
+
 @app.command()
 def add(
     store: StorePath,
     name: TenantName,
-    peft: Annotated[Path, typer.Option(help="Folder that PEFT saved: LoRA with a classifier.")],
+    peft: Annotated[Path, typer.Option(help="Folder that PEFT saved: LoRA or IA3 with a classifier.")],
     domain: DomainOption = ROOT_DOMAIN,
-    labels: Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")] = None,
-    drop_lower_layers: Annotated[
-        bool, typer.Option(help="Leave out blocks on layers that the store looks up, instead of refusing.")
-    ] = False,
+    labels: LabelsOption = None,
+    problem_type: ProblemOption = None,
+    drop_lower_layers: DropOption = False,
     replace: ReplaceOption = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add a tenant from an adapter trained elsewhere."""
-    lower_layers: Literal["error", "drop"] = "drop" if drop_lower_layers else "error"
+    """Add a tenant from a folder that PEFT saved; the same as import."""
+    _import(store, name, peft, None, domain, labels, problem_type, drop_lower_layers, replace, as_json)
+
+
+def _import(
+    store: Path,
+    name: str,
+    folder: Path,
+    head: Path | None,
+    domain: str,
+    labels: str | None,
+    problem_type: str | None,
+    drop_lower_layers: bool,
+    replace: bool,
+    as_json: bool,
+) -> None:
     with Store.open(store) as opened:
-        imported = opened.import_peft(
-            peft,
+        imported = opened.import_adapter(
+            folder,
             tenant=name,
             domain=domain,
+            head=head,
             labels=labels.split(",") if labels else None,
-            lower_layers=lower_layers,
+            problem_type=checked_choice(problem_type, PROBLEM_TYPES, "--problem-type")
+            if problem_type
+            else None,
+            lower_layers="drop" if drop_lower_layers else "error",
             replace=replace,
         )
         info = opened.tenants[name]
@@ -67,11 +118,36 @@ def add(
     if as_json:
         print_json(_describe(info))
     else:
-        console.print(
-            f"{name}: {info.kind} of rank {info.rank}, {len(info.labels)} labels, {format_bytes(info.bytes)}",
-            markup=False,
-            highlight=False,
-        )
+        say(f"{name}: {info.kind} of rank {info.rank}, {len(info.labels)} labels, {format_bytes(info.bytes)}")
+
+
+@app.command("export")
+def export_tenant(
+    store: StorePath,
+    name: TenantName,
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIRECTORY", help="Folder to write into; made if missing.", show_default=False
+        ),
+    ],
+    folder_format: Annotated[
+        str, typer.Option("--format", help="Whose folder it shall be: peft or adapterhub.")
+    ] = "peft",
+    with_head: Annotated[
+        bool, typer.Option("--head/--no-head", help="Whether the head goes with it.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Write a tenant as a folder that PEFT or AdapterHub's adapters library loads."""
+    chosen = checked_choice(folder_format, ("peft", "adapterhub"), "--format")
+    with Store.open(store, read_only=True) as opened:
+        export = opened.export_peft if chosen == "peft" else opened.export_adapterhub
+        export(name, directory, with_head=with_head)
+    if as_json:
+        print_json({"tenant": name, "format": chosen, "directory": str(directory)})
+    else:
+        say(f"wrote tenant {name} to {directory} in the format of {chosen}")
 
 
 @app.command()

@@ -1,197 +1,300 @@
-"""LoRA adapters in the folders that Hugging Face PEFT saves (https://github.com/huggingface/peft)."""
+"""Adapters in the folders that Hugging Face PEFT saves (https://github.com/huggingface/peft)."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
-from hmi_engine.interop.peft_config import LoraSettings, read_settings
-from hmi_engine.interop.peft_export import LABELS_KEY, MODULE_OF_SITE, WEIGHTS_FILE, write_peft
-from hmi_engine.knowledge.adapters import Adapter, LoraBlock, Site
-from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import ClassificationHead, TokenClassificationHead
-
-__all__ = ["ImportedTenant", "read_peft", "write_peft"]
-
-_SITE_OF_MODULE = {module: site for site, module in MODULE_OF_SITE.items()}
-_LORA_TENSOR = re.compile(
-    r"base_model\.model\.(?P<module>(?:bert\.)?encoder\.layer\.(?P<layer>\d+)\.(?P<name>[a-z.]+))"
-    r"\.lora_(?P<part>[AB])\.weight"
+from hmi_engine.interop.adapter_folder import TensorFile, read_tensors
+from hmi_engine.interop.bert_modules import BIAS_SITES, SITE_OF_LINEAR, parse_module
+from hmi_engine.interop.imported_tenant import (
+    BaseTensors,
+    ImportedTenant,
+    LowerLayers,
+    ProblemType,
+    base_tensor,
+    check_lower_layers,
+    default_labels,
+    finish_import,
+    sequence_head,
+    with_trained_pooler,
 )
-_CLASSIFIER_TENSOR = re.compile(r"base_model\.model\.classifier\.(?P<name>weight|bias)")
+from hmi_engine.interop.peft_config import Ia3Settings, LoraSettings, read_settings
+from hmi_engine.interop.peft_contents import EMBEDDINGS_BIAS, POOLER, PeftContents, sort_tensors
+from hmi_engine.interop.peft_metadata import PeftMetadata
+from hmi_engine.knowledge.adapter_kinds.sites import linear_sizes
+from hmi_engine.knowledge.adapters import BiasBlock, Block, LoraBlock, ScaleBlock, Site
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.heads import DenseLayer, Head, TokenClassificationHead
 
-ImportedHead = ClassificationHead | TokenClassificationHead
+__all__ = ["WEIGHTS_FILE", "read_peft"]
 
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLED_FILE = "adapter_model.bin"
+_WAY_OUT = "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)"
 
-@dataclass(frozen=True)
-class ImportedTenant:
-    """What a folder held.
-
-    Attributes:
-        adapter: the LoRA blocks, checked against the base model.
-        head: the classifier, or None where the folder has none.
-        dropped: ``"layer 0, query"`` and so on: blocks left out by ``lower_layers="drop"``.
-        warnings: what the importer ignored or assumed, one sentence each.
-    """
-
-    adapter: Adapter
-    head: ImportedHead | None
-    dropped: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass
-class _Contents:
-    """The tensors of a file by what they are."""
-
-    parts: dict[tuple[int, Site], dict[str, torch.Tensor]] = field(default_factory=dict)
-    modules: dict[tuple[int, Site], str] = field(default_factory=dict)
-    classifier: dict[str, torch.Tensor] = field(default_factory=dict)
-    labels: tuple[str, ...] | None = None
+Blocks = dict[tuple[int, Site], Block]
 
 
 def read_peft(
     directory: str | Path,
     general: GeneralInfo,
     *,
+    base: BaseTensors | None = None,
+    head: Head | None = None,
     labels: Sequence[str] | None = None,
-    multi_label: bool = False,
-    lower_layers: Literal["error", "drop"] = "error",
+    problem_type: ProblemType | None = None,
+    lower_layers: LowerLayers = "error",
 ) -> ImportedTenant:
-    """Reads a LoRA and its classifier from a folder saved by PEFT's ``save_pretrained``.
+    """Reads a LoRA or IA3, trained biases, and the classifier from a folder saved by ``save_pretrained``.
 
-    Tensors stay as stored; ``a`` and ``b`` are views of ``lora_A`` and ``lora_B`` transposed. The classifier
-    of a SEQ_CLS adapter reads the base's pooler, as in ``BertForSequenceClassification``.
+    Matrices of a LoRA stay as stored, transposed. A classifier of a SEQ_CLS adapter reads the pooler, as in
+    ``BertForSequenceClassification``; a pooler that was trained too becomes a layer of the head. Trained
+    biases (``bias``, ``lora_bias``) become BitFit blocks.
 
     Args:
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         general: the base model that the adapter must fit.
+        base: its weights, needed for trained biases and poolers.
+        head: a head to use in place of the folder's.
         labels: names of the classes in the classifier's order; PEFT keeps none, so the default is what
-            :func:`write_peft` left in the file, else ``LABEL_0``, ``LABEL_1`` and so on.
-        multi_label: whether each label is decided by itself (PEFT does not keep this either).
+            :func:`~hmi_engine.interop.write_peft` left in the file, else ``LABEL_0``, ``LABEL_1`` and so on.
+        problem_type: what a SEQ_CLS head's numbers mean; PEFT keeps this as little. By default one number is
+            regression, several are classes of which one holds.
         lower_layers: ``"drop"`` leaves out blocks below ``plot_layers``: those layers are looked up.
 
     Raises:
-        InvalidAdapterError: the folder is no readable LoRA, uses a feature that HMI does not compute, or does
-            not fit ``general``; the message names the tensor or setting.
+        InvalidAdapterError: the folder is not readable, uses a feature that HMI does not compute, or does
+            not fit ``general``; the message names the file and the tensor or setting.
         InvalidHeadError: the classifier does not fit ``general`` or ``labels``.
     """
     folder = Path(directory)
-    if lower_layers not in ("error", "drop"):
-        raise ValueError(f"lower_layers is {lower_layers!r:.80}, must be 'error' or 'drop'")
+    check_lower_layers(lower_layers)
     settings, warnings = read_settings(folder)
-    contents = _read_contents(folder, settings)
-    blocks = {place: _block(contents, place, settings, folder) for place in sorted(contents.parts)}
-    dropped: tuple[str, ...] = ()
-    if lower_layers == "drop":
-        below = [place for place in blocks if place[0] < general.plot_layers]
-        dropped = tuple(f"layer {layer}, {site}" for layer, site in below)
-        blocks = {place: block for place, block in blocks.items() if place not in below}
-    adapter = Adapter(blocks)
-    adapter.validate(general)
-    head, head_warnings = _head(contents, settings, labels, multi_label)
-    if head is not None:
-        head.validate(general)
-    if dropped:
-        head_warnings += (
-            f"{len(dropped)} blocks below plot_layers={general.plot_layers} were dropped; check the accuracy",
-        )
-    return ImportedTenant(adapter, head, dropped, warnings + head_warnings)
-
-
-def _read_contents(folder: Path, settings: LoraSettings) -> _Contents:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        way_out = (
-            "only adapter_model.bin, a pickle, which is never read: load it where you trust it and save it "
-            "again with save_pretrained(..., safe_serialization=True)"
-            if pickled
-            else "give a folder saved by PEFT"
-        )
-        raise InvalidAdapterError(f"{folder}: no {WEIGHTS_FILE}; {way_out}")
-    contents = _Contents()
+    file = read_tensors(folder / WEIGHTS_FILE, pickled_name=_PICKLED_FILE, way_out=_WAY_OUT)
+    metadata = PeftMetadata.read(file)
+    contents = sort_tensors(file, settings, general)
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                _sort_in(contents, name, file.get_tensor(name), path, settings)
-            stored = (file.metadata() or {}).get(LABELS_KEY)
-            contents.labels = tuple(json.loads(stored)) if stored else None
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        if isinstance(error, InvalidAdapterError):
-            raise
-        raise InvalidAdapterError(f"{path}: unreadable: {error}") from error
-    return contents
+        blocks = _blocks(file, contents, settings, general, metadata)
+        dropped = _add_biases(blocks, file, contents, general, base, lower_layers)
+        notes = list(warnings)
+        if head is None:
+            head = _classifier(file, contents, settings, labels, problem_type, metadata, notes)
+        head = _with_pooler(head, file, contents, settings, base, notes)
+        return finish_import("peft", blocks, head, general, lower_layers, dropped=dropped, warnings=notes)
+    except InvalidAdapterError as error:
+        raise _naming(error, folder) from error
+    except InvalidHeadError as error:
+        raise InvalidHeadError(f"{folder}: {error}") from error
 
 
-def _sort_in(
-    contents: _Contents, name: str, tensor: torch.Tensor, path: Path, settings: LoraSettings
-) -> None:
-    lora = _LORA_TENSOR.fullmatch(name)
-    if lora and lora["name"] in _SITE_OF_MODULE:
-        place = (int(lora["layer"]), _SITE_OF_MODULE[lora["name"]])
-        contents.parts.setdefault(place, {})[lora["part"]] = tensor
-        contents.modules[place] = lora["module"]
-        return
-    classifier = _CLASSIFIER_TENSOR.fullmatch(name)
-    if classifier and settings.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        contents.classifier[classifier["name"]] = tensor
-        return
-    served = ", ".join(_SITE_OF_MODULE)
-    raise InvalidAdapterError(
-        f"{path}: tensor {name} (task_type {settings.task_type}) has no place in HMI, which serves LoRA on "
-        f"encoder.layer.N.{{{served}}} and a classifier; train again without it"
-    )
+def _naming(error: InvalidAdapterError, folder: Path) -> InvalidAdapterError:
+    return error if str(error).startswith(str(folder)) else InvalidAdapterError(f"{folder}: {error}")
 
 
-def _block(contents: _Contents, place: tuple[int, Site], settings: LoraSettings, folder: Path) -> LoraBlock:
-    module, parts = contents.modules[place], contents.parts[place]
-    if set(parts) != {"A", "B"}:
-        missing = "A" if "B" in parts else "B"
-        raise InvalidAdapterError(f"{folder / WEIGHTS_FILE}: {module} has no lora_{missing}.weight")
-    for part, tensor in parts.items():
+def _blocks(
+    file: TensorFile,
+    contents: PeftContents,
+    settings: LoraSettings | Ia3Settings,
+    general: GeneralInfo,
+    metadata: PeftMetadata,
+) -> Blocks:
+    blocks: Blocks = {}
+    for module, parts in contents.parts.items():
+        place = parse_module(module.removeprefix("bert."))
+        if place is None:
+            continue  # the pooler
+        site = SITE_OF_LINEAR[place.rest]
+        if isinstance(settings, Ia3Settings):
+            scaled_site, block = _scale(file, parts, module, site, settings, general)
+            blocks[place.layer, scaled_site] = block
+            continue
+        lora = _lora(file, parts, module, settings)
+        if "lora_B.bias" in parts:
+            vector = file.take(parts["lora_B.bias"]).float() * lora.scale
+            blocks[place.layer, Site(f"{site}.bias")] = BiasBlock(vector)
+        if module not in metadata.carriers or bool(lora.b.any()):
+            blocks[place.layer, site] = lora
+    return blocks
+
+
+def _lora(file: TensorFile, parts: dict[str, str], module: str, settings: LoraSettings) -> LoraBlock:
+    a, b = (file.take(parts[part]) for part in ("lora_A.weight", "lora_B.weight"))
+    for name, tensor in (("lora_A", a), ("lora_B", b)):
         if tensor.dim() != 2:
             raise InvalidAdapterError(
-                f"{folder / WEIGHTS_FILE}: {module}.lora_{part}.weight has shape {list(tensor.shape)}, "
-                "expected a matrix"
+                f"{file.path}: {module}.{name}.weight has shape {list(tensor.shape)}, expected a matrix"
             )
-    rank = parts["A"].shape[0]
-    if settings.rank(module) != rank:
+    if settings.rank(module) != a.shape[0]:
         raise InvalidAdapterError(
-            f"{folder}: {module} has rank {rank}, but adapter_config.json says {settings.rank(module)}; "
-            "the scale would be wrong"
+            f"{file.path}: {module} has rank {a.shape[0]}, but adapter_config.json says "
+            f"{settings.rank(module)}; the scale would be wrong"
         )
-    return LoraBlock(parts["A"].T, parts["B"].T, settings.scale(module))
+    return LoraBlock(a.T, b.T, settings.scale(module))
 
 
-def _head(
-    contents: _Contents, settings: LoraSettings, labels: Sequence[str] | None, multi_label: bool
-) -> tuple[ImportedHead | None, tuple[str, ...]]:
-    tensors = contents.classifier
-    if not tensors:
-        return None, ("the folder holds no classifier: give a head of your own",)
+def _scale(
+    file: TensorFile,
+    parts: dict[str, str],
+    module: str,
+    site: Site,
+    settings: Ia3Settings,
+    general: GeneralInfo,
+) -> tuple[Site, ScaleBlock]:
+    is_input = settings.is_feedforward(module)
+    inputs, outputs = linear_sizes(site.value, general)
+    tensor = file.take(parts["ia3_l"])
+    expected = (1, inputs) if is_input else (outputs, 1)
+    if tuple(tensor.shape) != expected:
+        raise InvalidAdapterError(
+            f"{file.path}: {module}.ia3_l has shape {list(tensor.shape)}, expected {list(expected)} "
+            f"({'inside' if is_input else 'outside'} of feedforward_modules)"
+        )
+    name = f"{site}.input_scale" if is_input else f"{site}.scale"
+    if name not in list(Site):
+        raise InvalidAdapterError(
+            f"{file.path}: {module} is one of feedforward_modules: HMI scales what {site} gives, not what it "
+            "reads; train with it outside of feedforward_modules"
+        )
+    return Site(name), ScaleBlock(tensor.reshape(-1))
+
+
+def _add_biases(
+    blocks: Blocks,
+    file: TensorFile,
+    contents: PeftContents,
+    general: GeneralInfo,
+    base: BaseTensors | None,
+    lower_layers: LowerLayers,
+) -> list[str]:
+    """Adds blocks for the biases that differ from the base's; returns what was left out."""
+    dropped: list[str] = []
+    for name, tensor_name in contents.biases.items():
+        place = parse_module(name)
+        if name == f"{POOLER}.bias" or (place is not None and place.layer >= general.num_layers):
+            continue
+        original = base_tensor(base, name, "a trained bias")
+        vector = _like(original, tensor_name, file) - original
+        if not bool(vector.ne(0).any()):
+            continue
+        if place is not None:
+            blocks[place.layer, BIAS_SITES[place.rest]] = BiasBlock(vector)
+        elif lower_layers == "drop":
+            dropped.append(name)
+        else:
+            raise InvalidAdapterError(
+                f"{file.path}: {EMBEDDINGS_BIAS} was trained (bias='all'), but tenants share the embeddings: "
+                "pass lower_layers='drop' to leave it out, or train with bias='lora_only'"
+            )
+    return dropped
+
+
+def _like(original: torch.Tensor, name: str | None, file: TensorFile) -> torch.Tensor:
+    """The saved tensor as float32, of the original's shape; the original where none was saved."""
+    if name is None:
+        return original
+    saved = file.take(name)
+    if saved.shape != original.shape:
+        raise InvalidAdapterError(
+            f"{file.path}: {name} has shape {list(saved.shape)}, expected {list(original.shape)}"
+        )
+    return saved.float()
+
+
+def _classifier(
+    file: TensorFile,
+    contents: PeftContents,
+    settings: LoraSettings | Ia3Settings,
+    labels: Sequence[str] | None,
+    problem_type: ProblemType | None,
+    metadata: PeftMetadata,
+    notes: list[str],
+) -> Head | None:
+    if not contents.classifier:
+        notes.append("the folder holds no classifier: give a head of your own")
+        return None
+    tensors = {part: file.take(name) for part, name in contents.classifier.items()}
     if set(tensors) != {"weight", "bias"} or tensors["weight"].dim() != 2:
-        raise InvalidHeadError(
-            f"the classifier has {', '.join(sorted(tensors))}; expected a weight [C, H] and a bias [C]"
-        )
-    names = tuple(labels) if labels is not None else contents.labels
-    warnings: tuple[str, ...] = ()
+        found = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sorted(tensors.items()))
+        raise InvalidHeadError(f"the classifier has {found}; expected a weight [C, H] and a bias [C]")
+    weight, bias = tensors["weight"], tensors["bias"]
+    names = tuple(labels) if labels is not None else metadata.labels
     if names is None:
-        names = tuple(f"LABEL_{index}" for index in range(len(tensors["weight"])))
-        warnings = (f"PEFT keeps no label names: the classes are called {names[0]} to {names[-1]}",)
-    if len(names) != len(tensors["weight"]):
-        raise InvalidHeadError(
-            f"{len(names)} labels were given, the classifier has {len(tensors['weight'])} classes"
-        )
+        names = default_labels(len(weight))
+        if names:
+            notes.append(f"PEFT keeps no label names: the classes are called {names[0]} to {names[-1]}")
+    if len(names) != len(weight):
+        raise InvalidHeadError(f"{len(names)} labels were given, the classifier has {len(weight)} classes")
     if settings.task_type == "TOKEN_CLS":
-        return TokenClassificationHead(names, tensors["weight"], tensors["bias"]), warnings
-    head = ClassificationHead(names, tensors["weight"], tensors["bias"], "pooler", multi_label)
-    return head, warnings
+        return TokenClassificationHead(names, weight, bias)
+    problem_type = problem_type or metadata.problem_type
+    return sequence_head(names, weight, bias, pooling="pooler", problem_type=problem_type)
+
+
+def _with_pooler(
+    head: Head | None,
+    file: TensorFile,
+    contents: PeftContents,
+    settings: LoraSettings | Ia3Settings,
+    base: BaseTensors | None,
+    notes: list[str],
+) -> Head | None:
+    pooler = _trained_pooler(file, contents, settings, base)
+    if pooler is None:
+        return head
+    if head is None:
+        raise InvalidAdapterError(
+            f"{file.path}: the pooler was trained, but there is no head that reads it: give a head with "
+            "pooling='pooler'"
+        )
+    if isinstance(head, TokenClassificationHead) or head.pooling != "pooler":
+        notes.append("the folder's trained pooler was left out: the head does not read it")
+    return with_trained_pooler(head, pooler)
+
+
+def _trained_pooler(
+    file: TensorFile,
+    contents: PeftContents,
+    settings: LoraSettings | Ia3Settings,
+    base: BaseTensors | None,
+) -> DenseLayer | None:
+    """The pooler as one layer: trained whole, with a bias of its own, or with an adapter merged into it."""
+    parts = contents.parts.get(f"bert.{POOLER}") or contents.parts.get(POOLER)
+    saved_bias = contents.pooler.get("bias") or contents.biases.get(f"{POOLER}.bias")
+    if not (parts or saved_bias or contents.pooler):
+        return None
+    weight, bias = (base_tensor(base, f"{POOLER}.{part}", "a trained pooler") for part in ("weight", "bias"))
+    if not parts and "weight" not in contents.pooler and torch.equal(_like(bias, saved_bias, file), bias):
+        return None
+    weight, bias = _like(weight, contents.pooler.get("weight"), file), _like(bias, saved_bias, file)
+    if parts:
+        weight, bias = _merged(file, parts, settings, weight, bias)
+    return DenseLayer(weight, bias, "tanh")
+
+
+def _merged(
+    file: TensorFile,
+    parts: dict[str, str],
+    settings: LoraSettings | Ia3Settings,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    size = len(bias)
+    if isinstance(settings, Ia3Settings):
+        is_input = settings.is_feedforward(f"bert.{POOLER}")
+        scale = file.take(parts["ia3_l"]).float()
+        if tuple(scale.shape) != ((1, size) if is_input else (size, 1)):
+            raise InvalidAdapterError(f"{file.path}: {POOLER}.ia3_l has shape {list(scale.shape)}")
+        return weight * scale, bias if is_input else bias * scale[:, 0]
+    lora = _lora(file, parts, f"bert.{POOLER}", settings)
+    if lora.a.shape[0] != size or tuple(lora.b.shape) != (lora.rank, size):
+        raise InvalidAdapterError(
+            f"{file.path}: {POOLER} has lora_A {list(lora.a.T.shape)} and lora_B {list(lora.b.T.shape)}, "
+            f"expected [{lora.rank}, {size}] and [{size}, {lora.rank}]"
+        )
+    if "lora_B.bias" in parts:
+        bias = bias + lora.scale * _like(bias, parts["lora_B.bias"], file)
+    return weight + lora.scale * (lora.a.float() @ lora.b.float()).T, bias

@@ -1,28 +1,30 @@
-"""The settings in PEFT's ``adapter_config.json`` that decide what a LoRA computes."""
+"""The settings in PEFT's ``adapter_config.json`` that decide what an adapter computes."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmi_engine.errors import InvalidAdapterError
+from hmi_engine.interop.adapter_folder import CONFIG_FILE, read_object
+from hmi_engine.interop.bert_modules import parse_module
+from hmi_engine.interop.module_patterns import compile_pattern, matches_end, matches_whole
+from hmi_engine.knowledge.adapters import MAX_RANK
 
-__all__ = ["CONFIG_FILE", "LoraSettings", "read_settings"]
-
-CONFIG_FILE = "adapter_config.json"
+__all__ = ["Ia3Settings", "LoraSettings", "PeftSettings", "read_settings"]
 
 Number = TypeVar("Number", int, float)
+Modules = list[str] | str | None
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 
 _CHANGES_THE_MATHEMATICS = {
     "use_dora": "DoRA (use_dora)",
     "use_qalora": "QALoRA (use_qalora)",
     "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "lora_bias": "a bias inside the LoRA (lora_bias)",
     "kasa_config": "KaSA (kasa_config)",
     "arrow_config": "Arrow routing (arrow_config)",
     "monteclora_config": "MonteCLoRA (monteclora_config)",
@@ -34,26 +36,82 @@ _CHANGES_THE_MATHEMATICS = {
 _NEUTRAL_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NEUTRAL_FIELDS = frozenset(
     {
-        "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+        "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "inference_mode",
+        "init_ia3_weights", "init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout",
         "lora_ga_config", "corda_config", "megatron_config", "megatron_core", "modules_to_save",
-        "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "velora_config",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "velora_config", "fan_in_fan_out",
     }
 )  # fmt: skip
 
+_ADDS_TOKENS = "it puts trained vectors in front of the text, which HMI's shared layers do not take"
+_OTHER_METHODS = {
+    "PREFIX_TUNING": ("prefix tuning", _ADDS_TOKENS),
+    "PROMPT_TUNING": ("prompt tuning", _ADDS_TOKENS),
+    "P_TUNING": ("p-tuning", _ADDS_TOKENS),
+    "MULTITASK_PROMPT_TUNING": ("multitask prompt tuning", _ADDS_TOKENS),
+    "CPT": ("context-aware prompt tuning", _ADDS_TOKENS),
+    "ADAPTION_PROMPT": ("Llama-Adapter", _ADDS_TOKENS),
+    "ADALORA": ("AdaLoRA", "its update has singular values of its own"),
+    "VERA": ("VeRA", "its update shares random matrices over all layers"),
+    "LOHA": ("LoHa", "its update is a Hadamard product of the size of the layer"),
+    "LOKR": ("LoKr", "its update is a Kronecker product of the size of the layer"),
+    "OFT": ("OFT", "it rotates the base's weights"),
+    "BOFT": ("BOFT", "it rotates the base's weights"),
+    "LN_TUNING": ("LayerNorm tuning", "it changes the weights of the base's LayerNorms"),
+    "TRAINABLE_TOKENS": ("trained token embeddings", "HMI shares the embeddings"),
+}
 
-class LoraSettings(BaseModel):
-    """The fields of PEFT's ``LoraConfig`` that HMI reads; patterns are regular expressions."""
+_ALL_LINEAR = "all-linear"
+_TASK_OF_CLASS = {
+    "BertForSequenceClassification": "SEQ_CLS",
+    "BertForTokenClassification": "TOKEN_CLS",
+    "BertModel": "FEATURE_EXTRACTION",
+}
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+
+class PeftSettings(BaseModel):
+    """The fields that all kinds have. Modules are named as in the model, with or without ``bert.``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    default_modules: ClassVar[tuple[str, ...]]
+    """What PEFT adapts in a BERT where ``target_modules`` is null."""
 
     peft_type: str
     task_type: str | None = None
-    r: int = Field(default=8, ge=1)
+    target_modules: Modules = None
+    exclude_modules: Modules = None
+    layers_to_transform: list[int] | int | None = None
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT adapts a linear layer of the encoder."""
+        modules = self.target_modules if self.target_modules is not None else list(self.default_modules)
+        if self.exclude_modules and _is_listed(self.exclude_modules, module):
+            return False
+        if isinstance(modules, str):
+            return modules.lower() == _ALL_LINEAR or matches_whole(modules, module)
+        return module in modules or (_is_listed(modules, module) and self._is_of_layers(module))
+
+    def _is_of_layers(self, module: str) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        place = parse_module(module.removeprefix("bert."))
+        return place is not None and place.layer in ([layers] if isinstance(layers, int) else layers)
+
+
+class LoraSettings(PeftSettings):
+    """The fields of PEFT's ``LoraConfig`` that HMI reads; patterns are regular expressions."""
+
+    default_modules = ("query", "value")
+
+    r: Rank = 8
     lora_alpha: float = 8
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, float] = {}
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
 
     def rank(self, module: str) -> int:
         """Rank of a module, named as in the model (``bert.encoder.layer.0.attention.self.query``)."""
@@ -69,88 +127,122 @@ class LoraSettings(BaseModel):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _first_match(patterns: dict[str, Number], module: str, default: Number) -> Number:
-    """PEFT's rule: the first pattern that matches the whole name, or its end after a dot."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+class Ia3Settings(PeftSettings):
+    """The fields of PEFT's ``IA3Config`` that HMI reads."""
+
+    default_modules = ("key", "value", "output.dense")
+
+    feedforward_modules: Modules = None
+
+    def is_feedforward(self, module: str) -> bool:
+        """Whether the scale stands before the layer: PEFT's rule, which compares ends of names."""
+        modules = self.feedforward_modules
+        if modules is None:
+            modules = ["output.dense"] if self.target_modules is None else []
+        if isinstance(modules, str):
+            return matches_whole(modules, module)
+        return any(module.endswith(name) for name in modules)
 
 
-def read_settings(directory: Path) -> tuple[LoraSettings, tuple[str, ...]]:
+def _is_listed(modules: list[str] | str, module: str) -> bool:
+    if isinstance(modules, str):
+        return matches_whole(modules, module)
+    return any(module == name or module.endswith(f".{name}") for name in modules)
+
+
+def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    return next((value for pattern, value in patterns.items() if matches_end(pattern, module)), default)
+
+
+def read_settings(directory: Path) -> tuple[LoraSettings | Ia3Settings, tuple[str, ...]]:
     """Reads ``adapter_config.json`` and refuses what HMI would compute differently from PEFT.
 
     Returns:
         The settings, and warnings about fields that this version does not know.
 
     Raises:
-        InvalidAdapterError: the file is missing or unreadable, is not LoRA, or uses an unsupported feature.
+        InvalidAdapterError: the file is missing or unreadable, or says something that HMI does not compute.
     """
     path = directory / CONFIG_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InvalidAdapterError(f"{directory}: no {CONFIG_FILE}; give a folder saved by PEFT") from error
-    except (OSError, ValueError) as error:
-        raise InvalidAdapterError(f"{path}: unreadable: {error}") from error
-    if not isinstance(fields, dict):
-        raise InvalidAdapterError(f"{path}: holds a {type(fields).__name__}, expected an object of settings")
+    fields = read_object(path)
+    kind = _check_method(path, fields)
     _check_features(path, fields)
-    return _settings(path, fields), _warnings(path, fields)
+    settings = _settings(path, kind, fields)
+    return settings, _warnings(path, fields, kind)
 
 
-def _check_features(path: Path, fields: dict[str, Any]) -> None:
-    if fields.get("peft_type") != "LORA":
+def _check_method(path: Path, fields: Mapping[str, Any]) -> type[LoraSettings] | type[Ia3Settings]:
+    kinds: dict[str, type[LoraSettings] | type[Ia3Settings]] = {"LORA": LoraSettings, "IA3": Ia3Settings}
+    if "peft_type" not in fields and "config" in fields:
+        raise InvalidAdapterError(f"{path}: AdapterHub's adapters library wrote it: use import_adapterhub")
+    method = fields.get("peft_type")
+    if isinstance(method, str) and method in kinds:
+        return kinds[method]
+    way_out = "train with PEFT's LORA or IA3, or import a bottleneck adapter from AdapterHub"
+    if isinstance(method, str) and method in _OTHER_METHODS:
+        name, reason = _OTHER_METHODS[method]
         raise InvalidAdapterError(
-            f"{path}: peft_type is {fields.get('peft_type')!r:.80}; this release imports LORA, "
-            "other kinds come with a later release"
+            f"{path}: {name} (peft_type {method}) is not supported: {reason}; {way_out}"
         )
-    if fields.get("bias", "none") != "none":
-        raise InvalidAdapterError(
-            f"{path}: bias is {fields['bias']!r:.80}; trained biases of the base model are not imported, "
-            "train with bias='none'"
-        )
+    raise InvalidAdapterError(f"{path}: peft_type is {method!r:.80}, which HMI does not compute; {way_out}")
+
+
+def _check_features(path: Path, fields: Mapping[str, Any]) -> None:
     for field, feature in _CHANGES_THE_MATHEMATICS.items():
         if fields.get(field):
             raise InvalidAdapterError(
                 f"{path}: {feature} is not supported; train with a plain LoRA, or merge and retrain"
             )
     initialization = fields.get("init_lora_weights", True)
-    if initialization not in _NEUTRAL_INITIALIZATIONS:
-        raise InvalidAdapterError(
-            f"{path}: init_lora_weights is {initialization!r:.80}, which changes the base model's weights; "
-            "save with path_initial_model_for_weight_conversion to get a LoRA of the unchanged base"
-        )
+    if isinstance(initialization, str | bool | None) and initialization in _NEUTRAL_INITIALIZATIONS:
+        return
+    raise InvalidAdapterError(
+        f"{path}: init_lora_weights is {initialization!r:.80}, which changes the base model's weights; "
+        "save with path_initial_model_for_weight_conversion to get a LoRA of the unchanged base"
+    )
 
 
-def _settings(path: Path, fields: dict[str, Any]) -> LoraSettings:
+def _settings(
+    path: Path, kind: type[LoraSettings] | type[Ia3Settings], fields: Mapping[str, Any]
+) -> LoraSettings | Ia3Settings:
     known = {name: value for name, value in fields.items() if value is not None}
+    known.setdefault("task_type", _task_of_class(fields.get("auto_mapping")))
     try:
-        settings = LoraSettings.model_validate(known)
+        settings = kind.model_validate(known)
+        for pattern in _patterns(settings):
+            compile_pattern(pattern)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise InvalidAdapterError(f"{path}: {place}: {first['msg']}, found {first['input']!r:.80}") from error
-    for pattern in (*settings.rank_pattern, *settings.alpha_pattern):
-        _check_pattern(path, pattern)
-    if any(rank < 1 for rank in settings.rank_pattern.values()):
-        raise InvalidAdapterError(f"{path}: rank_pattern has a rank below 1")
+        raise InvalidAdapterError(
+            f"{path}: {place:.80}: {first['msg']}, found {first['input']!r:.80}"
+        ) from error
+    except InvalidAdapterError as error:
+        raise InvalidAdapterError(f"{path}: {error}") from error
     return settings
 
 
-def _check_pattern(path: Path, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InvalidAdapterError(f"{path}: {pattern!r:.80} is no regular expression: {error}") from error
+def _patterns(settings: LoraSettings | Ia3Settings) -> list[str]:
+    patterns = [settings.target_modules, settings.exclude_modules]
+    if isinstance(settings, LoraSettings):
+        patterns += [*settings.rank_pattern, *settings.alpha_pattern]
+    else:
+        patterns.append(settings.feedforward_modules)
+    return [pattern for pattern in patterns if isinstance(pattern, str) and pattern.lower() != _ALL_LINEAR]
 
 
-def _warnings(path: Path, fields: dict[str, Any]) -> tuple[str, ...]:
-    handled = {*LoraSettings.model_fields, *_CHANGES_THE_MATHEMATICS, *_NEUTRAL_FIELDS}
-    handled |= {"bias", "init_lora_weights", "fan_in_fan_out"}
-    unknown = [name for name, value in sorted(fields.items()) if name not in handled and value]
+def _task_of_class(auto_mapping: object) -> str | None:
+    """PEFT writes the model's class where it was given no ``task_type``."""
+    name = auto_mapping.get("base_model_class") if isinstance(auto_mapping, dict) else None
+    return _TASK_OF_CLASS.get(name) if isinstance(name, str) else None
+
+
+def _warnings(path: Path, fields: Mapping[str, Any], kind: type[PeftSettings]) -> tuple[str, ...]:
+    handled = {*kind.model_fields, *_CHANGES_THE_MATHEMATICS, *_NEUTRAL_FIELDS}
     warnings = [
-        f"{path.name}: the field {name} is unknown to this version and was ignored" for name in unknown
+        f"{path.name}: the field {name!r:.80} is unknown to this version and was ignored"
+        for name, value in sorted(fields.items())
+        if name not in handled and value
     ]
     if fields.get("fan_in_fan_out"):
         warnings.append(f"{path.name}: fan_in_fan_out was ignored: BERT's layers are Linear, as in PEFT")

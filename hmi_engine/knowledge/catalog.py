@@ -7,6 +7,7 @@ catalog entry without its file.
 
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -71,6 +72,8 @@ class Catalog:
             raise
         # Held from the writing of a file to its commit, so that no repair of this process runs between.
         self.change_lock = threading.RLock()
+        # What the arenas of this process' engines on the store hold, by engine: no larger tenant is added.
+        self.arena_bytes = weakref.WeakKeyDictionary[object, int]()
         self.tenants = TenantView(self._database)
         self.domains = DomainView(self._database)
 

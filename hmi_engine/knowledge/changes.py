@@ -145,6 +145,7 @@ def _write_tenants(
                 )
             tenant.adapter.validate(general)
             tenant.head.validate(general)
+            _check_arenas(catalog, tenant)
             yield tenant, _describe_tenant(catalog.layout, tenant, domains[tenant.domain], number)
 
     def write(described: tuple[NewTenant, TenantInfo]) -> TenantInfo:
@@ -153,6 +154,20 @@ def _write_tenants(
     infos = list(map_in_threads(write, checked()))
     fsync_folders({catalog.layout.resolve(info.file).parent for info in infos}, catalog.layout.root)
     return infos
+
+
+def _check_arenas(catalog: Catalog, tenant: NewTenant) -> None:
+    """Refuse what an engine that is open now could never hold, rather than at its first request."""
+    smallest = min(list(catalog.arena_bytes.values()), default=None)
+    if smallest is None:
+        return
+    elements = tenant.adapter.num_parameters + sum(part.numel() for part in tenant.head.tensors().values())
+    if 4 * elements > smallest:
+        raise InvalidAdapterError(
+            f"tenant {tenant.name!r} takes {4 * elements} bytes of memory, more than all that an engine open "
+            f"on this store has for tenants, {smallest} bytes; give it a smaller rank or fewer layers, or "
+            "the engine more memory"
+        )
 
 
 def _domains_of(tenants: Sequence[NewTenant]) -> set[str]:

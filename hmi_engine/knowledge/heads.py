@@ -175,11 +175,16 @@ def _check_labels(kind: str, labels: Sequence[object]) -> None:
         )
     seen: set[str] = set()
     for label in labels:
-        if not isinstance(label, str) or not label.strip():
+        if not isinstance(label, str) or not label.strip() or not _is_unicode(label):
             raise InvalidHeadError(f"{kind} head: label {label!r:.80} is no text; give each class a name")
         if label in seen:
             raise InvalidHeadError(f"{kind} head: label {label!r:.80} occurs twice; labels must differ")
         seen.add(label)
+
+
+def _is_unicode(label: str) -> bool:
+    """Whether it has no half of a surrogate pair, as bytes of the command line that are no UTF-8 become."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in label)
 
 
 def _check_linear(head: _LinearHead, general: GeneralInfo) -> None:

@@ -15,8 +15,8 @@ _Key_contra = TypeVar("_Key_contra", bound=Hashable, contravariant=True)
 Tickets = list[tuple[int, Key]]
 """Requests that wait: their number in the order of arrival, and what they need."""
 
-_FIXED_COST_BYTES = 100_000
-_HALF_LIFE_TURNOVERS = 1.0
+FIXED_COST_BYTES = 800_000
+HALF_LIFE_TURNOVERS = 1.0
 _MIN_HEAP = 64
 
 
@@ -49,9 +49,23 @@ class FrequencyPerByte(Generic[Key]):
     with its two constants, by ``benchmarks/residency.py``.
     """
 
-    def __init__(self, max_known: int = 1 << 16) -> None:
-        """``max_known``: most tenants whose frequencies are remembered, or twice those in memory."""
+    def __init__(
+        self,
+        max_known: int = 1 << 16,
+        *,
+        fixed_cost_bytes: float = FIXED_COST_BYTES,
+        half_life: float = HALF_LIFE_TURNOVERS,
+    ) -> None:
+        """Knows nobody yet.
+
+        Args:
+            max_known: most tenants whose frequencies are remembered, or twice those in memory.
+            fixed_cost_bytes: how many bytes take as long to load as a load takes beside its bytes.
+            half_life: of frequencies, in evictions of as many tenants as are in memory.
+        """
         self._max_known = max_known
+        self._fixed_cost_bytes = fixed_cost_bytes
+        self._half_life = half_life
         self._now = 0.0  # half-lives
         self._frequencies: dict[Key, float] = {}  # log2 of the frequency, of the origin's worth
         self._worth: dict[Key, float] = {}  # log2 of the miss's cost per byte
@@ -66,7 +80,7 @@ class FrequencyPerByte(Generic[Key]):
         before = self._frequencies.get(key)
         if before is None:
             self._forget_some()
-            self._worth[key] = math.log2((_FIXED_COST_BYTES + num_bytes) / max(1, num_bytes))
+            self._worth[key] = math.log2((self._fixed_cost_bytes + num_bytes) / max(1, num_bytes))
             self._frequencies[key] = self._now
         else:
             self._frequencies[key] = self._now + math.log2(1 + 2.0 ** (before - self._now))
@@ -86,7 +100,7 @@ class FrequencyPerByte(Generic[Key]):
         """Takes the key of the least worth; None if none was offered."""
         if not len(self._heap):
             return None
-        self._now += 1 / (_HALF_LIFE_TURNOVERS * len(self._heap))
+        self._now += 1 / (self._half_life * len(self._heap))
         return self._heap.pop()
 
     def forget(self, key: Key) -> None:

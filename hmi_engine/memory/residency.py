@@ -363,6 +363,10 @@ class AdapterResidency:
             for placed in reserved:
                 if placed.slot is None:
                     self._placement.drop(placed)
+        if len(reserved) > sum(isinstance(result, PlacedTenant) for result in loaded.values()):
+            # What was kept for damaged files is free again.
+            again = [info for info in infos if isinstance(loaded[digest_of(info)], _NoRoomError)]
+            loaded |= self._load(again, held, spare_needed) if again else {}
         return loaded
 
     def _reserve(self, info: TenantInfo, layout: TenantLayout | HmiError, spare_needed: bool) -> PlacedTenant:

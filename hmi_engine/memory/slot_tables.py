@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hmi_engine.knowledge.adapter_kinds.kind import SlotTable
 from hmi_engine.knowledge.adapters import Site
@@ -22,15 +23,19 @@ class SlotTables:
     """For each layer and site that any tenant used so far, a row with an entry for each slot.
 
     A slot's entries are written whole at load and cleared whole at eviction, so that a block that the new
-    tenant lacks is never the old tenant's. Not thread-safe.
+    tenant lacks is never the old tenant's. One thread at a time may change them, while others read what is
+    there for the slots of their batches.
     """
 
     def __init__(self, num_slots: int = 64) -> None:
         """Room for ``num_slots`` tenants at first; it grows."""
-        self._offsets = torch.full((_INITIAL_ROWS, num_slots), _NOTHING, dtype=torch.int64)
-        self._ranks = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32)
-        self._activations = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32)
-        self._scales = torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.float32)
+        # Offsets, ranks, activations, scales: replaced together, so that a reader never sees unequal lengths.
+        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] = (
+            torch.full((_INITIAL_ROWS, num_slots), _NOTHING, dtype=torch.int64),
+            torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32),
+            torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32),
+            torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.float32),
+        )
         self._rows: dict[_Place, int] = {}
         self._max_ranks: list[int] = []
         self._free = list(reversed(range(num_slots)))
@@ -38,7 +43,7 @@ class SlotTables:
     @property
     def num_slots(self) -> int:
         """Slots that exist now, used or free."""
-        return int(self._offsets.shape[1])
+        return int(self._tables[0].shape[1])
 
     def assign(self, blocks: Sequence[BlockLayout], arena_offset: int) -> int:
         """Writes a tenant's blocks, whose file begins at ``arena_offset``, and returns its slot."""
@@ -48,20 +53,22 @@ class SlotTables:
         if not blocks:
             return slot
         rows = torch.tensor([self._row(block) for block in blocks])
-        self._offsets[rows, slot] = torch.tensor([arena_offset + block.offset_elements for block in blocks])
-        self._ranks[rows, slot] = torch.tensor([block.rank for block in blocks], dtype=torch.int32)
-        self._activations[rows, slot] = torch.tensor(
+        offsets, ranks, activations, scales = self._tables
+        offsets[rows, slot] = torch.tensor([arena_offset + block.offset_elements for block in blocks])
+        ranks[rows, slot] = torch.tensor([block.rank for block in blocks], dtype=torch.int32)
+        activations[rows, slot] = torch.tensor(
             [_activation_number(block) for block in blocks], dtype=torch.int32
         )
-        self._scales[rows, slot] = torch.tensor(
+        scales[rows, slot] = torch.tensor(
             [float(block.settings.get("scale", 1.0)) for block in blocks], dtype=torch.float32
         )
         return slot
 
     def clear(self, slot: int) -> None:
         """Frees a slot; nothing of its tenant is left in the tables."""
-        self._offsets[:, slot] = _NOTHING
-        for table in (self._ranks, self._activations, self._scales):
+        offsets, *others = self._tables
+        offsets[:, slot] = _NOTHING
+        for table in others:
             table[:, slot] = 0
         self._free.append(slot)
 
@@ -72,13 +79,8 @@ class SlotTables:
             KeyError: no tenant had a block there.
         """
         row = self._rows[layer, site]
-        return SlotTable(
-            self._offsets[row],
-            self._ranks[row],
-            self._activations[row],
-            self._scales[row],
-            self._max_ranks[row],
-        )
+        offsets, ranks, activations, scales = self._tables
+        return SlotTable(offsets[row], ranks[row], activations[row], scales[row], self._max_ranks[row])
 
     def _row(self, block: BlockLayout) -> int:
         place = (block.layer, block.site)
@@ -86,7 +88,7 @@ class SlotTables:
         if row is None:
             row = self._rows[place] = len(self._rows)
             self._max_ranks.append(0)
-            if row == len(self._offsets):
+            if row == len(self._tables[0]):
                 self._grow_rows()
         self._max_ranks[row] = max(self._max_ranks[row], block.rank)
         return row
@@ -101,10 +103,12 @@ class SlotTables:
 
     def _extend(self, dim: int) -> None:
         """Doubles all tables along ``dim``; what is new is empty."""
-        self._offsets = torch.cat([self._offsets, torch.full_like(self._offsets, _NOTHING)], dim)
-        self._ranks, self._activations, self._scales = (
-            torch.cat([table, torch.zeros_like(table)], dim)
-            for table in (self._ranks, self._activations, self._scales)
+        offsets, ranks, activations, scales = self._tables
+        self._tables = (
+            torch.cat([offsets, torch.full_like(offsets, _NOTHING)], dim),
+            torch.cat([ranks, torch.zeros_like(ranks)], dim),
+            torch.cat([activations, torch.zeros_like(activations)], dim),
+            torch.cat([scales, torch.zeros_like(scales)], dim),
         )
 
 

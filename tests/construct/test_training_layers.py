@@ -9,7 +9,7 @@ from transformers import BertModel
 from hmi_engine.construct.trainable_adapter import AppliedAdapter, TrainableAdapter
 from hmi_engine.construct.trainable_layers import DenseBatch, TrainableLayers
 from hmi_engine.errors import InvalidAdapterError
-from hmi_engine.interop.peft_export import MODULE_OF_SITE
+from hmi_engine.interop.bert_modules import LINEAR_SITES
 from hmi_engine.knowledge.adapters import BOTTLENECK_SITES, LORA_SITES, Site
 from hmi_engine.models.packing import PackedSequences, Readout
 
@@ -87,7 +87,7 @@ def test_gradients_equal_those_of_peft(base, tiny_bert, sequences):
     peft = get_peft_model(BertModel.from_pretrained(tiny_bert, attn_implementation="eager"), config).eval()
     modules = dict(peft.base_model.model.named_modules())
     theirs = {
-        (layer, site): modules[f"encoder.layer.{layer}.{MODULE_OF_SITE[site]}"]
+        (layer, site): modules[f"encoder.layer.{layer}.{LINEAR_SITES[site]}"]
         for layer, site in adapter.places
     }
     blocks = adapter.to_adapter().blocks

@@ -135,6 +135,20 @@ def test_a_malformed_adapter_is_refused_when_added_vllm_11727(store, make_head):
     assert store.verify() == []
 
 
+def test_an_adapter_larger_than_an_engine_s_memory_is_refused_when_added(store, make_head):
+    large = random_adapter(store.general, "lora", 512, 0)
+    head = make_head(store.general)
+    with hmi.Engine(store, host_memory="128KiB") as engine:
+        with pytest.raises(hmi.errors.InvalidAdapterError, match=r"'large' takes \d+ bytes of memory, more"):
+            store.add_tenant("large", domain="words", adapter=large, head=head)
+        assert "large" not in store.tenants
+        small = random_adapter(store.general, "lora", 2, 0)
+        store.add_tenant("small", domain="words", adapter=small, head=head)
+        assert engine.run([hmi.Request("small", text="the cell")])[0].error is None
+    store.add_tenant("large", domain="words", adapter=large, head=head)
+    assert store.verify() == []
+
+
 def poison(engine, info):
     """NaN in every parameter of a tenant where it lies in memory."""
     with engine._residency.holding([info]) as (resident,):

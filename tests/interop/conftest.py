@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification, BertModel
 
 from hmi_engine.knowledge.general import GeneralInfo
@@ -69,14 +69,17 @@ def make_base() -> Callable[[str], Any]:
 def save_lora(tmp_path: Path, make_base: Callable[[str], Any]) -> Callable[..., tuple[PeftModel, Path]]:
     """Makes a PEFT model with random weights and saves it: returns it and its folder."""
 
-    def save(task_type: str = "SEQ_CLS", **settings: Any) -> tuple[PeftModel, Path]:
-        settings = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **settings}
+    def save(
+        task_type: str = "SEQ_CLS", config_class: type[PeftConfig] = LoraConfig, **settings: Any
+    ) -> tuple[PeftModel, Path]:
+        if config_class is LoraConfig:
+            settings = {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], **settings}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = get_peft_model(make_base(task_type), LoraConfig(task_type=task_type, **settings))
+            model = get_peft_model(make_base(task_type), config_class(task_type=task_type, **settings))
             torch.manual_seed(9)
             for name, parameter in model.named_parameters():
-                if "lora_" in name or "classifier" in name:
+                if "lora_" in name or "ia3_" in name or "classifier" in name:
                     torch.nn.init.normal_(parameter, std=0.3)
             folder = tmp_path / f"peft-{task_type}"
             model.save_pretrained(str(folder))

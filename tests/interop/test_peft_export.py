@@ -1,5 +1,6 @@
 """Folders written by HMI, loaded by PEFT."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -8,8 +9,23 @@ from peft import PeftModel
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop import read_peft, write_peft
-from hmi_engine.knowledge.adapters import LORA_SITES, Adapter, LoraBlock, Site, random_adapter, site_sizes
-from hmi_engine.knowledge.heads import ClassificationHead, EmbeddingHead, TokenClassificationHead
+from hmi_engine.knowledge.adapters import (
+    LORA_SITES,
+    Adapter,
+    BiasBlock,
+    LoraBlock,
+    ScaleBlock,
+    Site,
+    random_adapter,
+    site_sizes,
+)
+from hmi_engine.knowledge.heads import (
+    ClassificationHead,
+    DenseLayer,
+    EmbeddingHead,
+    RegressionHead,
+    TokenClassificationHead,
+)
 
 from .test_peft_import import assert_same_updates
 
@@ -77,6 +93,35 @@ def test_round_trip(tmp_path, make_general, mixed_adapter):
     ]
 
 
+@pytest.mark.parametrize("kind", ["ia3", "bitfit"])
+def test_round_trip_of_vectors(tmp_path, make_general, make_base, kind):
+    general, base = make_general(), make_base("FEATURE_EXTRACTION").state_dict
+    adapter = random_adapter(general, kind, 0, 7, layers=[1, 2])
+    head = RegressionHead(("low", "high"), torch.randn(2, 32), torch.randn(2), "pooler")
+    write_peft(tmp_path, adapter, head, general, base_model="tests/tiny", base=base)
+    imported = read_peft(tmp_path, general, base=base)
+    assert imported.head.kind == "regression"
+    assert imported.head.labels == ("low", "high")
+    assert set(imported.adapter.blocks) == set(adapter.blocks)
+    for place, block in adapter.blocks.items():
+        # A bias is rounded once, when the base's is added.
+        tolerance = 0 if kind == "ia3" else 1e-7
+        torch.testing.assert_close(
+            imported.adapter.blocks[place].vector, block.vector, atol=tolerance, rtol=0
+        )
+
+
+def test_links_are_replaced_and_not_followed(tmp_path, make_general, mixed_adapter):
+    precious = tmp_path / "precious"
+    precious.write_text("stays")
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "out" / name).symlink_to(precious)
+    write_peft(tmp_path / "out", mixed_adapter, None, make_general(), base_model="tests/tiny")
+    assert precious.read_text() == "stays"
+    assert set(read_peft(tmp_path / "out", make_general()).adapter.blocks) == set(mixed_adapter.blocks)
+
+
 def test_what_peft_cannot_express(tmp_path, make_general, mixed_adapter):
     general = make_general()
 
@@ -87,10 +132,23 @@ def test_what_peft_cannot_express(tmp_path, make_general, mixed_adapter):
         write(random_adapter(general, "bottleneck", 4, 0), None)
     with pytest.raises(InvalidAdapterError, match="none"):
         write(Adapter({}), None)
-    with pytest.raises(InvalidHeadError, match=r"'cls'.*head=None"):
+    with pytest.raises(InvalidHeadError, match=r"'cls'.*without the head"):
         write(mixed_adapter, classification_head("cls"))
     with pytest.raises(InvalidHeadError, match="embedding"):
         write(mixed_adapter, EmbeddingHead("mean"))
+    layer = DenseLayer(torch.eye(32), torch.zeros(32), "gelu")
+    with pytest.raises(InvalidHeadError, match="1 hidden layers"):
+        write(mixed_adapter, dataclasses.replace(classification_head("cls"), hidden=(layer,)))
+    with pytest.raises(InvalidHeadError, match="hidden layers"):
+        write(mixed_adapter, TokenClassificationHead(("O",), torch.ones(1, 32), torch.ones(1), (layer,)))
+    scale, both = ScaleBlock(torch.ones(48)), (Site.FFN_DOWN_INPUT_SCALE, Site.FFN_UP_SCALE)
+    with pytest.raises(InvalidAdapterError, match="'mixed'"):
+        write(Adapter(dict(mixed_adapter.blocks) | {(1, both[0]): scale}), None)
+    output = ScaleBlock(torch.ones(32))
+    with pytest.raises(InvalidAdapterError, match=r"layer 0, ffn_down: .*not both"):
+        write(Adapter({(0, Site.FFN_DOWN_INPUT_SCALE): scale, (0, Site.FFN_DOWN_SCALE): output}), None)
+    with pytest.raises(InvalidAdapterError, match="pass `base`"):
+        write(Adapter({(0, Site.QUERY_BIAS): BiasBlock(torch.ones(32))}), None)
     with pytest.raises(InvalidAdapterError, match="layer 1, query, a"):
         write(Adapter({(1, Site.QUERY): LoraBlock(torch.zeros(3, 2), torch.zeros(2, 32), 1.0)}), None)
     assert not list(tmp_path.iterdir())

@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 import torch
+from peft import IA3Config
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop import read_peft
+from hmi_engine.interop.module_patterns import matches_end
 from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.heads import EmbeddingHead
 
 MODULES = {
     "attention.self.query": Site.QUERY,
@@ -87,7 +91,9 @@ def test_no_classifier(save_lora, make_general):
 
 
 def test_multi_label(save_lora, make_general):
-    assert read_peft(save_lora()[1], make_general(), multi_label=True).head.multi_label
+    assert read_peft(
+        save_lora()[1], make_general(), problem_type="multi_label_classification"
+    ).head.multi_label
 
 
 def test_lower_layers_are_refused_or_dropped(save_lora, make_general):
@@ -115,11 +121,17 @@ def change_config(folder, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "IA3.*later release"),
+        ({"peft_type": "IA3"}, r"lora_A\.weight \(peft_type IA3.*has no place"),
         ({"peft_type": None}, "peft_type is None"),
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"peft_type": "ADALORA"}, "AdaLoRA.*LORA or IA3"),
+        ({"peft_type": "PREFIX_TUNING"}, "prefix tuning.*in front of the text"),
+        ({"peft_type": "P_TUNING"}, "p-tuning"),
+        ({"peft_type": "VERA"}, "VeRA"),
+        ({"peft_type": "NEW_THING"}, "peft_type is 'NEW_THING'"),
+        ({"bias": "all"}, r"bias is 'all', but encoder\.layer\.0\..*not in the file"),
+        ({"bias": "some"}, "bias: .*some"),
         ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True}, r"has no lora_B\.bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"target_parameters": ["weight"]}, "target_parameters"),
@@ -129,9 +141,17 @@ def change_config(folder, **fields):
         ({"r": "four"}, r"adapter_config.json: r: .*four"),
         ({"rank_pattern": {"(": 4}}, "no regular expression"),
         ({"rank_pattern": {"(": 4, ")": 4}}, "no regular expression"),
-        ({"rank_pattern": {"query": 0}}, "rank below 1"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\.query: .*greater than or equal to 1"),
         ({"rank_pattern": {"query": 5}}, "has rank 4, but adapter_config.json says 5"),
-        ({"lora_alpha": float("nan")}, "scale"),
+        ({"lora_alpha": float("nan")}, "NaN is no JSON number"),
+        ({"lora_alpha": "8"}, "lora_alpha: .*valid number"),
+        ({"rank_pattern": {"(a+)+": 4}}, "repeats a group"),
+        ({"target_modules": "(a|b)" * 40}, "in very many ways"),
+        ({"target_modules": "(?=x)"}, "uses"),
+        ({"target_modules": ["query"]}, r"value has a lora_A.*target_modules .* does not name it"),
+        ({"target_modules": ["query", "value", "key"]}, r"self\.key has no lora_A"),
+        ({"layers_to_transform": [0, 1]}, r"layer\.2\.attention\.self\.query.*does not name it"),
+        ({"exclude_modules": ["query"]}, r"self\.query has a lora_A"),
     ],
 )
 def test_refused_settings(save_lora, make_general, fields, message):
@@ -156,10 +176,66 @@ def test_unknown_settings_are_reported(save_lora, make_general):
     assert "fan_in_fan_out" in warnings
 
 
-def test_lora_on_the_pooler_is_refused(save_lora, make_general):
+def test_a_trained_pooler_needs_the_base_and_a_head(save_lora, make_general, make_base):
+    """With both it becomes a layer of the head, which test_parity.py compares with PEFT's answers."""
     _, folder = save_lora(target_modules="all-linear")
-    with pytest.raises(InvalidAdapterError, match=r"bert\.pooler\.dense\.lora_A\.weight"):
+    with pytest.raises(InvalidAdapterError, match=r"pooler\.dense\.weight.*pass `base`"):
         read_peft(folder, make_general())
+    base = make_base("FEATURE_EXTRACTION").state_dict
+    _, folder = save_lora("FEATURE_EXTRACTION", target_modules="all-linear")
+    with pytest.raises(InvalidAdapterError, match="pooler was trained, but there is no head"):
+        read_peft(folder, make_general(), base=base)
+    embedding = read_peft(folder, make_general(), base=base, head=EmbeddingHead("pooler")).head
+    assert (embedding.pooling, embedding.projection.activation) == ("cls", "tanh")
+    imported = read_peft(folder, make_general(), base=base, head=EmbeddingHead("mean"))
+    assert imported.head.projection is None
+    assert any("pooler was left out" in warning for warning in imported.warnings)
+
+
+def test_a_trained_bias_of_the_embeddings_is_refused_or_dropped(save_lora, make_general, make_base):
+    _, folder = save_lora(bias="all")
+    base = make_base("FEATURE_EXTRACTION").state_dict()
+    base["embeddings.LayerNorm.bias"] += 1  # as if the folder's had been trained away from it
+    with pytest.raises(InvalidAdapterError, match=r"embeddings\.LayerNorm\.bias was trained.*drop"):
+        read_peft(folder, make_general(), base=lambda: base)
+    imported = read_peft(folder, make_general(), base=lambda: base, lower_layers="drop")
+    assert imported.dropped == ("embeddings.LayerNorm.bias",)
+    assert imported.adapter.kind == "lora"  # biases that equal the base's are no blocks
+
+
+def test_ia3_scales_of_an_input_have_a_place_behind_attention_only(save_lora, make_general):
+    _, folder = save_lora(config_class=IA3Config, target_modules=["query"], feedforward_modules=["query"])
+    with pytest.raises(InvalidAdapterError, match="query is one of feedforward_modules"):
+        read_peft(folder, make_general())
+    change_config(folder, feedforward_modules=[])
+    with pytest.raises(InvalidAdapterError, match=r"ia3_l has shape \[1, 32\], expected \[32, 1\]"):
+        read_peft(folder, make_general())
+
+
+def test_the_class_of_the_model_stands_in_for_a_task_type(save_lora, make_general):
+    _, folder = save_lora()
+    change_config(folder, task_type=None)
+    with pytest.raises(InvalidAdapterError, match=r"classifier.*task_type None"):
+        read_peft(folder, make_general())
+    change_config(folder, auto_mapping={"base_model_class": "BertForTokenClassification"})
+    assert read_peft(folder, make_general()).head.kind == "token_classification"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "matches"),
+    [
+        ("query", "bert.encoder.layer.1.attention.self.query", True),
+        ("uery", "bert.encoder.layer.1.attention.self.query", False),
+        (r"layer\.(0|1)\..*query", "bert.encoder.layer.1.attention.self.query", True),
+        (r"layer\.[023]\..*query", "bert.encoder.layer.1.attention.self.query", False),
+        ("^bert.*", "bert.encoder.layer.1.attention.self.query", True),
+        ("^encoder.*", "bert.encoder.layer.1.attention.self.query", False),
+        ("value|query", "bert.encoder.layer.1.attention.self.query", True),
+    ],
+)
+def test_patterns_match_as_in_peft(pattern, module, matches):
+    assert matches_end(pattern, module) == matches
+    assert (get_pattern_key([pattern], module) == pattern) == matches
 
 
 def change_tensors(folder, change):

@@ -47,6 +47,7 @@ def test_sound_heads_pass(general: GeneralInfo, heads: list[Head]) -> None:
         (lambda: ClassificationHead(["no", "yes"], WEIGHT, BIAS, "cls"), "must be a tuple"),
         (lambda: ClassificationHead(("no", "no"), WEIGHT, BIAS, "cls"), "'no' occurs twice"),
         (lambda: ClassificationHead(("no", " "), WEIGHT, BIAS, "cls"), "is no text"),
+        (lambda: ClassificationHead(("no", "y\ud800"), WEIGHT, BIAS, "cls"), "is no text"),
         (lambda: ClassificationHead(("no", 1), WEIGHT, BIAS, "cls"), "label 1 is no text"),
         (
             lambda: TokenClassificationHead(LABELS, WEIGHT.T, BIAS),

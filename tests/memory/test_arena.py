@@ -30,6 +30,11 @@ class ArenaMachine(RuleBasedStateMachine):
             self.arena.memory[offset : offset + size] = self.held[offset][1]
             self.arena.clear_tail(offset, size)
 
+    @rule()
+    def fill(self):
+        while self.arena.free_bytes:
+            self.allocate(1)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data):
@@ -37,8 +42,9 @@ class ArenaMachine(RuleBasedStateMachine):
         del self.held[offset]
         self.arena.release(offset)
 
-    @rule(size=st.integers(1, 40_000), data=st.data())
-    def slide(self, size, data):
+    @rule(share=st.floats(0.5, 1.1), data=st.data())
+    def slide(self, share, data):
+        size = max(1, int(share * self.arena.free_bytes / 4))
         before = {value: offset for offset, (_, value) in self.held.items()}
         fixed = data.draw(
             st.sets(st.sampled_from(sorted(self.held)), max_size=3) if self.held else st.just(set())
@@ -77,9 +83,14 @@ TestArena = ArenaMachine.TestCase
 
 
 def filled(lengths, free):
-    """An arena of ranges of so many granules, those numbered in ``free`` given back; the others' offsets."""
+    """An arena of ranges of so many granules, those numbered in ``free`` given back; the others' offsets.
+
+    Each range holds its number.
+    """
     arena = AdapterArena(sum(lengths) * 4096)
     offsets = [arena.allocate(length * 1024) for length in lengths]
+    for number, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        arena.memory[offset : offset + length * 1024] = number
     for number in free:
         arena.release(offsets[number])
     return arena, offsets
@@ -89,6 +100,8 @@ def test_a_slide_moves_the_least():
     # Holes of 2: over 9 and over 3 granules there are 4 together.
     arena, offsets = filled([2, 9, 2, 3, 2, 8], free=[0, 2, 4])
     assert arena.slide(4 * 1024) == {offsets[3]: offsets[2]}
+    assert (arena.memory[offsets[2] :][: 3 * 1024] == 3).all(), "longer than the hole: the two overlap"
+    assert (arena.memory[offsets[1] :][: 9 * 1024] == 1).all() and (arena.memory[offsets[5] :] == 5).all()
     assert arena.allocate(4 * 1024) == offsets[2] + 3 * 1024
     # And where the short one may not move, the long one does.
     arena, offsets = filled([2, 9, 2, 3, 2, 8], free=[0, 2, 4])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hmi_engine.demo.peers.interface import ServedTenant
 from hmi_engine.errors import InvalidHeadError
-from hmi_engine.interop.peft import write_peft
+from hmi_engine.interop import write_peft
 from hmi_engine.knowledge.heads import ClassificationHead
 from hmi_engine.store import Store
 
