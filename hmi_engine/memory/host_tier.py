@@ -61,6 +61,7 @@ class HostTier:
             wave, missing = missing[: len(blocks)], missing[len(blocks) :]
             for number, error in zip(wave, self._read([wanted[n] for n in wave], blocks), strict=True):
                 results[number] = error
+            del blocks  # or evicting what lies in them would free nothing for the next wave
         return results
 
     def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
@@ -96,6 +97,7 @@ class HostTier:
             try:
                 return self._pool.empty(num_elements)
             except (hmi_kernels.PoolExhaustedError, hmi_kernels.CudaError):
+                hmi_kernels.wait_for_copies()  # which keep memory of tenants that were evicted before
                 victim = self._queue.evict()
                 if victim is None:
                     return None
