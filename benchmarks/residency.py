@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from benchmarks.residency_simulation import (
     FirstFit,
     Outcome,
     QueueKnown,
-    in_granules,
+    in_bytes,
     simulate,
     simulate_arena,
 )
@@ -31,6 +32,7 @@ from hmi_engine.demo.base_model import packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.eviction import FIXED_COST_BYTES, HALF_LIFE_TURNOVERS, FrequencyPerByte
+from hmi_engine.memory.placement import MOST_MOVED
 from hmi_engine.memory.ranges import RangeAllocator
 
 __all__ = ["POLICIES", "Plan", "main", "measure"]
@@ -55,7 +57,7 @@ NOTES = (
     "Loading time is misses and bytes read by the costs of a load that are given below, measured with an "
     "engine's residency on this machine: files in the operating system's file cache, eight tenants a batch.",
     "The arena: first or best fit; where what is free lies in pieces, more tenants are evicted, or tenants "
-    "are moved together. Loading time then includes moving.",
+    "are moved together, up to a share of the size that is needed. Loading time then includes moving.",
 )
 
 
@@ -204,22 +206,26 @@ def _half_lives(traced: _Traced, plan: Plan, load: Cost) -> Curve:
 
 def _arena(traced: _Traced, share: float, load: Cost, move: Cost) -> Iterator[Quantity]:
     """How each way to place tenants uses an arena."""
-    granules = in_granules(traced.capacity(share))
-    ways: dict[str, tuple[type[RangeAllocator], bool]] = {
-        "first fit, evict on": (FirstFit, False),
-        "best fit, evict on": (RangeAllocator, False),
-        "best fit, move together": (RangeAllocator, True),
+    granules = traced.capacity(share) // in_bytes(1)
+    ways: dict[str, tuple[type[RangeAllocator], float]] = {
+        "first fit, evict on": (FirstFit, 0.0),
+        "best fit, evict on": (RangeAllocator, 0.0),
+        f"best fit, move up to {MOST_MOVED:g} of the size needed (HMI)": (RangeAllocator, MOST_MOVED),
+        "best fit, move as much as that": (RangeAllocator, 1.0),
+        "best fit, always move": (RangeAllocator, math.inf),
     }
-    for way, (allocator, slides) in ways.items():
-        outcome = simulate_arena(traced.trace, FrequencyPerByte(), allocator(granules), slides=slides)
-        where = f"arena, {traced.label}, {share:.0%} in memory, {way}"
-        yield Quantity(name=f"{where}: in use", value=outcome.used_share, unit="share")
-        yield Quantity(name=f"{where}: misses", value=outcome.misses / outcome.requests, unit="share")
-        if slides:
-            moved = outcome.bytes_moved / max(1, outcome.bytes_read)
-            yield Quantity(name=f"{where}: moved, of bytes read", value=moved, unit="share")
+    free_of_fragments = simulate(traced.trace, FrequencyPerByte(), granules * in_bytes(1))
+    where = f"arena, {traced.label}, {share:.0%} in memory"
+    yield Quantity(
+        name=f"{where}, were there no fragments: loading",
+        value=_loading(free_of_fragments, load),
+        unit="ms per 1,000 requests",
+    )
+    for way, (allocator, most) in ways.items():
+        outcome = simulate_arena(traced.trace, FrequencyPerByte(), allocator(granules), most_moved=most)
+        yield Quantity(name=f"{where}, {way}: in use", value=outcome.used_share, unit="share")
         yield Quantity(
-            name=f"{where}: loading", value=_loading(outcome, load, move), unit="ms per 1,000 requests"
+            name=f"{where}, {way}: loading", value=_loading(outcome, load, move), unit="ms per 1,000 requests"
         )
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hmi_engine.knowledge.adapters import random_adapter
+from hmi_engine.knowledge.adapters import Site, random_adapter
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import ClassificationHead
 from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.tenant_file import BlockLayout
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.slot_tables import SlotTables
 from hmi_engine.store import Store
 
 __all__ = ["Cost", "measure_loads", "measure_moves", "mixed_tenants"]
@@ -86,8 +88,14 @@ def _time_load(residency: AdapterResidency, tenants: Sequence[TenantInfo]) -> fl
 
 
 def measure_moves(*, rounds: int) -> Cost:
-    """Moves ranges of many sizes down an arena."""
-    sizes, least = [2**power for power in range(12, 21)], []
+    """Moves ranges of many sizes down an arena, and writes a LoRA tenant's entries in the tables anew."""
+    sizes, least = [2**power for power in range(14, 21)], []
+    slots = SlotTables()
+    blocks = [
+        BlockLayout(layer, site, 8, {"scale": 1.0}, 384, 384, 0, 6144)
+        for layer in range(3)
+        for site in (Site.QUERY, Site.VALUE)
+    ]
     for size in sizes:
         seconds = float("inf")
         for _ in range(rounds):
@@ -96,9 +104,13 @@ def measure_moves(*, rounds: int) -> Cost:
             first = arena.allocate(size // 4)
             arena.allocate(size // 4)
             arena.release(first or 0)
+            slot = slots.assign(blocks, 0)
             started = time.perf_counter()
             moved = arena.slide(size // 2)
+            slots.clear(slot)
+            slot = slots.assign(blocks, size)
             seconds = min(seconds, time.perf_counter() - started)
+            slots.clear(slot)
             assert moved
         least.append(seconds)
     return _line(sizes, least)

@@ -10,12 +10,13 @@ from benchmarks.residency_policies import Policy
 from benchmarks.residency_traces import Trace
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
-from hmi_engine.memory.ranges import RangeAllocator
+from hmi_engine.memory.ranges import Move, RangeAllocator
 
 __all__ = [
     "FirstFit",
     "Outcome",
     "QueueKnown",
+    "in_bytes",
     "in_granules",
     "simulate",
     "simulate_arena",
@@ -106,10 +107,11 @@ class FirstFit(RangeAllocator):
         return next((start for start in self._free_starts if self._free[start] >= length), None)
 
 
-def simulate_arena(trace: Trace, policy: Policy, ranges: RangeAllocator, *, slides: bool) -> Outcome:
+def simulate_arena(trace: Trace, policy: Policy, ranges: RangeAllocator, *, most_moved: float) -> Outcome:
     """The same over an arena, whose numbers are granules.
 
-    Where what is free lies in pieces, tenants are moved together (``slides``), or more of them are evicted.
+    Where what is free lies in pieces, tenants are moved together, if ``most_moved`` of the size that is
+    needed is enough, or else more of them are evicted.
     """
     outcome = Outcome(requests=len(trace.tenants))
     starts: dict[int, int] = {}
@@ -123,8 +125,9 @@ def simulate_arena(trace: Trace, policy: Policy, ranges: RangeAllocator, *, slid
         outcome.bytes_read += trace.sizes[key]
         length = in_granules(trace.sizes[key])
         while (start := ranges.allocate(length)) is None:
-            if slides and ranges.free >= length:
-                _move_together(ranges, length, starts, owners, outcome)
+            moves = ranges.slide(length, most=most_moved * length) if ranges.free >= length else None
+            if moves is not None:
+                _follow(moves, starts, owners, outcome)
                 continue
             victim = policy.evict()
             if victim is None:
@@ -138,15 +141,17 @@ def simulate_arena(trace: Trace, policy: Policy, ranges: RangeAllocator, *, slid
     return outcome
 
 
+def in_bytes(granules: int) -> int:
+    """Bytes of so many granules."""
+    return granules * _GRANULE_BYTES
+
+
 def in_granules(num_bytes: int) -> int:
     """Granules that a tenant takes of an arena."""
     return AdapterArena.allocated_bytes(num_bytes // 4) // _GRANULE_BYTES
 
 
-def _move_together(
-    ranges: RangeAllocator, length: int, starts: dict[int, int], owners: dict[int, int], outcome: Outcome
-) -> None:
-    moves = ranges.slide(length) or []
+def _follow(moves: Sequence[Move], starts: dict[int, int], owners: dict[int, int], outcome: Outcome) -> None:
     for move in moves:
         key = owners.pop(move.start)
         starts[key], owners[move.target] = move.target, key

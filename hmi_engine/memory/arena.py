@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -53,13 +54,17 @@ class AdapterArena:
         """Gives back a range that ``allocate`` returned or ``slide`` moved."""
         self._ranges.release(offset // _GRANULE)
 
-    def slide(self, num_elements: int, fixed: Iterable[int] = ()) -> dict[int, int] | None:
+    def slide(
+        self, num_elements: int, fixed: Iterable[int] = (), *, most: float = math.inf
+    ) -> dict[int, int] | None:
         """Makes a free range of ``num_elements`` by moving others, contents and all, but none of ``fixed``.
 
         Returns the new offsets of what was moved, by the old ones; None, and nothing has moved, where this
-        cannot be.
+        cannot be, or not by moving ``most`` elements.
         """
-        moves = self._ranges.slide(_granules(num_elements), (offset // _GRANULE for offset in fixed))
+        moves = self._ranges.slide(
+            _granules(num_elements), (offset // _GRANULE for offset in fixed), most=most / _GRANULE
+        )
         if moves is None:
             return None
         for move in moves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,14 @@ from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.slot_tables import SlotTables
 from hmi_engine.memory.tenant_reader import Digest, digest_of
 
-__all__ = ["PlacedTenant", "Placement"]
+__all__ = ["MOST_MOVED", "PlacedTenant", "Placement"]
+
+MOST_MOVED = 0.25
+"""Of a tenant's size, how much may be moved to make room for it while others can be evicted instead.
+
+A move costs nearly as much as a load, whose tenant may not be asked for again: to move all that would serve
+costs several times what it saves (``benchmarks/residency.py``).
+"""
 
 
 @dataclass(eq=False)
@@ -71,14 +79,19 @@ class Placement:
         """Every tenant whose parameters are in the arena."""
         return list(self._published.values())
 
-    def reserve(self, info: TenantInfo, layout: TenantLayout) -> PlacedTenant | None:
+    def reserve(
+        self, info: TenantInfo, layout: TenantLayout, *, at_any_cost: bool = False
+    ) -> PlacedTenant | None:
         """Takes a range for a tenant; where what is free lies in pieces, tenants that nobody uses make way.
 
-        Returns None where too little is free, or what is in use lies between the pieces.
+        They do where that costs less than to evict more, or ``at_any_cost``. Returns None where too little
+        is free, or what is in use lies between the pieces.
         """
-        offset = self.arena.allocate(layout.num_elements)
-        if offset is None and self._bring_together(layout.num_elements):
-            offset = self.arena.allocate(layout.num_elements)
+        size = layout.num_elements
+        offset = self.arena.allocate(size)
+        most = math.inf if at_any_cost else MOST_MOVED * size
+        if offset is None and self._bring_together(size, most):
+            offset = self.arena.allocate(size)
         if offset is None:
             return None
         placed = self._by_offset[offset] = PlacedTenant(info, layout, offset, info.pinned)
@@ -109,11 +122,11 @@ class Placement:
         self._by_offset.clear()
         self.arena.close()
 
-    def _bring_together(self, num_elements: int) -> bool:
+    def _bring_together(self, num_elements: int, most: float) -> bool:
         if self.arena.free_bytes < self.arena.allocated_bytes(num_elements):
             return False
         fixed = [offset for offset, placed in self._by_offset.items() if placed.users]
-        offsets = self.arena.slide(num_elements, fixed)
+        offsets = self.arena.slide(num_elements, fixed, most=most)
         if offsets is None:
             return False
         for placed in [self._by_offset.pop(offset) for offset in offsets]:

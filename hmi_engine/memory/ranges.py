@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,9 +21,8 @@ class Move(NamedTuple):
 class RangeAllocator:
     """Numbers from 0 on, in ranges: the smallest free one that is long enough is taken.
 
-    With sizes mixed as tenants' are, best fit keeps more of the block in use than first fit does
-    (``benchmarks/residency.py``). What is free but lies in pieces, :meth:`slide` brings together. Not
-    thread-safe; ``allocate`` and ``release`` take the time of a few bisections.
+    What is free but lies in pieces, :meth:`slide` brings together. Not thread-safe; ``allocate`` and
+    ``release`` take the time of a few bisections, ``slide`` looks at every hole.
     """
 
     def __init__(self, size: int) -> None:
@@ -69,7 +69,7 @@ class RangeAllocator:
             length += self._remove_free(start)
         self._add_free(start, length)
 
-    def slide(self, length: int, fixed: Iterable[int] = ()) -> list[Move] | None:
+    def slide(self, length: int, fixed: Iterable[int] = (), *, most: float = math.inf) -> list[Move] | None:
         """Makes a free range of ``length`` by sliding taken ones down into the holes before them.
 
         Of all runs of holes that have enough together, the one with the least between them is taken. Ranges
@@ -77,9 +77,10 @@ class RangeAllocator:
 
         Returns:
             The moves, to be done in this order; the ranges have their new starts already. None, and nothing
-            has changed, where no run of holes without a fixed range between them is long enough.
+            has changed, where no run of holes without a fixed range between them is long enough, or more than
+            ``most`` had to be moved.
         """
-        run = self._cheapest_run(length, sorted(fixed))
+        run = self._cheapest_run(length, sorted(fixed), most)
         if run is None:
             return None
         target = run[0]
@@ -101,7 +102,7 @@ class RangeAllocator:
         place = bisect.bisect_left(self._free_by_length, (length, -1))
         return self._free_by_length[place][1] if place < len(self._free_by_length) else None
 
-    def _cheapest_run(self, length: int, fixed: list[int]) -> list[int] | None:
+    def _cheapest_run(self, length: int, fixed: list[int], most: float) -> list[int] | None:
         """Starts of neighbouring holes, of ``length`` together, with the least to move between them."""
         best: tuple[int, int, int] | None = None  # how much is between, first and last hole
         first = total = between = 0
@@ -120,7 +121,7 @@ class RangeAllocator:
                 total -= self._free[holes[first]]
                 first += 1
                 between -= holes[first] - left
-            if total >= length and (best is None or between < best[0]):
+            if total >= length and between <= most and (best is None or between < best[0]):
                 best = between, first, last
         return None if best is None else holes[best[1] : best[2] + 1]
 

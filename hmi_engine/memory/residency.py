@@ -383,6 +383,9 @@ class AdapterResidency:
             victim = self._queue.evict(spare_needed=spare_needed)
             leaving = None if victim is None else self._placement.get(victim)
             if leaving is None:
+                placed = self._placement.reserve(info, layout, at_any_cost=True)
+                if placed is not None:
+                    break
                 raise _NoRoomError(
                     f"no room for tenant {info.name!r}, which needs {size} bytes: of "
                     f"{self.arena.capacity_bytes} bytes of adapter memory pinned tenants take "
