@@ -31,6 +31,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.mixed
 	python -m benchmarks.tenants
 	python -m benchmarks.residency
+	python -m benchmarks.tenant_store
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
 	python -m benchmarks.accuracy

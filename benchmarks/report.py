@@ -28,6 +28,7 @@ ORDER = (
     "mixed",
     "tenants",
     "residency",
+    "tenant_store",
     "accuracy",
     "plot",
     "coverage_growth",

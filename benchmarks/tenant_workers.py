@@ -39,12 +39,14 @@ class Answered:
 
     Attributes:
         latencies: seconds of each call of ``Engine.run``, which is what each of its requests waited.
-        misses: requests whose tenant was not in memory.
+        hits: tenants of calls that were in memory; a call asks for each of its tenants once.
+        misses: tenants of calls that were not.
         bytes_read: of tenants' files.
         resident_bytes: RSS of the process afterwards.
     """
 
     latencies: tuple[float, ...]
+    hits: int
     misses: int
     bytes_read: int
     resident_bytes: int
@@ -130,7 +132,8 @@ def _measured(engine: Engine, latencies: list[float], run: Callable[[], None]) -
     after = engine.stats().adapters or {}
     return Answered(
         latencies=tuple(latencies),
-        misses=after["loads"] - before["loads"],
+        hits=after["hits"] - before["hits"],
+        misses=after["misses"] - before["misses"],
         bytes_read=after["bytes_read"] - before["bytes_read"],
         resident_bytes=psutil.Process().memory_info().rss,
     )

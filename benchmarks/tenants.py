@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from benchmarks.arguments import Arguments, read_arguments, read_texts
-from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, Table
 from benchmarks.tenant_fleet import FLEET, Traffic, draw_requests, fleet_tenants, tenant_name
 from benchmarks.tenant_workers import BATCH, Answered, EngineOptions, EngineProcess, drop_file_cache
 from hmi_engine.demo.base_model import packaged_model
@@ -29,6 +29,8 @@ QUESTION = "How many tenants does one machine serve from little memory, and what
 DOMAIN = "documentation"
 MAX_TOKENS = 64
 WARM_UP = 1
+_FIRST_SEED, _WARM_UP_SEED = 7_000, 1_000_000
+_REQUESTS_PER_PLACE = 2
 ALL = "all in memory"
 SHARES = {ALL: 1.0, "10 % in memory": 0.1, "5 % in memory": 0.05}
 AHEAD = "5 % in memory, queues of 512"
@@ -43,24 +45,27 @@ NOTES = (
     "The share in memory is that of the bytes that all tenants take in the arena. Files that are read lie in "
     "the operating system's file cache, as on any machine with memory to spare, but where 'cold' says that "
     "it was told to forget them before each repetition.",
-    "Warm: each engine has answered {warm_up} requests of the same law before, and where all fit every "
-    "tenant was loaded.",
+    "Warm: each engine has answered {warm_up} requests of the same law before, or twice as many as tenants "
+    "fit, if that is more; where all fit every tenant was loaded.",
     "Growth: the same store with more and more tenants, beside its first 10 alone in the same minutes.",
 )
 
 
 @dataclass(frozen=True)
 class _Plan:
+    """Sizes of a run; ``calls`` are those of a repetition, ``growth_calls`` those of growth's."""
+
     growth: tuple[int, ...]
     full: int
     calls: int
+    growth_calls: int
     repetitions: int
     warm_up_requests: int
     plot_bytes: int
 
 
-QUICK = _Plan((10, 40), 40, 2, 2, 64, 1 << 20)
-FULL = _Plan((10, 100, 1_000, 10_000, 100_000), 10_000, 20, 15, 10_000, 64 << 20)
+QUICK = _Plan((10, 40), 40, 2, 2, 2, 64, 1 << 20)
+FULL = _Plan((10, 100, 1_000, 10_000, 100_000), 10_000, 20, 10, 9, 4_000, 64 << 20)
 
 
 @dataclass
@@ -69,14 +74,14 @@ class _Bench:
     store: Path
     texts: list[str]
     quantities: list[Quantity] = field(default_factory=list)
+    rows: list[tuple[str | float, ...]] = field(default_factory=list)
     arena_bytes: int = 0
     num_tenants: int = 0
 
-    def rounds(self, traffic: Traffic, seed: int) -> list[list[tuple[str, str]]]:
+    def rounds(self, traffic: Traffic, calls: int) -> list[list[tuple[str, str]]]:
         """Requests of every repetition, all different."""
-        count = self.plan.calls * BATCH
         return [
-            draw_requests(traffic, self.texts, count, seed + number)
+            draw_requests(traffic, self.texts, calls * BATCH, _FIRST_SEED + number)
             for number in range(WARM_UP + self.plan.repetitions)
         ]
 
@@ -90,7 +95,10 @@ class _Bench:
         try:
             if share >= 1:
                 process.prefetch([tenant_name(number) for number in range(traffic.num_tenants)])
-            process.answer(draw_requests(traffic, self.texts, self.plan.warm_up_requests, 1_000_000))
+            count = self.plan.warm_up_requests
+            if share < 1:
+                count = max(count, int(_REQUESTS_PER_PLACE * share * traffic.num_tenants))
+            process.answer(draw_requests(traffic, self.texts, count, _WARM_UP_SEED))
             yield process
         finally:
             process.close()
@@ -115,7 +123,13 @@ class _Contender:
 
 
 def _case(
-    bench: _Bench, name: str, contenders: Mapping[str, _Contender], baseline: str, *, is_cold: bool = False
+    bench: _Bench,
+    name: str,
+    contenders: Mapping[str, _Contender],
+    baseline: str,
+    calls: int,
+    *,
+    is_cold: bool = False,
 ) -> Case:
     """Engines in turn on requests of one law; all get the same requests where their law is the same."""
     answered: dict[str, list[Answered]] = {label: [] for label in contenders}
@@ -124,7 +138,7 @@ def _case(
             label: stack.enter_context(bench.engine(each.share, each.traffic, each.requests_per_call))
             for label, each in contenders.items()
         }
-        rounds = {label: bench.rounds(each.traffic, 7_000) for label, each in contenders.items()}
+        rounds = {label: bench.rounds(each.traffic, calls) for label, each in contenders.items()}
 
         def on_round(label: str) -> Callable[[int], None]:
             return lambda number: answered[label].append(engines[label].answer(rounds[label][number]))
@@ -140,13 +154,14 @@ def _case(
             warm_up=WARM_UP,
             on_repetition=forget,
         )
-    work = [bench.plan.calls * BATCH] * bench.plan.repetitions
+    work = [calls * BATCH] * bench.plan.repetitions
     systems = {
         label: System.of(label, each.description, seconds[label], work, "requests")
         for label, each in contenders.items()
     }
-    for label in contenders:
-        bench.quantities.extend(_quantities(f"{name}: {label}", answered[label][WARM_UP:]))
+    bench.rows.extend(
+        _row(f"{name}: {label}", system, answered[label][WARM_UP:]) for label, system in systems.items()
+    )
     return Case(
         name=name,
         settings={"tenants": bench.num_tenants, "adapter_bytes_of_all": bench.arena_bytes},
@@ -157,21 +172,29 @@ def _case(
     )
 
 
-def _quantities(name: str, answered: Sequence[Answered]) -> list[Quantity]:
+COLUMNS = (
+    "engine",
+    "requests/s",
+    "latency p50, ms",
+    "latency p99, ms",
+    "miss ratio, %",
+    "read per call, KiB",
+    "RSS, MiB",
+)
+
+
+def _row(name: str, system: System, answered: Sequence[Answered]) -> tuple[str | float, ...]:
     latencies = np.array(list(chain.from_iterable(each.latencies for each in answered)))
-    requests = sum(len(each.latencies) for each in answered)
-    misses = sum(each.misses for each in answered)
-    return [
-        Quantity(name=f"{name}, latency p50", value=1e3 * float(np.quantile(latencies, 0.5)), unit="ms"),
-        Quantity(name=f"{name}, latency p99", value=1e3 * float(np.quantile(latencies, 0.99)), unit="ms"),
-        Quantity(name=f"{name}, tenants loaded per call", value=misses / max(1, requests), unit="tenants"),
-        Quantity(
-            name=f"{name}, read per call",
-            value=sum(each.bytes_read for each in answered) / max(1, requests) / 2**20,
-            unit="MiB",
-        ),
-        Quantity(name=f"{name}, RSS", value=answered[-1].resident_bytes / 2**20, unit="MiB"),
-    ]
+    hits, misses = sum(each.hits for each in answered), sum(each.misses for each in answered)
+    return (
+        name,
+        system.rate.value,
+        1e3 * float(np.quantile(latencies, 0.5)),
+        1e3 * float(np.quantile(latencies, 0.99)),
+        100 * misses / max(1, hits + misses),
+        sum(each.bytes_read for each in answered) / max(1, len(latencies)) / 2**10,
+        answered[-1].resident_bytes / 2**20,
+    )
 
 
 def _capped(traffic: Traffic) -> dict[str, _Contender]:
@@ -188,10 +211,11 @@ def _full_cases(bench: _Bench) -> list[Case]:
     count = bench.num_tenants
     zipf, uniform = Traffic(count, 1.0), Traffic(count, 0.0)
     cold = {label: each for label, each in _capped(zipf).items() if label != AHEAD}
+    calls = bench.plan.calls
     return [
-        _case(bench, f"{count:,} tenants, Zipf(1)", _capped(zipf), ALL),
-        _case(bench, f"{count:,} tenants, uniform", _capped(uniform), ALL),
-        _case(bench, f"{count:,} tenants, Zipf(1), cold file cache", cold, ALL, is_cold=True),
+        _case(bench, f"{count:,} tenants, Zipf(1)", _capped(zipf), ALL, calls),
+        _case(bench, f"{count:,} tenants, uniform", _capped(uniform), ALL, calls),
+        _case(bench, f"{count:,} tenants, Zipf(1), cold file cache", cold, ALL, calls, is_cold=True),
     ]
 
 
@@ -204,7 +228,7 @@ def _growth_case(bench: _Bench) -> Case:
         ALL: _Contender("Zipf(1) over all tenants", 1.0, zipf),
         "5 % in memory": _Contender("Zipf(1) over all tenants", 0.05, zipf),
     }
-    return _case(bench, f"growth to {count:,} tenants", contenders, TEN)
+    return _case(bench, f"growth to {count:,} tenants", contenders, TEN, bench.plan.growth_calls)
 
 
 def _curves(cases: Sequence[Case], plan: _Plan) -> list[Curve]:
@@ -266,6 +290,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         notes=tuple(note.replace("{warm_up}", f"{plan.warm_up_requests:,}") for note in NOTES),
         cases=(*full, *cases),
         quantities=tuple(bench.quantities),
+        tables=(Table(title="Latency, misses and memory", columns=COLUMNS, rows=tuple(bench.rows)),),
         curves=tuple(_curves(cases, plan)),
     )
 
@@ -289,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in result.cases:
         for ratio in case.ratios:
             print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    for row in result.tables[0].rows:
+        print(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row), sep="  ")
     for quantity in result.quantities:
         print(f"{quantity.name}: {quantity.value:.3g} {quantity.unit}")
     print(f"wrote {arguments.out}")

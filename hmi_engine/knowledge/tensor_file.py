@@ -133,7 +133,7 @@ def _header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 def _tensor_bytes(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.detach().contiguous().numpy()).cast("B")
+    return tensor.detach().contiguous().numpy().data.cast("B")
 
 
 def read_header(path: Path, *, max_header_bytes: int) -> TensorHeader:
