@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.arguments import Arguments, read_arguments
@@ -42,6 +42,8 @@ QUESTION = "Which tenants should stay in memory?"
 OURS = "HMI"
 QUEUES = (64, 1024)
 TABLE_SHARE = 0.05
+FIXED_COSTS = (50, 200, 800, 3_200, 1_000_000)
+"""Kilobytes; with the last one misses alone count."""
 NOTES = (
     "A simulation: requests come one after another, each needs its tenant in memory, and a policy says who "
     "leaves. Tenants are of MiniLM's shape: bottlenecks, LoRA and IA3 on three layers, ranks 2 to 64, each "
@@ -91,6 +93,7 @@ class Plan:
         shares: of all bytes, that memory holds.
         half_lives: tried, in turnovers of the memory.
         arena_shares: of all bytes, that the arena holds.
+        arena_requests: the first ones of each trace, which the arena is tried with.
         loads: tenants, rounds and tenants a batch of the measurement of loads.
     """
 
@@ -99,6 +102,7 @@ class Plan:
     shares: tuple[float, ...]
     half_lives: tuple[float, ...]
     arena_shares: tuple[float, ...]
+    arena_requests: int
     loads: tuple[int, int, int]
 
 
@@ -108,6 +112,7 @@ FULL = Plan(
     shares=(0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0),
     half_lives=(0.25, 0.5, 1, 2, 4, 16),
     arena_shares=(0.02, 0.05, 0.2),
+    arena_requests=60_000,
     loads=(576, 10, 8),
 )
 QUICK = Plan(
@@ -116,6 +121,7 @@ QUICK = Plan(
     shares=(0.1, 0.5, 1.0),
     half_lives=(0.5, 1, 2),
     arena_shares=(0.1,),
+    arena_requests=1_000,
     loads=(48, 2, 8),
 )
 
@@ -132,6 +138,11 @@ class _Traced:
         sizes = [AdapterArena.allocated_bytes(size // 4) for size in trace.sizes]
         trace = Trace(name, trace.tenants, sizes)
         return cls(trace, sum(sizes), sum(sizes[key] for key in trace.tenants))
+
+    def first(self, requests: int) -> _Traced:
+        """The same with its first requests alone."""
+        tenants = self.trace.tenants[:requests]
+        return replace(self, trace=Trace(self.trace.name, tenants, self.trace.sizes))
 
     def capacity(self, share: float) -> int:
         return int(share * self.total)
@@ -155,7 +166,7 @@ def _compare(traced: _Traced, plan: Plan, load: Cost) -> tuple[list[Curve], list
         _curve(traced, plan, name, "bytes read", [each.bytes_read / traced.requested for each in found])
         for name, found in outcomes.items()
     ]
-    place = min(range(len(plan.shares)), key=lambda index: abs(plan.shares[index] - TABLE_SHARE))
+    place = plan.shares.index(_table_share(plan))
     quantities = [
         Quantity(
             name=f"{traced.label}, {plan.shares[place]:.0%} in memory, {name}: loading",
@@ -187,21 +198,44 @@ def _loading(outcome: Outcome, load: Cost, move: Cost | None = None) -> float:
 
 
 def _half_lives(traced: _Traced, plan: Plan, load: Cost) -> Curve:
-    """Loading time over the best half-life's, in the smallest memory of the table's share or above."""
-    share = min(plan.shares, key=lambda each: abs(each - TABLE_SHARE))
-    found = [
-        _loading(simulate(traced.trace, FrequencyPerByte(half_life=half_life), traced.capacity(share)), load)
-        for half_life in plan.half_lives
-    ]
+    """What another half-life would cost."""
+    policies = [lambda each=each: FrequencyPerByte(half_life=each) for each in plan.half_lives]
     return Curve(
         figure="half_life",
         name=traced.label,
-        x_label=f"half-life, evictions per 100 tenants in memory, of {share:.0%} of all bytes",
+        x_label=f"half-life, evictions per 100 tenants in memory, of {_table_share(plan):.0%} of all bytes",
         y_label="loading time over the best half-life's",
         x=tuple(100 * half_life for half_life in plan.half_lives),
-        y=tuple(each / min(found) for each in found),
+        y=_over_best(traced, plan, load, policies),
         y_unit="times",
     )
+
+
+def _fixed_costs(traced: _Traced, plan: Plan, load: Cost) -> Curve:
+    """What another weight of misses beside bytes would cost."""
+    policies = [lambda each=each: FrequencyPerByte(fixed_cost_bytes=1000 * each) for each in FIXED_COSTS]
+    return Curve(
+        figure="fixed_cost",
+        name=traced.label,
+        x_label=f"fixed cost of a miss in the policy, kB; {_table_share(plan):.0%} of all bytes in memory",
+        y_label="loading time over the best fixed cost's",
+        x=tuple(map(float, FIXED_COSTS)),
+        y=_over_best(traced, plan, load, policies),
+        y_unit="times",
+    )
+
+
+def _over_best(
+    traced: _Traced, plan: Plan, load: Cost, policies: Sequence[Callable[[], Policy]]
+) -> tuple[float, ...]:
+    """Loading times over the least of them."""
+    capacity = traced.capacity(_table_share(plan))
+    found = [_loading(simulate(traced.trace, make(), capacity), load) for make in policies]
+    return tuple(each / min(found) for each in found)
+
+
+def _table_share(plan: Plan) -> float:
+    return min(plan.shares, key=lambda each: abs(each - TABLE_SHARE))
 
 
 def _arena(traced: _Traced, share: float, load: Cost, move: Cost) -> Iterator[Quantity]:
@@ -249,7 +283,7 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
     """Costs on this machine, with the model in folder ``base``; then all traces under all policies."""
     load, move, quantities = _costs(plan, base)
     curves: list[Curve] = []
-    half_lives: list[Curve] = []
+    constants: list[Curve] = []
     arena: list[Quantity] = []
     total = 0
     for name in TRACES:
@@ -258,10 +292,10 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
         drawn, found = _compare(traced, plan, load)
         curves += drawn
         quantities += found
-        half_lives.append(_half_lives(traced, plan, load))
+        constants += [_half_lives(traced, plan, load), _fixed_costs(traced, plan, load)]
         if name in ("zipf_1", "drifting_zipf_1"):
             for share in plan.arena_shares:
-                arena += _arena(traced, share, load, move)
+                arena += _arena(traced.first(plan.arena_requests), share, load, move)
         print(f"{traced.label}: done")
     return BenchmarkResult(
         name=NAME,
@@ -273,6 +307,7 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
         settings={
             "tenants": plan.tenants,
             "requests": plan.requests,
+            "requests_to_the_arena": plan.arena_requests,
             "bytes_of_all_tenants": total,
             "fixed_cost_of_a_miss_in_the_policy": f"{FIXED_COST_BYTES / 1e3:.0f} kB",
             "half_life_in_the_policy": f"{HALF_LIFE_TURNOVERS:g} turnovers",
@@ -280,7 +315,7 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
         notes=NOTES,
         cases=(),
         quantities=(*quantities, *arena),
-        curves=(*curves, *half_lives),
+        curves=(*curves, *constants),
     )
 
 

@@ -35,7 +35,10 @@ def run(
         typer.Option(min=0.0, max=1.0, help="--miss budget: most windows computed per token of a batch."),
     ] = 0.05,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
-    host_memory: Annotated[str, typer.Option(help="Budget for resident adapters.")] = "2GiB",
+    host_memory: Annotated[str, typer.Option(help="Budget for adapters in host memory.")] = "2GiB",
+    device_memory: Annotated[
+        str, typer.Option(help="Budget for adapters where the device computes; on the CPU none of its own.")
+    ] = "auto",
     record_traffic: Annotated[
         bool, typer.Option("--record-traffic", help="Count n-grams in the store, for `hmi domain update`.")
     ] = False,
@@ -57,6 +60,7 @@ def run(
             miss=policy,
             exact_budget=exact_budget,
             max_batch_tokens=max_batch_tokens,
+            device_memory=device_memory,
             host_memory=host_memory,
             record_traffic=record_traffic,
         ) as engine,

@@ -168,8 +168,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
         for curve in curves:
             assert all(0 < share <= 1 for share in curve.y) and curve.y[0] >= curve.y[-1]
         assert len({curve.y[-1] for curve in curves}) == 1, "with all in memory policies are alike"
-    assert {curve.name for curve in result.curves if curve.figure == "half_life"} == {
-        name.replace("_", " ") for name in TRACES
-    }
+    for figure in ("half_life", "fixed_cost"):
+        curves = [curve for curve in result.curves if curve.figure == figure]
+        assert [curve.name for curve in curves] == [name.replace("_", " ") for name in TRACES]
+        assert all(min(curve.y) == 1 for curve in curves)
     text = render([result], tmp_path, relative_to=tmp_path)
     assert "residency-zipf_1-requests.svg" in text and "HMI, queue of 1,024" in text
