@@ -10,7 +10,7 @@ import torch
 from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
 from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall
 from hmi_engine.knowledge.adapters import Site
-from hmi_engine.memory.residency import ResidentTenant
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.slot_tables import SlotTables
 
 __all__ = ["AdapterBatch"]

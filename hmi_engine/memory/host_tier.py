@@ -72,6 +72,10 @@ class HostTier:
         """Forgets requests that have run or will not."""
         self._queue.release(tickets)
 
+    def digests(self) -> list[Digest]:
+        """Whose parameters are here."""
+        return list(self._blocks)
+
     def forget(self, digest: Digest) -> None:
         """Drops parameters that nobody will ask for again."""
         self._queue.forget(digest)

@@ -34,7 +34,6 @@ class PlacedTenant:
         is_pinned: whether it stays though nobody uses it.
         slot: its number in the tables; None until its parameters are there.
         users: how many batches use it: more than none, and it neither leaves nor moves.
-        is_retired: whether it was replaced or removed.
     """
 
     info: TenantInfo
@@ -43,7 +42,6 @@ class PlacedTenant:
     is_pinned: bool
     slot: int | None = None
     users: int = 0
-    is_retired: bool = False
 
     @property
     def digest(self) -> Digest:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,14 +18,14 @@ from hmi_engine.errors import (
 )
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
-from hmi_engine.knowledge.tenant_file import HeadLayout, TenantLayout
+from hmi_engine.knowledge.tenant_file import TenantLayout
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.host_tier import HostTier
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import (
     Digest,
     ParameterSource,
@@ -35,36 +34,10 @@ from hmi_engine.memory.tenant_reader import (
     digest_of,
 )
 
-__all__ = ["AdapterResidency", "BatchTickets", "ResidencyStatistics", "ResidentTenant"]
+__all__ = ["AdapterResidency", "BatchTickets"]
 
 BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
 """What one batch of a queue waits for, in the arena and in the tier before it."""
-
-
-@dataclass(frozen=True)
-class ResidentTenant:
-    """A tenant whose parameters lie in the arena.
-
-    Attributes:
-        info: the catalog's record, of exactly the generation that is loaded.
-        slot: number that the grouped kernels use.
-        places: (layer, site) of its blocks.
-        head: the head's settings.
-        parameters: float32 [n], the whole file's data: head and blocks.
-        arena_offset: first element in the arena.
-    """
-
-    info: TenantInfo
-    slot: int
-    places: frozenset[tuple[int, str]]
-    head: HeadLayout
-    parameters: torch.Tensor
-    arena_offset: int
-
-    @functools.cached_property
-    def output_head(self) -> Head:
-        """The head, its tensors views of ``parameters``."""
-        return self.head.build(self.parameters)
 
 
 class _NoRoomError(OverloadedError):
@@ -106,6 +79,7 @@ class AdapterResidency:
         self.slots = self._placement.slots
         self._residents: dict[Digest, ResidentTenant] = {}
         self._pinned: dict[Digest, int] = {}  # their bytes
+        self._retired: set[Digest] = set()  # replaced or removed, but still in use or waited for
         self._statistics = ResidencyStatistics()
         self._queue = DemandQueue[Digest](FrequencyPerByte())
         self._catalog_version = catalog.version
@@ -228,9 +202,7 @@ class AdapterResidency:
                 self._queue.release(tickets)
                 self._source.release(source_tickets)
                 for _, digest in tickets:
-                    placed = self._placement.get(digest)
-                    if placed is not None and placed.is_retired:
-                        self._settle(placed)
+                    self._let_go(digest)
 
     def close(self) -> None:
         """Gives all memory back; tenants must not be in use."""
@@ -255,13 +227,18 @@ class AdapterResidency:
         if version == self._catalog_version:
             return
         self._catalog_version = version
-        resident = self._placement.all()
-        existing = self._catalog.tenants.existing_ids(placed.info.id for placed in resident)
+        known = {*self._source.digests(), *(placed.digest for placed in self._placement.all())}
+        existing = self._catalog.tenants.existing_ids(tenant_id for tenant_id, _, _ in known)
         pinned = {info.id for info in self._catalog.tenants.pinned()}
-        for placed in resident:
-            placed.is_retired = placed.info.id not in existing
-            placed.is_pinned = placed.info.id in pinned
-            self._settle(placed)
+        for digest in known:
+            placed = self._placement.get(digest)
+            is_pinned = digest[0] in pinned
+            if digest[0] not in existing:
+                self._retired.add(digest)
+                self._let_go(digest)
+            elif placed is not None and placed.is_pinned != is_pinned:
+                placed.is_pinned = is_pinned
+                self._settle(placed)
 
     @contextmanager
     def _acquiring(self) -> Iterator[list[PlacedTenant]]:
@@ -276,19 +253,28 @@ class AdapterResidency:
 
     def _settle(self, placed: PlacedTenant) -> None:
         """Decides what becomes of a tenant that this thread does not hold any more."""
-        if placed.users or placed.slot is None:
+        if placed.users or placed.slot is None or self._let_go(placed.digest):
             return
-        if placed.is_retired and not self._queue.is_needed(placed.digest):
-            self._drop(placed)
-            self._queue.forget(placed.digest)
-            self._source.forget(placed.digest)
-            self._statistics.retired += 1
-        elif placed.is_pinned:
+        if placed.is_pinned:
             self._pinned[placed.digest] = placed.size
             self._queue.withdraw(placed.digest)
         else:
             self._pinned.pop(placed.digest, None)
             self._queue.offer(placed.digest)
+
+    def _let_go(self, digest: Digest) -> bool:
+        """Gives up a replaced or removed tenant in all tiers, if nobody uses it or waits for it."""
+        placed = self._placement.get(digest)
+        in_use = placed is not None and placed.users > 0
+        if digest not in self._retired or in_use or self._queue.is_needed(digest):
+            return False
+        self._retired.remove(digest)
+        if placed is not None:
+            self._drop(placed)
+            self._statistics.retired += 1
+        self._queue.forget(digest)
+        self._source.forget(digest)
+        return True
 
     def _acquire(
         self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False

@@ -50,6 +50,9 @@ class ParameterSource(Protocol):
     def release(self, tickets: Tickets[Digest]) -> None:
         """Forgets requests that have run or will not."""
 
+    def digests(self) -> list[Digest]:
+        """Whose parameters are kept here."""
+
     def forget(self, digest: Digest) -> None:
         """Nobody will ask for these weights again."""
 
@@ -117,6 +120,10 @@ class TenantReader:
 
     def release(self, tickets: Tickets[Digest]) -> None:
         """Does nothing."""
+
+    def digests(self) -> list[Digest]:
+        """Nobody's."""
+        return []
 
     def forget(self, digest: Digest) -> None:
         """Does nothing."""

@@ -17,7 +17,7 @@ from hmi_engine.knowledge.heads import (
     RegressionHead,
     TokenClassificationHead,
 )
-from hmi_engine.memory.residency import ResidentTenant
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.heads import pool

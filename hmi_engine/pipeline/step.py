@@ -17,7 +17,8 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
+from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout

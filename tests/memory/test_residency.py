@@ -12,7 +12,8 @@ from hmi_engine.errors import (
     StoreCorruptError,
     UnknownTenantError,
 )
-from hmi_engine.memory.residency import AdapterResidency, ResidentTenant
+from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import TenantReader
 
 GRANULE = 4096

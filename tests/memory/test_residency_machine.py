@@ -57,6 +57,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             stack.close()
         self.residency.release(*(tickets for tickets, _ in self.queues))
         self.check_memory()
+        with self.residency.holding([]):  # looks at the catalog
+            assert not self.residency._retired
         assert not self.residency._queue._waiting
         assert all(placed.users == 0 for placed in self.residency._placement.all())
         self.residency.close()
@@ -224,7 +226,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             with self.residency.holding([]):  # looks at the catalog
                 pass
             living = self.store.catalog.tenants.existing_ids(digest[0] for digest in self.data)
-            for digest in self._resident():
+            for digest in {*self._resident(), *self.residency._source.digests()}:
                 assert digest[0] in living or digest in self._needed()
 
 

@@ -1,0 +1,40 @@
+"""A tenant in memory, as a batch sees it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from hmi_engine.knowledge.heads import Head
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.tenant_file import HeadLayout
+
+__all__ = ["ResidentTenant"]
+
+
+@dataclass(frozen=True)
+class ResidentTenant:
+    """A tenant whose parameters lie in the arena.
+
+    Attributes:
+        info: the catalog's record, of exactly the generation that is loaded.
+        slot: number that the grouped kernels use.
+        places: (layer, site) of its blocks.
+        head: the head's settings.
+        parameters: float32 [n], the whole file's data: head and blocks.
+        arena_offset: first element in the arena.
+    """
+
+    info: TenantInfo
+    slot: int
+    places: frozenset[tuple[int, str]]
+    head: HeadLayout
+    parameters: torch.Tensor
+    arena_offset: int
+
+    @functools.cached_property
+    def output_head(self) -> Head:
+        """The head, its tensors views of ``parameters``."""
+        return self.head.build(self.parameters)
