@@ -192,9 +192,11 @@ def test_a_slot_s_next_tenant_gets_nothing_of_the_one_before(store, make_head, m
     (request,) = requests_for(["base"], make_sentences)
     with hmi.Engine(store) as engine:
         alone = scores(engine.run([request]))
-    room = store.tenants["full"].bytes + 4096
+    parameters = hmi.Adapter(blocks).num_parameters + head.weight.numel() + head.bias.numel()
+    room = -(-4 * parameters // 4096) * 4096  # for the one, not for both
     with hmi.Engine(store, host_memory=room) as engine:
         engine.run([replace(request, tenant="full")])
         again = scores(engine.run([request]))
+        assert engine.stats().adapters["evictions"] == 1
     assert torch.equal(alone, again)
     assert Site.QUERY in {site for _, site in blocks}
