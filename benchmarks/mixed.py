@@ -326,9 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments("mixed", QUESTION, argv)
     result = measure(arguments)
     result.write(arguments.out)
-    for case in result.cases:
-        for ratio in case.ratios:
-            print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    for line in result.ratio_lines():
+        print(line)
     print(f"wrote {arguments.out}")
 
 

@@ -325,10 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = measure(QUICK if arguments.quick else FULL, arguments, packaged_model())
     result.write(arguments.out)
     for quantity in result.quantities:
-        shown = (
-            f"{quantity.value:.1%}" if quantity.unit == "share" else f"{quantity.value:.1f} {quantity.unit}"
-        )
-        print(f"{quantity.name}: {shown}")
+        print(quantity)
     print(f"wrote {arguments.out}")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["TRACES", "Trace", "draw_sizes", "draw_trace"]
+__all__ = ["TRACES", "Trace", "draw_sizes", "draw_trace", "zipf_ranks"]
 
 _Numbers = npt.NDArray[np.int64]
 _HIDDEN_SIZE, _UPPER_LAYERS, _FLOAT_BYTES = 384, 3, 4  # MiniLM, K = 3
@@ -36,7 +36,7 @@ def draw_sizes(num_tenants: int, generator: np.random.Generator) -> list[int]:
     return [int(size) for size in (elements + 4 * _HIDDEN_SIZE) * _FLOAT_BYTES]
 
 
-def _zipf(num_tenants: int, exponent: float, count: int, generator: np.random.Generator) -> _Numbers:
+def zipf_ranks(num_tenants: int, exponent: float, count: int, generator: np.random.Generator) -> _Numbers:
     """Ranks of popularity, 0 the most popular; rank r comes in proportion to 1 / (r + 1) ** exponent."""
     cumulated = np.cumsum(np.arange(1, num_tenants + 1, dtype=np.float64) ** -exponent)
     ranks: _Numbers = np.searchsorted(cumulated, generator.random(count) * cumulated[-1]).astype(np.int64)
@@ -45,7 +45,7 @@ def _zipf(num_tenants: int, exponent: float, count: int, generator: np.random.Ge
 
 def _steady(exponent: float) -> Callable[[int, int, np.random.Generator], _Numbers]:
     def draw(num_tenants: int, count: int, generator: np.random.Generator) -> _Numbers:
-        return generator.permutation(num_tenants)[_zipf(num_tenants, exponent, count, generator)]
+        return generator.permutation(num_tenants)[zipf_ranks(num_tenants, exponent, count, generator)]
 
     return draw
 
@@ -53,9 +53,9 @@ def _steady(exponent: float) -> Callable[[int, int, np.random.Generator], _Numbe
 def _drifting(num_tenants: int, count: int, generator: np.random.Generator) -> _Numbers:
     """Zipf(1) where every 20 requests two tenants change places: any one, and one of the popular."""
     order = generator.permutation(num_tenants)
-    ranks = _zipf(num_tenants, 1.0, count, generator)
+    ranks = zipf_ranks(num_tenants, 1.0, count, generator)
     places = np.stack(
-        [generator.integers(0, num_tenants, count), _zipf(num_tenants, 1.0, count, generator)], axis=1
+        [generator.integers(0, num_tenants, count), zipf_ranks(num_tenants, 1.0, count, generator)], axis=1
     )
     tenants = np.empty(count, dtype=np.int64)
     for start in range(0, count, 20):

@@ -110,6 +110,11 @@ class Quantity(_Frozen):
     value: float
     unit: str
 
+    def __str__(self) -> str:
+        """Name and value, as commands print them."""
+        shown = f"{self.value:.1%}" if self.unit == "share" else f"{self.value:.1f} {self.unit}"
+        return f"{self.name}: {shown}"
+
 
 class Curve(_Frozen):
     """Points of one line of a figure.
@@ -150,6 +155,14 @@ class BenchmarkResult(_Frozen):
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()
     tables: tuple[Table, ...] = ()
+
+    def ratio_lines(self) -> list[str]:
+        """Every ratio of every case in words, as commands print them."""
+        return [
+            f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}"
+            for case in self.cases
+            for ratio in case.ratios
+        ]
 
     def write(self, path: Path) -> None:
         """Writes the result as JSON, atomically."""

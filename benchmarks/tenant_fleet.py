@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from hmi_engine.knowledge.adapters import Adapter, random_adapter
+from benchmarks.residency_traces import zipf_ranks
+from hmi_engine.knowledge.adapters import random_adapter
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import ClassificationHead
@@ -42,7 +43,7 @@ def fleet_tenants(general: GeneralInfo, domain: str, numbers: range) -> Iterator
         yield NewTenant(
             tenant_name(number),
             domain,
-            random_adapter(general, kind, rank, number) if kind != "none" else Adapter({}),
+            random_adapter(general, kind, rank, number),
             _head(general.hidden_size, number),
             {"random_weights": True},
         )
@@ -70,9 +71,7 @@ def draw_requests(
 ) -> list[tuple[str, str]]:
     """Pairs of tenant name and text; the texts follow each other, so that none comes twice in a row."""
     order = np.random.default_rng(popularity_seed).permutation(traffic.num_tenants)
-    weights = np.arange(1, traffic.num_tenants + 1, dtype=np.float64) ** -traffic.exponent
-    cumulated = np.cumsum(weights)
-    draws = np.random.default_rng(seed).random(count) * cumulated[-1]
-    numbers = order[np.searchsorted(cumulated, draws)]
+    generator = np.random.default_rng(seed)
+    numbers = order[zipf_ranks(traffic.num_tenants, traffic.exponent, count, generator)]
     names = [tenant_name(int(number)) for number in numbers]
     return [(name, texts[(seed * count + place) % len(texts)]) for place, name in enumerate(names)]

@@ -311,9 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments("tenants", QUESTION, argv)
     result = measure(arguments)
     result.write(arguments.out)
-    for case in result.cases:
-        for ratio in case.ratios:
-            print(f"{case.name}: {ratio.faster} is {ratio.times.value:.2f} x {ratio.baseline}")
+    for line in result.ratio_lines():
+        print(line)
     for row in result.tables[0].rows:
         print(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row), sep="  ")
     for quantity in result.quantities:

@@ -6,7 +6,6 @@ import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,8 +24,8 @@ from hmi_engine.interop import (
 )
 from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
+from hmi_engine.knowledge.changes import NewTenant, save_tenants
 from hmi_engine.knowledge.heads import Head
-from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.models.loading import load_bert_tensors, load_configuration
 
 __all__ = ["ExchangeStore"]
@@ -34,20 +33,6 @@ __all__ = ["ExchangeStore"]
 
 class ExchangeStore(DomainStore):
     """What :class:`~hmi_engine.store.Store` imports and exports."""
-
-    @abstractmethod
-    def add_tenant(
-        self,
-        name: str,
-        *,
-        domain: str,
-        adapter: Adapter,
-        head: Head,
-        replace: bool = False,
-        card: dict[str, Any] | None = None,
-        max_bytes: int | str | None = None,
-    ) -> TenantInfo:
-        """Adds a tenant, or with ``replace`` puts it in the place of one of this name."""
 
     @abstractmethod
     def load_tenant(self, name: str) -> tuple[Adapter, Head]:
@@ -166,9 +151,9 @@ class ExchangeStore(DomainStore):
             "dropped": list(imported.dropped),
             "warnings": list(imported.warnings),
         }
-        self.add_tenant(
-            tenant, domain=domain, adapter=imported.adapter, head=imported.head, replace=replace, card=card
-        )
+        self._check_writable()
+        new = NewTenant(tenant, domain, imported.adapter, imported.head, card)
+        save_tenants(self.catalog, [new], replace=replace)
         return imported
 
     def export_peft(self, name: str, directory: str | Path, *, with_head: bool = True) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from hmi_engine.knowledge.atomic import fsync_path
 from hmi_engine.knowledge.changes import NewTenant
 
 __all__ = ["CONFIG", "WEIGHTS", "list_folders", "save_folders"]
@@ -38,7 +39,7 @@ def save_folders(root: Path, tenants: Iterable[NewTenant], *, sync: bool) -> int
         (folder / CONFIG).write_text(json.dumps(_config(tenant), indent=2))
         if sync:
             for path in (folder / WEIGHTS, folder / CONFIG, folder, folder.parent):
-                _flush(path)
+                fsync_path(path)
     return count
 
 
@@ -61,14 +62,6 @@ def _config(tenant: NewTenant) -> dict[str, Any]:
         "task_type": "SEQ_CLS",
         "use_rslora": False,
     }
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_folders(root: Path) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.errors import MissingDependencyError
+from hmi_engine.knowledge.finite import is_finite
 from hmi_engine.knowledge.row_formats import (
     CODEBOOK_SIZE,
     RowFormat,
@@ -111,7 +112,7 @@ class RowEncoder:
             return EncodedRows(*hmi_kernels.quantize_rows(rows))
         if rows.shape[1:] != (self.codebooks.shape[0], self.codebooks.shape[1] * self.codebooks.shape[3]):
             raise ValueError(f"rows {list(rows.shape)} do not fit codebooks {list(self.codebooks.shape)}")
-        if not bool(rows.isfinite().all()):
+        if not is_finite(rows):
             raise ValueError("rows hold NaN or infinity, which codes cannot")
         return EncodedRows(_codes(rows, self.codebooks), None)
 
@@ -146,7 +147,7 @@ def _faiss() -> ModuleType:
 
 def _train(rows: Tensor, elements: int, seed: int) -> Tensor:
     """The pieces of one slot: rows float32 [S, H] -> float16 [H / elements, 256, elements]."""
-    if not bool(rows.isfinite().all()):
+    if not is_finite(rows):
         raise ValueError("rows hold NaN or infinity, which codes cannot")
     pieces = rows.unflatten(1, (-1, elements)).transpose(0, 1)
     if len(rows) <= CODEBOOK_SIZE:  # every piece gets a code of its own

@@ -52,19 +52,25 @@ class NewTenant:
 
 
 def save_tenants(
-    catalog: Catalog, tenants: Sequence[NewTenant], *, replace: bool = False, max_bytes: int | None = None
+    catalog: Catalog,
+    tenants: Sequence[NewTenant],
+    *,
+    replace: bool = False,
+    max_bytes: int | None = None,
+    given_before: Set[str] = frozenset(),
 ) -> list[TenantInfo]:
     """Check and write tenants and put them into the catalog in one transaction: all of them or none.
 
     With ``replace``, tenants of these names are replaced, and a pinned one's successor is pinned; who has
-    read an old one keeps it. A file of more than ``max_bytes`` is refused. Raises :class:`InvalidNameError`,
-    :class:`UnknownDomainError`, :class:`InvalidAdapterError`, :class:`InvalidHeadError`,
-    :class:`TenantExistsError`, :class:`StoreFullError`, :class:`StoreBusyError`.
+    read an old one keeps it. A file of more than ``max_bytes`` is refused, and a name that is given twice or
+    is among ``given_before``. Raises :class:`InvalidNameError`, :class:`UnknownDomainError`,
+    :class:`InvalidAdapterError`, :class:`InvalidHeadError`, :class:`TenantExistsError`,
+    :class:`StoreFullError`, :class:`StoreBusyError`.
     """
     with catalog.change_lock:
         numbers = catalog.reserve(len(tenants))
         try:
-            infos = _write_tenants(catalog, tenants, numbers, replace, max_bytes)
+            infos = _write_tenants(catalog, tenants, numbers, replace, max_bytes, given_before)
         except BaseException:
             _remove_files(catalog.layout, numbers)
             raise
@@ -106,8 +112,7 @@ def save_in_batches(
     names: set[str] = set()
     while group := list(islice(drawn, batch)):
         try:
-            _check_given_once(group, names)
-            save_tenants(catalog, group, replace=replace, max_bytes=max_bytes)
+            save_tenants(catalog, group, replace=replace, max_bytes=max_bytes, given_before=names)
         except HmiError as error:
             # Names are given once each, so there are as many of them as tenants.
             kept = (
@@ -130,10 +135,15 @@ def _check_given_once(tenants: Sequence[NewTenant], before: Set[str]) -> None:
 
 
 def _write_tenants(
-    catalog: Catalog, tenants: Sequence[NewTenant], numbers: range, replace: bool, max_bytes: int | None
+    catalog: Catalog,
+    tenants: Sequence[NewTenant],
+    numbers: range,
+    replace: bool,
+    max_bytes: int | None,
+    given_before: Set[str],
 ) -> list[TenantInfo]:
     """Write and flush all files; tenants are checked in this thread while others write those before."""
-    _check_given_once(tenants, set())
+    _check_given_once(tenants, given_before)
     general, domains = catalog.general, {name: catalog.domains[name] for name in _domains_of(tenants)}
 
     def checked() -> Iterator[tuple[NewTenant, TenantInfo]]:

@@ -89,12 +89,9 @@ class SlotTables:
             row = self._rows[place] = len(self._rows)
             self._max_ranks.append(0)
             if row == len(self._tables[0]):
-                self._grow_rows()
+                self._extend(dim=0)
         self._max_ranks[row] = max(self._max_ranks[row], block.rank)
         return row
-
-    def _grow_rows(self) -> None:
-        self._extend(dim=0)
 
     def _grow_slots(self) -> None:
         old = self.num_slots
