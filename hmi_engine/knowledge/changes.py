@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from hmi_engine.errors import HmiError, InvalidAdapterError, TenantExistsError
@@ -35,6 +36,9 @@ __all__ = [
 
 TENANTS_PER_BATCH = 500
 """In one transaction: enough that flushing 256 folders and the catalog weighs little."""
+
+_FILES_PER_FLUSH = 16
+"""Given to another thread at once: handing over costs as much as flushing a file."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with the name of the step, the number done and that of all, None where it is not known."""
@@ -142,28 +146,41 @@ def _write_tenants(
     max_bytes: int | None,
     given_before: Set[str],
 ) -> list[TenantInfo]:
-    """Write and flush all files; tenants are checked in this thread while others write those before."""
+    """Check and write all files in this thread; others, which need little of Python, flush those before."""
     _check_given_once(tenants, given_before)
-    general, domains = catalog.general, {name: catalog.domains[name] for name in _domains_of(tenants)}
+    if not replace:
+        _check_new(catalog, tenants)
+    # Read once: each is a query.
+    general = catalog.general
+    domains = {name: catalog.domains[name] for name in {tenant.domain for tenant in tenants}}
+    infos: list[TenantInfo] = []
+    folders: set[Path] = set()
 
-    def checked() -> Iterator[tuple[NewTenant, TenantInfo]]:
+    def written() -> Iterator[Path]:
         for tenant, number in zip(tenants, numbers, strict=True):
-            if not replace and tenant.name in catalog.tenants:
-                raise TenantExistsError(
-                    f"tenant {tenant.name!r} is in {catalog.layout.root} already; pass replace=True to "
-                    "replace it"
-                )
             tenant.adapter.validate(general)
             tenant.head.validate(general)
             _check_arenas(catalog, tenant)
-            yield tenant, _describe_tenant(catalog.layout, tenant, domains[tenant.domain], number)
+            file = catalog.layout.tenant_file(number, number)
+            path = catalog.layout.resolve(file)
+            infos.append(_write_tenant(path, file, tenant, domains[tenant.domain], number, max_bytes))
+            folders.add(path.parent)
+            yield path
 
-    def write(described: tuple[NewTenant, TenantInfo]) -> TenantInfo:
-        return _write_tenant(catalog.layout, *described, max_bytes)
-
-    infos = list(map_in_threads(write, checked()))
-    fsync_folders({catalog.layout.resolve(info.file).parent for info in infos}, catalog.layout.root)
+    paths = written()
+    for _ in map_in_threads(_flush, iter(lambda: list(islice(paths, _FILES_PER_FLUSH)), [])):
+        pass
+    fsync_folders(folders, catalog.layout.root)
     return infos
+
+
+def _check_new(catalog: Catalog, tenants: Sequence[NewTenant]) -> None:
+    existing = catalog.tenants.existing_names(tenant.name for tenant in tenants)
+    for tenant in tenants:
+        if tenant.name in existing:
+            raise TenantExistsError(
+                f"tenant {tenant.name!r} is in {catalog.layout.root} already; pass replace=True to replace it"
+            )
 
 
 def _check_arenas(catalog: Catalog, tenant: NewTenant) -> None:
@@ -180,15 +197,10 @@ def _check_arenas(catalog: Catalog, tenant: NewTenant) -> None:
         )
 
 
-def _domains_of(tenants: Sequence[NewTenant]) -> set[str]:
-    return {tenant.domain for tenant in tenants}
-
-
 def _write_tenant(
-    layout: StoreLayout, tenant: NewTenant, info: TenantInfo, max_bytes: int | None
+    path: Path, file: str, tenant: NewTenant, domain: DomainInfo, number: int, max_bytes: int | None
 ) -> TenantInfo:
-    """Write one file and flush it, but not its folder, which others of the batch are in as well."""
-    path = layout.resolve(info.file)
+    """Write one file; neither it nor its folder is flushed."""
     sha256 = write_tenant(path, tenant.adapter, tenant.head, sync=False)
     num_bytes = path.stat().st_size
     if max_bytes is not None and num_bytes > max_bytes:
@@ -196,14 +208,6 @@ def _write_tenant(
             f"tenant {tenant.name!r} takes {num_bytes} bytes, more than max_bytes={max_bytes}; give it a "
             "smaller rank or fewer layers, or raise the limit"
         )
-    try:
-        fsync_path(path)  # not os.sync(), which reports no error and waits for other programs' files
-    except OSError as error:
-        raise storage_error(error, path) from error
-    return info.model_copy(update={"sha256": sha256, "bytes": num_bytes})
-
-
-def _describe_tenant(layout: StoreLayout, tenant: NewTenant, domain: DomainInfo, number: int) -> TenantInfo:
     return TenantInfo(
         id=number,
         name=tenant.name,
@@ -211,15 +215,24 @@ def _describe_tenant(layout: StoreLayout, tenant: NewTenant, domain: DomainInfo,
         domain=domain.name,
         kind=tenant.adapter.kind,
         rank=tenant.adapter.rank,
-        bytes=0,
-        sha256="",
+        bytes=num_bytes,
+        sha256=sha256,
         generation=number,
-        file=layout.tenant_file(number, number),
+        file=file,
         head_kind=tenant.head.kind,
         labels=tenant.head.labels,
         card=dict(tenant.card),
         created=datetime.now(timezone.utc),
     )
+
+
+def _flush(paths: Sequence[Path]) -> None:
+    """Flush each file: not os.sync(), which reports no error and waits for other programs' files."""
+    for path in paths:
+        try:
+            fsync_path(path)
+        except OSError as error:
+            raise storage_error(error, path) from error
 
 
 def remove_tenants(catalog: Catalog, names: Iterable[str]) -> list[TenantInfo]:
