@@ -150,14 +150,11 @@ def _with_advice(problem: Problem, advice: str, repairable: bool) -> Problem:
 def tenant_problems(
     layout: StoreLayout, tenant: TenantInfo, general: GeneralInfo, *, deep: bool
 ) -> list[Problem]:
-    """Check a tenant's file: layout and head, and if ``deep`` every value, against the base model."""
-    try:
-        path = layout.resolve(tenant.file)
-    except StoreError as error:
-        return [Problem("catalog", layout.catalog, str(error))]
-    problems = byte_problems(path, tenant.bytes, tenant.sha256, deep=deep)
-    if problems:
-        return problems
+    """Check what is in a tenant's file against the base model: layout, head, and if ``deep`` every value.
+
+    The file is one in which :func:`store_file_problems` found nothing.
+    """
+    path = layout.resolve(tenant.file)
     try:
         contents = read_layout(path)
         contents.check_fits(general, path)
