@@ -117,7 +117,7 @@ def _remove(leftovers: Sequence[Problem], progress: Progress | None) -> Iterator
 
 
 class _Check(NamedTuple):
-    """``read`` runs in a thread; ``look``, all Python, in the caller's, and only where ``read`` found nothing.
+    """``read`` runs in a thread; ``look``, all Python, in the caller's where ``read`` found nothing.
 
     Python code in several threads would only wait for one another's turn: with tenants' contents looked at
     in the threads, two cores verified less than half as many.
