@@ -11,6 +11,7 @@ __all__ = [
     "DomainExistsError",
     "DomainInUseError",
     "EngineClosedError",
+    "EngineFaultError",
     "HmiError",
     "InvalidAdapterError",
     "InvalidHeadError",
@@ -21,6 +22,7 @@ __all__ = [
     "MissingDependencyError",
     "OverloadedError",
     "ReadOnlyStoreError",
+    "ReadTimeoutError",
     "StoreBusyError",
     "StoreCorruptError",
     "StoreError",
@@ -121,6 +123,10 @@ class EngineClosedError(HmiError, RuntimeError):
     """The engine was closed before the call."""
 
 
+class EngineFaultError(HmiError, RuntimeError):
+    """The engine failed where it should not have; the request may be served when it is sent again."""
+
+
 class StoreError(HmiError):
     """Base class of the errors of a store on disk."""
 
@@ -147,6 +153,10 @@ class StoreBusyError(StoreError):
 
 class StoreFullError(StoreError, OSError):
     """The disk has no room; nothing of the change was kept."""
+
+
+class ReadTimeoutError(StoreError, TimeoutError):
+    """A file is being read, and the read does not end."""
 
 
 class ReadOnlyStoreError(StoreError):

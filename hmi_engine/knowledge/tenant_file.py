@@ -25,6 +25,7 @@ from hmi_engine.knowledge.tenant_layout import (
     HeadLayout,
     TenantLayout,
     describe_tenant,
+    parse_layout,
     read_layout,
 )
 from hmi_engine.knowledge.tensor_file import write_tensors
@@ -34,6 +35,7 @@ __all__ = [
     "HeadLayout",
     "TenantLayout",
     "load_tenant",
+    "parse_layout",
     "read_into",
     "read_layout",
     "write_tenant",

@@ -13,9 +13,17 @@ from hmi_engine.knowledge.adapters import Adapter, Site, site_sizes
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.head_layout import HEAD_PREFIX, HeadLayout, HeadRecord, describe_head, place_head
 from hmi_engine.knowledge.heads import Head
-from hmi_engine.knowledge.tensor_file import TensorEntry, read_header
+from hmi_engine.knowledge.tensor_file import TensorEntry, TensorHeader, parse_header, read_header
 
-__all__ = ["FORMAT_VERSION", "BlockLayout", "HeadLayout", "TenantLayout", "describe_tenant", "read_layout"]
+__all__ = [
+    "FORMAT_VERSION",
+    "BlockLayout",
+    "HeadLayout",
+    "TenantLayout",
+    "describe_tenant",
+    "parse_layout",
+    "read_layout",
+]
 
 FORMAT_VERSION = 2
 _MAX_HEADER_BYTES = 1 << 20
@@ -124,7 +132,19 @@ def read_layout(path: Path) -> TenantLayout:
     Raises :class:`StoreCorruptError`, naming the file, where the header contradicts itself or the file, and
     :class:`StoreVersionError` for a file of another version of the format.
     """
-    header = read_header(path, max_header_bytes=_MAX_HEADER_BYTES)
+    return _layout_of(path, read_header(path, max_header_bytes=_MAX_HEADER_BYTES))
+
+
+def parse_layout(path: Path, start: memoryview, file_bytes: int) -> TenantLayout:
+    """Return what :func:`read_layout` does, from the first bytes of a file of ``file_bytes``.
+
+    Where the header goes beyond ``start``, the file is read.
+    """
+    header = parse_header(path, start, file_bytes, max_header_bytes=_MAX_HEADER_BYTES)
+    return read_layout(path) if header is None else _layout_of(path, header)
+
+
+def _layout_of(path: Path, header: TensorHeader) -> TenantLayout:
     record = _checked_record(path, header.metadata)
     entries = list(header.entries)
     if any(entry.dtype != "F32" for entry in entries):

@@ -20,7 +20,15 @@ from torch import Tensor
 from hmi_engine.errors import StoreCorruptError
 from hmi_engine.knowledge.atomic import atomic_write
 
-__all__ = ["ALIGNMENT", "TensorEntry", "TensorHeader", "file_sha256", "read_header", "write_tensors"]
+__all__ = [
+    "ALIGNMENT",
+    "TensorEntry",
+    "TensorHeader",
+    "file_sha256",
+    "parse_header",
+    "read_header",
+    "write_tensors",
+]
 
 ALIGNMENT = 64
 """The data section begins at a multiple of this many bytes: a cache line, and enough for every dtype."""
@@ -145,18 +153,37 @@ def read_header(path: Path, *, max_header_bytes: int) -> TensorHeader:
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(max_header_bytes, file_bytes - 8):
-                raise StoreCorruptError(
-                    f"{path}: header of {header_bytes} bytes in a file of {file_bytes}; it is cut short or "
-                    " is no safetensors file"
-                )
-            header = json.loads(file.read(header_bytes))
+            size = _header_size(path, file.read(8), file_bytes, max_header_bytes)
+            header = file.read(size)
     except OSError as error:
         raise StoreCorruptError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return _parsed_header(path, header, file_bytes)
+
+
+def parse_header(
+    path: Path, start: memoryview, file_bytes: int, *, max_header_bytes: int
+) -> TensorHeader | None:
+    """Return what :func:`read_header` does, from the first bytes of a file; None if the header goes on."""
+    size = _header_size(path, start[:8], file_bytes, max_header_bytes)
+    return None if 8 + size > len(start) else _parsed_header(path, start[8 : 8 + size], file_bytes)
+
+
+def _header_size(path: Path, prefix: bytes | memoryview, file_bytes: int, max_header_bytes: int) -> int:
+    size = int.from_bytes(prefix, "little")
+    if not 2 <= size <= min(max_header_bytes, file_bytes - 8):
+        raise StoreCorruptError(
+            f"{path}: header of {size} bytes in a file of {file_bytes}; it is cut short or is no safetensors "
+            "file"
+        )
+    return size
+
+
+def _parsed_header(path: Path, text: bytes | memoryview, file_bytes: int) -> TensorHeader:
+    try:
+        header = json.loads(bytes(text))
     except (ValueError, RecursionError) as error:
         raise StoreCorruptError(f"{path}: the header is no JSON: {error}") from error
-    data_start = 8 + header_bytes
+    data_start = 8 + len(text)
     return _checked_header(path, header, data_start, file_bytes - data_start)
 
 

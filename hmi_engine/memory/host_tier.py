@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -19,7 +20,8 @@ class HostTier:
     """Keeps parameters that files gave, under a byte budget; a :class:`ParameterSource` for an arena.
 
     It is asked for what the arena lacks, so its frequencies are those of the arena's misses: what the arena
-    holds all the time is not wanted here, and leaves first. Not thread-safe.
+    holds all the time is not wanted here, and leaves first. One thread at a time loads; the others need not
+    wait while it reads.
     """
 
     def __init__(self, reader: TenantReader, budget_bytes: int) -> None:
@@ -28,6 +30,7 @@ class HostTier:
         self._blocks: dict[Digest, Tensor] = {}
         self._queue = DemandQueue[Digest](FrequencyPerByte())
         self._statistics = HostStatistics()
+        self._lock = threading.RLock()  # not held while files are read
 
     @property
     def statistics(self) -> HostStatistics:
@@ -43,17 +46,10 @@ class HostTier:
         Copies to a GPU are under way on torch's current stream when this returns.
         """
         results: list[HmiError | None] = [None] * len(wanted)
-        here = [each for each in wanted if digest_of(each.info) in self._blocks]
-        hmi_kernels.copy_batch_async(
-            [each.destination for each in here], [self._blocks[digest_of(each.info)] for each in here]
-        )
-        for each in here:
-            self._queue.used(digest_of(each.info), each.layout.data_bytes)
-        self._statistics.hits += len(here)
-        missing = [number for number, each in enumerate(wanted) if digest_of(each.info) not in self._blocks]
-        self._statistics.misses += len(missing)
+        missing = self._load_known(wanted)
         while missing:
-            blocks = self._take_blocks([wanted[number] for number in missing])
+            with self._lock:
+                blocks = self._take_blocks([wanted[number] for number in missing])
             if not blocks:
                 results[missing[0]] = self._too_large(wanted[missing[0]])
                 missing = missing[1:]
@@ -64,27 +60,46 @@ class HostTier:
             del blocks  # or evicting what lies in them would free nothing for the next wave
         return results
 
+    def _load_known(self, wanted: Sequence[WantedParameters]) -> list[int]:
+        """Copies what is here; returns the numbers of the others."""
+        with self._lock:
+            here = [each for each in wanted if digest_of(each.info) in self._blocks]
+            hmi_kernels.copy_batch_async(
+                [each.destination for each in here], [self._blocks[digest_of(each.info)] for each in here]
+            )
+            for each in here:
+                self._queue.used(digest_of(each.info), each.layout.data_bytes)
+            missing = [n for n, each in enumerate(wanted) if digest_of(each.info) not in self._blocks]
+            self._statistics.hits += len(here)
+            self._statistics.misses += len(missing)
+            return missing
+
     def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
         """Notes what queued requests will need; it stays as long as something else can go."""
-        return self._queue.expect(digests)
+        with self._lock:
+            return self._queue.expect(digests)
 
     def release(self, tickets: Tickets[Digest]) -> None:
         """Forgets requests that have run or will not."""
-        self._queue.release(tickets)
+        with self._lock:
+            self._queue.release(tickets)
 
     def digests(self) -> list[Digest]:
         """Whose parameters are here."""
-        return list(self._blocks)
+        with self._lock:
+            return list(self._blocks)
 
     def forget(self, digest: Digest) -> None:
         """Drops parameters that nobody will ask for again."""
-        self._queue.forget(digest)
-        self._blocks.pop(digest, None)
+        with self._lock:
+            self._queue.forget(digest)
+            self._blocks.pop(digest, None)
 
     def close(self) -> None:
         """Gives all memory back."""
-        self._blocks.clear()
-        self._pool.close()
+        with self._lock:
+            self._blocks.clear()
+            self._pool.close()
 
     def _take_blocks(self, wanted: Sequence[WantedParameters]) -> list[Tensor]:
         """Memory for as many of ``wanted``, from the first on, as fit together."""
@@ -113,12 +128,13 @@ class HostTier:
         read = [each._replace(destination=block) for each, block in zip(wave, blocks, strict=True)]
         errors = self._reader.load(read)
         good = [number for number, error in enumerate(errors) if error is None]
-        hmi_kernels.copy_batch_async([wave[n].destination for n in good], [blocks[n] for n in good])
-        for number in good:
-            digest = digest_of(wave[number].info)
-            self._blocks[digest] = blocks[number]
-            self._queue.used(digest, wave[number].layout.data_bytes)
-            self._queue.offer(digest)
+        with self._lock:
+            hmi_kernels.copy_batch_async([wave[n].destination for n in good], [blocks[n] for n in good])
+            for number in good:
+                digest = digest_of(wave[number].info)
+                self._blocks[digest] = blocks[number]
+                self._queue.used(digest, wave[number].layout.data_bytes)
+                self._queue.offer(digest)
         return errors
 
     def _too_large(self, wanted: WantedParameters) -> OverloadedError:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import TracebackType
 
 import torch
 
@@ -20,34 +21,55 @@ from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
-from hmi_engine.knowledge.tenant_file import TenantLayout
+from hmi_engine.memory.arena_loading import ArenaLoader, LoadResults, NoRoomError
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.host_tier import HostTier
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import (
+    DEFAULT_READ_TIMEOUT,
     Digest,
     ParameterSource,
     TenantReader,
-    WantedParameters,
     digest_of,
 )
 
-__all__ = ["AdapterResidency", "BatchTickets"]
+__all__ = ["AdapterResidency", "BatchTickets", "HeldTenants"]
 
 BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
 """What one batch of a queue waits for, in the arena and in the tier before it."""
 
 
-class _NoRoomError(OverloadedError):
-    """There is memory enough for the tenant, but others that must stay have it."""
+class HeldTenants(AbstractContextManager[list[ResidentTenant | HmiError]]):
+    """Tenants that neither leave nor move until :meth:`release`, which any thread may call, once or more."""
+
+    def __init__(self, outcomes: list[ResidentTenant | HmiError], release: Callable[[], None]) -> None:
+        """Use :meth:`AdapterResidency.holding`."""
+        self.outcomes = outcomes
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Lets them go; a second call does nothing."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> list[ResidentTenant | HmiError]:
+        """The outcomes."""
+        return self.outcomes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Lets them go."""
+        self.release()
 
 
 class AdapterResidency:
     """Tenants in one arena under a byte budget, and those before it in host memory where the arena is not.
 
-    Thread-safe. The lock is held while files are read, not while a batch uses its tenants.
+    Thread-safe. One thread at a time loads; releasing, and asking for what is here, never wait for a read.
     """
 
     def __init__(
@@ -59,6 +81,8 @@ class AdapterResidency:
         *,
         host_bytes: int | None = None,
         device: str | torch.device = "cpu",
+        batches_in_flight: int = 1,
+        read_timeout: float = DEFAULT_READ_TIMEOUT,
     ) -> None:
         """Loads nothing yet.
 
@@ -69,9 +93,11 @@ class AdapterResidency:
             arena_bytes: the arena's budget.
             host_bytes: budget of a tier in host memory before the arena; None: files are read into the arena.
             device: where the arena lies; one that is not the CPU needs ``host_bytes``.
+            batches_in_flight: how many batches' tenants are held at a time.
+            read_timeout: seconds after which a read that has not ended fails its tenant.
         """
         self._catalog = catalog
-        self._reader = TenantReader(layout, general)
+        self._reader = TenantReader(layout, general, read_timeout=read_timeout)
         self._host = None if host_bytes is None else HostTier(self._reader, host_bytes)
         self._source: ParameterSource = self._host or self._reader
         self._placement = Placement(arena_bytes, device)
@@ -83,13 +109,33 @@ class AdapterResidency:
         self._statistics = ResidencyStatistics()
         self._queue = DemandQueue[Digest](FrequencyPerByte())
         self._catalog_version = catalog.version
+        self._batches_in_flight = batches_in_flight
+        self._num_held = 0
+        self._loading = threading.RLock()  # taken before the other
         self._lock = threading.RLock()
+        self._released = threading.Condition(self._lock)
         self._closed = False
+        self._loader = ArenaLoader(
+            placement=self._placement,
+            queue=self._queue,
+            reader=self._reader,
+            source=self._source,
+            statistics=self._statistics,
+            leave=self._drop,
+            pinned_bytes=self._pinned_bytes,
+            lock=self._lock,
+            budget_name=self._budget_name,
+        )
 
     @property
     def num_resident(self) -> int:
         """Tenants in the arena now."""
         return len(self._placement)
+
+    def is_resident(self, digest: Digest) -> bool:
+        """Whether the weights of this digest are in the arena now."""
+        with self._lock:
+            return self._placement.get(digest) is not None
 
     @property
     def statistics(self) -> ResidencyStatistics:
@@ -111,36 +157,61 @@ class AdapterResidency:
 
     @property
     def batch_bytes(self) -> int:
-        """What one batch's tenants should take together, so that another batch can be loaded meanwhile."""
+        """What one batch's tenants should take together, so that those in flight fit beside each other."""
         with self._lock:
-            return min(self.arena.capacity_bytes // 2, self.arena.capacity_bytes - self._pinned_bytes())
+            capacity = self.arena.capacity_bytes
+            unpinned = (capacity - self._pinned_bytes()) // self._batches_in_flight
+            return min(capacity // max(2, self._batches_in_flight), unpinned)
 
-    @contextmanager
-    def holding(self, tenants: Sequence[TenantInfo]) -> Iterator[list[ResidentTenant | HmiError]]:
-        """Makes tenants resident and holds them until the block ends: none leaves, none moves.
+    def holding(self, tenants: Sequence[TenantInfo]) -> HeldTenants:
+        """Makes tenants resident and holds them: none leaves, none moves, until they are released.
 
-        Yields, in the order of ``tenants``, the resident tenant or the error that kept it from loading, so
-        that one damaged file fails nobody else: :class:`StoreCorruptError`; :class:`OverloadedError` if it
-        does not fit beside the others; :class:`UnknownTenantError` if it was removed before it was loaded.
+        Holds, in the order of ``tenants``, the resident tenant or the error that kept it from loading, so
+        that one damaged file fails nobody else: :class:`StoreCorruptError`; :class:`ReadTimeoutError`;
+        :class:`OverloadedError` if it does not fit beside the others, when all that was held before has been
+        released, which is waited for; :class:`UnknownTenantError` if it was removed before it was loaded.
         A tenant that was replaced before it was loaded is the new one.
 
         Raises:
             EngineClosedError: after :meth:`close`.
         """
-        with self._lock:
-            self._follow_catalog()
-            with self._acquiring() as held:
+        with self._loading:
+            held: list[PlacedTenant] = []
+            try:
                 acquired = self._acquire(tenants, held)
-                outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
+                while self._wait_for_room(acquired):
+                    again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
+                    acquired |= self._load(again, held)
+                with self._lock:
+                    outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
+                    self._num_held += 1
+            except BaseException:
+                self._let_users_go(held)
+                raise
+        return HeldTenants(outcomes, lambda: self._end_holding(held))
+
+    def _wait_for_room(self, acquired: LoadResults) -> bool:
+        """Whether some tenants found no room, but others have been released since, or were waited for."""
+        if not any(isinstance(result, NoRoomError) for result in acquired.values()):
+            return False
+        with self._lock:
+            if not self._num_held:
+                return False
+            before = self._num_held
+            self._released.wait_for(lambda: self._num_held < before)
+            return True
+
+    def _end_holding(self, held: Sequence[PlacedTenant]) -> None:
+        self._let_users_go(held)
+        with self._lock:
+            self._num_held -= 1
+            self._released.notify_all()
+
+    def _let_users_go(self, held: Sequence[PlacedTenant]) -> None:
+        with self._lock:
             for placed in held:
-                placed.users += 1
-        try:
-            yield outcomes
-        finally:
-            with self._lock:
-                for placed in held:
-                    placed.users -= 1
-                    self._settle(placed)
+                placed.users -= 1
+                self._settle(placed)
 
     def prefetch(self, tenants: Sequence[TenantInfo]) -> int:
         """Loads tenants ahead of their requests, as far as there is room beside what queued requests need.
@@ -153,15 +224,15 @@ class AdapterResidency:
             OverloadedError: one is larger than the arena, or is pinned and finds no room.
             EngineClosedError: after :meth:`close`.
         """
-        with self._lock:
-            self._follow_catalog()
-            with self._acquiring() as held:
+        with self._loading:
+            held: list[PlacedTenant] = []
+            try:
                 acquired = self._acquire(tenants, held, spare_needed=True)
-            for placed in held:
-                self._settle(placed)
+            finally:
+                self._let_users_go(held)
         for info in tenants:
             result = acquired[digest_of(info)]
-            if isinstance(result, HmiError) and (info.pinned or not isinstance(result, _NoRoomError)):
+            if isinstance(result, HmiError) and (info.pinned or not isinstance(result, NoRoomError)):
                 raise result
         return sum(isinstance(result, PlacedTenant) for result in acquired.values())
 
@@ -171,7 +242,7 @@ class AdapterResidency:
         Raises:
             OverloadedError: they take more than the arena.
         """
-        with self._lock:
+        with self._loading:
             layouts = [each for each in self._reader.layouts(tenants) if not isinstance(each, HmiError)]
             needed = sum(self.arena.allocated_bytes(layout.num_elements) for layout in layouts)
             if needed > self.arena.capacity_bytes:
@@ -180,10 +251,11 @@ class AdapterResidency:
                     f"{self.arena.capacity_bytes} bytes; unpin some, or give the engine more "
                     f"{self._budget_name}"
                 )
-            with self._acquiring() as held:
+            held: list[PlacedTenant] = []
+            try:
                 self._acquire(tenants, held)
-            for placed in held:
-                self._settle(placed)
+            finally:
+                self._let_users_go(held)
 
     def expect(self, batches: Sequence[Sequence[TenantInfo]]) -> list[BatchTickets]:
         """Notes a queue of batches, in the order in which they will run; each is to be released once.
@@ -206,7 +278,7 @@ class AdapterResidency:
 
     def close(self) -> None:
         """Gives all memory back; tenants must not be in use."""
-        with self._lock:
+        with self._loading, self._lock:
             self._closed = True
             self._residents.clear()
             self._placement.close()
@@ -240,17 +312,6 @@ class AdapterResidency:
                 placed.is_pinned = is_pinned
                 self._settle(placed)
 
-    @contextmanager
-    def _acquiring(self) -> Iterator[list[PlacedTenant]]:
-        """A list for tenants that may not be evicted now; after an error they may again."""
-        held: list[PlacedTenant] = []
-        try:
-            yield held
-        except BaseException:
-            for placed in held:
-                self._settle(placed)
-            raise
-
     def _settle(self, placed: PlacedTenant) -> None:
         """Decides what becomes of a tenant that this thread does not hold any more."""
         if placed.users or placed.slot is None or self._let_go(placed.digest):
@@ -278,35 +339,45 @@ class AdapterResidency:
 
     def _acquire(
         self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
-    ) -> dict[Digest, PlacedTenant | HmiError]:
-        """Finds or loads tenants, and adds what is theirs to ``held``."""
+    ) -> LoadResults:
+        """Finds or loads tenants; ``held`` gets those that were found, whose ``users`` count the caller."""
         wanted = {digest_of(info): info for info in tenants}
-        acquired: dict[Digest, PlacedTenant | HmiError] = {}
-        # First those that are here, so that none of them leaves for another of the batch.
-        for digest, info in wanted.items():
-            self._queue.used(digest, info.bytes)
-            placed = self._placement.get(digest)
-            if placed is not None:
-                placed.is_pinned = info.pinned
-                self._queue.withdraw(digest)
-                held.append(placed)
-                acquired[digest] = placed
+        acquired = LoadResults()
+        with self._lock:
+            self._follow_catalog()
+            # First those that are here, so that none of them leaves for another of the batch.
+            for digest, info in wanted.items():
+                self._queue.used(digest, info.bytes)
+                placed = self._placement.get(digest)
+                if placed is not None:
+                    placed.is_pinned = info.pinned
+                    placed.users += 1
+                    self._queue.withdraw(digest)
+                    held.append(placed)
+                    acquired[digest] = placed
+            self._statistics.hits += len(acquired)
+            self._statistics.misses += len(wanted) - len(acquired)
         missing = [info for digest, info in wanted.items() if digest not in acquired]
-        self._statistics.hits += len(acquired)
-        self._statistics.misses += len(missing)
-        acquired |= self._load(missing, held, spare_needed)
+        acquired |= self._load(missing, held, spare_needed=spare_needed)
         return acquired | self._acquire_successors(wanted, acquired, held, spare_needed)
+
+    def _load(
+        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
+    ) -> LoadResults:
+        loaded = self._loader.load(infos, spare_needed=spare_needed) if infos else LoadResults()
+        held.extend(result for result in loaded.values() if isinstance(result, PlacedTenant))
+        return loaded
 
     def _acquire_successors(
         self,
         wanted: Mapping[Digest, TenantInfo],
-        acquired: Mapping[Digest, PlacedTenant | HmiError],
+        acquired: LoadResults,
         held: list[PlacedTenant],
         spare_needed: bool,
-    ) -> dict[Digest, PlacedTenant | HmiError]:
+    ) -> LoadResults:
         """Where a file is gone because its tenant was replaced since its record was read: the new one."""
         successors: dict[Digest, TenantInfo] = {}
-        results: dict[Digest, PlacedTenant | HmiError] = {}
+        results = LoadResults()
         for digest, result in acquired.items():
             if not isinstance(result, StoreCorruptError):
                 continue
@@ -321,66 +392,6 @@ class AdapterResidency:
             loaded = self._acquire(list(successors.values()), held, spare_needed=spare_needed)
             results |= {digest: loaded[digest_of(info)] for digest, info in successors.items()}
         return results
-
-    def _load(
-        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], spare_needed: bool
-    ) -> dict[Digest, PlacedTenant | HmiError]:
-        """Finds room for all, then brings all in at once."""
-        loaded: dict[Digest, PlacedTenant | HmiError] = {}
-        reserved: list[PlacedTenant] = []
-        try:
-            for info, layout in zip(infos, self._reader.layouts(infos), strict=True):
-                try:
-                    reserved.append(self._reserve(info, layout, spare_needed))
-                except HmiError as error:
-                    loaded[digest_of(info)] = error
-            wanted = [
-                WantedParameters(placed.info, placed.layout, self._placement.parameters(placed))
-                for placed in reserved
-            ]
-            for placed, problem in zip(reserved, self._source.load(wanted), strict=True):
-                loaded[placed.digest] = problem or placed
-                if problem is None:
-                    self._placement.publish(placed)
-                    held.append(placed)
-                    self._statistics.loads += 1
-                    self._statistics.bytes_copied += placed.layout.data_bytes if self._host else 0
-        finally:
-            for placed in reserved:
-                if placed.slot is None:
-                    self._placement.drop(placed)
-        if len(reserved) > sum(isinstance(result, PlacedTenant) for result in loaded.values()):
-            # What was kept for damaged files is free again.
-            again = [info for info in infos if isinstance(loaded[digest_of(info)], _NoRoomError)]
-            loaded |= self._load(again, held, spare_needed) if again else {}
-        return loaded
-
-    def _reserve(self, info: TenantInfo, layout: TenantLayout | HmiError, spare_needed: bool) -> PlacedTenant:
-        """Takes a range for a tenant; raises ``layout`` if it is an error, and OverloadedError."""
-        if isinstance(layout, HmiError):
-            raise layout
-        size = self.arena.allocated_bytes(layout.num_elements)
-        if size > self.arena.capacity_bytes:
-            raise OverloadedError(
-                f"tenant {info.name!r} needs {size} bytes, more than all adapter memory, "
-                f"{self.arena.capacity_bytes} bytes; give the engine more {self._budget_name}"
-            )
-        while (placed := self._placement.reserve(info, layout)) is None:
-            victim = self._queue.evict(spare_needed=spare_needed)
-            leaving = None if victim is None else self._placement.get(victim)
-            if leaving is None:
-                placed = self._placement.reserve(info, layout, at_any_cost=True)
-                if placed is not None:
-                    break
-                raise _NoRoomError(
-                    f"no room for tenant {info.name!r}, which needs {size} bytes: of "
-                    f"{self.arena.capacity_bytes} bytes of adapter memory pinned tenants take "
-                    f"{self._pinned_bytes()}, and requests that run or wait the rest; give the engine more "
-                    f"{self._budget_name}, or a smaller max_batch_tokens"
-                )
-            self._drop(leaving)
-            self._statistics.evictions += 1
-        return placed
 
     def _drop(self, placed: PlacedTenant) -> None:
         self._residents.pop(placed.digest, None)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.errors import HmiError, StoreCorruptError
+from hmi_engine.errors import HmiError, ReadTimeoutError, StoreCorruptError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
-from hmi_engine.knowledge.parallel import map_in_threads
 from hmi_engine.knowledge.records import TenantInfo
-from hmi_engine.knowledge.tenant_file import TenantLayout, read_layout
+from hmi_engine.knowledge.tenant_file import TenantLayout, parse_layout
 from hmi_engine.memory.eviction import Tickets
 from hmi_engine.memory.layout_cache import LayoutCache
+from hmi_kernels import FileReads
 
-__all__ = ["Digest", "ParameterSource", "TenantReader", "WantedParameters", "digest_of"]
+__all__ = [
+    "DEFAULT_READ_TIMEOUT",
+    "Digest",
+    "ParameterSource",
+    "TenantReader",
+    "WantedParameters",
+    "digest_of",
+]
 
 Digest = tuple[int, int, str]
 """Tenant id, generation and content digest: a name never identifies weights."""
 
+DEFAULT_READ_TIMEOUT = 30.0
+"""Seconds: longer than a busy disk takes, shorter than a client waits."""
+
 _LAYOUT_BYTES = 32 << 20
+_HEADER_BYTES = 16 << 10
 
 
 def digest_of(info: TenantInfo) -> Digest:
@@ -61,35 +74,78 @@ class ParameterSource(Protocol):
 
 
 class TenantReader:
-    """Reads layouts, which are remembered, and data sections; a :class:`ParameterSource` without memory."""
+    """Reads layouts, which are remembered, and data sections; a :class:`ParameterSource` without memory.
 
-    def __init__(self, layout: StoreLayout, general: GeneralInfo, layout_bytes: int = _LAYOUT_BYTES) -> None:
-        """``layout_bytes``: budget for layouts of files that were read before."""
+    A read that does not end in time fails its tenant alone. Until it ends, the tenant is not read again, and
+    where it would have been read to is not free: see :meth:`is_reading`.
+    """
+
+    def __init__(
+        self,
+        layout: StoreLayout,
+        general: GeneralInfo,
+        layout_bytes: int = _LAYOUT_BYTES,
+        *,
+        read_timeout: float = DEFAULT_READ_TIMEOUT,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            layout: the store's files.
+            general: the base that tenants must fit.
+            layout_bytes: budget for layouts of files that were read before.
+            read_timeout: seconds after which reads that have not ended fail.
+        """
         self._layout = layout
         self._general = general
         self._layouts = LayoutCache(layout_bytes)
+        self._read_timeout = read_timeout
+        self._stuck: dict[Digest, FileReads] = {}
         self.headers_read = 0
         self.files_read = 0
         self.bytes_read = 0
 
     def layouts(self, infos: Sequence[TenantInfo]) -> list[TenantLayout | HmiError]:
         """The checked layout of each tenant's file, or why it cannot be served."""
-        found = [self._layouts.get(info.sha256) for info in infos]
-        unknown = [info for info, layout in zip(infos, found, strict=True) if layout is None]
-        read = map_in_threads(self._read_layout, unknown)  # for the sake of disks, which are waited for
-        results: list[TenantLayout | HmiError] = []
-        for info, layout in zip(infos, found, strict=True):
-            result = next(read) if layout is None else layout
-            if layout is None and isinstance(result, TenantLayout):
+        found: dict[Digest, TenantLayout | HmiError] = {}
+        unknown: list[TenantInfo] = []
+        for info in infos:
+            layout = self._layouts.get(info.sha256)
+            if self.is_reading(digest_of(info)):
+                found[digest_of(info)] = self._timeout(info)
+            elif layout is None:
+                unknown.append(info)
+            else:
+                found[digest_of(info)] = layout
+        if unknown:
+            found |= self._read_layouts(unknown)
+        return [found[digest_of(info)] for info in infos]
+
+    def is_reading(self, digest: Digest) -> bool:
+        """Whether a read of this tenant timed out and has not ended since."""
+        reads = self._stuck.get(digest)
+        if reads is not None and reads.wait(0):
+            del self._stuck[digest]
+            return False
+        return reads is not None
+
+    def _read_layouts(self, infos: Sequence[TenantInfo]) -> dict[Digest, TenantLayout | HmiError]:
+        """Reads the beginnings of all files at a time, for the sake of disks, and parses them."""
+        starts = [torch.empty(min(info.bytes, _HEADER_BYTES), dtype=torch.uint8) for info in infos]
+        problems = self._read(infos, [0] * len(infos), starts, require_finite=False)
+        self.headers_read += len(infos)
+        results: dict[Digest, TenantLayout | HmiError] = {}
+        for info, start, problem in zip(infos, starts, problems, strict=True):
+            result = problem or self._parse_layout(info, start)
+            if not isinstance(result, HmiError):
                 result = self._layouts.put(info.sha256, result)
-            results.append(result)
-        self.headers_read += len(unknown)
+            results[digest_of(info)] = result
         return results
 
-    def _read_layout(self, info: TenantInfo) -> TenantLayout | HmiError:
+    def _parse_layout(self, info: TenantInfo, start: Tensor) -> TenantLayout | HmiError:
         path = self._layout.resolve(info.file)
         try:
-            layout = read_layout(path)
+            layout = parse_layout(path, start.numpy().data, info.bytes)
             layout.check_fits(self._general, path)
         except HmiError as error:
             return error
@@ -99,20 +155,50 @@ class TenantReader:
         """Reads files at the same time, each into its destination, which must be in host memory."""
         if not wanted:
             return []
-        paths = [self._layout.resolve(each.info.file) for each in wanted]
-        problems = hmi_kernels.read_files(
-            paths,
+        problems = self._read(
+            [each.info for each in wanted],
             [each.layout.data_start for each in wanted],
             [each.destination for each in wanted],
             require_finite=True,
         )
-        errors: list[HmiError | None] = []
         for each, problem in zip(wanted, problems, strict=True):
             if problem is None:
                 self.files_read += 1
                 self.bytes_read += each.layout.data_bytes
-            errors.append(_explain(problem))
+        return problems
+
+    def _read(
+        self,
+        infos: Sequence[TenantInfo],
+        offsets: Sequence[int],
+        destinations: Sequence[Tensor],
+        *,
+        require_finite: bool,
+    ) -> list[HmiError | None]:
+        reads = hmi_kernels.start_reads(
+            [self._layout.resolve(info.file) for info in infos],
+            offsets,
+            destinations,
+            require_finite=require_finite,
+        )
+        if not reads.wait(self._read_timeout):
+            reads.cancel()
+        errors: list[HmiError | None] = []
+        for info, outcome in zip(infos, reads.outcomes(), strict=True):
+            if isinstance(outcome, hmi_kernels.PendingRead):
+                self._stuck[digest_of(info)] = reads
+                errors.append(self._timeout(info))
+            elif isinstance(outcome, OSError) and outcome.errno == errno.ECANCELED:
+                errors.append(self._timeout(info))
+            else:
+                errors.append(_explain(outcome))
         return errors
+
+    def _timeout(self, info: TenantInfo) -> ReadTimeoutError:
+        return ReadTimeoutError(
+            f"{self._layout.resolve(info.file)}: reading tenant {info.name!r} has not ended after "
+            f"{self._read_timeout:g} s; other tenants are served. Check the disk, or raise read_timeout"
+        )
 
     def expect(self, digests: Iterable[Digest]) -> Tickets[Digest]:
         """Keeps nothing in memory."""

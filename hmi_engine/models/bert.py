@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -75,13 +77,16 @@ class HierarchicalBert:
         last: int | None = None,
         adapters: AdapterApplication | None = None,
         readout: Readout | None = None,
+        around_layer: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> torch.Tensor:
         """Layers ``first`` to ``last`` (exclusive; default: to the end) over packed hidden states [T, H].
 
         With ``readout``, the last of them computes only the rows that are read, and the result is [Q, H].
+        ``around_layer`` gives a context for the layer of an index, to see what it takes.
         """
         layers = self.layers[first:last]
         for layer in layers:
-            is_last = layer is layers[-1]
-            hidden_states = layer.forward(hidden_states, sequences, adapters, readout if is_last else None)
+            read_rows = readout if layer is layers[-1] else None
+            with nullcontext() if around_layer is None else around_layer(layer.index):
+                hidden_states = layer.forward(hidden_states, sequences, adapters, read_rows)
         return hidden_states

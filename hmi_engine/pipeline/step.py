@@ -1,11 +1,10 @@
-"""One batch: prepare (n-gram search, adapters in memory), compute, read out."""
+"""One batch: fetch (adapters in memory), search (n-grams), compute, read out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
 
@@ -17,14 +16,16 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.residency import AdapterResidency, HeldTenants
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.stage_clock import StageClock
 
-__all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics"]
+__all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics", "PreparedBatch"]
 
 MissPolicy = Literal["backoff", "exact", "budget"]
 """Where the PLOT has no row: compose it from shorter n-grams, compute it, or compute the most frequent."""
@@ -44,13 +45,47 @@ class BatchResult:
 
     Attributes:
         outputs: per item, what its tenant's head gave, or the error that kept it from being served.
-        prepare_seconds: search and loading.
+        started: when its preparation began, in seconds of ``time.perf_counter``.
+        prepare_seconds: loading and search.
         compute_seconds: the model.
     """
 
     outputs: list[HeadOutput | HmiError]
+    started: float
     prepare_seconds: float
     compute_seconds: float
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What the model needs for the items that can be served, which are ``items[i] for i in served``."""
+
+    served: list[int]
+    tenants: list[ResidentTenant]
+    view: PlotView | None
+    sequences: PackedSequences
+    readout: Readout | None
+    adapters: AdapterBatch
+    references: torch.Tensor | None
+
+
+@dataclass
+class PreparedBatch:
+    """A batch between fetching and computing; it holds memory until it is computed or discarded.
+
+    Attributes:
+        number: counts the batches of the runner.
+        outputs: per item its error, None where it will be computed.
+        started: when its preparation began, in seconds of ``time.perf_counter``.
+        seconds: that it took.
+    """
+
+    number: int
+    outputs: list[HeadOutput | HmiError | None]
+    started: float
+    seconds: float = 0.0
+    searched: _Searched | None = None
+    leases: list[HeldTenants | PlotView] = field(default_factory=list)
 
 
 @dataclass
@@ -75,7 +110,11 @@ class PlotStatistics:
 
 
 class BatchRunner:
-    """Runs batches against one base model, its PLOT tables and the resident adapters."""
+    """Runs batches against one base model, its PLOT tables and the resident adapters.
+
+    The two halves of a batch, :meth:`prepare` and :meth:`compute`, may run on two threads, each of them for
+    one batch at a time. What goes wrong in one fails the items of that batch and nobody else.
+    """
 
     def __init__(
         self,
@@ -87,6 +126,7 @@ class BatchRunner:
         miss: MissPolicy,
         exact_budget: float,
         recorder: TrafficRecorder | None = None,
+        clock: StageClock | None = None,
     ) -> None:
         """Runs nothing yet.
 
@@ -98,6 +138,7 @@ class BatchRunner:
             miss: what to do where the tables have no row.
             exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
             recorder: counts what is looked up, which a budget goes by.
+            clock: adds up what the stages take.
         """
         self._general = general
         self._model = model
@@ -106,53 +147,106 @@ class BatchRunner:
         self._miss = miss
         self._exact_budget = exact_budget
         self._recorder = recorder
+        self._clock = clock or StageClock()
+        self._num_batches = 0
         self.plot_statistics = PlotStatistics()
 
-    @torch.no_grad()
     def run(self, items: Sequence[BatchItem]) -> BatchResult:
-        """Answers a batch, whose items of one tenant stand together.
+        """Prepares and computes a batch."""
+        return self.compute(self.prepare(items))
 
-        An item whose tenant or domain cannot be loaded gets the error; the others are computed.
+    @torch.no_grad()
+    def prepare(self, items: Sequence[BatchItem]) -> PreparedBatch:
+        """Loads the tenants of a batch and looks its tokens up; items of one tenant stand together.
+
+        An item whose tenant or domain cannot be loaded gets the error; the others will be computed.
         """
-        started = prepared = time.perf_counter()
-        with (
-            self._residency.holding([item.tenant for item in items]) as tenants,
-            # A tenant that was replaced since its request was admitted may have another domain.
-            self._reading([each.info.domain for each in tenants if not isinstance(each, HmiError)]) as (
-                view,
-                failed,
-            ),
-        ):
-            outputs: list[HeadOutput | HmiError | None] = [
-                tenant if isinstance(tenant, HmiError) else failed.get(tenant.info.domain)
-                for tenant in tenants
-            ]
-            served = [(index, tenant) for index, tenant in enumerate(tenants) if outputs[index] is None]
-            if served:
-                residents = [cast(ResidentTenant, tenant) for _, tenant in served]
-                prepared, parts = self._compute([items[index] for index, _ in served], residents, view)
-                read = read_out(residents, parts, self._model)
-                for (index, _), output in zip(served, read, strict=True):
-                    outputs[index] = output
-        finished = time.perf_counter()
-        return BatchResult(
-            cast("list[HeadOutput | HmiError]", outputs), prepared - started, finished - prepared
-        )
+        started = time.perf_counter()
+        self._num_batches += 1
+        prepared = PreparedBatch(self._num_batches, [None] * len(items), started)
+        try:
+            with self._clock.working("fetch", prepared.number):
+                held = self._residency.holding([item.tenant for item in items])
+                prepared.leases.append(held)
+            with self._clock.working("search", prepared.number):
+                prepared.searched = self._search(items, held.outcomes, prepared)
+        except Exception as error:
+            self._fail(prepared, error, "prepare")
+            self.discard(prepared)
+        except BaseException:
+            self.discard(prepared)
+            raise
+        prepared.seconds = time.perf_counter() - started
+        return prepared
 
-    @contextmanager
-    def _reading(self, domains: Sequence[str]) -> Iterator[tuple[PlotView | None, dict[str, HmiError]]]:
+    @torch.no_grad()
+    def compute(self, prepared: PreparedBatch) -> BatchResult:
+        """Computes what can be served of a prepared batch, and lets go of what it held."""
+        started = time.perf_counter()
+        try:
+            if prepared.searched is not None:
+                with self._clock.working("compute", prepared.number):
+                    self._compute(prepared.searched, prepared.outputs)
+        except Exception as error:
+            self._fail(prepared, error, "compute")
+        finally:
+            self.discard(prepared)
+        outputs = cast("list[HeadOutput | HmiError]", prepared.outputs)
+        return BatchResult(outputs, prepared.started, prepared.seconds, time.perf_counter() - started)
+
+    def discard(self, prepared: PreparedBatch) -> None:
+        """Lets go of what a prepared batch holds; a second call does nothing."""
+        prepared.searched = None
+        while prepared.leases:
+            prepared.leases.pop().release()
+
+    @staticmethod
+    def _fail(prepared: PreparedBatch, error: Exception, stage: str) -> None:
+        """Gives the items that have no output yet the error."""
+        fault = as_fault(error, stage)
+        prepared.outputs = [fault if output is None else output for output in prepared.outputs]
+
+    def _search(
+        self,
+        items: Sequence[BatchItem],
+        tenants: Sequence[ResidentTenant | HmiError],
+        prepared: PreparedBatch,
+    ) -> _Searched | None:
+        # A tenant that was replaced since its request was admitted may have another domain.
+        domains = [each.info.domain for each in tenants if not isinstance(each, HmiError)]
+        view, failed = self._read(domains)
+        if view is not None:
+            prepared.leases.append(view)
+        prepared.outputs = [
+            tenant if isinstance(tenant, HmiError) else failed.get(tenant.info.domain) for tenant in tenants
+        ]
+        served = [index for index, output in enumerate(prepared.outputs) if output is None]
+        if not served:
+            return None
+        residents = [cast(ResidentTenant, tenants[index]) for index in served]
+        sequences = PackedSequences.pack([items[index].input_ids for index in served])
+        readout = Readout.select(sequences, [each.head.pooling in ("cls", "pooler") for each in residents])
+        adapters = AdapterBatch(
+            self._residency.arena.memory,
+            self._residency.slots,
+            residents,
+            sequences.lengths,
+            sequences.lengths if readout is None else readout.counts,
+        )
+        references = None
+        if view is not None:
+            references = self._look_up(sequences, [each.info.domain for each in residents], view)
+        return _Searched(served, residents, view, sequences, readout, adapters, references)
+
+    def _read(self, domains: Sequence[str]) -> tuple[PlotView | None, dict[str, HmiError]]:
         """A lease on the domains' tables, and the domains whose tables cannot be read, with the reason."""
         if self._plots is None:
-            yield None, {}
-            return
-        failed: dict[str, HmiError] = {}
+            return None, {}
         try:
-            view = self._plots.reading(domains)
+            return self._plots.reading(domains), {}
         except HmiError:
             failed = self._unreadable(self._plots, domains)
-            view = self._plots.reading([domain for domain in domains if domain not in failed])
-        with view:
-            yield view, failed
+            return self._plots.reading([domain for domain in domains if domain not in failed]), failed
 
     @staticmethod
     def _unreadable(plots: PlotLibrary, domains: Sequence[str]) -> dict[str, HmiError]:
@@ -164,37 +258,34 @@ class BatchRunner:
                 failed[domain] = error
         return failed
 
-    def _compute(
-        self, items: Sequence[BatchItem], tenants: Sequence[ResidentTenant], view: PlotView | None
-    ) -> tuple[float, tuple[torch.Tensor, ...]]:
-        sequences = PackedSequences.pack([item.input_ids for item in items])
-        first_only = [tenant.head.pooling in ("cls", "pooler") for tenant in tenants]
-        readout = Readout.select(sequences, first_only)
-        counts = sequences.lengths if readout is None else readout.counts
-        adapters = AdapterBatch(
-            self._residency.arena.memory,
-            self._residency.slots,
-            tenants,
-            sequences.lengths,
-            counts,
-        )
-        hidden_states = self._enter(sequences, [tenant.info.domain for tenant in tenants], view)
-        prepared = time.perf_counter()
-        hidden_states = self._model.run_layers(
-            hidden_states, sequences, first=self._general.plot_layers, adapters=adapters, readout=readout
-        )
-        return prepared, hidden_states.split(counts)
-
-    def _enter(
-        self, sequences: PackedSequences, domains: Sequence[str], view: PlotView | None
-    ) -> torch.Tensor:
-        """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
-        if view is None:
-            return self._model.embed(sequences.input_ids, sequences.positions())
+    def _look_up(self, sequences: PackedSequences, domains: Sequence[str], view: PlotView) -> torch.Tensor:
         references = view.lookup(sequences, domains)
         self._count(sequences, references)
         if self._recorder is not None:
             self._recorder.record(sequences, domains, view.in_tables(references[:, 0]))
+        return references
+
+    def _compute(self, searched: _Searched, outputs: list[HeadOutput | HmiError | None]) -> None:
+        sequences, readout = searched.sequences, searched.readout
+        hidden_states = self._model.run_layers(
+            self._enter(searched),
+            sequences,
+            first=self._general.plot_layers,
+            adapters=searched.adapters,
+            readout=readout,
+            around_layer=self._clock.around_layer,
+        )
+        parts = hidden_states.split(sequences.lengths if readout is None else readout.counts)
+        read = read_out(searched.tenants, parts, self._model)
+        for index, output in zip(searched.served, read, strict=True):
+            outputs[index] = output
+
+    def _enter(self, searched: _Searched) -> torch.Tensor:
+        """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
+        sequences, view, references = searched.sequences, searched.view, searched.references
+        if view is None or references is None:
+            return self._model.embed(sequences.input_ids, sequences.positions())
+        domains = [each.info.domain for each in searched.tenants]
         if self._miss != "backoff":
             limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
             weights = partial(self._recorder.weights_of, domains=domains) if self._recorder else None

@@ -10,10 +10,10 @@ __all__ = ["QueuedSequence", "form_batches"]
 
 @dataclass(frozen=True)
 class QueuedSequence:
-    """What the scheduler knows of a request: its tokens, its tenant, and the tenant's bytes in memory."""
+    """What the scheduler knows of a request: its tenant, its tokens, and the tenant's bytes in memory."""
 
-    num_tokens: int
     tenant: Hashable
+    num_tokens: int
     adapter_bytes: int
 
 

@@ -168,7 +168,7 @@ def test_nan_in_one_slot_changes_no_other_response_by_a_bit(store, make_head, he
     requests = [hmi.Request(f"t{i % 6}", text=text) for i, text in enumerate(held_out)]
     engine = hmi.Engine(store)
     before = engine.run(requests)
-    with engine._residency.holding([store.tenants["t1"]]) as (tenant,):
+    with engine._core.residency.holding([store.tenants["t1"]]) as (tenant,):
         tenant.parameters.fill_(float("nan"))
     for request, first, second in zip(requests, before, engine.run(requests), strict=True):
         if request.tenant == "t1":
@@ -273,7 +273,7 @@ def test_statistics_count_windows_as_a_plain_count_does(store, make_head, held_o
     engine = hmi.Engine(store)
     engine.run([hmi.Request("t0", text=text) for text in held_out])
     ids = store.encoder.token_ids(held_out)
-    rows = hmi_kernels.ngram_tokens(engine._plots.reading(["words"]).table("words").row_keys).tolist()
+    rows = hmi_kernels.ngram_tokens(engine._core.plots.reading(["words"]).table("words").row_keys).tolist()
     kept = {tuple(row[:2]) for row in rows}
     bigrams = [pair for sequence in ids for pair in itertools.pairwise(sequence)]
     statistics = engine.stats()
@@ -327,7 +327,7 @@ def test_tenant_replaced_between_admission_and_loading(store, make_head):
     stale = store.tenants["t0"]
     head = make_head(store.general, labels=("a", "b"))
     store.add_tenant("t0", domain="words", adapter=hmi.Adapter({}), head=head, replace=True)
-    with engine._residency.holding([stale]) as (tenant,):
+    with engine._core.residency.holding([stale]) as (tenant,):
         assert tenant.info.generation == store.tenants["t0"].generation
         assert tenant.head.labels == ("a", "b")
 

@@ -151,7 +151,7 @@ def test_an_adapter_larger_than_an_engine_s_memory_is_refused_when_added(store, 
 
 def poison(engine, info):
     """NaN in every parameter of a tenant where it lies in memory."""
-    with engine._residency.holding([info]) as (resident,):
+    with engine._core.residency.holding([info]) as (resident,):
         resident.parameters.fill_(float("nan"))
 
 

@@ -113,7 +113,7 @@ def test_pinned_tenants_are_there_from_the_start_and_stay(store, fleet, make_sen
         scores(engine.run(mixed([name for name in fleet if name not in pinned], make_sentences, 80)))
         engine.run([hmi.Request(name, text="the cell") for name in pinned])
         assert engine.stats().adapters["hits"] >= 3
-        assert {p.info.name for p in engine._residency._placement.all()} >= set(pinned)
+        assert {p.info.name for p in engine._core.residency._placement.all()} >= set(pinned)
         assert engine.stats().adapters["loads"] > before
     for name in fleet:
         store.pin_tenant(name)
@@ -245,7 +245,7 @@ def test_prefetch_beside_running_requests(store, fleet, make_sentences):
         assert not failures
     with pytest.raises(EngineClosedError):
         engine.prefetch(fleet[:1])
-    assert engine._residency.arena.memory.nbytes == 0, "memory was given back"
+    assert engine._core.residency.arena.memory.nbytes == 0, "memory was given back"
 
 
 def test_an_error_in_a_batch_leaves_nobody_waiting(store, fleet, monkeypatch):
@@ -257,7 +257,7 @@ def test_an_error_in_a_batch_leaves_nobody_waiting(store, fleet, monkeypatch):
             patched.setattr(BatchRunner, "run", fail)
             with pytest.raises(RuntimeError, match="on purpose"):
                 engine.run([hmi.Request(name, text="the cell") for name in fleet])
-        assert not engine._residency._queue._waiting
+        assert not engine._core.residency._queue._waiting
 
 
 @pytest.mark.parametrize("size", ["many", -1, 1.5, None])

@@ -117,7 +117,7 @@ def test_engines_of_many_threads_share_nothing_but_the_truth(stores, expected, h
     wanted = {}
     for number, text in enumerate(held_out):
         sequences = PackedSequences.pack(store.encoder.token_ids([text]))
-        with engine._plots.reading(["words"]) as view, torch.no_grad():
+        with engine._core.plots.reading(["words"]) as view, torch.no_grad():
             references = view.lookup(sequences, ["words"])
             completed = view.compute_misses(store.model, sequences, ["words"], references)
             wanted[number] = view.merge(store.model, sequences, ["words"], completed.references)

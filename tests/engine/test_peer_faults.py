@@ -114,13 +114,13 @@ def test_a_slot_is_not_reused_while_a_request_reads_it_vllm_47724(store, open_en
     engine.prefetch(["running"])
     pause = Pause(monkeypatch)
     finish = run_beside(engine, ask("running"), pause)
-    slot_before = next(p.slot for p in engine._residency._placement.all() if p.info.name == "running")
+    slot_before = next(p.slot for p in engine._core.residency._placement.all() if p.info.name == "running")
     for number in range(6):
         engine.prefetch([f"other{number}"])
-    resident = {p.info.name: p.slot for p in engine._residency._placement.all()}
+    resident = {p.info.name: p.slot for p in engine._core.residency._placement.all()}
     assert resident["running"] == slot_before and len(resident) == 2
     assert list(resident.values()).count(slot_before) == 1
-    assert engine._residency.statistics.evictions >= 4, "the others pushed each other out"
+    assert engine._core.residency.statistics.evictions >= 4, "the others pushed each other out"
     torch.testing.assert_close(scores(finish()), expected, atol=1e-6, rtol=0)
 
 

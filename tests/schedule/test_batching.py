@@ -10,7 +10,7 @@ from hmi_engine.schedule.batching import QueuedSequence, form_batches
 SIZES = {tenant: 100 * (tenant + 1) for tenant in range(5)}
 queues = st.lists(
     st.builds(
-        lambda tokens, tenant: QueuedSequence(tokens, tenant, SIZES[tenant]),
+        lambda tokens, tenant: QueuedSequence(tenant, tokens, SIZES[tenant]),
         st.integers(1, 60),
         st.sampled_from(sorted(SIZES)),
     ),

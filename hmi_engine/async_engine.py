@@ -1,0 +1,172 @@
+"""The engine for many callers at once: requests are queued, batched fairly, and answered as they are done."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any
+
+from hmi_engine.request import Request, Response
+from hmi_engine.request_queue import RequestQueue
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.scheduler import SchedulerStatistics
+from hmi_engine.serving_core import EngineStatistics, ServingCore
+from hmi_engine.serving_options import EngineOptions
+from hmi_engine.serving_threads import ServingThreads
+from hmi_engine.store import Store
+
+__all__ = ["AsyncEngine"]
+
+_STREAMED_AHEAD = 256
+
+
+class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
+    """Serves a store's tenants to any number of tasks and threads.
+
+    Requests wait in one queue, which is fair between tenants by tokens served (docs/scheduling.md). A thread
+    of the engine forms batches from it and computes them; another finds tenants and tokenises; a third reads
+    adapters and searches n-grams for the batches to come.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        latency_target: float | None = None,
+        queue_limits: QueueLimits | None = None,
+        tenant_limits: Callable[[str], TenantLimits] | None = None,
+        **options: Any,
+    ) -> None:
+        """Opens an engine over a store, which stays the caller's to close.
+
+        Args:
+            store: the tenants' store.
+            latency_target: seconds that a request should take from the moment its batch is formed: batches
+                are made as small as that needs. None for the largest batches that ``max_batch_tokens`` lets.
+            queue_limits: how much may wait; beyond it requests are refused at once.
+            tenant_limits: weight, rate and concurrency of a tenant by its name; the same for all by default.
+            options: the fields of :class:`~hmi_engine.EngineOptions`.
+
+        Raises:
+            As :class:`~hmi_engine.Engine`; ValueError for a ``latency_target`` that is not above 0.
+        """
+        if latency_target is not None and latency_target <= 0:
+            raise ValueError(f"latency_target is {latency_target}, must be above 0 seconds")
+        self.store = store
+        self._core = ServingCore(store, EngineOptions(**options))
+        self._queue = RequestQueue(
+            self._core,
+            latency_target=latency_target,
+            limits=queue_limits or QueueLimits(),
+            tenant_limits=tenant_limits,
+        )
+        self._threads = ServingThreads(self._core, self._queue)
+        atexit.register(self._threads.stop)
+
+    async def submit(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Response:
+        """Answers a request; what is wrong with it is the response's ``error``.
+
+        To cancel the task that waits frees what the request holds, at whatever stage it is.
+
+        Args:
+            request: the request.
+            priority: among requests of its tenant, higher ones go first.
+            timeout: seconds after which it need not be begun: its ``error`` is then a
+                :class:`DeadlineExceededError`.
+
+        Raises:
+            OverloadedError: the queue is full, or the tenant is over its limits; ``retry_after_seconds`` says
+                when it is worth while to come again.
+            EngineClosedError: the engine is closed, or was before the request's turn came.
+        """
+        return await asyncio.wrap_future(self.submit_nowait(request, priority=priority, timeout=timeout))
+
+    def submit_nowait(
+        self, request: Request, *, priority: int = 0, timeout: float | None = None
+    ) -> Future[Response]:
+        """Queues a request, from any thread; the future is that of :meth:`submit`'s response or error.
+
+        Raises:
+            OverloadedError: the queue is full.
+            EngineClosedError: the engine is closed.
+        """
+        return self._queue.put(request, priority=priority, timeout=timeout)
+
+    async def stream(
+        self,
+        requests: Iterable[Request] | AsyncIterable[Request],
+        *,
+        at_a_time: int = _STREAMED_AHEAD,
+        priority: int = 0,
+    ) -> AsyncIterator[Response]:
+        """Answers many requests and yields responses as they are done; ``Request.id`` tells whose they are.
+
+        Requests are drawn as responses are taken: at most ``at_a_time`` are in the engine. Whoever stops
+        early cancels those. Raises as :meth:`submit`.
+        """
+        source = _as_async(requests)
+        open_tasks: set[asyncio.Future[Response]] = set()
+        try:
+            async for request in source:
+                open_tasks.add(asyncio.wrap_future(self.submit_nowait(request, priority=priority)))
+                if len(open_tasks) >= at_a_time:
+                    done, open_tasks = await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        yield task.result()
+            while open_tasks:
+                done, open_tasks = await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        finally:
+            for task in open_tasks:
+                task.cancel()
+
+    async def prefetch(self, tenants: Sequence[str]) -> int:
+        """Loads tenants ahead of their requests; see :meth:`hmi_engine.Engine.prefetch`."""
+        self._queue.check_open()
+        infos = [self.store.tenants[name] for name in tenants]
+        return await asyncio.to_thread(self._core.residency.prefetch, infos)
+
+    def stats(self) -> EngineStatistics:
+        """Counts since the engine started."""
+        return self._core.current_statistics()
+
+    def queue_stats(self) -> SchedulerStatistics:
+        """What waits and what was done with it."""
+        return self._queue.statistics()
+
+    async def drain(self) -> None:
+        """Takes no requests any more, and returns when all that were taken are answered."""
+        self._queue.refuse()
+        await asyncio.to_thread(self._queue.wait_until_empty)
+
+    async def close(self, *, finish: bool = True) -> None:
+        """Gives memory back; a second call does nothing.
+
+        Args:
+            finish: answer what was taken before; else what has not begun fails with
+                :class:`EngineClosedError`.
+        """
+        if finish:
+            await self.drain()
+        await asyncio.to_thread(self._threads.stop)
+        atexit.unregister(self._threads.stop)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the engine; after an error without finishing what waits."""
+        await self.close(finish=error is None)
+
+
+async def _as_async(requests: Iterable[Request] | AsyncIterable[Request]) -> AsyncIterator[Request]:
+    if isinstance(requests, AsyncIterable):
+        async for request in requests:
+            yield request
+    else:
+        for request in requests:
+            yield request

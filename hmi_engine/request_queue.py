@@ -1,0 +1,269 @@
+"""Requests of many callers between their arrival and their answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
+from hmi_engine.memory.residency import BatchTickets
+from hmi_engine.pipeline.admission import AdmittedRequest
+from hmi_engine.pipeline.faults import as_fault
+from hmi_engine.pipeline.step import BatchItem, BatchResult
+from hmi_engine.request import Request, Response
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
+from hmi_engine.schedule.scheduler import Scheduler, SchedulerStatistics
+from hmi_engine.serving_core import ServingCore
+
+__all__ = ["Arrival", "RequestQueue"]
+
+_clock = time.perf_counter
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A request as it came, and who waits for it."""
+
+    request: Request
+    future: Future[Response]
+    arrived: float
+    priority: int
+    deadline: float | None
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request that can be computed, and what memory was told of it."""
+
+    arrival: Arrival
+    admitted: AdmittedRequest
+    tickets: BatchTickets
+
+
+class RequestQueue:
+    """What arrives, what waits, what runs; a source of a flow. Safe to use from many threads.
+
+    Every future that :meth:`put` returns gets a response or an error, at the latest from :meth:`abandon`.
+    """
+
+    def __init__(
+        self,
+        core: ServingCore,
+        *,
+        limits: QueueLimits,
+        tenant_limits: Callable[[str], TenantLimits] | None,
+        latency_target: float | None,
+    ) -> None:
+        """Nothing waits yet; see :class:`~hmi_engine.AsyncEngine` for the arguments."""
+        self._core = core
+        self._limits = limits
+        self._scheduler = Scheduler[_Waiting](_clock, limits=limits, tenant_limits=tenant_limits)
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)  # for the thread that admits
+        self._queued = threading.Condition(self._lock)  # for the thread that computes
+        self._answered = threading.Condition(self._lock)  # for who drains
+        self._inbox: deque[Arrival] = deque()
+        self._formed: deque[list[QueuedRequest[_Waiting]]] = deque()
+        self._num_open = 0  # futures without an answer
+        self._refusing = False
+        self._stopping = False
+
+    def put(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Future[Response]:
+        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full."""
+        now = _clock()
+        deadline = None if timeout is None else now + timeout
+        arrival = Arrival(request, Future(), now, priority, deadline)
+        with self._lock:
+            if self._refusing:
+                raise EngineClosedError("the engine is closed; open another one on the store")
+            if len(self._inbox) + len(self._scheduler) >= self._limits.max_queued_requests:
+                raise OverloadedError(
+                    f"{self._limits.max_queued_requests} requests wait already; send this one again later, "
+                    "or give the engine larger queue_limits",
+                    retry_after_seconds=self._scheduler.seconds_to_serve(1),
+                )
+            self._num_open += 1
+            self._inbox.append(arrival)
+            self._arrived.notify()
+        arrival.future.add_done_callback(self._note_answer)
+        return arrival.future
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError where requests are not taken any more."""
+        if self._refusing:
+            raise EngineClosedError("the engine is closed; open another one on the store")
+
+    def statistics(self) -> SchedulerStatistics:
+        """What the scheduler did, and what it holds."""
+        with self._lock:
+            return self._scheduler.statistics
+
+    def refuse(self) -> None:
+        """Takes no requests any more."""
+        with self._lock:
+            self._refusing = True
+
+    def wait_until_empty(self) -> None:
+        """Returns when every request that was taken is answered."""
+        with self._lock:
+            self._answered.wait_for(lambda: self._num_open == 0)
+
+    def stop(self) -> None:
+        """Ends the loops of both threads; what waits stays for :meth:`abandon`."""
+        with self._lock:
+            self._refusing = self._stopping = True
+            self._arrived.notify_all()
+            self._queued.notify_all()
+
+    def abandon(self, reason: str) -> None:
+        """Fails whatever is not answered; for when no thread serves any more."""
+        error = EngineClosedError(reason)
+        with self._lock:
+            self._refusing = True
+            arrivals, self._inbox = list(self._inbox), deque()
+            left = [*self._scheduler.drain(), *(each for formed in self._formed for each in formed)]
+            self._formed.clear()
+        for waiting in (request.payload for request in left):
+            self._core.residency.release(waiting.tickets)
+            arrivals.append(waiting.arrival)
+        for arrival in arrivals:
+            _fail(arrival.future, error)
+
+    # For the thread that admits.
+
+    def admit_arrivals(self, most: int) -> bool:
+        """Waits for requests and queues those that can be served; returns False when there are no more."""
+        with self._lock:
+            self._arrived.wait_for(lambda: self._inbox or self._stopping)
+            if self._stopping:
+                return False
+            arrivals = [self._inbox.popleft() for _ in range(min(most, len(self._inbox)))]
+        arrivals = [arrival for arrival in arrivals if not arrival.future.cancelled()]
+        try:
+            results = self._core.admit([arrival.request for arrival in arrivals])
+        except Exception as error:
+            results = [as_fault(error, "tokenise")] * len(arrivals)
+        admitted = []
+        for arrival, result in zip(arrivals, results, strict=True):
+            if isinstance(result, HmiError):
+                _answer(arrival.future, Response.failed(arrival.request, result))
+            else:
+                admitted.append((arrival, result))
+        self._core.warn_of_mismatches((result.tenant for _, result in admitted), stacklevel=2)
+        tickets = self._core.residency.expect([[result.tenant] for _, result in admitted])
+        for (arrival, result), own_tickets in zip(admitted, tickets, strict=True):
+            self._queue(_Waiting(arrival, result, own_tickets))
+        return True
+
+    def _queue(self, waiting: _Waiting) -> None:
+        arrival, described = waiting.arrival, self._core.describe(waiting.admitted)
+        request = QueuedRequest(
+            tenant=waiting.admitted.tenant.name,
+            weights_key=described.weights_key,
+            num_tokens=described.num_tokens,
+            adapter_bytes=described.adapter_bytes,
+            payload=waiting,
+            priority=arrival.priority,
+            deadline=arrival.deadline,
+        )
+        try:
+            with self._lock:
+                self._scheduler.submit(request)
+                self._queued.notify()
+        except DeadlineExceededError as error:
+            self._core.residency.release(waiting.tickets)
+            _answer(arrival.future, Response.failed(arrival.request, error))
+        except OverloadedError as error:
+            self._core.residency.release(waiting.tickets)
+            _fail(arrival.future, error)
+        else:
+            arrival.future.add_done_callback(lambda future: self._leave(future, request))
+
+    def _leave(self, future: Future[Response], request: QueuedRequest[_Waiting]) -> None:
+        """Takes a request out whose caller has gone; what it holds in memory is free at once if it waited."""
+        if not future.cancelled():
+            return
+        with self._lock:
+            was_queued = request.state is RequestState.QUEUED
+            self._scheduler.cancel(request)
+        if was_queued:
+            self._core.residency.release(request.payload.tickets)
+
+    # For the thread that computes.
+
+    def next_batch(self, *, wait: bool) -> list[BatchItem] | None:
+        """The next batch of those that wait, fair between tenants; see ``BatchSource``."""
+        while True:
+            with self._lock:
+                expired = self._scheduler.expire()
+                formed = self._scheduler.next_batch(
+                    max_tokens=self._core.options.max_batch_tokens,
+                    max_adapter_bytes=self._core.residency.batch_bytes,
+                    is_resident=self._core.residency.is_resident,
+                    max_cold_bytes=None,
+                )
+                if formed:
+                    self._formed.append(formed)
+                elif wait and not expired and not self._stopping:
+                    self._queued.wait(self._scheduler.seconds_to_deadline())
+            self._answer_expired(expired)
+            if formed:
+                return [
+                    BatchItem(each.payload.admitted.tenant, each.payload.admitted.encoded.input_ids)
+                    for each in formed
+                ]
+            if not wait or self._stopping:
+                return None
+
+    def answer(self, result: BatchResult) -> None:
+        """Answers the oldest batch that was formed."""
+        with self._lock:
+            formed = self._formed.popleft()
+        waiting = [each.payload for each in formed]
+        try:
+            responses = self._core.respond(
+                [each.admitted for each in waiting], result, [each.arrival.arrived for each in waiting]
+            )
+        except Exception as error:
+            fault = as_fault(error, "respond")
+            responses = [Response.failed(each.arrival.request, fault) for each in waiting]
+        self._core.residency.release(*(each.tickets for each in waiting))
+        with self._lock:
+            self._scheduler.finish(formed)
+        for each, response in zip(waiting, responses, strict=True):
+            _answer(each.arrival.future, response)
+
+    def _answer_expired(self, expired: Sequence[QueuedRequest[_Waiting]]) -> None:
+        for waiting in (request.payload for request in expired):
+            self._core.residency.release(waiting.tickets)
+            error = DeadlineExceededError(
+                "the request's timeout passed while it waited; give it more time, or send fewer at a time"
+            )
+            _answer(waiting.arrival.future, Response.failed(waiting.arrival.request, error))
+
+    def _note_answer(self, future: Future[Response]) -> None:
+        failed = not future.cancelled() and (
+            future.exception() is not None or future.result().error is not None
+        )
+        with self._lock:
+            self._num_open -= 1
+            self._core.statistics.requests += 1
+            self._core.statistics.errors += failed
+            if not self._num_open:
+                self._answered.notify_all()
+
+
+def _answer(future: Future[Response], response: Response) -> None:
+    """Gives the answer, unless the caller has gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(response)
+
+
+def _fail(future: Future[Response], error: HmiError) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

@@ -1,0 +1,245 @@
+"""What every engine consists of: memory, tables, the model, and the flow of batches through them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import hmi_kernels
+from hmi_engine.errors import HmiError, MissPolicyWarning, ReadOnlyStoreError
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.sizes import parse_bytes
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.tenant_reader import Digest, digest_of
+from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.domain_updates import DomainUpdater
+from hmi_engine.pipeline.flow import Flow
+from hmi_engine.pipeline.respond import respond
+from hmi_engine.pipeline.stage_clock import StageClock, StageTimes, Trace
+from hmi_engine.pipeline.step import BatchItem, BatchResult, BatchRunner, PreparedBatch
+from hmi_engine.pipeline.traffic_saver import TrafficSaver
+from hmi_engine.request import Request, Response, Timing
+from hmi_engine.serving_options import EngineOptions
+from hmi_engine.store import Store
+
+__all__ = ["BatchFlow", "EngineStatistics", "ServingCore", "WaitingBatch"]
+
+
+@dataclass
+class EngineStatistics:
+    """Counts since the engine started.
+
+    ``stages`` holds the fields of ``StageTimes`` for each stage, and ``hidden_share`` what part of the time
+    of fetching and searching compute did not wait for, None where there was none. ``plot`` and ``adapters``
+    hold the fields of ``PlotStatistics`` (tokens, windows) and ``ResidencyStatistics`` (tenants, bytes);
+    ``host_adapters`` those of ``HostStatistics``, or None where host memory is no tier of its own;
+    ``traffic`` and ``updates`` those of ``TrafficStatistics`` and ``UpdateStatistics``, or None where the
+    engine does neither.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    batches: int = 0
+    tokens: int = 0
+    prepare_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    resident_tenants: int = 0
+    resident_bytes: int = 0
+    stages: dict[str, dict[str, int | float]] | None = None
+    hidden_share: float | None = None
+    plot: dict[str, int] | None = None
+    adapters: dict[str, int] | None = None
+    host_adapters: dict[str, int] | None = None
+    traffic: dict[str, int | float | str | None] | None = None
+    updates: dict[str, int | str | None] | None = None
+
+
+class WaitingBatch(NamedTuple):
+    """What an admitted request asks of a batch.
+
+    Attributes:
+        weights_key: names the tenant's weights; requests of one key are one segment of a batch.
+        num_tokens: that it has.
+        adapter_bytes: that the tenant takes in the arena.
+    """
+
+    weights_key: Digest
+    num_tokens: int
+    adapter_bytes: int
+
+
+BatchFlow = Flow[Sequence[BatchItem], PreparedBatch, BatchResult]
+
+
+class ServingCore:
+    """Opens what an engine needs over a store, and closes it. What it runs, one thread runs at a time."""
+
+    def __init__(self, store: Store, options: EngineOptions) -> None:
+        """Opens; raises as :class:`hmi_engine.Engine` does."""
+        self.store = store
+        self.options = options
+        self.trace = None if options.trace is None else Trace()
+        self.clock = StageClock(self.trace)
+        self.statistics = EngineStatistics()
+        self.residency = _open_residency(store, options)
+        store.catalog.arena_bytes[self] = self.residency.arena.capacity_bytes
+        self.residency.load_pinned(store.tenants.pinned())
+        self.plots: PlotLibrary | None = None
+        if store.general.plot_layers:
+            self.plots = PlotLibrary(
+                store.layout,
+                store.catalog,
+                store.general,
+                overlay_bytes=parse_bytes(options.overlay_memory),
+                domain_layers=store.domain_layers,
+            )
+        self.traffic: TrafficSaver | None = None
+        if self.plots is not None and options.record_traffic and not store.catalog.read_only:
+            self.traffic = TrafficSaver(
+                store, max_bytes=options.traffic_memory, interval_seconds=options.traffic_interval
+            )
+        self.runner = BatchRunner(
+            store.general,
+            store.model,
+            self.plots,
+            self.residency,
+            miss=options.miss,
+            exact_budget=options.exact_budget,
+            recorder=self.traffic.recorder if self.traffic is not None else None,
+            clock=self.clock,
+        )
+        self.flow: BatchFlow = Flow(
+            self.runner, depth=options.pipeline_depth, waiting=lambda: self.clock.waiting("compute")
+        )
+        self._warned: set[str] = set()
+        self._updater: DomainUpdater | None = None
+        if options.update_domains_every is not None:
+            self._updater = self._start_updates(options.update_domains_every)
+
+    def _start_updates(self, every: float) -> DomainUpdater:
+        if self.store.catalog.read_only:
+            raise ReadOnlyStoreError(
+                f"{self.store.layout.root} was opened with read_only=True, so its domains cannot be updated; "
+                "open it for writing or leave update_domains_every out"
+            )
+        # Without own counts there may still be those of other processes' engines.
+        flush = self.traffic.save if self.traffic is not None else lambda: None
+        return DomainUpdater(self.store, every=every, max_share=self.options.update_share, flush=flush)
+
+    def use_backend(self) -> AbstractContextManager[None]:
+        """The kernels that the options ask for, in the block."""
+        return hmi_kernels.use_backend(self.options.backend)
+
+    def admit(self, requests: Sequence[Request]) -> list[AdmittedRequest | HmiError]:
+        """Finds tenants and tokenises; one result for each request."""
+        with self.clock.working("tokenise", self.statistics.batches):
+            return admit(requests, self.store.tenants, self.store.encoder)
+
+    @staticmethod
+    def describe(admitted: AdmittedRequest) -> WaitingBatch:
+        """What a request asks of a batch."""
+        tenant = admitted.tenant
+        return WaitingBatch(
+            weights_key=digest_of(tenant),
+            num_tokens=len(admitted.encoded.input_ids),
+            adapter_bytes=AdapterArena.allocated_bytes(tenant.bytes // 4),
+        )
+
+    def respond(
+        self, admitted: Sequence[AdmittedRequest], result: BatchResult, queued: Sequence[float]
+    ) -> list[Response]:
+        """Responses of a batch, whose requests waited since ``queued`` (seconds of perf_counter)."""
+        with self.clock.working("respond", self.statistics.batches):
+            responses = []
+            for request, output, since in zip(admitted, result.outputs, queued, strict=True):
+                if isinstance(output, HmiError):
+                    responses.append(Response.failed(request.request, output))
+                    continue
+                timing = Timing(result.started - since, result.prepare_seconds, result.compute_seconds)
+                responses.append(respond(request, output, timing, self.store.encoder))
+        self.statistics.batches += 1
+        self.statistics.tokens += sum(len(request.encoded.input_ids) for request in admitted)
+        self.statistics.prepare_seconds += result.prepare_seconds
+        self.statistics.compute_seconds += result.compute_seconds
+        return responses
+
+    def warn_of_mismatches(self, tenants: Iterable[TenantInfo], stacklevel: int) -> None:
+        """Says once for each tenant that it was trained under another policy, which costs accuracy."""
+        if self.plots is None:
+            return
+        # Under a budget most misses are composed: training for it is training for back-off.
+        miss = self.options.miss
+        served = "backoff" if miss == "budget" else miss
+        for tenant in {tenant.name: tenant for tenant in tenants}.values():
+            trained = tenant.card.get("training", {}).get("settings", {}).get("miss", served)
+            if trained != served and tenant.name not in self._warned:
+                self._warned.add(tenant.name)
+                warnings.warn(
+                    f"tenant {tenant.name!r} was trained for miss={trained!r} and is served with "
+                    f"miss={miss!r}; its accuracy may suffer",
+                    MissPolicyWarning,
+                    stacklevel=stacklevel + 1,
+                )
+
+    def current_statistics(self) -> EngineStatistics:
+        """All counts, as they are now."""
+        current = EngineStatistics(**vars(self.statistics))
+        current.resident_tenants = self.residency.num_resident
+        current.resident_bytes = self.residency.arena.used_bytes
+        stages = self.clock.times()
+        current.stages = {stage: asdict(times) for stage, times in stages.items()}
+        current.hidden_share = _hidden_share(stages)
+        current.plot = asdict(self.runner.plot_statistics)
+        current.adapters = asdict(self.residency.statistics)
+        host = self.residency.host_statistics
+        current.host_adapters = None if host is None else asdict(host)
+        current.traffic = asdict(self.traffic.statistics) if self.traffic is not None else None
+        current.updates = asdict(self._updater.statistics) if self._updater is not None else None
+        return current
+
+    def close(self) -> None:
+        """Gives memory back, saves what was counted of traffic and writes the trace."""
+        self.store.catalog.arena_bytes.pop(self, None)
+        self.flow.close()
+        if self._updater is not None:
+            self._updater.close()
+        if self.traffic is not None:
+            self.traffic.close()
+        if self.plots is not None:
+            self.plots.close()
+        self.residency.close()
+        if self.trace is not None and self.options.trace is not None:
+            self.trace.write(Path(self.options.trace))
+
+
+def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
+    """Of fetching and searching, the part that compute did not wait for."""
+    busy = sum(stages[name].busy_seconds for name in ("fetch", "search") if name in stages)
+    if not busy or "compute" not in stages:
+        return None
+    return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
+
+
+def _open_residency(store: Store, options: EngineOptions) -> AdapterResidency:
+    host_bytes: int | None = parse_bytes(options.host_memory)
+    arena_bytes = host_bytes
+    if options.device_memory == "auto":  # the CPU computes in host memory
+        host_bytes = None
+    else:
+        arena_bytes = parse_bytes(options.device_memory)
+    assert arena_bytes is not None
+    return AdapterResidency(
+        store.layout,
+        store.catalog,
+        store.general,
+        arena_bytes,
+        host_bytes=host_bytes,
+        batches_in_flight=options.pipeline_depth,
+        read_timeout=options.read_timeout,
+    )

@@ -1,0 +1,91 @@
+"""The options of an engine, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
+from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
+from hmi_engine.pipeline.step import MissPolicy
+
+__all__ = ["EngineOptions"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine serves: the keyword arguments of :class:`~hmi_engine.Engine`.
+
+    Attributes:
+        device: ``"auto"`` or ``"cpu"``.
+        backend: kernels: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch, slow).
+        dtype: ``"auto"`` or ``"float32"``.
+        device_memory: budget for adapters where the device computes with them, in bytes or as ``"512MiB"``,
+            before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is one tier, of
+            ``host_memory``.
+        host_memory: budget for adapters in host memory, in bytes or as ``"2GiB"``.
+        miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
+            ``"budget"`` computes those that a batch has most often, of equals those that corpora and recorded
+            traffic have most often, and composes the others.
+        exact_budget: ``miss="budget"``: most windows computed per token of a batch, 0 to 1.
+        max_batch_tokens: most tokens computed at once.
+        pipeline_depth: most batches in flight: while one is computed, the adapters of those after it are
+            read and their n-grams searched. 1 does one thing after another.
+        read_timeout: seconds after which a read that has not ended fails the requests that need it.
+        overlay_memory: budget for the rows of windows computed in traffic, which later batches find.
+        record_traffic: whether to count the n-grams that requests ask for and to keep them in the store for
+            ``Store.update_domain``. A store opened with ``read_only=True`` records nothing.
+        traffic_memory: budget for these counts.
+        traffic_interval: seconds between two savings of them; the rest is saved when the engine is closed.
+        update_domains_every: seconds between two rounds of updates of the domains that had traffic, on a
+            thread of the engine; None for no updates. Each writes the domain's table anew, so minutes to
+            hours suit large ones.
+        update_share: most of its time that this thread works, 0 to 1.
+        trace: file for a trace of all stages and layers, written when the engine is closed; Perfetto
+            (ui.perfetto.dev) and chrome://tracing show it.
+
+    Raises:
+        ValueError: an option is none of those above, or out of range.
+    """
+
+    device: str = "auto"
+    backend: str = "auto"
+    dtype: str = "auto"
+    device_memory: int | str = "auto"
+    host_memory: int | str = "2GiB"
+    miss: MissPolicy = "backoff"
+    exact_budget: float = 0.05
+    max_batch_tokens: int = 8192
+    pipeline_depth: int = 2
+    read_timeout: float = DEFAULT_READ_TIMEOUT
+    overlay_memory: int | str = "256MiB"
+    record_traffic: bool = True
+    traffic_memory: int | str = DEFAULT_TRAFFIC_BYTES
+    traffic_interval: float = 60.0
+    update_domains_every: float | None = None
+    update_share: float = 0.25
+    trace: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a store."""
+        _check_option("device", self.device, ("auto", "cpu"))
+        _check_option("backend", self.backend, ("auto", "cpu", "reference"))
+        _check_option("dtype", self.dtype, ("auto", "float32"))
+        _check_option("miss", self.miss, ("backoff", "exact", "budget"))
+        if not 0 <= self.exact_budget <= 1:
+            raise ValueError(f"exact_budget is {self.exact_budget}, must be 0 to 1 windows per token")
+        if self.max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}, must be at least 1")
+        if not 1 <= self.pipeline_depth <= MAX_PIPELINE_DEPTH:
+            raise ValueError(f"pipeline_depth is {self.pipeline_depth}, must be 1 to {MAX_PIPELINE_DEPTH}")
+        if self.read_timeout <= 0:
+            raise ValueError(f"read_timeout is {self.read_timeout}, must be above 0 seconds")
+
+
+MAX_PIPELINE_DEPTH = 8
+"""More gains nothing that a machine could compute with, and memory is shared by the batches in flight."""
+
+
+def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; this release knows {', '.join(map(repr, allowed))}")
