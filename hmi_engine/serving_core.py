@@ -155,7 +155,7 @@ class ServingCore:
         self, admitted: Sequence[AdmittedRequest], result: BatchResult, queued: Sequence[float]
     ) -> list[Response]:
         """Responses of a batch, whose requests waited since ``queued`` (seconds of perf_counter)."""
-        with self.clock.working("respond", self.statistics.batches):
+        with self.clock.working("respond", result.number):
             responses = []
             for request, output, since in zip(admitted, result.outputs, queued, strict=True):
                 if isinstance(output, HmiError):
