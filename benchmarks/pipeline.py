@@ -38,10 +38,10 @@ NOTES = (
     "Every request asks for another tenant, in turn of all, and each engine has memory for the tenants of "
     "four batches of 32: nearly every request finds its tenant cold. The ceiling has all tenants in memory.",
     "`pipeline_depth=1` schedules, reads, searches, computes and responds one after another; the others run "
-    "the same steps with 2 or 4 batches in flight, and gave the same answers to 1e-5 before anything was timed.",
+    "the same steps with 2 or 4 batches in flight, and gave the same answers to 1e-5 before the timing.",
     "The disk is simulated by `hmi_kernels.set_read_latency`: each read sleeps so long in the thread that "
-    "reads, beside the time that it really takes from the file cache; reads at the same time wait together and "
-    "share the bandwidth. 'file cache' adds nothing.",
+    "reads, beside the time that it really takes from the file cache; reads at the same time wait together "
+    "and share the bandwidth. 'file cache' adds nothing.",
     "Hidden: of the seconds that fetching (finding room, reading) and searching took, the part that compute "
     "did not wait for. Without a pipeline it is 0 by construction.",
     "On a machine without a GPU, searching and what the processor does for reading take the same cores as "

@@ -7,13 +7,13 @@ import time
 from dataclasses import replace
 
 import pytest
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 
 import hmi_engine as hmi
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, EngineFaultError, OverloadedError
 from hmi_engine.knowledge.adapter_kinds import KINDS
 from hmi_engine.knowledge.adapters import random_adapter
 from hmi_engine.pipeline.step import BatchRunner
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.serving_core import ServingCore
 
 
@@ -256,12 +256,11 @@ def test_a_broken_engine_fails_everybody_and_says_why(store, requests, monkeypat
 
 
 def test_the_event_loop_may_end_first(store, requests):
-    engines = []
+    engines, tasks = [], []
 
     async def leave_early():
         engines.append(hmi.AsyncEngine(store))
-        for request in requests:
-            asyncio.ensure_future(engines[0].submit(request))
+        tasks.extend(asyncio.ensure_future(engines[0].submit(request)) for request in requests)
         await asyncio.sleep(0)
 
     asyncio.run(leave_early())

@@ -1,5 +1,6 @@
 """Several batches in flight answer as one does, and what goes wrong in a stage stays there."""
 
+import itertools
 import json
 import os
 import threading
@@ -151,11 +152,8 @@ def test_a_stuck_tenant_is_served_again_when_its_read_ends(store, fleet, make_se
 class LateReads:
     """Reads that have begun and end when they are told to, with NaN all over where they should have read to."""
 
-    late: "list[LateReads]" = []
-
     def __init__(self, destinations):
         self.destinations, self.ended = destinations, threading.Event()
-        self.late.append(self)
 
     def wait(self, timeout_seconds=None):
         return self.ended.wait(timeout_seconds)
@@ -182,9 +180,12 @@ def test_what_a_read_brings_too_late_lands_in_nobody(store, fleet, make_sentence
     with hmi.Engine(store) as engine:
         expected = scores(engine.run(requests))
 
+    late = []
+
     def some_late(paths, offsets, destinations, **options):
         if stuck_file in paths and destinations[0].dtype == torch.float32:
-            return LateReads(destinations)
+            late.append(LateReads(destinations))
+            return late[-1]
         return start_reads(paths, offsets, destinations, **options)
 
     monkeypatch.setattr(hmi_kernels, "start_reads", some_late)
@@ -194,8 +195,8 @@ def test_what_a_read_brings_too_late_lands_in_nobody(store, fleet, make_sentence
         assert isinstance(response.error, ReadTimeoutError)
         torch.testing.assert_close(scores(engine.run(requests)), expected, atol=1e-5, rtol=0)
         assert engine.stats().adapters["evictions"] > 0, "room was short"
-        (late,) = LateReads.late
-        late.end()
+        (reads,) = late
+        reads.end()
         torch.testing.assert_close(scores(engine.run(requests)), expected, atol=1e-5, rtol=0)
         assert len(engine._core.residency._loader._stuck) == 0, "the range is free again"
 
@@ -236,7 +237,7 @@ def test_what_is_asked_for_while_a_read_goes_on_does_not_wait(store, fleet, monk
         path = make_stuck(store, "t3")
         reading = threading.Thread(target=lambda: engine.run([hmi.Request("t3", text="the cell")]))
         reading.start()
-        pipe = os.open(path, os.O_WRONLY)  # returns once the read has begun, which goes on until it is closed
+        pipe = os.open(path, os.O_WRONLY)  # returns once the read has begun; it goes on until this closes
         assert engine._core.residency.num_resident == 1
         assert engine._core.residency.statistics.loads == 1
         engine._core.residency.expect([[store.tenants["t1"]]])
@@ -261,15 +262,13 @@ def test_the_trace_shows_stages_and_layers(store, fleet, make_sentences, tmp_pat
     spans = {(e["name"], e["args"]["batch"]): (e["ts"], e["ts"] + e["dur"]) for e in events if e["args"]}
     for number in range(1, batches + 1):
         order = [spans[stage, number] for stage in ("fetch", "search", "compute")]
-        assert order == sorted(order) and all(
-            before[1] <= after[0] + 1 for before, after in zip(order, order[1:])
-        )
+        assert all(before[1] <= after[0] + 1 for before, after in itertools.pairwise(order))
 
 
 def test_a_trace_that_cannot_be_written_is_an_error_of_ours(store, tmp_path):
     engine = hmi.Engine(store, trace=tmp_path / "file" / "trace.json")
     (tmp_path / "file").write_text("")
-    with pytest.raises(hmi.HmiError, match="trace.json"):
+    with pytest.raises(hmi.HmiError, match=r"trace\.json"):
         engine.close()
     engine.close()
 

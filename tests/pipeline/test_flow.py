@@ -1,4 +1,4 @@
-"""Every batch is prepared, then computed or discarded, once, in order; never more in flight than the depth."""
+"""Every batch is prepared, then computed or discarded, once, in order, never more at a time than allowed."""
 
 import itertools
 import threading
