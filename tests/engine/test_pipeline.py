@@ -150,7 +150,7 @@ def test_a_stuck_tenant_is_served_again_when_its_read_ends(store, fleet, make_se
 
 
 class LateReads:
-    """Reads that have begun and end when they are told to, with NaN all over where they should have read to."""
+    """Reads that have begun and end when they are told to, and leave NaN where they read to."""
 
     def __init__(self, destinations):
         self.destinations, self.ended = destinations, threading.Event()
