@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.memory.residency import BatchTickets
+from hmi_engine.memory.tenant_reader import digest_of
 from hmi_engine.pipeline.admission import AdmittedRequest
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.step import BatchItem, BatchResult
@@ -23,7 +25,10 @@ from hmi_engine.serving_core import ServingCore
 __all__ = ["Arrival", "RequestQueue"]
 
 _NO_LIMITS = TenantLimits()
+_TENANTS_AHEAD = 32  # about those of one batch
 _SECONDS_BETWEEN_LOOKS = 0.05
+
+_logger = logging.getLogger("hmi_engine")
 
 _clock = time.perf_counter
 
@@ -74,6 +79,7 @@ class RequestQueue:
         self._answered = threading.Condition(self._lock)  # for who drains
         self._inbox: deque[Arrival] = deque()
         self._formed: deque[list[QueuedRequest[_Waiting]]] = deque()
+        self._fetched = Counter[Hashable]()  # weights of formed batches, by how many of their requests
         self._unanswered: set[QueuedRequest[_Waiting]] = set()  # queued or running; they hold tickets
         self._num_open = 0  # futures without an answer
         self._refusing = False
@@ -218,11 +224,12 @@ class RequestQueue:
                 formed = self._scheduler.next_batch(
                     max_tokens=self._core.options.max_batch_tokens,
                     max_adapter_bytes=self._core.residency.batch_bytes,
-                    is_resident=self._core.residency.is_resident,
+                    is_resident=self._is_coming,
                     max_cold_bytes=None,
                 )
                 if formed:
                     self._formed.append(formed)
+                    self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired and not self._stopping:
                     self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
             self._answer_expired(expired)
@@ -233,6 +240,19 @@ class RequestQueue:
                 ]
             if not wait or self._stopping:
                 return None
+
+    def look_ahead(self) -> None:
+        """Loads tenants of requests that wait and whose turns come first, as far as there is room."""
+        with self._lock:
+            soon = [request.payload.admitted.tenant for request in self._scheduler.peek(_TENANTS_AHEAD)]
+        try:
+            self._core.residency.prefetch([info for info in soon if not self._is_coming(digest_of(info))])
+        except HmiError as error:
+            _logger.debug("not loaded ahead of its request, which will tell why: %s", error)
+
+    def _is_coming(self, digest: Hashable) -> bool:
+        """Whether a tenant is in memory, or will be for a batch that was formed."""
+        return digest in self._fetched or self._core.residency.is_resident(digest)
 
     def answer(self, result: BatchResult) -> None:
         """Answers the oldest batch that was formed."""
@@ -249,6 +269,8 @@ class RequestQueue:
         self._core.residency.release(*(each.tickets for each in waiting))
         with self._lock:
             self._scheduler.finish(formed)
+            self._fetched.subtract(each.weights_key for each in formed)
+            self._fetched += Counter()  # drops those at zero
             self._unanswered.difference_update(formed)
         for each, response in zip(waiting, responses, strict=True):
             _answer(each.arrival.future, response)
