@@ -218,6 +218,30 @@ def test_timeouts_pass_while_waiting(store, requests, expected, monkeypatch):
     asyncio.run(main())
 
 
+def test_what_waits_is_loaded_before_its_batch_is_formed(store, fleet, monkeypatch):
+    """One batch computes, one is prepared; the tenants of those after them come in meanwhile."""
+
+    async def main():
+        gate = Gate(monkeypatch)
+        async with hmi.AsyncEngine(store, max_batch_tokens=6, pipeline_depth=2) as engine:
+            tasks = [
+                asyncio.create_task(engine.submit(hmi.Request(name, text="the cell binds"))) for name in fleet
+            ]
+            await gate.wait()
+            deadline = time.monotonic() + 30
+            while engine.stats().resident_tenants < len(fleet):
+                assert time.monotonic() < deadline
+                # The engine looks when it forms a batch: those that came since wait for the next.
+                gate.opened.set()
+                await asyncio.sleep(0.001)
+                gate.opened.clear()
+            gate.opened.set()
+            await asyncio.gather(*tasks)
+            assert engine.stats().adapters["files_read"] == len(fleet)
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stage", ["admit", "respond"])
 def test_a_stage_that_throws_fails_its_own_requests(store, requests, expected, monkeypatch, stage):
     original, calls = getattr(ServingCore, stage), []

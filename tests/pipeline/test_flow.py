@@ -146,6 +146,31 @@ def test_preparing_takes_one_core_and_changes_nothing_for_others():
     assert others == [before]
 
 
+def test_looking_ahead_is_done_when_nothing_else_is_to_prepare():
+    """On the preparing thread, after the batches that are there, once at a time."""
+    happened = []
+
+    class Noting(Recorded):
+        def prepare(self, batch):
+            happened.append(("prepare", batch, threading.current_thread()))
+            return super().prepare(batch)
+
+    stages = Noting()
+    looked = threading.Event()
+
+    def look_ahead():
+        happened.append(("ahead", len(stages.prepared), threading.current_thread()))
+        looked.set()
+
+    flow = Flow(stages, depth=3, look_ahead=look_ahead)
+    for _ in flow.run(Numbers(5)):
+        assert looked.wait(30)
+    flow.close()
+    first = next(index for index, (what, _, _) in enumerate(happened) if what == "ahead")
+    assert happened[first][1] == 3, "the three in flight come first"
+    assert happened[first][2] is not threading.main_thread()
+
+
 def test_depth_must_be_positive():
     with pytest.raises(ValueError, match="pipeline_depth"):
         Flow(Recorded(), depth=0)
