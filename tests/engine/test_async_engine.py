@@ -7,13 +7,13 @@ import time
 from dataclasses import replace
 
 import pytest
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 
 import hmi_engine as hmi
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, EngineFaultError, OverloadedError
 from hmi_engine.knowledge.adapter_kinds import KINDS
 from hmi_engine.knowledge.adapters import random_adapter
 from hmi_engine.pipeline.step import BatchRunner
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.serving_core import ServingCore
 
 
@@ -219,23 +219,34 @@ def test_timeouts_pass_while_waiting(store, requests, expected, monkeypatch):
 
 
 def test_what_waits_is_loaded_before_its_batch_is_formed(store, fleet, monkeypatch):
-    """One batch computes, one is prepared; the tenants of those after them come in meanwhile."""
+    """While a batch of one is computed and another is prepared, the ten tenants after them come in."""
+    may_compute, compute = threading.Semaphore(1), BatchRunner._compute
+
+    def held(runner, *arguments):
+        assert may_compute.acquire(timeout=60)
+        return compute(runner, *arguments)
+
+    monkeypatch.setattr(BatchRunner, "_compute", held)
 
     async def main():
-        gate = Gate(monkeypatch)
         async with hmi.AsyncEngine(store, max_batch_tokens=6, pipeline_depth=2) as engine:
+            await engine.submit(hmi.Request(fleet[0], text="the cell binds"))
+            first = asyncio.create_task(engine.submit(hmi.Request(fleet[0], text="the cell binds")))
+            while engine.queue_stats().running_requests == 0:
+                await asyncio.sleep(0.001)
             tasks = [
                 asyncio.create_task(engine.submit(hmi.Request(name, text="the cell binds"))) for name in fleet
             ]
-            await gate.wait()
+            while engine.queue_stats().totals.submitted < len(fleet) + 2:
+                await asyncio.sleep(0.001)
+            may_compute.release()
+            await first
             deadline = time.monotonic() + 30
             while engine.stats().resident_tenants < len(fleet):
-                assert time.monotonic() < deadline
-                # The engine looks when it forms a batch: those that came since wait for the next.
-                gate.opened.set()
+                assert time.monotonic() < deadline, engine.stats()
                 await asyncio.sleep(0.001)
-                gate.opened.clear()
-            gate.opened.set()
+            assert engine.queue_stats().totals.served == 2, "all others wait"
+            may_compute.release(len(fleet))
             await asyncio.gather(*tasks)
             assert engine.stats().adapters["files_read"] == len(fleet)
 
