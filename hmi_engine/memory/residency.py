@@ -164,14 +164,14 @@ class AdapterResidency:
             unpinned = (capacity - self._pinned_bytes()) // self._batches_in_flight
             return min(capacity // max(2, self._batches_in_flight), unpinned)
 
-    def holding(self, tenants: Sequence[TenantInfo]) -> HeldTenants:
+    def holding(self, tenants: Sequence[TenantInfo], *, wait: bool = False) -> HeldTenants:
         """Makes tenants resident and holds them: none leaves, none moves, until they are released.
 
         Holds, in the order of ``tenants``, the resident tenant or the error that kept it from loading, so
         that one damaged file fails nobody else: :class:`StoreCorruptError`; :class:`ReadTimeoutError`;
-        :class:`OverloadedError` if it does not fit beside the others, when all that was held before has been
-        released, which is waited for; :class:`UnknownTenantError` if it was removed before it was loaded.
-        A tenant that was replaced before it was loaded is the new one.
+        :class:`OverloadedError` if it does not fit beside the others; :class:`UnknownTenantError` if it was
+        removed before it was loaded. A tenant that was replaced before it was loaded is the new one. With
+        ``wait``, one that does not fit waits until what is held now has been released: by another thread.
 
         Raises:
             EngineClosedError: after :meth:`close`.
@@ -180,7 +180,7 @@ class AdapterResidency:
             held: list[PlacedTenant] = []
             try:
                 acquired = self._acquire(tenants, held)
-                while self._wait_for_room(acquired):
+                while wait and self._wait_for_room(acquired):
                     again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
                     acquired |= self._load(again, held)
                 with self._lock:

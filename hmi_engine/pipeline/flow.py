@@ -137,10 +137,11 @@ def _one_core_thread() -> ThreadPoolExecutor:
     """A thread whose kernels use one core: a second team would fight that of the computing thread.
 
     torch keeps the number for each thread, but what a thread sets is also what threads that torch has not
-    seen yet begin with; so the caller sets its own again.
+    seen yet begin with; so the caller sets its own again, and the new thread is seen before it sets its own.
     """
     num_threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(1, "hmi-prepare")
+    executor.submit(torch.get_num_threads).result()
     executor.submit(torch.set_num_threads, 1).result()
     torch.set_num_threads(num_threads)
     return executor

@@ -168,7 +168,7 @@ class BatchRunner:
         prepared = PreparedBatch(self._num_batches, [None] * len(items), started)
         try:
             with self._clock.working("fetch", prepared.number):
-                held = self._residency.holding([item.tenant for item in items])
+                held = self._residency.holding([item.tenant for item in items], wait=True)
                 prepared.leases.append(held)
             with self._clock.working("search", prepared.number):
                 prepared.searched = self._search(items, held.outcomes, prepared)
