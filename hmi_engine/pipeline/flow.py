@@ -62,7 +62,7 @@ class Flow(Generic[Batch, Prepared, Result]):
         Args:
             stages: what is done.
             depth: most batches in flight, at least 1.
-            waiting: entered while the caller's thread waits for a batch that is being prepared.
+            waiting: entered while no batch is computed because the next is being prepared.
             look_ahead: called on the preparing thread when all batches that are there have been prepared, for
                 those that will come; it must not raise.
         """
@@ -91,7 +91,8 @@ class Flow(Generic[Batch, Prepared, Result]):
                     batch = source.next_batch(wait=True)
                     if batch is None:
                         return
-                    current = _done(self._stages.prepare(batch))
+                    with self._waiting():
+                        current = _done(self._stages.prepare(batch))
                 self._fill(in_flight, source)
                 self._start_looking_ahead()
                 with self._waiting():
