@@ -112,6 +112,7 @@ class AdapterResidency:
         self._catalog_version = catalog.version
         self._batches_in_flight = batches_in_flight
         self._num_held = 0
+        self._num_releases = 0
         self._loading = threading.RLock()  # taken before the other
         self._lock = threading.RLock()
         self._released = threading.Condition(self._lock)
@@ -179,8 +180,10 @@ class AdapterResidency:
         with self._loading:
             held: list[PlacedTenant] = []
             try:
+                releases = self._num_releases
                 acquired = self._acquire(tenants, held)
-                while wait and self._wait_for_room(acquired):
+                while wait and _lacks_room(acquired) and self._wait_for_release(releases):
+                    releases = self._num_releases
                     again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
                     acquired |= self._load(again, held)
                 with self._lock:
@@ -194,15 +197,12 @@ class AdapterResidency:
                 raise
         return HeldTenants(outcomes, lambda: self._end_holding(held))
 
-    def _wait_for_room(self, acquired: LoadResults) -> bool:
-        """Whether some tenants found no room, but others have been released since, or were waited for."""
-        if not any(isinstance(result, NoRoomError) for result in acquired.values()):
-            return False
+    def _wait_for_release(self, since: int) -> bool:
+        """Returns when something has been released ``since`` so many releases, False if nothing will be."""
         with self._lock:
-            if not self._num_held:
+            if self._num_releases == since and not self._num_held:
                 return False
-            before = self._num_held
-            self._released.wait_for(lambda: self._num_held < before)
+            self._released.wait_for(lambda: self._num_releases != since)
             return True
 
     def _end_holding(self, held: Sequence[PlacedTenant]) -> None:
@@ -211,6 +211,7 @@ class AdapterResidency:
                 placed.users -= 1
                 self._settle(placed)
             self._num_held -= 1
+            self._num_releases += 1
             self._released.notify_all()
 
     def _let_claims_go(self, held: Sequence[PlacedTenant]) -> None:
@@ -420,3 +421,7 @@ class AdapterResidency:
                 arena_offset=result.offset,
             )
         return resident
+
+
+def _lacks_room(acquired: LoadResults) -> bool:
+    return any(isinstance(result, NoRoomError) for result in acquired.values())
