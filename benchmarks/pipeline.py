@@ -65,7 +65,6 @@ class _Disk:
 
 DISKS = (
     _Disk("file cache"),
-    _Disk("0.2 ms, 1 GB/s", 0.0002, 1e9),
     _Disk("5 ms, 200 MB/s", 0.005, 2e8),
     _Disk("20 ms, 100 MB/s", 0.020, 1e8),
 )
@@ -83,7 +82,7 @@ class _Plan:
 
 
 QUICK = _Plan(48, 40, 2, 1 << 20, (DISKS[0], DISKS[-1]), 128, 16)
-FULL = _Plan(1024, 512, 7, 64 << 20, DISKS, 1024, 128)
+FULL = _Plan(1024, 512, 5, 64 << 20, DISKS, 1024, 128)
 
 
 @dataclass
