@@ -22,7 +22,7 @@ format: ## Format the Python sources
 	ruff format .
 
 test: ## The tests
-	pytest
+	pytest -n auto
 
 test-slow: ## The tests that take minutes
 	pytest -m slow
@@ -30,6 +30,7 @@ test-slow: ## The tests that take minutes
 bench: ## Run all benchmarks (no other load on the machine) and write docs/results.md
 	python -m benchmarks.mixed
 	python -m benchmarks.tenants
+	python -m benchmarks.pipeline
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store
 	python -m benchmarks.plot

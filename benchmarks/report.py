@@ -27,6 +27,7 @@ QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it wo
 ORDER = (
     "mixed",
     "tenants",
+    "pipeline",
     "residency",
     "tenant_store",
     "accuracy",
