@@ -30,6 +30,8 @@ test-slow: ## The tests that take minutes
 bench: ## Run all benchmarks (no other load on the machine) and write docs/results.md
 	python -m benchmarks.mixed
 	python -m benchmarks.tenants
+	python -m benchmarks.load
+	python -m benchmarks.simulate
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store
 	python -m benchmarks.plot

@@ -27,6 +27,8 @@ QUICK_WARNING = "**These figures are of a `--quick` run, which proves that it wo
 ORDER = (
     "mixed",
     "tenants",
+    "load",
+    "simulate",
     "residency",
     "tenant_store",
     "accuracy",
@@ -103,6 +105,8 @@ def _cell(value: str | float | None) -> str:
 
 
 def _point(curve: Curve, index: int) -> str:
+    if curve.y_unit == "number":
+        return _cell(curve.y[index])
     return f"{curve.y[index]:.2f}x" if curve.y_unit == "times" else f"{curve.y[index]:.1%}"
 
 
