@@ -5,12 +5,14 @@ CXX=g++   HMI_BUILD_CUDA=auto|0|1   TORCH_CUDA_ARCH_LIST="8.0 9.0a+PTX"   MAX_JO
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -124,13 +126,27 @@ def architecture_flags() -> list[str]:
     return flags
 
 
-def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
-    """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
+def kept_pybind11() -> Path:
+    """A copy of pybind11's headers: where pip puts them differs between its builds, and when; this does not.
+
+    So a build after another, by pip or by hand, compiles nothing anew.
+    """
     import pybind11
 
-    # -isystem: their warnings are not ours. nvcc is not given pybind11's path, which differs between pip's
-    # isolated builds: its objects, the slowest ones, are made once.
-    system = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    kept = ROOT / "build" / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        unfinished = Path(tempfile.mkdtemp(dir=kept.parent, prefix=f"{kept.name}."))
+        shutil.copytree(pybind11.get_include(), unfinished / "include")
+        with contextlib.suppress(OSError):  # another build was faster
+            (unfinished / "include").rename(kept)
+        shutil.rmtree(unfinished)
+    return kept
+
+
+def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
+    """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
+    # -isystem: their warnings are not ours.
+    system = [f"-isystem {kept_pybind11()}", f"-isystem {sysconfig.get_path('include')}"]
     system += [f"-isystem {cuda_include()}"] if with_cuda else []
     common = [*optimization_flags(), f"-I{ROOT / 'csrc'}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
     names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else [])}\"'"]

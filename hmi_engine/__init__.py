@@ -7,6 +7,7 @@ Start with :class:`Store` (what is kept) and :class:`Engine` (what answers); eve
 from importlib.metadata import version
 
 from hmi_engine import errors
+from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.construct.training import TrainedTenant, TrainingReport, TrainingSettings
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
@@ -29,23 +30,28 @@ from hmi_engine.knowledge.heads import (
     TokenClassificationHead,
 )
 from hmi_engine.request import Request, Response, Tag, Timing, Usage
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
 
 __version__ = version("hmi")
 
 __all__ = [
     "Adapter",
+    "AsyncEngine",
     "BiasBlock",
     "BottleneckBlock",
     "ClassificationHead",
     "DenseLayer",
     "EmbeddingHead",
     "Engine",
+    "EngineOptions",
     "EngineStatistics",
     "Example",
     "HmiError",
     "LoraBlock",
     "NewTenant",
+    "QueueLimits",
     "RegressionHead",
     "Request",
     "Response",
@@ -53,6 +59,7 @@ __all__ = [
     "Site",
     "Store",
     "Tag",
+    "TenantLimits",
     "Timing",
     "TokenClassificationHead",
     "TrainedTenant",

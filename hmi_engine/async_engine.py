@@ -57,7 +57,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         if latency_target is not None and latency_target <= 0:
             raise ValueError(f"latency_target is {latency_target}, must be above 0 seconds")
         self.store = store
-        self._core = ServingCore(store, EngineOptions(**options))
+        self._core = ServingCore(store, EngineOptions(**options), self._look_ahead)
         self._queue = RequestQueue(
             self._core,
             latency_target=latency_target,
@@ -130,6 +130,9 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         self._queue.check_open()
         infos = [self.store.tenants[name] for name in tenants]
         return await asyncio.to_thread(self._core.residency.prefetch, infos)
+
+    def _look_ahead(self) -> None:
+        self._queue.look_ahead()
 
     def stats(self) -> EngineStatistics:
         """Counts since the engine started."""

@@ -7,6 +7,7 @@ __all__ = [
     "BudgetTooSmallError",
     "ClusterError",
     "CorpusError",
+    "DeadlineExceededError",
     "DomainCycleError",
     "DomainExistsError",
     "DomainInUseError",
@@ -116,7 +117,19 @@ class TextTooLongError(InvalidRequestError):
 
 
 class OverloadedError(HmiError, RuntimeError):
-    """The engine has no room for the request now."""
+    """The engine has no room for the request now.
+
+    Attributes:
+        retry_after_seconds: when a new attempt is worth while, as far as is known; None if nothing is known.
+    """
+
+    def __init__(self, *arguments: object, retry_after_seconds: float | None = None) -> None:
+        super().__init__(*arguments)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineExceededError(HmiError, TimeoutError):
+    """The request's deadline passed before it was served."""
 
 
 class EngineClosedError(HmiError, RuntimeError):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.memory.residency import BatchTickets
+from hmi_engine.memory.tenant_reader import digest_of
 from hmi_engine.pipeline.admission import AdmittedRequest
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.step import BatchItem, BatchResult
@@ -21,6 +23,12 @@ from hmi_engine.schedule.scheduler import Scheduler, SchedulerStatistics
 from hmi_engine.serving_core import ServingCore
 
 __all__ = ["Arrival", "RequestQueue"]
+
+_NO_LIMITS = TenantLimits()
+_TENANTS_AHEAD = 32  # about those of one batch
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+_logger = logging.getLogger("hmi_engine")
 
 _clock = time.perf_counter
 
@@ -62,13 +70,17 @@ class RequestQueue:
         """Nothing waits yet; see :class:`~hmi_engine.AsyncEngine` for the arguments."""
         self._core = core
         self._limits = limits
-        self._scheduler = Scheduler[_Waiting](_clock, limits=limits, tenant_limits=tenant_limits)
+        self._scheduler = Scheduler[_Waiting](
+            clock=_clock, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
+        )
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)  # for the thread that admits
         self._queued = threading.Condition(self._lock)  # for the thread that computes
         self._answered = threading.Condition(self._lock)  # for who drains
         self._inbox: deque[Arrival] = deque()
         self._formed: deque[list[QueuedRequest[_Waiting]]] = deque()
+        self._fetched = Counter[Hashable]()  # weights of formed batches, by how many of their requests
+        self._unanswered: set[QueuedRequest[_Waiting]] = set()  # queued or running; they hold tickets
         self._num_open = 0  # futures without an answer
         self._refusing = False
         self._stopping = False
@@ -85,13 +97,18 @@ class RequestQueue:
                 raise OverloadedError(
                     f"{self._limits.max_queued_requests} requests wait already; send this one again later, "
                     "or give the engine larger queue_limits",
-                    retry_after_seconds=self._scheduler.seconds_to_serve(1),
+                    retry_after_seconds=self._seconds_of_a_batch(),
                 )
             self._num_open += 1
             self._inbox.append(arrival)
             self._arrived.notify()
         arrival.future.add_done_callback(self._note_answer)
         return arrival.future
+
+    def _seconds_of_a_batch(self) -> float | None:
+        """In what time a batch leaves the queue, and makes room; None before anything was served."""
+        rate = self._scheduler.statistics.tokens_per_second
+        return self._core.options.max_batch_tokens / rate if rate else None
 
     def check_open(self) -> None:
         """Raises EngineClosedError where requests are not taken any more."""
@@ -126,8 +143,7 @@ class RequestQueue:
         with self._lock:
             self._refusing = True
             arrivals, self._inbox = list(self._inbox), deque()
-            left = [*self._scheduler.drain(), *(each for formed in self._formed for each in formed)]
-            self._formed.clear()
+            left, self._unanswered = self._unanswered, set()
         for waiting in (request.payload for request in left):
             self._core.residency.release(waiting.tickets)
             arrivals.append(waiting.arrival)
@@ -174,6 +190,7 @@ class RequestQueue:
         try:
             with self._lock:
                 self._scheduler.submit(request)
+                self._unanswered.add(request)
                 self._queued.notify()
         except DeadlineExceededError as error:
             self._core.residency.release(waiting.tickets)
@@ -189,9 +206,11 @@ class RequestQueue:
         if not future.cancelled():
             return
         with self._lock:
-            was_queued = request.state is RequestState.QUEUED
+            has_left = request.state is RequestState.QUEUED and request in self._unanswered
             self._scheduler.cancel(request)
-        if was_queued:
+            if has_left:
+                self._unanswered.remove(request)
+        if has_left:
             self._core.residency.release(request.payload.tickets)
 
     # For the thread that computes.
@@ -201,16 +220,18 @@ class RequestQueue:
         while True:
             with self._lock:
                 expired = self._scheduler.expire()
+                self._unanswered.difference_update(expired)
                 formed = self._scheduler.next_batch(
                     max_tokens=self._core.options.max_batch_tokens,
                     max_adapter_bytes=self._core.residency.batch_bytes,
-                    is_resident=self._core.residency.is_resident,
+                    is_resident=self._is_coming,
                     max_cold_bytes=None,
                 )
                 if formed:
                     self._formed.append(formed)
+                    self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired and not self._stopping:
-                    self._queued.wait(self._scheduler.seconds_to_deadline())
+                    self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
             self._answer_expired(expired)
             if formed:
                 return [
@@ -219,6 +240,19 @@ class RequestQueue:
                 ]
             if not wait or self._stopping:
                 return None
+
+    def look_ahead(self) -> None:
+        """Loads tenants of requests that wait and whose turns come first, as far as there is room."""
+        with self._lock:
+            soon = [request.payload.admitted.tenant for request in self._scheduler.peek(_TENANTS_AHEAD)]
+        try:
+            self._core.residency.prefetch([info for info in soon if not self._is_coming(digest_of(info))])
+        except HmiError as error:
+            _logger.debug("not loaded ahead of its request, which will tell why: %s", error)
+
+    def _is_coming(self, digest: Hashable) -> bool:
+        """Whether a tenant is in memory, or will be for a batch that was formed."""
+        return digest in self._fetched or self._core.residency.is_resident(digest)
 
     def answer(self, result: BatchResult) -> None:
         """Answers the oldest batch that was formed."""
@@ -235,6 +269,9 @@ class RequestQueue:
         self._core.residency.release(*(each.tickets for each in waiting))
         with self._lock:
             self._scheduler.finish(formed)
+            self._fetched.subtract(each.weights_key for each in formed)
+            self._fetched += Counter()  # drops those at zero
+            self._unanswered.difference_update(formed)
         for each, response in zip(waiting, responses, strict=True):
             _answer(each.arrival.future, response)
 

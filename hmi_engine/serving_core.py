@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,8 +80,10 @@ BatchFlow = Flow[Sequence[BatchItem], PreparedBatch, BatchResult]
 class ServingCore:
     """Opens what an engine needs over a store, and closes it. What it runs, one thread runs at a time."""
 
-    def __init__(self, store: Store, options: EngineOptions) -> None:
-        """Opens; raises as :class:`hmi_engine.Engine` does."""
+    def __init__(
+        self, store: Store, options: EngineOptions, look_ahead: Callable[[], None] | None = None
+    ) -> None:
+        """Opens; raises as :class:`hmi_engine.Engine` does. ``look_ahead`` is that of a flow."""
         self.store = store
         self.options = options
         self.trace = None if options.trace is None else Trace()
@@ -115,7 +117,10 @@ class ServingCore:
             clock=self.clock,
         )
         self.flow: BatchFlow = Flow(
-            self.runner, depth=options.pipeline_depth, waiting=lambda: self.clock.waiting("compute")
+            self.runner,
+            depth=options.pipeline_depth,
+            waiting=lambda: self.clock.waiting("compute"),
+            look_ahead=look_ahead,
         )
         self._warned: set[str] = set()
         self._updater: DomainUpdater | None = None
@@ -155,7 +160,7 @@ class ServingCore:
         self, admitted: Sequence[AdmittedRequest], result: BatchResult, queued: Sequence[float]
     ) -> list[Response]:
         """Responses of a batch, whose requests waited since ``queued`` (seconds of perf_counter)."""
-        with self.clock.working("respond", self.statistics.batches):
+        with self.clock.working("respond", result.number):
             responses = []
             for request, output, since in zip(admitted, result.outputs, queued, strict=True):
                 if isinstance(output, HmiError):

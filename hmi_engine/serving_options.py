@@ -9,7 +9,10 @@ from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
 from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.step import MissPolicy
 
-__all__ = ["EngineOptions"]
+__all__ = ["MAX_PIPELINE_DEPTH", "EngineOptions"]
+
+MAX_PIPELINE_DEPTH = 8
+"""More gains nothing that a machine could compute with, and memory is shared by the batches in flight."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,6 @@ class EngineOptions:
             raise ValueError(f"pipeline_depth is {self.pipeline_depth}, must be 1 to {MAX_PIPELINE_DEPTH}")
         if self.read_timeout <= 0:
             raise ValueError(f"read_timeout is {self.read_timeout}, must be above 0 seconds")
-
-
-MAX_PIPELINE_DEPTH = 8
-"""More gains nothing that a machine could compute with, and memory is shared by the batches in flight."""
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:

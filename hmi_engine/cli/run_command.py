@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, TextIO, get_args
 
 import typer
@@ -15,6 +16,7 @@ from hmi_engine.engine import Engine
 from hmi_engine.errors import InvalidRequestError
 from hmi_engine.pipeline.step import MissPolicy
 from hmi_engine.request import Request, Response
+from hmi_engine.serving_options import MAX_PIPELINE_DEPTH
 from hmi_engine.store import Store
 
 _FIELDS = ("tenant", "text", "input_ids", "long_text", "id")
@@ -39,6 +41,12 @@ def run(
     device_memory: Annotated[
         str, typer.Option(help="Budget for adapters where the device computes; on the CPU none of its own.")
     ] = "auto",
+    pipeline_depth: Annotated[
+        int, typer.Option(min=1, max=MAX_PIPELINE_DEPTH, help="Most batches in flight; 1: no pipeline.")
+    ] = 2,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for a trace of all stages, which Perfetto shows.")
+    ] = None,
     record_traffic: Annotated[
         bool, typer.Option("--record-traffic", help="Count n-grams in the store, for `hmi domain update`.")
     ] = False,
@@ -62,6 +70,8 @@ def run(
             max_batch_tokens=max_batch_tokens,
             device_memory=device_memory,
             host_memory=host_memory,
+            pipeline_depth=pipeline_depth,
+            trace=trace,
             record_traffic=record_traffic,
         ) as engine,
     ):

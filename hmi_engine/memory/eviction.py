@@ -7,6 +7,8 @@ import math
 from collections.abc import Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
+from hmi_engine.lazy_heap import LazyHeap
+
 __all__ = ["DemandQueue", "EvictionPolicy", "FrequencyPerByte", "Tickets"]
 
 Key = TypeVar("Key", bound=Hashable)
@@ -17,7 +19,6 @@ Tickets = list[tuple[int, Key]]
 
 FIXED_COST_BYTES = 800_000
 HALF_LIFE_TURNOVERS = 1.0
-_MIN_HEAP = 64
 
 
 class EvictionPolicy(Protocol[_Key_contra]):
@@ -69,7 +70,7 @@ class FrequencyPerByte(Generic[Key]):
         self._now = 0.0  # half-lives
         self._frequencies: dict[Key, float] = {}  # log2 of the frequency, of the origin's worth
         self._worth: dict[Key, float] = {}  # log2 of the miss's cost per byte
-        self._heap = _LazyHeap[Key]()
+        self._heap = LazyHeap[Key, float]()
 
     def __len__(self) -> int:
         """How many may be evicted."""
@@ -131,7 +132,7 @@ class DemandQueue(Generic[Key]):
         """``policy`` decides among those that nobody waits for."""
         self._policy = policy
         self._offered: set[Key] = set()
-        self._needed = _LazyHeap[Key]()  # of those offered, by next need, the last first
+        self._needed = LazyHeap[Key, float]()  # of those offered, by next need, the last first
         self._waiting: dict[Key, list[int]] = {}  # heaps of numbers
         self._fulfilled: set[int] = set()
         self._next_number = 0
@@ -200,37 +201,3 @@ class DemandQueue(Generic[Key]):
         else:
             self._needed.remove(key)
             self._policy.offer(key)
-
-
-class _LazyHeap(Generic[Key]):
-    """Keys by order, the least first. What was put anew or removed stays inside until it comes up."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Key]] = []
-        self._current: dict[Key, int] = {}
-        self._stamp = 0
-
-    def __len__(self) -> int:
-        return len(self._current)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._current
-
-    def put(self, key: Key, order: float) -> None:
-        self._stamp += 1
-        self._current[key] = self._stamp
-        heapq.heappush(self._heap, (order, self._stamp, key))
-        if len(self._heap) > max(_MIN_HEAP, 4 * len(self._current)):
-            self._heap = [entry for entry in self._heap if self._current.get(entry[2]) == entry[1]]
-            heapq.heapify(self._heap)
-
-    def remove(self, key: Key) -> None:
-        self._current.pop(key, None)
-
-    def pop(self) -> Key | None:
-        while self._heap:
-            _, stamp, key = heapq.heappop(self._heap)
-            if self._current.get(key) == stamp:
-                del self._current[key]
-                return key
-        return None

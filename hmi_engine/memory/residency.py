@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
+from typing import cast
 
 import torch
 
@@ -132,10 +133,10 @@ class AdapterResidency:
         """Tenants in the arena now."""
         return len(self._placement)
 
-    def is_resident(self, digest: Digest) -> bool:
+    def is_resident(self, digest: Hashable) -> bool:
         """Whether the weights of this digest are in the arena now."""
         with self._lock:
-            return self._placement.get(digest) is not None
+            return self._placement.get(cast(Digest, digest)) is not None
 
     @property
     def statistics(self) -> ResidencyStatistics:

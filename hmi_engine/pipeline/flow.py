@@ -55,6 +55,7 @@ class Flow(Generic[Batch, Prepared, Result]):
         *,
         depth: int,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+        look_ahead: Callable[[], None] | None = None,
     ) -> None:
         """Starts nothing yet.
 
@@ -62,12 +63,16 @@ class Flow(Generic[Batch, Prepared, Result]):
             stages: what is done.
             depth: most batches in flight, at least 1.
             waiting: entered while the caller's thread waits for a batch that is being prepared.
+            look_ahead: called on the preparing thread when all batches that are there have been prepared, for
+                those that will come; it must not raise.
         """
         if depth < 1:
             raise ValueError(f"pipeline_depth is {depth}, must be at least 1")
         self._stages = stages
         self._depth = depth
         self._waiting = waiting
+        self._look_ahead = look_ahead
+        self._ahead: Future[None] | None = None
         self._preparer: ThreadPoolExecutor | None = None
 
     def run(self, source: BatchSource[Batch]) -> Generator[Result, None, None]:
@@ -88,6 +93,7 @@ class Flow(Generic[Batch, Prepared, Result]):
                         return
                     current = _done(self._stages.prepare(batch))
                 self._fill(in_flight, source)
+                self._start_looking_ahead()
                 with self._waiting():
                     prepared = current.result()
                 yield self._stages.compute(prepared)
@@ -108,12 +114,17 @@ class Flow(Generic[Batch, Prepared, Result]):
             batch = source.next_batch(wait=False)
             if batch is None:
                 return
-            in_flight.append(self._start(batch))
+            in_flight.append(self._thread().submit(self._stages.prepare, batch))
 
-    def _start(self, batch: Batch) -> Future[Prepared]:
+    def _start_looking_ahead(self) -> None:
+        if self._look_ahead is None or self._depth == 1 or (self._ahead and not self._ahead.done()):
+            return
+        self._ahead = self._thread().submit(self._look_ahead)
+
+    def _thread(self) -> ThreadPoolExecutor:
         if self._preparer is None:
             self._preparer = _one_core_thread()
-        return self._preparer.submit(self._stages.prepare, batch)
+        return self._preparer
 
 
 def _done(prepared: Prepared) -> Future[Prepared]:

@@ -45,12 +45,14 @@ class BatchResult:
 
     Attributes:
         outputs: per item, what its tenant's head gave, or the error that kept it from being served.
+        number: of the batch, counted by the runner from 1.
         started: when its preparation began, in seconds of ``time.perf_counter``.
         prepare_seconds: loading and search.
         compute_seconds: the model.
     """
 
     outputs: list[HeadOutput | HmiError]
+    number: int
     started: float
     prepare_seconds: float
     compute_seconds: float
@@ -192,7 +194,8 @@ class BatchRunner:
         finally:
             self.discard(prepared)
         outputs = cast("list[HeadOutput | HmiError]", prepared.outputs)
-        return BatchResult(outputs, prepared.started, prepared.seconds, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return BatchResult(outputs, prepared.number, prepared.started, prepared.seconds, seconds)
 
     def discard(self, prepared: PreparedBatch) -> None:
         """Lets go of what a prepared batch holds; a second call does nothing."""

@@ -60,6 +60,21 @@ def test_run_answers_line_by_line(made):
     assert "5 of 7" in done.stderr
 
 
+def test_run_with_memory_of_its_own_a_pipeline_and_a_trace(made, tmp_path):
+    lines = [json.dumps({"tenant": "acme/cells", "text": text}) for text in ("the cell", "a gene")] * 5
+    options = ["--device-memory", "1MiB", "--host-memory", "1MiB", "--max-batch-tokens", 8]
+    plain = hmi("run", made, text="\n".join(lines))
+    trace = tmp_path / "trace.json"
+    done = hmi("run", made, *options, "--pipeline-depth", 3, "--trace", trace, text="\n".join(lines))
+    assert done.returncode == 0 and done.stdout == plain.stdout
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"fetch", "search", "compute"} <= names
+    small = hmi("run", made, "--device-memory", "1KiB", text=lines[0])
+    assert "device_memory" in json.loads(small.stdout)["error"]["message"]
+    assert hmi("run", made, "--device-memory", "lots", text=lines[0]).returncode == 2
+    assert hmi("run", made, "--pipeline-depth", 0, text=lines[0]).returncode == 2
+
+
 def test_exact_mode_runs(made):
     done = hmi("run", made, "--miss", "exact", text='{"tenant": "acme/cells", "text": "the cell"}\n')
     assert done.returncode == 0 and "scores" in json.loads(done.stdout)

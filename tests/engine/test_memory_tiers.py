@@ -180,15 +180,15 @@ def test_replaced_by_another_domain_and_head_between_admission_and_loading(
     )
     adapter = random_adapter(store.general, "lora", 4, 3)
     request = hmi.Request("t", text=make_sentences(1, seed=41)[0])
-    run = BatchRunner.run
+    prepare = BatchRunner.prepare
 
     def replace_first(runner, items):
         if store.tenants["t"].domain == "words":
             store.add_tenant("t", domain="other", adapter=adapter, head=tags, replace=True)
-        return run(runner, items)
+        return prepare(runner, items)
 
     with monkeypatch.context() as patched, hmi.Engine(store) as engine:
-        patched.setattr(BatchRunner, "run", replace_first)
+        patched.setattr(BatchRunner, "prepare", replace_first)
         (raced,) = engine.run([request])
     with hmi.Engine(store) as engine:
         (expected,) = engine.run([request])
@@ -200,14 +200,14 @@ def test_replaced_by_another_domain_and_head_between_admission_and_loading(
 
 
 def test_removed_between_admission_and_loading(store, fleet, monkeypatch):
-    run = BatchRunner.run
+    prepare = BatchRunner.prepare
 
     def remove_first(runner, items):
         if "t0" in store.tenants:
             store.remove_tenant("t0")
-        return run(runner, items)
+        return prepare(runner, items)
 
-    monkeypatch.setattr(BatchRunner, "run", remove_first)
+    monkeypatch.setattr(BatchRunner, "prepare", remove_first)
     with hmi.Engine(store) as engine:
         gone, there = engine.run([hmi.Request("t0", text="a cell"), hmi.Request("t1", text="a cell")])
     assert isinstance(gone.error, UnknownTenantError) and "removed while" in str(gone.error)
@@ -254,7 +254,7 @@ def test_an_error_in_a_batch_leaves_nobody_waiting(store, fleet, monkeypatch):
 
     with hmi.Engine(store, max_batch_tokens=8) as engine:
         with monkeypatch.context() as patched:
-            patched.setattr(BatchRunner, "run", fail)
+            patched.setattr(BatchRunner, "prepare", fail)
             with pytest.raises(RuntimeError, match="on purpose"):
                 engine.run([hmi.Request(name, text="the cell") for name in fleet])
         assert not engine._core.residency._queue._waiting
