@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Fate", "Outcomes", "Summary", "summarise"]
+__all__ = ["Fate", "Outcomes", "Sample", "Summary", "summarise"]
 
 _Floats = npt.NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Fate(enum.IntEnum):
 class Outcomes:
     """Requests by number: when they were due, what became of them and when, in seconds of one clock.
 
-    ``due`` and ``finished`` are float64 [n], ``fates`` int8 [n]; a request without an end has finished at NaN.
+    ``due`` and ``finished`` are float64 [n], ``fates`` int8 [n]; what has not ended has finished at NaN.
     """
 
     def __init__(self, due: _Floats) -> None:
@@ -69,20 +69,50 @@ class Outcomes:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Requests that were due in some span of time.
+class Sample:
+    """The requests that were due in some span of time.
 
     Attributes:
-        offered: per second.
+        seconds: the span.
+        latencies: seconds from when a request was due to its answer, of those answered without error.
+        refused: how many.
+        expired: how many.
+        failed: how many.
+    """
+
+    seconds: float
+    latencies: list[float]
+    refused: int
+    expired: int
+    failed: int
+
+    @classmethod
+    def of(cls, outcomes: Outcomes, since: float, until: float) -> Sample:
+        """Of the requests due from ``since`` to ``until``; raises ValueError if one has no end yet."""
+        chosen = outcomes.between(since, until)
+        counts = np.bincount(chosen.fates, minlength=len(Fate)).tolist()
+        if counts[Fate.OPEN]:
+            raise ValueError(f"{counts[Fate.OPEN]} of {len(chosen)} requests have not ended")
+        latencies = (chosen.finished - chosen.due)[chosen.fates == Fate.ANSWERED]
+        return cls(
+            until - since, latencies.tolist(), counts[Fate.REFUSED], counts[Fate.EXPIRED], counts[Fate.FAILED]
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What samples say together.
+
+    Attributes:
+        offered: requests per second.
         answered: per second, without error.
         goodput: per second, of those answered within the deadline.
-        p50: median latency of the answered ones, in seconds from when they were due; NaN if there are none.
+        p50: median latency of those answered, in seconds; NaN if there are none.
         p95: the same, 95th percentile.
         p99: the same, 99th percentile.
         refused_share: of all.
         expired_share: of all.
         failed: how many.
-        count: of all.
     """
 
     offered: float
@@ -94,29 +124,24 @@ class Summary:
     refused_share: float
     expired_share: float
     failed: int
-    count: int
 
 
-def summarise(parts: Sequence[Outcomes], seconds: float, deadline: float) -> Summary:
-    """All requests of ``parts`` together, which were due in ``seconds`` altogether.
-
-    Raises:
-        ValueError: a request has no end yet.
-    """
-    fates = np.concatenate([part.fates for part in parts])
-    if open_ones := int((fates == Fate.OPEN).sum()):
-        raise ValueError(f"{open_ones} of {len(fates)} requests have not ended")
-    latencies = np.concatenate([part.finished - part.due for part in parts])[fates == Fate.ANSWERED]
-    quantiles = np.quantile(latencies, [0.5, 0.95, 0.99]) if len(latencies) else [np.nan] * 3
+def summarise(samples: Sequence[Sample], deadline: float) -> Summary:
+    """All requests of at least one sample together."""
+    latencies = np.concatenate([sample.latencies for sample in samples])
+    refused, expired = (sum(vars(sample)[name] for sample in samples) for name in ("refused", "expired"))
+    failed = sum(sample.failed for sample in samples)
+    count = len(latencies) + refused + expired + failed
+    seconds = sum(sample.seconds for sample in samples)
+    quantiles = np.quantile(latencies, [0.5, 0.95, 0.99]) if len(latencies) else np.full(3, np.nan)
     return Summary(
-        offered=len(fates) / seconds,
+        offered=count / seconds,
         answered=len(latencies) / seconds,
         goodput=float((latencies <= deadline).sum()) / seconds,
         p50=float(quantiles[0]),
         p95=float(quantiles[1]),
         p99=float(quantiles[2]),
-        refused_share=float((fates == Fate.REFUSED).mean()) if len(fates) else 0.0,
-        expired_share=float((fates == Fate.EXPIRED).mean()) if len(fates) else 0.0,
-        failed=int((fates == Fate.FAILED).sum()),
-        count=len(fates),
+        refused_share=refused / max(1, count),
+        expired_share=expired / max(1, count),
+        failed=failed,
     )
