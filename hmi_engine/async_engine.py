@@ -13,7 +13,7 @@ from typing import Any
 from hmi_engine.request import Request, Response
 from hmi_engine.request_queue import RequestQueue
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
-from hmi_engine.schedule.scheduler import SchedulerStatistics
+from hmi_engine.schedule.statistics import SchedulerStatistics
 from hmi_engine.serving_core import EngineStatistics, ServingCore
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.serving_threads import ServingThreads

@@ -19,7 +19,8 @@ from hmi_engine.pipeline.step import BatchItem, BatchResult
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
-from hmi_engine.schedule.scheduler import Scheduler, SchedulerStatistics
+from hmi_engine.schedule.scheduler import Scheduler
+from hmi_engine.schedule.statistics import SchedulerStatistics
 from hmi_engine.serving_core import ServingCore
 
 __all__ = ["Arrival", "RequestQueue"]

@@ -58,7 +58,7 @@ def byte_problems(path: Path, size: int, sha256: str, *, deep: bool) -> list[Pro
     return []
 
 
-def store_file_problems(layout: StoreLayout, file: StoreFile, *, deep: bool) -> list[Problem]:
+def store_file_problems(layout: StoreLayout, file: StoreFile | TenantInfo, *, deep: bool) -> list[Problem]:
     """Check a file that the catalog gives by its path relative to the store."""
     try:
         path = layout.resolve(file.file)
