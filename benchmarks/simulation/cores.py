@@ -13,10 +13,10 @@ __all__ = ["SharedCores"]
 class SharedCores:
     """Cores under processor sharing: where threads ask for more than there are, all slow down alike.
 
-    All run equally fast at any moment, at 1 or less; the sum of that over time is the virtual time. A job that
-    comes at virtual time v and takes s alone ends at virtual time v + s. Method: virtual time as for
-    generalised processor sharing (Parekh and Gallager, "A generalized processor sharing approach to flow
-    control in integrated services networks", IEEE/ACM Transactions on Networking 1993).
+    All run equally fast at any moment, at 1 or less; virtual time is the integral of that. A job that comes
+    at virtual time v and takes s alone ends at virtual time v + s. Method: virtual time as for generalised
+    processor sharing (Parekh and Gallager, "A generalized processor sharing approach to flow control in
+    integrated services networks", IEEE/ACM Transactions on Networking 1993).
     """
 
     def __init__(self, environment: simpy.Environment, cores: float = math.inf) -> None:

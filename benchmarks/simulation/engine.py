@@ -291,9 +291,7 @@ class SimulatedEngine:
         num_bytes = int(self._workload.sizes[missing].sum()) if missing else 0
         yield self._work(self._machine.costs.fetch, StageWork(0, len(missing), num_bytes))
         if read:
-            yield self._environment.timeout(
-                self._machine.disk.seconds(len(read), int(self._workload.sizes[read].sum()))
-            )
+            yield self._environment.timeout(self._machine.disk.seconds(self._workload.sizes[read].tolist()))
         if not missing or self._machine.link is None:
             return []
         layers = self._machine.upper_layers

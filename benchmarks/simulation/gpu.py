@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.simulation.machine import Costs, Machine, Transfer
+from benchmarks.simulation.machine import Costs, Disk, Link, Machine
 from benchmarks.tenant_fleet import FLEET
 from hmi_engine.schedule.cost_model import StageCoefficients
 
@@ -37,9 +37,7 @@ STATED = {
     "device memory bandwidth": Stated(3.35e12, "bytes/s", "NVIDIA H100 SXM5 data sheet"),
     "share of the bandwidth that is reached": Stated(0.7, "", "assumption"),
     "fixed time of a batch's compute": Stated(100e-6, "s", "assumption: launches, captured in a graph"),
-    "adapter memory of a device": Stated(
-        24e9, "bytes", "assumption: of 80 GB; tables, shared model and activations have the rest"
-    ),
+    "adapter memory of a device, of all tenants' bytes": Stated(0.05, "", "setting"),
     "host memory for a device's adapters": Stated(
         128e9, "bytes", "assumption: 1 of 2 TB for the 8 devices of a machine"
     ),
@@ -81,8 +79,9 @@ def _elements(kind: str, rank: int, hidden: int) -> int:
 def gpu_machine(
     host: Costs,
     bytes_per_second: float,
+    sizes: npt.NDArray[np.int64],
     *,
-    front_ends: int = 1,
+    host_parts: float = 1.0,
     depth: int | None = None,
     waits_for_layers: bool = True,
 ) -> Machine:
@@ -91,7 +90,8 @@ def gpu_machine(
     Args:
         host: what the processor's stages cost, as measured on a CPU; its compute is not used.
         bytes_per_second: of the link from host memory.
-        front_ends: processes that tokenise and respond; batches are formed by one.
+        sizes: int64 [tenants], bytes of each.
+        host_parts: by how much less the processor's stages take, as by more processes or compiled code.
         depth: batches in flight, where it is not what is stated.
         waits_for_layers: whether a layer waits for its own copies only, and not for all.
     """
@@ -102,30 +102,31 @@ def gpu_machine(
     row_bytes = 3 * hidden * _stated("bytes of a parameter")  # a unigram's and two slots of bigrams
     per_token = flops / (_stated("peak compute") * _stated("share of the peak that is reached"))
     costs = Costs(
-        admit=_divided(host.admit, front_ends),
-        form=host.form,
-        fetch=StageCoefficients(host.fetch.fixed, 0.0, host.fetch.per_tenant, 0.0),
-        search=host.search,
+        admit=_divided(host.admit, host_parts),
+        form=_divided(host.form, host_parts),
+        # The bytes go over the link instead.
+        fetch=_divided(replace(host.fetch, per_byte=0.0), host_parts),
+        search=_divided(host.search, host_parts),
         compute=StageCoefficients(
             _stated("fixed time of a batch's compute"), per_token + row_bytes / bandwidth, 0.0, 1 / bandwidth
         ),
-        respond=_divided(host.respond, front_ends),
+        respond=_divided(host.respond, host_parts),
     )
     return Machine(
         costs=costs,
-        arena_bytes=int(_stated("adapter memory of a device")),
+        arena_bytes=int(_stated("adapter memory of a device, of all tenants' bytes") * int(sizes.sum())),
         host_bytes=int(_stated("host memory for a device's adapters")),
-        disk=Transfer(
+        disk=Disk(
             _stated("disk, time to answer"), _stated("disk, bandwidth"), int(_stated("disk, reads in flight"))
         ),
-        link=Transfer(_stated("host link, a copy's own time"), bytes_per_second),
+        link=Link(_stated("host link, a copy's own time"), bytes_per_second),
         upper_layers=layers if waits_for_layers else 1,
         depth=depth or int(_stated("batches in flight")),
         max_batch_tokens=int(_stated("tokens of a batch, at most")),
     )
 
 
-def _divided(cost: StageCoefficients, parts: int) -> StageCoefficients:
+def _divided(cost: StageCoefficients, parts: float) -> StageCoefficients:
     return StageCoefficients(
         cost.fixed / parts, cost.per_token / parts, cost.per_tenant / parts, cost.per_byte / parts
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hmi_engine.schedule.cost_model import StageCoefficients
 
-__all__ = ["FREE", "Costs", "Machine", "Transfer"]
+__all__ = ["FREE", "Costs", "Disk", "Link", "Machine"]
 
 FREE = StageCoefficients(0.0, 0.0, 0.0, 0.0)
 
@@ -34,22 +36,41 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Transfer:
-    """How pieces of data come from a disk or over a link.
+class Disk:
+    """Reads: bytes come one read after another, and each read is answered so much later.
+
+    As ``hmi_kernels.set_read_latency`` simulates one for the real engine.
 
     Attributes:
-        seconds_each: until a piece begins to come.
-        bytes_per_second: of all together.
-        in_flight: how many are waited for at a time.
+        seconds_each: that an answer takes beside its bytes.
+        bytes_per_second: of all reads together.
+        in_flight: reads that wait at a time.
     """
 
     seconds_each: float = 0.0
     bytes_per_second: float = math.inf
-    in_flight: int = 1
+    in_flight: int = 8
 
-    def seconds(self, pieces: int, num_bytes: int) -> float:
-        """For so many pieces of so many bytes together: waiting in waves, then bytes one after another."""
-        return math.ceil(pieces / self.in_flight) * self.seconds_each + num_bytes / self.bytes_per_second
+    def seconds(self, sizes: Sequence[int]) -> float:
+        """Until reads of these sizes have ended, which begin in this order as threads become free."""
+        threads = [0.0] * self.in_flight
+        delivered = 0.0
+        for size in sizes:
+            delivered = max(delivered, threads[0]) + size / self.bytes_per_second
+            heapq.heapreplace(threads, delivered + self.seconds_each)
+        return max(threads)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Copies from host to device, one after another: seconds for each, and for its bytes."""
+
+    seconds_each: float
+    bytes_per_second: float
+
+    def seconds(self, copies: int, num_bytes: int) -> float:
+        """For so many copies of so many bytes together."""
+        return copies * self.seconds_each + num_bytes / self.bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -73,8 +94,8 @@ class Machine:
     costs: Costs
     arena_bytes: int
     host_bytes: int | None = None
-    disk: Transfer = Transfer()
-    link: Transfer | None = None
+    disk: Disk = Disk()
+    link: Link | None = None
     cores: float = math.inf
     compute_cores: float = 0.0
     upper_layers: int = 1
