@@ -37,7 +37,7 @@ class KeptSteps:
     def take(self, name: str, kind: type[Value], work: Callable[[], Value]) -> Value:
         """The result of step ``name``, a ``kind`` that pydantic can write and read: kept, or else by work."""
         adapter = TypeAdapter(kind)
-        path = self._folder / f"{name}.json"
+        path = self._path(name)
         if path.exists():
             self._say(f"{name}: kept from an earlier run")
             return adapter.validate_json(path.read_bytes())
@@ -48,9 +48,16 @@ class KeptSteps:
         _write(path, adapter.dump_json(value))
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether the result of step ``name`` is kept."""
+        return self._path(name).exists()
+
     def forget(self) -> None:
         """Removes what was kept."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
 
     def _say(self, what: str) -> None:
         print(f"[{time.monotonic() - self._started:6.0f} s] {what}", file=sys.stderr, flush=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from benchmarks.kept_steps import KeptSteps
 from benchmarks.load_cases import BATCH_TOKENS, CONCURRENCY
 from benchmarks.load_fleet import Fleet, build_fleet
 from benchmarks.result import BenchmarkResult, Curve, Quantity, Table
-from benchmarks.simulation.calibration import Calibration, calibrate
+from benchmarks.simulation.calibration import Calibration, calibrate, num_cores
 from benchmarks.simulation.gpu import LINKS, STATED
 from benchmarks.simulation.scenarios import LOAD, Forecast, Scenario, forecast
 from benchmarks.simulation.validation import COLD_DISK, Agreement, Validation, validate
@@ -35,10 +37,10 @@ NOTES = (
     "engine's cost model; what is left of a loop without a pipeline is taken for queueing. With these the "
     "simulation predicts runs that it has not seen: the same requests at the same times, other depths and "
     "loads, cold tenants. Stages that run at a time share the processor's cores.",
-    "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open, and a disk of "
+    "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open; a disk of "
     "{disk_ms:g} ms and {disk_megabytes:.0f} MB/s, for the engine by `hmi_kernels.set_read_latency`.",
-    "The GPUs: numbers of data sheets and assumptions, all in the table below, for BERT-base with half of its "
-    "layers looked up. Every GPU has an engine and a host link of its own. What the processor does for a "
+    "The GPUs: numbers of data sheets and assumptions, all in the table below, for BERT-base with half of "
+    "its layers looked up. Every GPU has an engine and a host link of its own. What the processor does for a "
     "batch costs as measured here in Python, or a 16th of it, as with more processes or compiled code.",
     "Tenants go to engines by rendezvous hashing with bounded loads: none gets more than 1.25 times the mean "
     "of what is open, so that popular tenants are served by several.",
@@ -81,7 +83,7 @@ FULL = Plan(
     Validation((0.4, 0.6, 0.8, 1.2), 20.0),
     (10_000, 1_000_000),
     (1, 4, 16, 64),
-    (100_000, 8_000),
+    (40_000, 3_200),
     64 << 20,
 )
 
@@ -233,12 +235,21 @@ def _quantities(agreements: Sequence[Agreement], calibration: Calibration) -> li
 def _simulate(
     rows: Sequence[_Row], calibration: Calibration, fleet: Fleet, steps: KeptSteps
 ) -> dict[str, Forecast]:
-    found = {}
-    for row in rows:
-        work = partial(forecast, row.scenario, calibration.costs, fleet.num_tokens)
-        step = "simulated-" + "".join(letter if letter.isalnum() else "-" for letter in row.name)
-        found[row.name] = steps.take(step, Forecast, work)
-    return found
+    """Each in a process of its own, as many at a time as there are cores."""
+    names = {
+        row.name: "simulated-" + "".join(letter if letter.isalnum() else "-" for letter in row.name)
+        for row in rows
+    }
+    with ProcessPoolExecutor(num_cores(), mp_context=get_context("spawn")) as pool:
+        pending = {
+            row.name: pool.submit(forecast, row.scenario, calibration.costs, fleet.num_tokens)
+            for row in rows
+            if not steps.has(names[row.name])
+        }
+        return {
+            row.name: steps.take(names[row.name], Forecast, lambda row=row: pending[row.name].result())
+            for row in rows
+        }
 
 
 def measure(arguments: Arguments) -> BenchmarkResult:

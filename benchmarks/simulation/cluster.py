@@ -15,9 +15,10 @@ from benchmarks.simulation.machine import Machine
 from benchmarks.simulation.routing import AffinityRouter
 from hmi_engine.schedule.limits import QueueLimits
 
-__all__ = ["Cluster", "Simulated", "closed_loop", "open_loop"]
+__all__ = ["Cluster", "Simulated", "Simulation", "closed_loop", "open_loop"]
 
 _Floats = npt.NDArray[np.float64]
+_Steps = Generator[simpy.Event, None, None]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Cluster:
 
 @dataclass(frozen=True, eq=False)
 class Simulated:
-    """What became of the requests, in simulated seconds.
+    """What became of requests, in simulated seconds.
 
     Attributes:
         outcomes: of all requests that were sent.
-        times: of all engines' stages; of a closed loop without an end from the middle of the requests on.
+        times: of all engines' stages, from the middle of the requests on.
         hits: tenants of batches that were in memory, of the same time.
         misses: those that were not.
         engines: int64 [n], which engine each request went to.
@@ -60,33 +61,35 @@ class Simulated:
     engines: npt.NDArray[np.int64]
 
 
-class _Run:
-    """One simulation: engines, who has what open, and who asks next."""
+WarmUp = Callable[[Sequence[SimulatedEngine], AffinityRouter], None]
+_Counts = tuple[EngineTimes, int, int]
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        workload: Workload,
-        outcomes: Outcomes,
-        warm_up: Callable[[Sequence[SimulatedEngine], AffinityRouter], None] | None,
-    ) -> None:
-        self.environment = simpy.Environment()
-        self.outcomes = outcomes
-        self.router = AffinityRouter(
+
+class Simulation:
+    """Engines that serve one part of a workload after another; what is in memory stays from part to part."""
+
+    def __init__(self, cluster: Cluster, workload: Workload, warm_up: WarmUp | None = None) -> None:
+        """Starts the engines; ``warm_up`` may put tenants into their memories."""
+        self._environment = simpy.Environment()
+        self._workload = workload
+        self._router = AffinityRouter(
             cluster.num_engines,
             balance=cluster.balance,
             # A batch's worth is no load that is worth while to move a tenant for.
             always=int(cluster.machine.max_batch_tokens / max(1.0, float(workload.tokens.mean()))),
         )
-        self._workload = workload
-        self._first = self.router.first_choices(workload.tenants)
+        count = len(workload.tenants)
+        self._first = self._router.first_choices(workload.tenants).tolist()
+        self._tenants = workload.tenants.tolist()
         self._loads = [0] * cluster.num_engines
         self._total_load = 0
-        self.engine_of = np.full(len(workload.tenants), -1, dtype=np.int64)
-        self.on_end: Callable[[], None] | None = None
+        self._engine_of = [-1] * count
+        self._ends: list[tuple[Fate, float] | None] = [None] * count
+        self._on_end: Callable[[], None] | None = None
+        self._next = 0
         self.engines = [
             SimulatedEngine(
-                self.environment,
+                self._environment,
                 cluster.machine,
                 workload,
                 self._end,
@@ -97,26 +100,94 @@ class _Run:
             for _ in range(cluster.num_engines)
         ]
         if warm_up is not None:
-            warm_up(self.engines, self.router)
+            warm_up(self.engines, self._router)
 
-    def send(self, number: int) -> None:
+    def open_loop(self, due: _Floats) -> Simulated:
+        """Sends the workload's next requests at ``due``, float64 [n] in order, from now; until all ended."""
+        first, start = self._take(len(due)), self._environment.now
+        middle = self._counts()
+
+        def send_all() -> _Steps:
+            nonlocal middle
+            for place, at in enumerate(due.tolist()):
+                if start + at > self._environment.now:
+                    yield self._environment.timeout(start + at - self._environment.now)
+                if place == len(due) // 2:
+                    middle = self._counts()
+                self._send(first + place)
+
+        self._environment.process(send_all())
+        self._environment.run()
+        return self._result(first, due, start, middle)
+
+    def closed_loop(self, count: int, *, concurrency: int, seconds: float | None = None) -> Simulated:
+        """Keeps ``concurrency`` of the next ``count`` requests open, for ``seconds`` or until the last.
+
+        Raises:
+            ValueError: a request was refused at once: the queue is smaller than ``concurrency``.
+        """
+        first, start = self._take(count), self._environment.now
+        due: list[float] = []
+        middle = self._counts()
+        free = concurrency
+        has_room = self._environment.event()
+
+        def make_room() -> None:
+            nonlocal free
+            free += 1
+            if not has_room.triggered:
+                has_room.succeed()
+
+        def send_all() -> _Steps:
+            nonlocal free, has_room, middle
+            while len(due) < count and (seconds is None or self._environment.now < start + seconds):
+                if not free:
+                    has_room = self._environment.event()
+                    yield has_room
+                    continue
+                if len(due) == count // 2:
+                    middle = self._counts()
+                free -= 1
+                number = first + len(due)
+                due.append(self._environment.now - start)
+                self._send(number)
+                if self._ends[number] is not None:
+                    raise ValueError(f"the queue refuses requests, though only {concurrency} are open")
+
+        self._on_end = make_room
+        self._environment.process(send_all())
+        self._environment.run()
+        self._on_end = None
+        return self._result(first, np.array(due), start, middle)
+
+    def _take(self, count: int) -> int:
+        """The number of the first of the next ``count`` requests."""
+        first, self._next = self._next, self._next + count
+        if self._next > len(self._tenants):
+            raise ValueError(f"the workload has {len(self._tenants)} requests, {self._next} are asked for")
+        return first
+
+    def _send(self, number: int) -> None:
         engine = 0
         if len(self.engines) > 1:
-            tenant, first = int(self._workload.tenants[number]), int(self._first[number])
-            engine = self.router.route(tenant, first, self._loads, self._total_load)
-        self.engine_of[number] = engine
+            engine = self._router.route(
+                self._tenants[number], self._first[number], self._loads, self._total_load
+            )
+        self._engine_of[number] = engine
         self._loads[engine] += 1
         self._total_load += 1
         self.engines[engine].arrive(number)
 
     def _end(self, number: int, fate: Fate) -> None:
-        self.outcomes.end(number, fate, self.environment.now)
-        self._loads[int(self.engine_of[number])] -= 1
+        if self._ends[number] is not None:
+            raise RuntimeError(f"request {number} ended twice")
+        self._ends[number] = fate, self._environment.now
+        self._loads[self._engine_of[number]] -= 1
         self._total_load -= 1
-        if self.on_end is not None:
-            self.on_end()
+        if self._on_end is not None:
+            self._on_end()
 
-    def counts(self) -> tuple[EngineTimes, int, int]:
+    def _counts(self) -> _Counts:
         total = EngineTimes()
         for engine in self.engines:
             for name, value in vars(engine.times).items():
@@ -124,35 +195,25 @@ class _Run:
         tiers = [engine.memory.arena for engine in self.engines]
         return total, sum(tier.hits for tier in tiers), sum(tier.misses for tier in tiers)
 
-    def result(self, since: tuple[EngineTimes, int, int], num_sent: int) -> Simulated:
-        times, hits, misses = self.counts()
-        sent = np.arange(len(self.outcomes)) < num_sent
+    def _result(self, first: int, due: _Floats, start: float, since: _Counts) -> Simulated:
+        outcomes = Outcomes(due)
+        for place in range(len(due)):
+            end = self._ends[first + place]
+            if end is not None:
+                outcomes.end(place, end[0], end[1] - start)
+        times, hits, misses = self._counts()
         return Simulated(
-            self.outcomes.select(sent),
+            outcomes,
             times.since(since[0]),
             hits - since[1],
             misses - since[2],
-            self.engine_of[sent],
+            np.array(self._engine_of[first : first + len(due)], dtype=np.int64),
         )
 
 
-WarmUp = Callable[[Sequence[SimulatedEngine], AffinityRouter], None]
-
-
 def open_loop(cluster: Cluster, workload: Workload, due: _Floats, warm_up: WarmUp | None = None) -> Simulated:
-    """Sends request i at ``due[i]``, float64 [n] in order, and goes on until all have ended."""
-    run = _Run(cluster, workload, Outcomes(due), warm_up)
-
-    def send_all() -> Generator[simpy.Event, None, None]:
-        for number, at in enumerate(due.tolist()):
-            if at > run.environment.now:
-                yield run.environment.timeout(at - run.environment.now)
-            run.send(number)
-
-    before = run.counts()
-    run.environment.process(send_all())
-    run.environment.run()
-    return run.result(before, len(due))
+    """All of a workload at its times; see :class:`Simulation`."""
+    return Simulation(cluster, workload, warm_up).open_loop(due)
 
 
 def closed_loop(
@@ -163,42 +224,6 @@ def closed_loop(
     seconds: float | None = None,
     warm_up: WarmUp | None = None,
 ) -> Simulated:
-    """Keeps ``concurrency`` requests open, the next when one has ended, until the last or for ``seconds``.
-
-    Raises:
-        ValueError: a request was refused: the queue is smaller than ``concurrency``.
-    """
-    run = _Run(cluster, workload, Outcomes(np.zeros(len(workload.tenants))), warm_up)
-    num_requests = len(workload.tenants)
-    free = concurrency
-    has_room = run.environment.event()
-    middle = run.counts()
-
-    def make_room() -> None:
-        nonlocal free
-        free += 1
-        if not has_room.triggered:
-            has_room.succeed()
-
-    num_sent = 0
-
-    def send_all() -> Generator[simpy.Event, None, None]:
-        nonlocal free, has_room, num_sent, middle
-        while num_sent < num_requests and (seconds is None or run.environment.now < seconds):
-            if not free:
-                has_room = run.environment.event()
-                yield has_room
-                continue
-            free -= 1
-            run.outcomes.due[num_sent] = run.environment.now
-            num_sent += 1
-            run.send(num_sent - 1)
-            if run.outcomes.fates[num_sent - 1] == Fate.REFUSED:
-                raise ValueError(f"the queue refuses requests, though only {concurrency} are open")
-            if seconds is None and num_sent == num_requests // 2:
-                middle = run.counts()
-
-    run.on_end = make_room
-    run.environment.process(send_all())
-    run.environment.run()
-    return run.result(middle, num_sent)
+    """All of a workload, so many at a time; see :class:`Simulation`."""
+    simulation = Simulation(cluster, workload, warm_up)
+    return simulation.closed_loop(len(workload.tenants), concurrency=concurrency, seconds=seconds)

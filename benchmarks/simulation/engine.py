@@ -74,7 +74,7 @@ class EngineTimes:
     def hidden_share(self) -> float | None:
         """Of fetch, search and copy, what compute did not wait for; None where there was nothing to hide."""
         work = self.fetch + self.search + self.copy
-        return max(0.0, 1 - self.exposed / work) if work > 0 else None
+        return min(1.0, max(0.0, 1 - self.exposed / work)) if work > 0 else None
 
 
 @dataclass(eq=False)

@@ -45,7 +45,7 @@ STATED = {
     "disk, time to answer": Stated(100e-6, "s", "assumption: flash"),
     "disk, bandwidth": Stated(6.5e9, "bytes/s", "Samsung PM9A3, sequential reads, one for each device"),
     "disk, reads in flight": Stated(32, "", "assumption"),
-    "tokens of a batch, at most": Stated(16384, "tokens", "setting"),
+    "tokens of a batch, at most": Stated(8192, "tokens", "setting: the engine's default"),
     "batches in flight": Stated(3, "", "setting"),
 }
 

@@ -141,18 +141,23 @@ class Memory:
         if self.host is not None:
             self.host.queue.release(tickets[1])
 
-    def warm_up(self, popular: Iterable[int], asked: Sequence[int]) -> None:
-        """As after long service: the most popular are here, and ``asked`` for were these, in order."""
-        most = list(popular)
-        self.arena.fill(most)
-        if self.host is not None:
-            self.host.fill(tenant for tenant in most if tenant not in self.arena)
+    @property
+    def tiers(self) -> list[Tier]:
+        """The arena first."""
+        return [self.arena] if self.host is None else [self.arena, self.host]
+
+    def warm_up(self, popular: Sequence[_Sizes], asked: Sequence[int]) -> None:
+        """As after long service: the most popular are here, and ``asked`` for were these, in order.
+
+        ``popular`` has for each tier tenants, int64 [n], in order; those that the arena has it leaves out.
+        """
+        for tier, tenants in zip(self.tiers, popular, strict=True):
+            tier.fill(tenant for tenant in tenants.tolist() if tier is self.arena or tenant not in self.arena)
         for tenant in asked:
             self.hold([tenant])
             self.arena.release([tenant])
-        for tier in (self.arena, self.host):
-            if tier is not None:
-                tier.hits = tier.misses = 0
+        for tier in self.tiers:
+            tier.hits = tier.misses = 0
 
     def _read(self, tenants: Sequence[int]) -> list[int]:
         if self.host is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.load_outcomes import Fate, Outcomes
-from benchmarks.load_traffic import poisson_times, zipf_popularity
-from benchmarks.simulation.cluster import Cluster, Simulated, closed_loop, open_loop
+from benchmarks.load_traffic import zipf_popularity
+from benchmarks.simulation.cluster import Cluster, Simulated, Simulation
 from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.gpu import gpu_machine, tenant_sizes
 from benchmarks.simulation.machine import Costs
@@ -22,6 +23,7 @@ __all__ = ["LOAD", "Forecast", "Scenario", "forecast"]
 LOAD = 0.7
 """Of the throughput, at which latencies are predicted."""
 
+_Numbers = npt.NDArray[np.int64]
 _BATCHES_OPEN = 4
 _UNLIMITED = QueueLimits(1 << 40, 1 << 50, tenant_share=None)
 
@@ -88,8 +90,8 @@ def forecast(scenario: Scenario, host: Costs, num_tokens: Sequence[int]) -> Fore
     popularity = zipf_popularity(scenario.tenants, scenario.exponent, scenario.seed)
     sizes = tenant_sizes(scenario.tenants)
     workload = Workload(
-        tenants=_draw(popularity, scenario.requests, generator),
-        tokens=generator.choice(np.asarray(num_tokens, dtype=np.int64), scenario.requests),
+        tenants=_draw(popularity, 2 * scenario.requests, generator),
+        tokens=generator.choice(np.asarray(num_tokens, dtype=np.int64), 2 * scenario.requests),
         sizes=sizes,
     )
     machine = gpu_machine(
@@ -100,18 +102,15 @@ def forecast(scenario: Scenario, host: Costs, num_tokens: Sequence[int]) -> Fore
         depth=scenario.depth,
         waits_for_layers=scenario.waits_for_layers,
     )
-    cluster = Cluster(machine, scenario.gpus, limits=_UNLIMITED)
+    asked = _draw(popularity, scenario.requests // 2, generator)
+    warm_up = partial(_warm_up, sizes=sizes, popularity=popularity, asked=asked, will_ask=workload.tenants)
+    simulation = Simulation(Cluster(machine, scenario.gpus, limits=_UNLIMITED), workload, warm_up)
     batch = machine.max_batch_tokens / float(workload.tokens.mean())
-
-    def warm_up(engines: Sequence[SimulatedEngine], router: AffinityRouter) -> None:
-        _warm_up(engines, router, popularity, _draw(popularity, scenario.requests // 2, generator))
-
     concurrency = min(int(_BATCHES_OPEN * batch * scenario.gpus), scenario.requests // 4)
-    loaded = closed_loop(cluster, workload, concurrency=concurrency, warm_up=warm_up)
+    loaded = simulation.closed_loop(scenario.requests, concurrency=concurrency)
     rate, seconds = _steady_rate(loaded.outcomes, concurrency)
-    due = poisson_times(LOAD * rate, scenario.requests / (LOAD * rate), generator)[: scenario.requests]
-    fewer = replace(workload, tenants=workload.tenants[: len(due)], tokens=workload.tokens[: len(due)])
-    latencies = _latencies(open_loop(cluster, fewer, due, warm_up))
+    gaps = generator.exponential(1 / (LOAD * rate), scenario.requests)
+    latencies = _latencies(simulation.open_loop(np.cumsum(gaps)))
     counts = np.bincount(loaded.engines, minlength=scenario.gpus)
     return Forecast(
         requests_per_second=rate,
@@ -124,9 +123,7 @@ def forecast(scenario: Scenario, host: Costs, num_tokens: Sequence[int]) -> Fore
     )
 
 
-def _draw(
-    popularity: npt.NDArray[np.float64], count: int, generator: np.random.Generator
-) -> npt.NDArray[np.int64]:
+def _draw(popularity: npt.NDArray[np.float64], count: int, generator: np.random.Generator) -> _Numbers:
     cumulated = np.cumsum(popularity)
     places = np.searchsorted(cumulated, generator.random(count) * cumulated[-1], side="right")
     return places.astype(np.int64)
@@ -149,25 +146,36 @@ def _latencies(found: Simulated) -> npt.NDArray[np.float64]:
 def _warm_up(
     engines: Sequence[SimulatedEngine],
     router: AffinityRouter,
+    *,
+    sizes: _Numbers,
     popularity: npt.NDArray[np.float64],
-    asked: npt.NDArray[np.int64],
+    asked: _Numbers,
+    will_ask: _Numbers,
 ) -> None:
     """Each engine gets its own tenants, the most popular first, and then its part of ``asked``.
 
     Tenants that are too much for one engine under the router's bound are spread over as many as they need.
+    Where a tier holds all of an engine's tenants, it gets only those that anybody asks for: nobody leaves.
     """
     order = np.argsort(-popularity, kind="stable")
     need = np.ceil(popularity * len(engines) / router.balance).astype(np.int64)
-    choice = router.first_choices(order)
-    preferences = {int(tenant): router.preferences(int(tenant)) for tenant in np.flatnonzero(need > 1)}
+    spread = {
+        int(tenant): router.preferences(int(tenant))[: need[tenant]] for tenant in np.flatnonzero(need > 1)
+    }
+    first = router.first_choices(np.arange(len(popularity)))
     generator = np.random.default_rng(0)
-    shown = router.first_choices(asked)
-    for number, tenant in enumerate(asked.tolist()):
-        if tenant in preferences:
-            shown[number] = preferences[tenant][int(generator.integers(need[tenant]))]
+    homes = first[asked]
+    for place in np.flatnonzero(np.isin(asked, list(spread))).tolist():
+        homes[place] = generator.choice(spread[int(asked[place])])
+    is_asked = np.zeros(len(popularity), dtype=bool)
+    is_asked[asked] = is_asked[will_ask] = True
     for number, engine in enumerate(engines):
-        spread = [tenant for tenant, chosen in preferences.items() if number in chosen[: need[tenant]]]
-        own = order[choice == number]
-        popular = [*sorted(spread, key=lambda tenant: -popularity[tenant])]
-        popular += [tenant for tenant in own.tolist() if tenant not in preferences]
-        engine.memory.warm_up(popular, asked[shown == number].tolist())
+        is_own = first == number
+        for tenant, places in spread.items():
+            is_own[tenant] = number in places
+        own = order[is_own[order]]
+        num_bytes = int(sizes[own].sum())
+        engine.memory.warm_up(
+            [own if tier.capacity < num_bytes else own[is_asked[own]] for tier in engine.memory.tiers],
+            asked[homes == number].tolist(),
+        )

@@ -193,7 +193,7 @@ class _Bench:
 
     def _fill(self, engines: Sequence[SimulatedEngine], _: AffinityRouter) -> None:
         for engine in engines:
-            engine.memory.warm_up(range(len(self.fleet.adapter_bytes)), ())
+            engine.memory.warm_up([np.arange(len(self.fleet.adapter_bytes))], ())
 
 
 def _closed_sample(outcomes: Outcomes, seconds: float) -> Sample:

@@ -55,24 +55,20 @@ def makespan(costs: Costs, count: int, **options: object) -> float:
     return float(found.outcomes.finished.max())
 
 
-@pytest.mark.parametrize("load", [0.3, 0.7, 0.85])
-def test_waiting_times_follow_pollaczek_and_khinchine(load: float) -> None:
+@pytest.mark.parametrize(("load", "lengths"), [(0.5, [1]), (0.8, [1]), (0.6, [1, 5])])
+def test_waiting_times_follow_pollaczek_and_khinchine(load: float, lengths: list[int]) -> None:
     """M/D/1 and M/G/1, first come first served: the mean wait is rate E[S^2] / (2 (1 - load))."""
     generator = np.random.default_rng(5)
-    for tokens_of in ([1], [1, 5]):
-        count = 40_000
-        tokens = generator.choice(tokens_of, count)
-        service = 0.01 * np.asarray(tokens_of, dtype=float)
-        rate = load / service.mean()
-        due = poisson_times(rate, count / rate, generator)
-        tokens = np.resize(tokens, len(due))
-        workload = Workload(np.zeros(len(due), dtype=np.int64), tokens, np.array([TENANT_BYTES]))
-        costs = Costs(compute=StageCoefficients(0.0, 0.01, 0.0, 0.0))
-        found = open_loop(Cluster(machine(costs), limits=UNLIMITED, is_fair=False), workload, due)
-        waits = found.outcomes.finished - due - 0.01 * tokens
-        expected = rate * (service**2).mean() / (2 * (1 - load))
-        assert waits.min() > -1e-9
-        assert waits.mean() == pytest.approx(expected, rel=0.08)
+    service = 0.01 * np.asarray(lengths, dtype=float)
+    rate = load / service.mean()
+    due = poisson_times(rate, 16_000 / rate, generator)
+    tokens = generator.choice(lengths, len(due))
+    workload = Workload(np.zeros(len(due), dtype=np.int64), tokens, np.array([TENANT_BYTES]))
+    costs = Costs(compute=StageCoefficients(0.0, 0.01, 0.0, 0.0))
+    found = open_loop(Cluster(machine(costs), limits=UNLIMITED, is_fair=False), workload, due)
+    waits = found.outcomes.finished - due - 0.01 * tokens
+    assert waits.min() > -1e-9
+    assert waits.mean() == pytest.approx(rate * (service**2).mean() / (2 * (1 - load)), rel=0.07)
 
 
 seconds = st.floats(0, 10).map(lambda value: round(value, 3))
@@ -164,7 +160,8 @@ def test_every_request_ends_once_and_leaves_nothing(load: tuple[Cluster, Workloa
     assert sum(each.totals.served for each in statistics) == (fates == Fate.ANSWERED).sum()
     assert sum(each.totals.expired for each in statistics) <= (fates == Fate.EXPIRED).sum()
     assert all(each.queued_requests == each.running_requests == 0 for each in statistics)
-    assert found.times.tokens == workload.tokens[fates == Fate.ANSWERED].sum()
+    served = sum(engine.times.tokens for engine in engines)
+    assert served == workload.tokens[fates == Fate.ANSWERED].sum()
     for engine in engines:
         for tier in (engine.memory.arena, engine.memory.host):
             if tier is not None:
@@ -188,7 +185,7 @@ def test_the_fair_queue_is_the_engines_own() -> None:
         ).outcomes.finished[-1]
         for is_fair in (True, False)
     }
-    assert ends[True] == pytest.approx(2.0)
+    assert ends[True] <= 3.0 + 1e-9  # and at most one of the flood, whose counter is as small
     assert ends[False] == pytest.approx(count + 1.0)
 
 
@@ -335,19 +332,19 @@ def host_costs() -> Costs:
 
 
 def test_forecasts_follow_their_seed_and_grow_with_the_machine() -> None:
-    base = Scenario(tenants=400, gpus=1, bytes_per_second=25e9, requests=6_000, seed=1)
+    base = Scenario(tenants=400, gpus=1, bytes_per_second=25e9, requests=4_000, seed=1)
     first, again = (forecast(base, host_costs(), [20, 40, 60]) for _ in range(2))
     assert first == again
-    other = forecast(Scenario(400, 1, 25e9, requests=6_000, seed=2), host_costs(), [20, 40, 60])
+    other = forecast(Scenario(400, 1, 25e9, requests=4_000, seed=2), host_costs(), [20, 40, 60])
     assert other != first
     assert 0 < first.compute_share <= 1.001 and 0 <= first.miss_ratio <= 1 and first.p50 <= first.p99
-    four = forecast(Scenario(400, 4, 25e9, requests=12_000, seed=1), host_costs(), [20, 40, 60])
-    assert 3 < four.requests_per_second / first.requests_per_second < 4.6
+    four = forecast(Scenario(400, 4, 25e9, requests=8_000, seed=1), host_costs(), [20, 40, 60])
+    assert four.requests_per_second > 3 * first.requests_per_second
     assert 1 <= four.most_over_mean < 1.6
 
 
 def test_a_pipeline_hides_what_a_slow_link_would_cost() -> None:
-    cold = {"tenants": 2_000, "gpus": 1, "bytes_per_second": 25e9, "exponent": 0.0, "requests": 6_000}
+    cold = {"tenants": 2_000, "gpus": 1, "bytes_per_second": 25e9, "exponent": 0.0, "requests": 3_000}
     found = {depth: forecast(Scenario(**cold, depth=depth), host_costs(), [20, 40, 60]) for depth in (1, 3)}
     assert found[1].miss_ratio > 0.8
     assert found[3].requests_per_second > found[1].requests_per_second
