@@ -30,13 +30,12 @@ __all__ = ["main", "measure"]
 QUESTION = "How much of reading and searching does the pipeline hide, and what does that gain?"
 DOMAIN = "documentation"
 MAX_TOKENS = 64
-BATCH_TOKENS = 2048
 WARM_UP = 1
 DEPTHS = (1, 2, 4)
 ALL = "all in memory"
 NOTES = (
     "Every request asks for another tenant, in turn of all, and each engine has memory for the tenants of "
-    "four batches of 32: nearly every request finds its tenant cold. The ceiling has all tenants in memory.",
+    "about four batches: nearly every request finds its tenant cold. The ceiling has all tenants in memory.",
     "`pipeline_depth=1` schedules, reads, searches, computes and responds one after another; the others run "
     "the same steps with 2 or 4 batches in flight, and gave the same answers to 1e-5 before the timing.",
     "The disk is simulated by `hmi_kernels.set_read_latency`: each read sleeps so long in the thread that "
@@ -79,10 +78,12 @@ class _Plan:
     repetitions: int
     plot_bytes: int
     disks: tuple[_Disk, ...]
+    batch_tokens: int
+    tenants_in_memory: int
 
 
-QUICK = _Plan(48, 40, 2, 1 << 20, (DISKS[0], DISKS[-1]))
-FULL = _Plan(1024, 512, 7, 64 << 20, DISKS)
+QUICK = _Plan(48, 40, 2, 1 << 20, (DISKS[0], DISKS[-1]), 128, 16)
+FULL = _Plan(1024, 512, 7, 64 << 20, DISKS, 1024, 128)
 
 
 @dataclass
@@ -155,11 +156,11 @@ def _check_equal(contenders: Mapping[str, _Contender], requests: list[Request]) 
 
 
 @contextmanager
-def _contenders(store: Store, memory: int, trace: Path) -> Iterator[dict[str, _Contender]]:
+def _contenders(store: Store, plan: _Plan, memory: int, trace: Path) -> Iterator[dict[str, _Contender]]:
     with ExitStack() as stack:
 
         def open_engine(**options: object) -> Engine:
-            common = {"max_batch_tokens": BATCH_TOKENS, "record_traffic": False}
+            common = {"max_batch_tokens": plan.batch_tokens, "record_traffic": False}
             return stack.enter_context(Engine(store, **common, **options))
 
         contenders = {
@@ -180,7 +181,7 @@ def _contenders(store: Store, memory: int, trace: Path) -> Iterator[dict[str, _C
 def _case(
     disk: _Disk, store: Store, memory: int, requests: _Requests, plan: _Plan, trace: Path
 ) -> tuple[Case, list[tuple[str | float, ...]]]:
-    with _contenders(store, memory, trace) as contenders:
+    with _contenders(store, plan, memory, trace) as contenders:
         names = [tenant_name(number) for number in range(plan.tenants)]
         contenders[ALL].engine.prefetch(names)
         _check_equal(contenders, requests.of(0))
@@ -253,13 +254,13 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             texts = [example.text for task in data.tasks for example in task.test]
             texts = cut_to_tokens(texts, store.encoder, MAX_TOKENS)
             sizes = [AdapterArena.allocated_bytes(info.bytes // 4) for info in store.tenants.values()]
-            memory = 4 * 32 * sum(sizes) // len(sizes)
+            memory = plan.tenants_in_memory * sum(sizes) // len(sizes)
             settings: dict[str, JsonValue] = {
                 "text": data.source,
                 "tenants": plan.tenants,
                 "fleet": [f"{kind} {rank}" if rank else kind for kind, rank in FLEET],
                 "max_tokens": MAX_TOKENS,
-                "max_batch_tokens": BATCH_TOKENS,
+                "max_batch_tokens": plan.batch_tokens,
                 "adapter_memory": memory,
                 "requests_per_repetition": plan.requests,
                 "repetitions": plan.repetitions,

@@ -220,6 +220,8 @@ class RequestQueue:
         """The next batch of those that wait, fair between tenants; see ``BatchSource``."""
         while True:
             with self._lock:
+                if self._stopping:
+                    return None
                 expired = self._scheduler.expire()
                 self._unanswered.difference_update(expired)
                 formed = self._scheduler.next_batch(
@@ -231,7 +233,7 @@ class RequestQueue:
                 if formed:
                     self._formed.append(formed)
                     self._fetched.update(each.weights_key for each in formed)
-                elif wait and not expired and not self._stopping:
+                elif wait and not expired:
                     self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
             self._answer_expired(expired)
             if formed:
@@ -239,7 +241,7 @@ class RequestQueue:
                     BatchItem(each.payload.admitted.tenant, each.payload.admitted.encoded.input_ids)
                     for each in formed
                 ]
-            if not wait or self._stopping:
+            if not wait:
                 return None
 
     def look_ahead(self) -> None:

@@ -2,7 +2,8 @@
 
 They know tensors, and nothing of tenants. Every op is registered with ``torch.library`` as ``hmi::<name>``
 and runs on the backend that :func:`use_backend` or ``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is
-the specification of them all. Beside the ops, :class:`PinnedPool` and :func:`copy_batch_async` move memory.
+the specification of them all. Beside the ops, :class:`PinnedPool` and :func:`copy_batch_async` move memory,
+and :func:`start_reads` fills it from files.
 """
 
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
@@ -12,6 +13,7 @@ from hmi_kernels.copies import COPY_METHODS, CopyEvent, copy_batch_async, wait_f
 from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
 from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
+from hmi_kernels.file_reads import FileReads, PendingRead, set_read_latency, start_reads
 from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
@@ -31,8 +33,10 @@ __all__ = [
     "BackendStatus",
     "CopyEvent",
     "CudaError",
+    "FileReads",
     "FrequencySketch",
     "NgramCounter",
+    "PendingRead",
     "PinnedPool",
     "PoolClosedError",
     "PoolExhaustedError",
@@ -57,6 +61,8 @@ __all__ = [
     "quantize_rows",
     "raise_faults",
     "read_files",
+    "set_read_latency",
+    "start_reads",
     "use_backend",
     "wait_for_copies",
 ]

@@ -40,7 +40,7 @@ class PinnedPool:
         """A tensor of the pool's memory, uninitialized, contiguous, aligned to 4 KiB.
 
         The memory goes back to the pool when no tensor uses it any more, and no copy that
-        :func:`copy_batch_async` started.
+        :func:`copy_batch_async` or read that :func:`start_reads` started.
 
         Raises PoolClosedError; PoolExhaustedError if it does not fit into the budget; CudaError if the
         machine has no more memory to page-lock; ValueError on a negative size.
@@ -50,6 +50,7 @@ class PinnedPool:
             raise ValueError(f"shape must not be negative, but is {list(sizes)}")
         num_bytes = math.prod(sizes) * dtype.itemsize
         release_finished()
+        native.release_ended_reads()
         block = self._blocks.allocate(num_bytes)
         if num_bytes == 0:
             return torch.empty(sizes, dtype=dtype)

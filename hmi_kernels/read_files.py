@@ -11,9 +11,10 @@ from torch import Tensor
 
 from hmi_kernels.native import native, native_reason
 
-__all__ = ["read_files"]
+__all__ = ["Outcome", "check_reads", "explain", "read_by_python", "read_files"]
 
-_Outcome = tuple[int, int, bool]  # errno, bytes read, whether all floats are finite
+Outcome = tuple[int, int, bool]
+"""errno, bytes read, whether all floats are finite."""
 
 
 def read_files(
@@ -34,8 +35,9 @@ def read_files(
         file_offsets: the first byte wanted of each.
         destinations: contiguous CPU tensors, one a file, that share no memory; as many bytes are read as each
             has.
-        num_threads: most files read at a time. More than the cores there are pays where files come from a
-            disk; what the operating system has in memory is read no faster by more threads than cores.
+        num_threads: most files read at a time, this thread's among them. More than the cores there are pays
+            where files come from a disk; what the operating system has in memory is read no faster by more
+            threads than cores. A file that has been read for more than a second no longer counts.
         require_finite: look at what was read, as float32, while it is in the processor's cache.
 
     Returns:
@@ -47,12 +49,12 @@ def read_files(
         ValueError: unequal lengths, an offset below 0, a tensor that is not contiguous.
         TypeError: a tensor that is not on the CPU, or, with ``require_finite``, not float32.
     """
-    _check(paths, file_offsets, destinations, num_threads, require_finite)
+    check_reads(paths, file_offsets, destinations, num_threads, require_finite)
     names = [os.fspath(path) for path in paths]
     sizes = [tensor.nbytes for tensor in destinations]
     if native_reason:
         outcomes = [
-            _read(name, offset, tensor, require_finite)
+            read_by_python(name, offset, tensor, require_finite)
             for name, offset, tensor in zip(names, file_offsets, destinations, strict=True)
         ]
     else:
@@ -65,16 +67,17 @@ def read_files(
             require_finite,
             num_threads,
         )
-    return [_error(*each) for each in zip(names, sizes, outcomes, strict=True)]
+    return [explain(*each) for each in zip(names, sizes, outcomes, strict=True)]
 
 
-def _check(
+def check_reads(
     paths: Sequence[str | os.PathLike[str]],
     file_offsets: Sequence[int],
     destinations: Sequence[Tensor],
     num_threads: int,
     require_finite: bool,
 ) -> None:
+    """Raises ValueError and TypeError as :func:`read_files` says."""
     if not len(paths) == len(file_offsets) == len(destinations):
         raise ValueError(
             f"{len(paths)} paths, {len(file_offsets)} file_offsets and {len(destinations)} destinations: "
@@ -94,7 +97,8 @@ def _check(
             raise ValueError("destinations must be contiguous")
 
 
-def _error(name: str, size: int, outcome: _Outcome) -> OSError | EOFError | ValueError | None:
+def explain(name: str, size: int, outcome: Outcome) -> OSError | EOFError | ValueError | None:
+    """Why a file of which ``size`` bytes were wanted was not read; None if it was."""
     number, bytes_read, is_finite = outcome
     if number:
         return OSError(number, os.strerror(number), name)
@@ -105,7 +109,7 @@ def _error(name: str, size: int, outcome: _Outcome) -> OSError | EOFError | Valu
     return None
 
 
-def _read(name: str, offset: int, tensor: Tensor, require_finite: bool) -> _Outcome:
+def read_by_python(name: str, offset: int, tensor: Tensor, require_finite: bool) -> Outcome:
     """One file, where the compiled module is missing."""
     view = tensor.detach().view(-1).view(torch.uint8).numpy().data
     try:

@@ -1,13 +1,10 @@
 #include "common/read_files.h"
 
-#include <fcntl.h>
 #include <pthread.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
+#include <cstdint>
 #include <stdexcept>
 
 #include "common/thread_pool.h"
@@ -15,15 +12,13 @@
 namespace hmi {
 namespace {
 
-// A piece stays in the second-level cache until its values have been looked at.
-constexpr int64_t kPieceBytes = 128 << 10;
 // Threads are woken only for as much as takes longer than waking them.
 constexpr int64_t kBytesWorthAThread = 256 << 10;
-constexpr uint32_t kExponent = 0x7f800000;
 
 std::atomic<ThreadPool*> pool{nullptr};
 
-// A pool of its own: who waits for a disk must not hold up the kernels. After fork() its threads are gone.
+// A pool of its own: who waits for a disk must not hold up the kernels. Its threads are all woken at once and come back
+// together, which for files in the page cache is faster than a ReaderPool. After fork() they are gone.
 ThreadPool& reading_pool() {
   static const bool created = [] {
     pool.store(new ThreadPool);
@@ -32,47 +27,6 @@ ThreadPool& reading_pool() {
   }();
   (void)created;
   return *pool.load();
-}
-
-bool all_finite(const char* bytes, int64_t size) {
-  uint32_t bad = 0;
-  for (int64_t i = 0; i + 4 <= size; i += 4) {
-    uint32_t bits;
-    std::memcpy(&bits, bytes + i, sizeof bits);
-    bad |= static_cast<uint32_t>((bits & kExponent) == kExponent);
-  }
-  return bad == 0;
-}
-
-void read_open(int descriptor, const FileRead& read, bool check_finite, FileReadOutcome& outcome) noexcept {
-  int64_t checked = 0;
-  while (outcome.bytes_read < read.size) {
-    const int64_t wanted = check_finite ? std::min(kPieceBytes, read.size - outcome.bytes_read)
-                                        : read.size - outcome.bytes_read;
-    const ssize_t count = pread(descriptor, read.destination + outcome.bytes_read, static_cast<size_t>(wanted),
-                                read.offset + outcome.bytes_read);
-    if (count < 0 && errno == EINTR) continue;
-    if (count < 0) outcome.error = errno;
-    if (count <= 0) return;
-    outcome.bytes_read += count;
-    if (check_finite) {
-      const int64_t whole = outcome.bytes_read / 4 * 4;
-      outcome.is_finite &= all_finite(read.destination + checked, whole - checked);
-      checked = whole;
-    }
-  }
-}
-
-FileReadOutcome read_file(const FileRead& read, bool check_finite) noexcept {
-  FileReadOutcome outcome;
-  const int descriptor = open(read.path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) {
-    outcome.error = errno;
-    return outcome;
-  }
-  read_open(descriptor, read, check_finite, outcome);
-  close(descriptor);
-  return outcome;
 }
 
 }  // namespace

@@ -63,7 +63,7 @@ class ArenaLoader:
     def load(self, infos: Sequence[TenantInfo], *, spare_needed: bool) -> LoadResults:
         """Brings in distinct tenants that are not in the arena, all at once, for each its place or an error.
 
-        The ``users`` of each that is brought in count the caller. With ``spare_needed`` nothing leaves that
+        The ``claims`` on each that is brought in count the caller. With ``spare_needed`` nothing leaves that
         queued requests wait for. Where one that was given room turns out to be damaged, the room is offered
         to those that found none.
         """
@@ -109,12 +109,13 @@ class ArenaLoader:
 
     def _settle_load(self, placed: PlacedTenant, problem: HmiError | None) -> None:
         if isinstance(problem, ReadTimeoutError):
+            placed.users += 1  # the read, which writes to where it is now
             self._stuck.append(placed)
         elif problem is not None:
             self.placement.drop(placed)
         else:
             self.placement.publish(placed)
-            placed.users += 1
+            placed.claims += 1
             self.statistics.loads += 1
             self.statistics.bytes_copied += placed.layout.data_bytes if self.source is not self.reader else 0
 

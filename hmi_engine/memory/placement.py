@@ -34,6 +34,7 @@ class PlacedTenant:
         is_pinned: whether it stays though nobody uses it.
         slot: its number in the tables; None until its parameters are there.
         users: how many batches use it: more than none, and it neither leaves nor moves.
+        claims: how many will that are being put together: more than none, and it does not leave.
     """
 
     info: TenantInfo
@@ -42,6 +43,7 @@ class PlacedTenant:
     is_pinned: bool
     slot: int | None = None
     users: int = 0
+    claims: int = 0
 
     @property
     def digest(self) -> Digest:

@@ -164,14 +164,14 @@ class AdapterResidency:
             unpinned = (capacity - self._pinned_bytes()) // self._batches_in_flight
             return min(capacity // max(2, self._batches_in_flight), unpinned)
 
-    def holding(self, tenants: Sequence[TenantInfo]) -> HeldTenants:
+    def holding(self, tenants: Sequence[TenantInfo], *, wait: bool = False) -> HeldTenants:
         """Makes tenants resident and holds them: none leaves, none moves, until they are released.
 
         Holds, in the order of ``tenants``, the resident tenant or the error that kept it from loading, so
         that one damaged file fails nobody else: :class:`StoreCorruptError`; :class:`ReadTimeoutError`;
-        :class:`OverloadedError` if it does not fit beside the others, when all that was held before has been
-        released, which is waited for; :class:`UnknownTenantError` if it was removed before it was loaded.
-        A tenant that was replaced before it was loaded is the new one.
+        :class:`OverloadedError` if it does not fit beside the others; :class:`UnknownTenantError` if it was
+        removed before it was loaded. A tenant that was replaced before it was loaded is the new one. With
+        ``wait``, one that does not fit waits until what is held now has been released: by another thread.
 
         Raises:
             EngineClosedError: after :meth:`close`.
@@ -180,14 +180,17 @@ class AdapterResidency:
             held: list[PlacedTenant] = []
             try:
                 acquired = self._acquire(tenants, held)
-                while self._wait_for_room(acquired):
+                while wait and self._wait_for_room(acquired):
                     again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
                     acquired |= self._load(again, held)
                 with self._lock:
                     outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
+                    for placed in held:
+                        placed.claims -= 1
+                        placed.users += 1
                     self._num_held += 1
             except BaseException:
-                self._let_users_go(held)
+                self._let_claims_go(held)
                 raise
         return HeldTenants(outcomes, lambda: self._end_holding(held))
 
@@ -203,15 +206,17 @@ class AdapterResidency:
             return True
 
     def _end_holding(self, held: Sequence[PlacedTenant]) -> None:
-        self._let_users_go(held)
-        with self._lock:
-            self._num_held -= 1
-            self._released.notify_all()
-
-    def _let_users_go(self, held: Sequence[PlacedTenant]) -> None:
         with self._lock:
             for placed in held:
                 placed.users -= 1
+                self._settle(placed)
+            self._num_held -= 1
+            self._released.notify_all()
+
+    def _let_claims_go(self, held: Sequence[PlacedTenant]) -> None:
+        with self._lock:
+            for placed in held:
+                placed.claims -= 1
                 self._settle(placed)
 
     def prefetch(self, tenants: Sequence[TenantInfo]) -> int:
@@ -230,7 +235,7 @@ class AdapterResidency:
             try:
                 acquired = self._acquire(tenants, held, spare_needed=True)
             finally:
-                self._let_users_go(held)
+                self._let_claims_go(held)
         for info in tenants:
             result = acquired[digest_of(info)]
             if isinstance(result, HmiError) and (info.pinned or not isinstance(result, NoRoomError)):
@@ -256,7 +261,7 @@ class AdapterResidency:
             try:
                 self._acquire(tenants, held)
             finally:
-                self._let_users_go(held)
+                self._let_claims_go(held)
 
     def expect(self, batches: Sequence[Sequence[TenantInfo]]) -> list[BatchTickets]:
         """Notes a queue of batches, in the order in which they will run; each is to be released once.
@@ -315,7 +320,7 @@ class AdapterResidency:
 
     def _settle(self, placed: PlacedTenant) -> None:
         """Decides what becomes of a tenant that this thread does not hold any more."""
-        if placed.users or placed.slot is None or self._let_go(placed.digest):
+        if placed.users or placed.claims or placed.slot is None or self._let_go(placed.digest):
             return
         if placed.is_pinned:
             self._pinned[placed.digest] = placed.size
@@ -327,7 +332,7 @@ class AdapterResidency:
     def _let_go(self, digest: Digest) -> bool:
         """Gives up a replaced or removed tenant in all tiers, if nobody uses it or waits for it."""
         placed = self._placement.get(digest)
-        in_use = placed is not None and placed.users > 0
+        in_use = placed is not None and placed.users + placed.claims > 0
         if digest not in self._retired or in_use or self._queue.is_needed(digest):
             return False
         self._retired.remove(digest)
@@ -341,7 +346,7 @@ class AdapterResidency:
     def _acquire(
         self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
     ) -> LoadResults:
-        """Finds or loads tenants; ``held`` gets those that were found, whose ``users`` count the caller."""
+        """Finds or loads tenants; ``held`` gets those that were found, on which the caller has a claim."""
         wanted = {digest_of(info): info for info in tenants}
         acquired = LoadResults()
         with self._lock:
@@ -352,7 +357,7 @@ class AdapterResidency:
                 placed = self._placement.get(digest)
                 if placed is not None:
                     placed.is_pinned = info.pinned
-                    placed.users += 1
+                    placed.claims += 1
                     self._queue.withdraw(digest)
                     held.append(placed)
                     acquired[digest] = placed

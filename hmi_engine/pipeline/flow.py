@@ -62,7 +62,7 @@ class Flow(Generic[Batch, Prepared, Result]):
         Args:
             stages: what is done.
             depth: most batches in flight, at least 1.
-            waiting: entered while the caller's thread waits for a batch that is being prepared.
+            waiting: entered while no batch is computed because the next is being prepared.
             look_ahead: called on the preparing thread when all batches that are there have been prepared, for
                 those that will come; it must not raise.
         """
@@ -91,7 +91,8 @@ class Flow(Generic[Batch, Prepared, Result]):
                     batch = source.next_batch(wait=True)
                     if batch is None:
                         return
-                    current = _done(self._stages.prepare(batch))
+                    with self._waiting():
+                        current = _done(self._stages.prepare(batch))
                 self._fill(in_flight, source)
                 self._start_looking_ahead()
                 with self._waiting():
@@ -137,10 +138,11 @@ def _one_core_thread() -> ThreadPoolExecutor:
     """A thread whose kernels use one core: a second team would fight that of the computing thread.
 
     torch keeps the number for each thread, but what a thread sets is also what threads that torch has not
-    seen yet begin with; so the caller sets its own again.
+    seen yet begin with; so the caller sets its own again, and the new thread is seen before it sets its own.
     """
     num_threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(1, "hmi-prepare")
+    executor.submit(torch.get_num_threads).result()
     executor.submit(torch.set_num_threads, 1).result()
     torch.set_num_threads(num_threads)
     return executor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, cast
@@ -87,6 +87,7 @@ class PreparedBatch:
     started: float
     seconds: float = 0.0
     searched: _Searched | None = None
+    search_later: Callable[[], None] | None = None
     leases: list[HeldTenants | PlotView] = field(default_factory=list)
 
 
@@ -168,10 +169,14 @@ class BatchRunner:
         prepared = PreparedBatch(self._num_batches, [None] * len(items), started)
         try:
             with self._clock.working("fetch", prepared.number):
-                held = self._residency.holding([item.tenant for item in items])
+                held = self._residency.holding([item.tenant for item in items], wait=True)
                 prepared.leases.append(held)
-            with self._clock.working("search", prepared.number):
-                prepared.searched = self._search(items, held.outcomes, prepared)
+            search = partial(self._search, items, held.outcomes, prepared)
+            # What a batch computes, the next one finds: else answers would depend on how many are in flight.
+            if self._miss == "backoff":
+                search()
+            else:
+                prepared.search_later = search
         except Exception as error:
             self._fail(prepared, error, "prepare")
             self.discard(prepared)
@@ -186,6 +191,9 @@ class BatchRunner:
         """Computes what can be served of a prepared batch, and lets go of what it held."""
         started = time.perf_counter()
         try:
+            if prepared.search_later is not None:
+                with self._clock.waiting("compute"):
+                    prepared.search_later()
             if prepared.searched is not None:
                 with self._clock.working("compute", prepared.number):
                     self._compute(prepared.searched, prepared.outputs)
@@ -199,7 +207,7 @@ class BatchRunner:
 
     def discard(self, prepared: PreparedBatch) -> None:
         """Lets go of what a prepared batch holds; a second call does nothing."""
-        prepared.searched = None
+        prepared.searched = prepared.search_later = None
         while prepared.leases:
             prepared.leases.pop().release()
 
@@ -210,6 +218,15 @@ class BatchRunner:
         prepared.outputs = [fault if output is None else output for output in prepared.outputs]
 
     def _search(
+        self,
+        items: Sequence[BatchItem],
+        tenants: Sequence[ResidentTenant | HmiError],
+        prepared: PreparedBatch,
+    ) -> None:
+        with self._clock.working("search", prepared.number):
+            prepared.searched = self._searched(items, tenants, prepared)
+
+    def _searched(
         self,
         items: Sequence[BatchItem],
         tenants: Sequence[ResidentTenant | HmiError],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 __all__ = ["BatchSizer", "StageCoefficients", "StageCosts", "StageWork"]
 
-MEMORY_OBSERVATIONS = 128.0
+MEMORY_OBSERVATIONS = 64.0
 FIRST_BATCH_TOKENS = 512
 """Of a batch under a latency target before any stage was measured."""
 
@@ -20,7 +20,8 @@ _FIRST_ERROR = 0.5
 _PRIOR_OBSERVATIONS = 0.1
 _FITS_EACH_TIME = 16  # observations; after these a fit serves for several
 _OBSERVATIONS_PER_FIT = 8
-_MIN_SECONDS = 1e-9
+_LEAST_ERROR = 1e-3
+_MIN_SECONDS = 1e-6
 _UNITS = ("fixed", "tokens", "tenants", "bytes")
 
 
@@ -151,14 +152,15 @@ class StageCosts:
     def _weight(self, work: StageWork, seconds: float) -> float:
         """Of an observation; notes how far off the prediction was."""
         if self._fit is None:
-            return 1 / max(seconds, _MIN_SECONDS) ** 2
+            return 1.0
+        mean = max(self._seconds / self._amounts[0], _MIN_SECONDS)
         predicted = self._fit.seconds(work)
-        mean_seconds = self._seconds / self._amounts[0]
-        scale = max(predicted, 0.01 * mean_seconds, _MIN_SECONDS)  # or one predicted near 0 would weigh all
+        scale = max(predicted, 0.1 * mean, _MIN_SECONDS)  # or one predicted near 0 would outweigh all
         error = abs(seconds - predicted) / scale
-        usual = _UNUSUAL * max(self._error, 1e-3)
-        self._error += (min(error, _CLIPPED * self._error) - self._error) / _ERROR_MEMORY
-        return min(1.0, usual / error if error > 0 else 1.0) / scale**2
+        usual = max(self._error, _LEAST_ERROR)
+        self._error += (min(error, _CLIPPED * usual) - self._error) / _ERROR_MEMORY
+        # Relative to the mean, so that a stage that becomes slower is not held by the small times of before.
+        return min(1.0, _UNUSUAL * usual / error if error > 0 else 1.0) * (mean / scale) ** 2
 
     def _fitted(self) -> StageCoefficients:
         """Minimises the weighted squares, and by a little the distance from the prior, over what is not < 0.

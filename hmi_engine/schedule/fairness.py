@@ -62,6 +62,7 @@ class VirtualTokenCounters:
         counter, _ = self._turns.get(tenant, (0.0, 0))
         self._absent.remove(tenant)
         self._set(tenant, max(counter, self.floor))
+        self._forget()  # the floor has risen if nobody was queued, and this one is ahead
 
     def charge(self, tenant: str, num_tokens: int, weight: float) -> None:
         """``tenant``, which has something queued, is served."""

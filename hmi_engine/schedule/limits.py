@@ -57,7 +57,8 @@ class QueueLimits:
         max_queued_tokens: most tokens. A single larger request is let into an empty queue.
         tenant_share: a tenant that has something queued may add to it only while that is less than this
             many times what is free, in requests and in tokens; None for no such rule. So others find room
-            however much one sends: k tenants that send without end fill k / (k + 1) of the queue at 1.0.
+            however much one sends: in the long run k tenants that send without end fill k / (k + 1) of the
+            queue at 1.0.
             Method: dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for
             shared-memory packet switches", IEEE/ACM Transactions on Networking 1998).
 

@@ -6,7 +6,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 from unittest import mock
 
-from hmi_engine.cli import main
+from hmi_engine.cli import main, output
 
 
 def hmi(*arguments, text=""):
@@ -17,6 +17,7 @@ def hmi(*arguments, text=""):
         mock.patch.object(sys, "argv", ["hmi", *map(str, arguments)]),
         mock.patch.object(sys, "stdin", io.StringIO(text)),
         mock.patch.dict("os.environ", {"COLUMNS": "200"}),
+        mock.patch.object(output.console, "_width", 200),  # where COLUMNS was set when it was made
         redirect_stdout(out),
         redirect_stderr(err),
     ):

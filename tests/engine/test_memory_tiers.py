@@ -73,7 +73,9 @@ def test_the_queue_is_known_from_the_start(store, fleet, make_sentences):
     requests = [hmi.Request(name, text="the cell binds") for name in names * 10]
     counts = {}
     for known in (True, False):
-        with hmi.Engine(store, host_memory=4 * largest + 8 * 4096, max_batch_tokens=1) as engine:
+        with hmi.Engine(
+            store, host_memory=4 * largest + 8 * 4096, max_batch_tokens=1, pipeline_depth=1
+        ) as engine:
             if known:
                 engine.run(requests)
             else:

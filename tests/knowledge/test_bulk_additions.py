@@ -109,15 +109,16 @@ def test_what_the_tenants_raise_passes_through_and_whole_batches_stay(
 def test_an_interrupt_while_files_are_written_leaves_none_of_them(
     catalog: Catalog, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Ctrl-C reaches the thread that checks tenants while others write those before."""
-    describe, numbers = changes._describe_tenant, iter(range(100))
+    """Ctrl-C reaches the thread that writes tenants while others flush those before."""
+    write, numbers = changes._write_tenant, iter(range(100))
 
     def interrupted(*arguments: object) -> object:
+        written = write(*arguments)  # type: ignore[arg-type]
         if next(numbers) == BATCH + at:
             raise KeyboardInterrupt
-        return describe(*arguments)  # type: ignore[arg-type]
+        return written
 
-    monkeypatch.setattr(changes, "_describe_tenant", interrupted)
+    monkeypatch.setattr(changes, "_write_tenant", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_in_batches(catalog, (make_tenant(name(number), number) for number in range(12)), batch=BATCH)
     check_holds(catalog, [name(number) for number in range(BATCH)], make_tenant)

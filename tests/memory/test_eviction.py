@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from hmi_engine import lazy_heap
 from hmi_engine.memory import eviction
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte
 
@@ -107,7 +108,7 @@ def test_the_table_of_frequencies_is_bounded_and_keeps_the_frequent():
     assert len(policy._frequencies) <= 100 and len(policy._worth) <= 100
     assert all(("frequent", key) in policy._frequencies for key in range(10))
     assert policy.evict() == "in memory"
-    assert len(policy._heap._heap) <= eviction._MIN_HEAP + 1
+    assert len(policy._heap._heap) <= lazy_heap._MIN_HEAP + 1
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=300))
@@ -116,7 +117,7 @@ def test_heaps_do_not_grow_with_time(steps):
     for put, key in steps * 3:
         policy.used(key, 1000)
         (policy.offer if put else policy.withdraw)(key)
-    assert len(policy._heap._heap) <= eviction._MIN_HEAP + 1
+    assert len(policy._heap._heap) <= lazy_heap._MIN_HEAP + 1
 
 
 class DemandMachine(RuleBasedStateMachine):

@@ -112,16 +112,26 @@ def test_nobody_is_farther_ahead_of_a_cold_tenant_than_the_lead(clock):
 
 
 def test_a_due_tenant_that_does_not_fit_closes_the_batch(clock):
+    """A batch has room for a large tenant and a small one, until a large one has been passed over twice."""
     scheduler = Scheduler(clock=clock, max_lead_tokens=1e9, max_passings=2)
-    submitted(scheduler, *(request("small", 6) for _ in range(100)))
-    submitted(scheduler, *(request("other", 60) for _ in range(100)))
-    (large,) = submitted(scheduler, request("large", 95))
-    for _ in range(4):
-        batch = scheduler.next_batch(max_tokens=100, max_adapter_bytes=1000)
-        if large in batch:
-            break
-        passed = scheduler.statistics.totals.passed_over
-    assert large in batch and passed
+    small = submitted(scheduler, *(request("small", 5) for _ in range(10)))
+    large = submitted(scheduler, *(request(f"large{number}", 95) for number in range(5)))
+    batches = [scheduler.next_batch(max_tokens=100, max_adapter_bytes=1000) for _ in range(5)]
+    assert batches == [
+        [small[0], large[0]],
+        [large[1], small[1]],
+        [large[2], small[2]],
+        [large[3]],  # the fifth has been passed over in two batches
+        [large[4], small[3]],
+    ]
+
+
+def test_few_tenants_are_tried_for_what_is_left_of_a_batch(clock):
+    scheduler = Scheduler(clock=clock)
+    large = submitted(scheduler, *(request(f"large{number}", 95) for number in range(100)))
+    submitted(scheduler, request("small", 5))
+    assert scheduler.next_batch(max_tokens=100, max_adapter_bytes=1000) == large[:1]
+    assert scheduler.statistics.totals.passed_over == 32
 
 
 def test_looks_at_few_of_many_cold_tenants(clock):
