@@ -47,8 +47,12 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
         if curves[0].y_unit == "times":
             axes.axhline(1.0, color="#333333", linestyle="--", linewidth=1)
             axes.set_ylim(bottom=0)
-        else:
+        elif curves[0].y_unit == "share":
             axes.set_ylim(0, 1)
+        elif curves[0].y_scale == "log":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(curves[0].x_label)
         axes.set_ylabel(curves[0].y_label)
         axes.grid(alpha=0.3)

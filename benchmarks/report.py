@@ -28,6 +28,8 @@ ORDER = (
     "mixed",
     "tenants",
     "pipeline",
+    "load",
+    "simulate",
     "residency",
     "tenant_store",
     "accuracy",
@@ -104,6 +106,8 @@ def _cell(value: str | float | None) -> str:
 
 
 def _point(curve: Curve, index: int) -> str:
+    if curve.y_unit == "number":
+        return _cell(curve.y[index])
     return f"{curve.y[index]:.2f}x" if curve.y_unit == "times" else f"{curve.y[index]:.1%}"
 
 

@@ -119,7 +119,8 @@ class Quantity(_Frozen):
 class Curve(_Frozen):
     """Points of one line of a figure.
 
-    ``y_unit`` says what y is: a share (0 to 1), or times as much as something that is 1 (drawn as a line).
+    ``y_unit`` says what y is: a share (0 to 1), times as much as something that is 1 (drawn as a line), or
+    any other number, of which ``y_label`` tells the unit.
     """
 
     figure: str
@@ -129,7 +130,8 @@ class Curve(_Frozen):
     x: tuple[float, ...]
     y: tuple[float, ...]
     x_scale: Literal["log", "linear"] = "log"
-    y_unit: Literal["share", "times"] = "share"
+    y_scale: Literal["log", "linear"] = "linear"
+    y_unit: Literal["share", "times", "number"] = "share"
 
 
 class Table(_Frozen):

@@ -1,0 +1,382 @@
+"""What does an engine do under load, and what does one tenant's flood do to the others?"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.arguments import Arguments, read_arguments
+from benchmarks.kept_steps import KeptSteps
+from benchmarks.load_cases import (
+    CONCURRENCY,
+    DEADLINE,
+    ENGINE_OPTIONS,
+    QUEUE_SECONDS,
+    TIMEOUT,
+    LoadPoint,
+    capacity_of,
+    queue_limits,
+    run_open,
+)
+from benchmarks.load_fleet import Fleet, build_fleet, open_engine
+from benchmarks.load_outcomes import Summary, summarise
+from benchmarks.load_traffic import heavy_popularity, zipf_popularity
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, System, Table
+from hmi_engine.async_engine import AsyncEngine
+from hmi_engine.demo.environment import describe_machine, installed_versions
+from hmi_engine.schedule.limits import QueueLimits
+
+__all__ = ["main", "measure"]
+
+NAME = "load"
+QUESTION = "What does the engine do under load, and what does one tenant's flood do to the others?"
+HEAVY_TIMES = 100
+EQUAL = "all send alike"
+FLOOD = f"one sends {HEAVY_TIMES} times as much as each of the others"
+UNFAIR = f"{FLOOD}, first come first served"
+NOTES = (
+    "An `AsyncEngine` on this machine answers real held-out texts. Every tenant has weights of its own, of "
+    "mixed kinds and ranks; all are in memory. At most {batch_tokens:,} tokens a batch, 2 batches in flight.",
+    "Capacity: what it answers with {concurrency} requests always open. Open loop: the arrivals of a Poisson "
+    "process, drawn beforehand, are sent at their times whatever the engine does; a latency counts from when "
+    "its request was due. Each repetition measures capacity anew, and offers its loads in another order.",
+    "An answer within {deadline:g} s is good. Requests are sent with `timeout={timeout:g}`, and what "
+    "{queue_seconds:g} s of capacity answer may be queued, as an operator with that deadline would set it. "
+    "Goodput: good answers a second, over capacity.",
+    "The load is sent by the main thread of the engine's process, which the engine does not use; so it takes "
+    "from the machine what is given below, and nothing is lost to connections.",
+    "The flood: of 100 tenants one sends {heavy} times as much as each of the others. What the others have "
+    "is compared with what the same 99 have where all 100 send alike, at the same total load. First come "
+    "first served: the same engine, but all tenants share one queue, one counter and one limit.",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run; seconds are those of one run of one repetition."""
+
+    tenants: int
+    loads: tuple[float, ...]
+    mixed_tenants: int
+    mixed_loads: tuple[float, ...]
+    capacity_seconds: float
+    open_seconds: float
+    mixed_seconds: float
+    repetitions: int
+    plot_bytes: int
+
+
+QUICK = Plan(24, (0.5, 1.2), 12, (0.8,), 1.5, 1.5, 1.5, 1, 1 << 20)
+FULL = Plan(1_000, (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2), 100, (0.8, 1.2), 8.0, 12.0, 20.0, 3, 64 << 20)
+
+
+@dataclass
+class _Bench:
+    """What is measured with, and what was found."""
+
+    plan: Plan
+    fleet: Fleet
+    steps: KeptSteps
+    stack: ExitStack
+
+    def open(self, limits: QueueLimits | None = None, *, is_fair: bool = True) -> AsyncEngine:
+        return self.stack.enter_context(
+            open_engine(
+                self.fleet, limits=limits, is_fair=is_fair, resident=self.fleet.names, **ENGINE_OPTIONS
+            )
+        )
+
+    def capacity(
+        self, name: str, engine: AsyncEngine, popularity: npt.NDArray[np.float64], seed: int
+    ) -> float:
+        """Requests a second, of a step of its own."""
+
+        def work() -> float:
+            return capacity_of(engine, self.fleet, popularity, seconds=self.plan.capacity_seconds, seed=seed)
+
+        return self.steps.take(name, float, work)
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Points by load, and the capacity of each repetition."""
+
+    capacities: list[float]
+    points: dict[float, list[LoadPoint]]
+
+    def summary(self, load: float) -> Summary:
+        """Of all repetitions."""
+        return summarise([point.sample for point in self.points[load]], DEADLINE)
+
+    def goodput(self, load: float) -> float:
+        """Over capacity, the mean of the repetitions."""
+        shares = [
+            summarise([point.sample], DEADLINE).goodput / capacity
+            for point, capacity in zip(self.points[load], self.capacities, strict=True)
+        ]
+        return float(np.mean(shares))
+
+
+def measure_open(bench: _Bench) -> OpenLoop:
+    """Loads in turn, in another order in each repetition."""
+    plan = bench.plan
+    popularity = zipf_popularity(plan.tenants, 1.0)
+    free = bench.open()
+    limited: AsyncEngine | None = None
+    found = OpenLoop([], {load: [] for load in plan.loads})
+    bench.capacity("warm-up", free, popularity, 900)
+    for repetition in range(plan.repetitions):
+        capacity = bench.capacity(f"open-{repetition}-capacity", free, popularity, 1000 + repetition)
+        found.capacities.append(capacity)
+        limited = limited or bench.open(queue_limits(capacity))
+        for place in np.random.default_rng(repetition).permutation(len(plan.loads)).tolist():
+            load = plan.loads[place]
+            work = partial(
+                run_open,
+                limited,
+                bench.fleet,
+                popularity,
+                rate=load * capacity,
+                seconds=plan.open_seconds,
+                seed=100 * repetition + place,
+            )
+            found.points[load].append(bench.steps.take(f"open-{repetition}-{load:g}", LoadPoint, work))
+    return found
+
+
+def measure_mixed(bench: _Bench) -> dict[tuple[float, str], list[LoadPoint]]:
+    """The others beside one that sends much, and without it, at each load."""
+    plan = bench.plan
+    count = plan.mixed_tenants
+    equal, flood = (heavy_popularity(count, times) for times in (1, HEAVY_TIMES))
+    others = range(1, count)
+    free = bench.open()
+    capacity = bench.capacity("mixed-warm-up", free, equal, 901)
+    engines = {
+        EQUAL: bench.open(queue_limits(capacity)),
+        UNFAIR: bench.open(
+            QueueLimits(queue_limits(capacity).max_queued_requests, tenant_share=None), is_fair=False
+        ),
+    }
+    engines[FLOOD] = engines[EQUAL]
+    found: dict[tuple[float, str], list[LoadPoint]] = {
+        (load, name): [] for load in plan.mixed_loads for name in (EQUAL, FLOOD, UNFAIR)
+    }
+    for repetition in range(plan.repetitions):
+        capacity = bench.capacity(f"mixed-{repetition}-capacity", free, equal, 2000 + repetition)
+        for place in np.random.default_rng(repetition).permutation(len(found)).tolist():
+            load, name = list(found)[place]
+            work = partial(
+                run_open,
+                engines[name],
+                bench.fleet,
+                equal if name == EQUAL else flood,
+                rate=load * capacity,
+                seconds=plan.mixed_seconds,
+                seed=5000 + 100 * repetition + place,
+                of=others,
+            )
+            step = f"mixed-{repetition}-{load:g}-{(EQUAL, FLOOD, UNFAIR).index(name)}"
+            found[load, name].append(bench.steps.take(step, LoadPoint, work))
+    return found
+
+
+COLUMNS = (
+    "offered load",
+    "offered/s",
+    "answered/s",
+    "goodput over capacity",
+    "p50, ms",
+    "p95, ms",
+    "p99, ms",
+    "refused, %",
+    "expired, %",
+)
+MIXED_COLUMNS = ("the others' requests", *COLUMNS[1:3], *COLUMNS[4:])
+
+
+def _figures(summary: Summary) -> list[float]:
+    return [
+        *(1e3 * seconds for seconds in (summary.p50, summary.p95, summary.p99)),
+        100 * summary.refused_share,
+        100 * summary.expired_share,
+    ]
+
+
+def _open_table(found: OpenLoop) -> Table:
+    rows = []
+    for load in found.points:
+        summary = found.summary(load)
+        head = (f"{load:.0%}", summary.offered, summary.answered, found.goodput(load))
+        rows.append((*head, *_figures(summary)))
+    return Table(
+        title="Open loop, by share of the capacity that is offered", columns=COLUMNS, rows=tuple(rows)
+    )
+
+
+def _mixed_table(found: dict[tuple[float, str], list[LoadPoint]]) -> Table:
+    rows = []
+    for (load, name), points in found.items():
+        summary = summarise([point.sample for point in points], DEADLINE)
+        rows.append(
+            (f"{load:.0%} of capacity: {name}", summary.offered, summary.answered, *_figures(summary))
+        )
+    return Table(title="One tenant's flood, and the others", columns=MIXED_COLUMNS, rows=tuple(rows))
+
+
+def _curves(found: OpenLoop) -> list[Curve]:
+    loads = tuple(found.points)
+    summaries = [found.summary(load) for load in loads]
+    x = tuple(100 * load for load in loads)
+    latencies = [
+        Curve(
+            figure="latency",
+            name=name,
+            x_label="offered load, % of capacity",
+            y_label="latency, ms",
+            x=x,
+            y=tuple(1e3 * vars(summary)[name] for summary in summaries),
+            x_scale="linear",
+            y_scale="log",
+            y_unit="number",
+        )
+        for name in ("p50", "p95", "p99")
+    ]
+    goodput = Curve(
+        figure="goodput",
+        name="goodput",
+        x_label="offered load, % of capacity",
+        y_label=f"answers within {DEADLINE:g} s, over capacity",
+        x=x,
+        y=tuple(found.goodput(load) for load in loads),
+        x_scale="linear",
+        y_unit="times",
+    )
+    return [*latencies, goodput]
+
+
+def _quantities(
+    found: OpenLoop, mixed: dict[tuple[float, str], list[LoadPoint]], plan: Plan
+) -> list[Quantity]:
+    goodputs = {load: found.goodput(load) for load in plan.loads}
+    beyond = min(goodput for load, goodput in goodputs.items() if load > 1)
+    quantities = [
+        Quantity(
+            name="least goodput beyond capacity, over the peak of all loads",
+            value=beyond / max(goodputs.values()),
+            unit="share",
+        )
+    ]
+    for load in plan.mixed_loads:
+        alone = summarise([point.sample for point in mixed[load, EQUAL]], DEADLINE)
+        for name in (FLOOD, UNFAIR):
+            beside = summarise([point.sample for point in mixed[load, name]], DEADLINE)
+            quantities += [
+                Quantity(
+                    name=f"{load:.0%} of capacity, {name}: {quantile} of the others over that without it",
+                    value=vars(beside)[quantile] / vars(alone)[quantile],
+                    unit="times",
+                )
+                for quantile in ("p50", "p99")
+            ]
+    generators = [point.generator for points in found.points.values() for point in points]
+    sent = sum(each.requests for each in generators)
+    quantities += [
+        Quantity(
+            name="processor time of the load generator",
+            value=1e6 * sum(each.thread_seconds for each in generators) / sent,
+            unit="microseconds a request",
+        ),
+        Quantity(
+            name="most that a core was busy with it",
+            value=max(each.thread_seconds / each.seconds for each in generators),
+            unit="share",
+        ),
+        Quantity(
+            name="requests handed to the engine too late, median of the runs' 99th percentiles",
+            value=1e3 * float(np.median([each.late_p99 for each in generators])),
+            unit="ms",
+        ),
+    ]
+    failed = sum(
+        point.sample.failed for points in (*found.points.values(), *mixed.values()) for point in points
+    )
+    return [
+        *quantities,
+        Quantity(name="requests that failed otherwise", value=float(failed), unit="requests"),
+    ]
+
+
+def measure(arguments: Arguments) -> BenchmarkResult:
+    """Builds one store, and measures both questions on it."""
+    plan = QUICK if arguments.quick else FULL
+    steps = KeptSteps(arguments.out, json.dumps([asdict(plan), str(arguments.data)]))
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = build_fleet(arguments, Path(folder), num_tenants=plan.tenants, plot_bytes=plan.plot_bytes)
+        with ExitStack() as stack:
+            found = measure_open(_Bench(plan, fleet, steps, stack))
+        with ExitStack() as stack:
+            mixed = measure_mixed(_Bench(plan, fleet, steps, stack))
+    capacity = System.of(
+        "HMI",
+        f"AsyncEngine, {CONCURRENCY} requests always open",
+        [plan.capacity_seconds] * len(found.capacities),
+        [rate * plan.capacity_seconds for rate in found.capacities],
+        "requests",
+    )
+    steps.forget()
+    return BenchmarkResult(
+        name=NAME,
+        question=QUESTION,
+        command=arguments.command,
+        is_quick=arguments.quick,
+        machine=describe_machine(),
+        versions=installed_versions(),
+        settings={
+            **fleet.settings,
+            "seconds_of_a_run": plan.open_seconds,
+            "repetitions": plan.repetitions,
+            "deadline": DEADLINE,
+            "timeout": TIMEOUT,
+        },
+        notes=tuple(
+            note.format(
+                batch_tokens=ENGINE_OPTIONS["max_batch_tokens"],
+                concurrency=CONCURRENCY,
+                deadline=DEADLINE,
+                timeout=TIMEOUT,
+                queue_seconds=QUEUE_SECONDS,
+                heavy=HEAVY_TIMES,
+            )
+            for note in NOTES
+        ),
+        cases=(Case(name="capacity, Zipf(1)", settings={"tenants": plan.tenants}, systems=(capacity,)),),
+        quantities=tuple(_quantities(found, mixed, plan)),
+        tables=(_open_table(found), _mixed_table(mixed)),
+        curves=tuple(_curves(found)),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures and writes the result."""
+    arguments = read_arguments(NAME, QUESTION, argv)
+    result = measure(arguments)
+    result.write(arguments.out)
+    for table in result.tables:
+        for row in (table.columns, *table.rows):
+            print(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row), sep="  ")
+    for quantity in result.quantities:
+        print(quantity)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""What the stages of the real engine cost on this machine, alone: the simulation's numbers for a CPU."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+
+from benchmarks.load_fleet import Fleet, open_engine
+from benchmarks.load_generator import LoadGenerator
+from benchmarks.load_traffic import Arrivals, zipf_popularity
+from benchmarks.simulation.machine import Costs
+from benchmarks.tenant_fleet import tenant_name
+from hmi_engine.engine import Engine
+from hmi_engine.request import Request
+from hmi_engine.schedule.cost_model import StageCoefficients, StageCosts, StageWork
+from hmi_engine.store import Store
+
+__all__ = ["Calibration", "calibrate", "num_cores"]
+
+_STAGES = ("tokenise", "fetch", "search", "compute", "respond")
+_DRIVERS = {"fetch": "tenants"}
+_REMEMBER_ALL = 1e9
+_COLD_BATCHES = 4  # that memory for the cold engine holds
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Costs, and how much of the processor compute asks for.
+
+    Attributes:
+        costs: of the stages.
+        compute_cores: that compute keeps busy.
+        requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
+    """
+
+    costs: Costs
+    compute_cores: float
+    requests_per_second: float
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
+    """Measures batches of many sizes, one by one, ``rounds`` times, and a loop of requests for ``seconds``.
+
+    The first tell what each stage costs while nothing else runs; the second what queueing, forming batches
+    and the generator cost, which is what is left of the time of an engine without a pipeline.
+    """
+    stages = {
+        name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in _STAGES
+    }
+    compute_cores = _observe_batches(fleet, stages, rounds)
+    fits = {name: costs.coefficients for name, costs in stages.items()}
+    assert all(fit is not None for fit in fits.values())
+    known = {name: fit for name, fit in fits.items() if fit is not None}
+    queueing = _observe_loop(fleet, seconds)
+    tokenise = known["tokenise"]
+    return Calibration(
+        costs=Costs(
+            admit=StageCoefficients(
+                tokenise.fixed, tokenise.per_token + queueing.admit, tokenise.per_tenant, 0.0
+            ),
+            form=StageCoefficients(0.0, queueing.form, 0.0, 0.0),
+            fetch=known["fetch"],
+            search=known["search"],
+            compute=known["compute"],
+            respond=known["respond"],
+        ),
+        compute_cores=compute_cores,
+        requests_per_second=queueing.requests_per_second,
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A batch: whom it asks for, by number, and with which texts."""
+
+    tenants: Sequence[int]
+    texts: Sequence[int]
+    is_cold: bool
+
+
+def _cases(fleet: Fleet, rounds: int) -> Iterator[_Case]:
+    """Batches of many sizes, of one tenant or many, in random order; every text is another one."""
+    generator = np.random.default_rng(0)
+    num_tenants, num_texts = len(fleet.adapter_bytes), len(fleet.texts)
+    next_text = next_cold = 0
+    shapes = [
+        (size, distinct, is_cold)
+        for size in (1, 2, 4, 8, 16, 32, 48, 64)
+        for distinct, is_cold in ((1, False), (max(1, size // 2), False), (size, False), (size, True))
+        if distinct <= num_tenants
+    ]
+    for _ in range(rounds):
+        for place in generator.permutation(len(shapes)).tolist():
+            size, distinct, is_cold = shapes[place]
+            if is_cold:  # in turn of all, so that each was evicted since it came last
+                chosen = [(next_cold + step) % num_tenants for step in range(distinct)]
+                next_cold += distinct
+            else:
+                chosen = generator.choice(num_tenants, distinct, replace=False).tolist()
+            texts = [(next_text + step) % num_texts for step in range(size)]
+            next_text += size
+            yield _Case([chosen[step % distinct] for step in range(size)], texts, is_cold)
+
+
+def _observe_batches(fleet: Fleet, stages: dict[str, StageCosts], rounds: int) -> float:
+    """Observes; returns the cores that compute keeps busy."""
+    mean_bytes = sum(fleet.adapter_bytes) / len(fleet.adapter_bytes)
+    common = {"pipeline_depth": 1, "record_traffic": False, "max_batch_tokens": 1 << 20}
+    busy = wall = 0.0
+    with (
+        Store.open(fleet.store, read_only=True) as store,
+        Engine(store, host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20), **common) as warm,
+        Engine(store, host_memory=int(_COLD_BATCHES * 64 * mean_bytes), **common) as cold,
+    ):
+        warm.prefetch(fleet.names)
+        for engine in (warm, cold):  # every layout is known, every path has been taken
+            for first in range(0, len(fleet.names), 64):
+                engine.run([Request(name, fleet.texts[0]) for name in fleet.names[first : first + 64]])
+        for case in _cases(fleet, rounds):
+            engine = cold if case.is_cold else warm
+            requests = [
+                Request(tenant_name(tenant), fleet.texts[text])
+                for tenant, text in zip(case.tenants, case.texts, strict=True)
+            ]
+            before = _stage_seconds(engine)
+            processor, began = time.process_time(), time.perf_counter()
+            for response in engine.run(requests):
+                if response.error is not None:
+                    raise response.error
+            processor, taken = time.process_time() - processor, time.perf_counter() - began
+            after = _stage_seconds(engine)
+            if len(requests) >= 32 and not case.is_cold:
+                busy, wall = busy + processor, wall + taken
+            for name, costs in stages.items():
+                costs.observe(_work(fleet, case, name), after[name] - before.get(name, 0.0))
+    return max(1.0, min(float(num_cores()), busy / wall))
+
+
+def _stage_seconds(engine: Engine) -> dict[str, float]:
+    return {name: float(times["busy_seconds"]) for name, times in (engine.stats().stages or {}).items()}
+
+
+def _work(fleet: Fleet, case: _Case, stage: str) -> StageWork:
+    distinct = set(case.tenants)
+    num_bytes = sum(fleet.adapter_bytes[tenant] for tenant in distinct)
+    if stage == "fetch":
+        return StageWork(0, len(distinct), num_bytes) if case.is_cold else StageWork()
+    tokens = sum(fleet.num_tokens[text] for text in case.texts)
+    if stage == "compute":
+        return StageWork(tokens, len(distinct), num_bytes)
+    return StageWork(tokens)
+
+
+@dataclass(frozen=True)
+class _Queueing:
+    """Seconds for each token: of the admitting thread beside tokenising, and of the computing one."""
+
+    admit: float
+    form: float
+    requests_per_second: float
+
+
+def _observe_loop(fleet: Fleet, seconds: float) -> _Queueing:
+    """An engine without a pipeline, with always enough to do: what its stages do not account for."""
+    popularity = zipf_popularity(len(fleet.adapter_bytes), 1.0)
+    generator = np.random.default_rng(1)
+    count = 4096
+    tenants = generator.choice(len(popularity), count, p=popularity)
+    texts = np.arange(count) % len(fleet.texts)
+    requests = fleet.requests(Arrivals(tenants, texts, np.zeros(count)))
+    with open_engine(fleet, resident=fleet.names, pipeline_depth=1, max_batch_tokens=2048) as engine:
+        sender = LoadGenerator(engine)
+        sender.closed_loop(requests, concurrency=256, seconds=min(2.0, seconds))
+        before, admitted = engine.stats(), _thread_seconds("hmi-admit")
+        began = time.perf_counter()
+        run = sender.closed_loop(requests, concurrency=256, seconds=seconds)
+        taken = time.perf_counter() - began
+        after, admitted = engine.stats(), _thread_seconds("hmi-admit") - admitted
+    tokens = after.tokens - before.tokens
+    num_requests = after.requests - before.requests
+    spent = {
+        name: float(times["busy_seconds"])
+        - float((before.stages or {}).get(name, {}).get("busy_seconds", 0.0))
+        for name, times in (after.stages or {}).items()
+    }
+    computing = sum(spent[name] for name in ("fetch", "search", "compute", "respond"))
+    return _Queueing(
+        admit=(max(0.0, admitted - spent["tokenise"]) + run.generator_seconds) / tokens,
+        form=max(0.0, taken - computing) / tokens,
+        requests_per_second=num_requests / taken,
+    )
+
+
+def _thread_seconds(name: str) -> float:
+    """Processor time of this process's threads of that name."""
+    numbers = {thread.native_id for thread in threading.enumerate() if thread.name == name}
+    return sum(each.user_time + each.system_time for each in psutil.Process().threads() if each.id in numbers)

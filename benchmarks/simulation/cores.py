@@ -1,0 +1,79 @@
+"""Processor cores that several threads share."""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+import simpy
+
+__all__ = ["SharedCores"]
+
+
+class SharedCores:
+    """Cores under processor sharing: where threads ask for more than there are, all slow down alike.
+
+    All run equally fast at any moment, at 1 or less; virtual time is the integral of that. A job that comes
+    at virtual time v and takes s alone ends at virtual time v + s. Method: virtual time as for generalised
+    processor sharing (Parekh and Gallager, "A generalized processor sharing approach to flow control in
+    integrated services networks", IEEE/ACM Transactions on Networking 1993).
+    """
+
+    def __init__(self, environment: simpy.Environment, cores: float = math.inf) -> None:
+        """Nothing runs.
+
+        Raises:
+            ValueError: ``cores`` is not above 0.
+        """
+        if not cores > 0:
+            raise ValueError(f"cores is {cores}, must be above 0")
+        self._environment = environment
+        self._cores = cores
+        self._virtual = 0.0
+        self._since = environment.now
+        self._asked = 0.0  # cores, by all jobs
+        self._jobs: list[tuple[float, int, float, simpy.Event]] = []  # virtual end, number, cores, event
+        self._num_jobs = 0
+        self._turn = 0
+
+    def work(self, seconds: float, cores: float = 1.0) -> simpy.Event:
+        """An event after ``seconds`` on as many ``cores``, or later where they are shared."""
+        if math.isinf(self._cores) or seconds <= 0:
+            return self._environment.timeout(max(0.0, seconds))
+        self._advance()
+        event = self._environment.event()
+        self._num_jobs += 1
+        heapq.heappush(self._jobs, (self._virtual + seconds, self._num_jobs, cores, event))
+        self._asked += cores
+        self._await_next()
+        return event
+
+    @property
+    def _speed(self) -> float:
+        return min(1.0, self._cores / self._asked)
+
+    def _advance(self) -> None:
+        if self._jobs:
+            self._virtual += (self._environment.now - self._since) * self._speed
+        self._since = self._environment.now
+
+    def _await_next(self) -> None:
+        self._turn += 1
+        turn = self._turn
+        pause = max(0.0, self._jobs[0][0] - self._virtual) / self._speed
+        timeout = self._environment.timeout(pause)
+        timeout.callbacks.append(lambda _: self._end(turn))
+
+    def _end(self, turn: int) -> None:
+        if turn != self._turn:
+            return  # a job has come since, and another timeout with it
+        self._since = self._environment.now
+        self._virtual = self._jobs[0][0]
+        while self._jobs and self._jobs[0][0] <= self._virtual:
+            _, _, cores, event = heapq.heappop(self._jobs)
+            self._asked -= cores
+            event.succeed()
+        if self._jobs:
+            self._await_next()
+        else:
+            self._asked = 0.0

@@ -1,0 +1,109 @@
+"""What an engine runs on, as far as the simulation knows it: what stages cost, and how data comes."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hmi_engine.schedule.cost_model import StageCoefficients
+
+__all__ = ["FREE", "Costs", "Disk", "Link", "Machine"]
+
+FREE = StageCoefficients(0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of processor time that each stage takes for a batch, alone on the machine.
+
+    Attributes:
+        admit: finding tenants, tokenising and queueing, on the admitting thread; of its requests' tokens.
+        form: choosing a batch, and giving its answers to their callers, on the computing thread.
+        fetch: beside the waiting for a disk and a link; tenants and bytes are those that were not in memory.
+        search: n-grams, packing.
+        compute: merge, layers, heads; bytes are those of the batch's weights.
+        respond: labels, scores.
+    """
+
+    admit: StageCoefficients = FREE
+    form: StageCoefficients = FREE
+    fetch: StageCoefficients = FREE
+    search: StageCoefficients = FREE
+    compute: StageCoefficients = FREE
+    respond: StageCoefficients = FREE
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Reads: bytes come one read after another, and each read is answered so much later.
+
+    As ``hmi_kernels.set_read_latency`` simulates one for the real engine.
+
+    Attributes:
+        seconds_each: that an answer takes beside its bytes.
+        bytes_per_second: of all reads together.
+        in_flight: reads that wait at a time.
+    """
+
+    seconds_each: float = 0.0
+    bytes_per_second: float = math.inf
+    in_flight: int = 8
+
+    def seconds(self, sizes: Sequence[int]) -> float:
+        """Until reads of these sizes have ended, which begin in this order as threads become free."""
+        threads = [0.0] * self.in_flight
+        delivered = 0.0
+        for size in sizes:
+            delivered = max(delivered, threads[0]) + size / self.bytes_per_second
+            heapq.heapreplace(threads, delivered + self.seconds_each)
+        return max(threads)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Copies from host to device, one after another: seconds for each, and for its bytes."""
+
+    seconds_each: float
+    bytes_per_second: float
+
+    def seconds(self, copies: int, num_bytes: int) -> float:
+        """For so many copies of so many bytes together."""
+        return copies * self.seconds_each + num_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One engine's machine and options.
+
+    Attributes:
+        costs: of the stages.
+        arena_bytes: for adapters where they are computed with.
+        host_bytes: for the tier before it; None where what the arena lacks is read from disk.
+        disk: reads.
+        link: copies into the arena; None where reads go straight into it.
+        cores: of the processor, shared by all threads.
+        compute_cores: that compute asks for of these; 0 for a device of its own.
+        upper_layers: of the model; of a batch's copies each layer waits for its own part only.
+        depth: most batches in flight.
+        max_batch_tokens: of a batch.
+        looks_ahead: whether tenants of requests that wait are loaded before their batch is formed.
+    """
+
+    costs: Costs
+    arena_bytes: int
+    host_bytes: int | None = None
+    disk: Disk = Disk()
+    link: Link | None = None
+    cores: float = math.inf
+    compute_cores: float = 0.0
+    upper_layers: int = 1
+    depth: int = 2
+    max_batch_tokens: int = 8192
+    looks_ahead: bool = True
+
+    @property
+    def batch_bytes(self) -> int:
+        """What a batch's tenants take at most, so that those in flight fit beside each other."""
+        return self.arena_bytes // max(2, self.depth)

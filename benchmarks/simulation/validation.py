@@ -1,0 +1,221 @@
+"""The simulation beside the real engine on this machine, with the same requests at the same times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+import hmi_kernels
+from benchmarks.kept_steps import KeptSteps
+from benchmarks.load_cases import (
+    BATCH_TOKENS,
+    CONCURRENCY,
+    DEADLINE,
+    TIMEOUT,
+    draw_closed,
+    queue_limits,
+    run_open,
+    settled,
+)
+from benchmarks.load_fleet import Fleet, open_engine
+from benchmarks.load_generator import LoadGenerator
+from benchmarks.load_outcomes import Outcomes, Sample, summarise
+from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
+from benchmarks.simulation.calibration import Calibration, num_cores
+from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
+from benchmarks.simulation.engine import EngineTimes, SimulatedEngine, Workload
+from benchmarks.simulation.machine import Disk, Machine
+from benchmarks.simulation.routing import AffinityRouter
+from hmi_engine.async_engine import AsyncEngine
+
+__all__ = ["Agreement", "Validation", "cpu_machine", "validate"]
+
+_Floats = npt.NDArray[np.float64]
+_SETTLE_SECONDS = 2.0
+_CYCLE = 8192
+_FASTEST = 4000
+"""Requests a second that no engine on this machine answers: as many are drawn for closed loops."""
+
+COLD_DISK = Disk(0.005, 2e8)
+COLD_BATCHES, COLD_BATCH_REQUESTS = 4, 32
+"""Memory of the cold engines, as in benchmarks/pipeline.py."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One figure, as it was measured and as it was predicted."""
+
+    case: str
+    figure: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """How far off the prediction is, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How it is validated.
+
+    Attributes:
+        loads: of the open loops, over the capacity that was measured.
+        seconds: of each run.
+    """
+
+    loads: tuple[float, ...]
+    seconds: float
+
+
+def cpu_machine(
+    calibration: Calibration, *, arena_bytes: int, depth: int, disk: Disk | None = None
+) -> Machine:
+    """This machine, as it was measured."""
+    return Machine(
+        costs=calibration.costs,
+        arena_bytes=arena_bytes,
+        disk=disk or Disk(),
+        cores=num_cores(),
+        compute_cores=calibration.compute_cores,
+        depth=depth,
+        max_batch_tokens=BATCH_TOKENS,
+    )
+
+
+def validate(
+    fleet: Fleet, calibration: Calibration, validation: Validation, steps: KeptSteps
+) -> list[Agreement]:
+    """Measures the real engine, and predicts each figure without looking at it.
+
+    What the prediction takes from the measured runs is the rate at which requests were sent.
+    """
+    bench = _Bench(fleet, calibration, validation, steps)
+    return [*bench.warm(), *bench.cold()]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    fleet: Fleet
+    calibration: Calibration
+    validation: Validation
+    steps: KeptSteps
+
+    def warm(self) -> Iterator[Agreement]:
+        """All tenants in memory: a closed loop, then open loops."""
+        popularity = zipf_popularity(len(self.fleet.adapter_bytes), 1.0)
+        machine = cpu_machine(self.calibration, arena_bytes=4 * sum(self.fleet.adapter_bytes), depth=2)
+        options = {"max_batch_tokens": BATCH_TOKENS, "resident": self.fleet.names}
+        with open_engine(self.fleet, **options) as engine:
+            closed = partial(self._measure_closed, engine, popularity, 31)
+            measured, _ = self.steps.take("validate-closed", tuple[Sample, float | None], closed)
+        predicted, _ = self._predict_closed(machine, popularity, 31, is_warm=True)
+        yield from _agreements("all in memory, closed loop", measured, predicted, ("answered", "p50", "p99"))
+        capacity = summarise([measured], DEADLINE).answered
+        limits = queue_limits(capacity)
+        with open_engine(self.fleet, limits=limits, **options) as engine:
+            for number, load in enumerate(self.validation.loads):
+                rate, seed = load * capacity, 40 + number
+                measure = partial(self._measure_open, engine, popularity, rate, seed)
+                measured = self.steps.take(f"validate-open-{load:g}", Sample, measure)
+                arrivals = self._arrivals(popularity, rate, seed)
+                cluster = Cluster(machine, limits=limits, timeout=TIMEOUT)
+                outcomes = open_loop(cluster, self._workload(arrivals), arrivals.due, self._fill).outcomes
+                predicted = settled(outcomes, arrivals, self.validation.seconds, None)
+                figures = ("p50", "p99") if load < 1 else ("goodput", "p50", "p99")
+                yield from _agreements(f"open loop, {load:.0%} of capacity", measured, predicted, figures)
+
+    def cold(self) -> Iterator[Agreement]:
+        """Every request finds its tenant cold, on a slow disk, without and with a pipeline."""
+        sizes = self.fleet.adapter_bytes
+        memory = COLD_BATCHES * COLD_BATCH_REQUESTS * sum(sizes) // len(sizes)
+        popularity = zipf_popularity(len(sizes), 0.0)
+        for depth in (1, 2):
+            machine = cpu_machine(self.calibration, arena_bytes=memory, depth=depth, disk=COLD_DISK)
+            with (
+                _slower_disk(COLD_DISK),
+                open_engine(
+                    self.fleet, pipeline_depth=depth, host_memory=memory, max_batch_tokens=BATCH_TOKENS
+                ) as engine,
+            ):
+                closed = partial(self._measure_closed, engine, popularity, 60)
+                measured, hidden = self.steps.take(
+                    f"validate-cold-{depth}", tuple[Sample, float | None], closed
+                )
+            predicted, times = self._predict_closed(machine, popularity, 60, is_warm=False)
+            case = f"cold tenants, {depth} in flight, closed loop"
+            yield from _agreements(case, measured, predicted, ("answered", "p50", "p99"))
+            if depth > 1 and hidden is not None and times.hidden_share is not None:
+                yield Agreement(case, "hidden share", hidden, times.hidden_share)
+
+    def _measure_closed(
+        self, engine: AsyncEngine, popularity: _Floats, seed: int
+    ) -> tuple[Sample, float | None]:
+        requests = self.fleet.requests(draw_closed(popularity, len(self.fleet.texts), _CYCLE, seed))
+        seconds = self.validation.seconds
+        run = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
+        return _closed_sample(run.outcomes, seconds), engine.stats().hidden_share
+
+    def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> Sample:
+        seconds = self.validation.seconds
+        return run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed).sample
+
+    def _predict_closed(
+        self, machine: Machine, popularity: _Floats, seed: int, *, is_warm: bool
+    ) -> tuple[Sample, EngineTimes]:
+        drawn = draw_closed(popularity, len(self.fleet.texts), _CYCLE, seed)
+        workload = self._workload(drawn)
+        count = int(_FASTEST * self.validation.seconds)
+        workload = replace(
+            workload, tenants=np.resize(workload.tenants, count), tokens=np.resize(workload.tokens, count)
+        )
+        found = closed_loop(
+            Cluster(machine),
+            workload,
+            concurrency=CONCURRENCY,
+            seconds=self.validation.seconds,
+            warm_up=self._fill if is_warm else None,
+        )
+        return _closed_sample(found.outcomes, self.validation.seconds), found.times
+
+    def _arrivals(self, popularity: _Floats, rate: float, seed: int) -> Arrivals:
+        return draw_arrivals(popularity, len(self.fleet.texts), rate, self.validation.seconds, seed)
+
+    def _workload(self, arrivals: Arrivals) -> Workload:
+        tokens = np.array(self.fleet.num_tokens, dtype=np.int64)[arrivals.texts]
+        return Workload(arrivals.tenants, tokens, np.array(self.fleet.adapter_bytes, dtype=np.int64))
+
+    def _fill(self, engines: Sequence[SimulatedEngine], _: AffinityRouter) -> None:
+        for engine in engines:
+            engine.memory.warm_up([np.arange(len(self.fleet.adapter_bytes))], ())
+
+
+def _closed_sample(outcomes: Outcomes, seconds: float) -> Sample:
+    """Of the answers that came in this time, after the first moments, whenever their requests were due."""
+    settle = min(_SETTLE_SECONDS, seconds / 4)
+    chosen = outcomes.select((outcomes.finished >= settle) & (outcomes.finished < seconds))
+    sample = Sample.of(chosen, 0.0, np.inf)
+    return replace(sample, seconds=seconds - settle)
+
+
+def _agreements(
+    case: str, measured: Sample, predicted: Sample, figures: Sequence[str]
+) -> Iterator[Agreement]:
+    real, simulated = (vars(summarise([sample], DEADLINE)) for sample in (measured, predicted))
+    for figure in figures:
+        yield Agreement(case, figure, real[figure], simulated[figure])
+
+
+@contextmanager
+def _slower_disk(disk: Disk) -> Iterator[None]:
+    hmi_kernels.set_read_latency(disk.seconds_each, disk.bytes_per_second)
+    try:
+        yield
+    finally:
+        hmi_kernels.set_read_latency(0.0)
