@@ -22,7 +22,7 @@ format: ## Format the Python sources
 	ruff format .
 
 test: ## The tests
-	pytest -n auto
+	pytest
 
 test-slow: ## The tests that take minutes
 	pytest -m slow
