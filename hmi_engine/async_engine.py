@@ -7,6 +7,7 @@ import atexit
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -45,8 +46,9 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
 
         Args:
             store: the tenants' store.
-            latency_target: seconds that a request should take from the moment its batch is formed: batches
-                are made as small as that needs. None for the largest batches that ``max_batch_tokens`` lets.
+            latency_target: seconds from a request's arrival to its response, where the queue is short:
+                batches are made as small as that needs, by what the stages were seen to take. None for the
+                largest batches that ``max_batch_tokens`` lets.
             queue_limits: how much may wait; beyond it requests are refused at once.
             tenant_limits: weight, rate and concurrency of a tenant by its name; the same for all by default.
             options: the fields of :class:`~hmi_engine.EngineOptions`.
@@ -135,8 +137,10 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         self._queue.look_ahead()
 
     def stats(self) -> EngineStatistics:
-        """Counts since the engine started."""
-        return self._core.current_statistics()
+        """Counts since the engine started, and what the stages cost (``costs``)."""
+        current = self._core.current_statistics()
+        current.costs = {stage: asdict(costs) for stage, costs in self._queue.costs().items()}
+        return current
 
     def queue_stats(self) -> SchedulerStatistics:
         """What waits and what was done with it."""

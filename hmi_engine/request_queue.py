@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.memory.residency import BatchTickets
@@ -17,6 +18,7 @@ from hmi_engine.pipeline.admission import AdmittedRequest
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.step import BatchItem, BatchResult
 from hmi_engine.request import Request, Response
+from hmi_engine.schedule.cost_model import BatchSizer, StageCoefficients, StageCosts, StageWork
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
@@ -54,6 +56,13 @@ class _Waiting:
     tickets: BatchTickets
 
 
+class _Formed(NamedTuple):
+    """A batch on its way, and what it asked of the fetching stage."""
+
+    requests: list[QueuedRequest[_Waiting]]
+    cold: StageWork
+
+
 class RequestQueue:
     """What arrives, what waits, what runs; a source of a flow. Safe to use from many threads.
 
@@ -74,12 +83,18 @@ class RequestQueue:
         self._scheduler = Scheduler[_Waiting](
             clock=_clock, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
         )
+        self._costs = {"compute": StageCosts(), "fetch": StageCosts(driven_by="bytes")}
+        self._sizer = BatchSizer(
+            self._costs,
+            max_batch_tokens=core.options.max_batch_tokens,
+            latency_target=latency_target,
+        )
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)  # for the thread that admits
         self._queued = threading.Condition(self._lock)  # for the thread that computes
         self._answered = threading.Condition(self._lock)  # for who drains
         self._inbox: deque[Arrival] = deque()
-        self._formed: deque[list[QueuedRequest[_Waiting]]] = deque()
+        self._formed: deque[_Formed] = deque()
         self._fetched = Counter[Hashable]()  # weights of formed batches, by how many of their requests
         self._unanswered: set[QueuedRequest[_Waiting]] = set()  # queued or running; they hold tickets
         self._num_open = 0  # futures without an answer
@@ -120,6 +135,12 @@ class RequestQueue:
         """What the scheduler did, and what it holds."""
         with self._lock:
             return self._scheduler.statistics
+
+    def costs(self) -> dict[str, StageCoefficients]:
+        """Seconds of the stages as fitted to what they took, of those that have run."""
+        with self._lock:
+            fitted = {stage: costs.coefficients for stage, costs in self._costs.items()}
+        return {stage: each for stage, each in fitted.items() if each is not None}
 
     def refuse(self) -> None:
         """Takes no requests any more."""
@@ -225,13 +246,13 @@ class RequestQueue:
                 expired = self._scheduler.expire()
                 self._unanswered.difference_update(expired)
                 formed = self._scheduler.next_batch(
-                    max_tokens=self._core.options.max_batch_tokens,
+                    max_tokens=self._sizer.batch_tokens(self._core.options.pipeline_depth),
                     max_adapter_bytes=self._core.residency.batch_bytes,
                     is_resident=self._is_coming,
                     max_cold_bytes=None,
                 )
                 if formed:
-                    self._formed.append(formed)
+                    self._formed.append(_Formed(formed, self._cold_work(formed)))
                     self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired:
                     self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
@@ -243,6 +264,12 @@ class RequestQueue:
                 ]
             if not wait:
                 return None
+
+    def _cold_work(self, formed: Sequence[QueuedRequest[_Waiting]]) -> StageWork:
+        """What a batch that was just formed asks of the fetching stage."""
+        sizes = {each.weights_key: each.adapter_bytes for each in formed}
+        cold = [size for key, size in sizes.items() if not self._is_coming(key)]
+        return StageWork(tenants=len(cold), num_bytes=sum(cold))
 
     def look_ahead(self) -> None:
         """Loads tenants of requests that wait and whose turns come first, as far as there is room."""
@@ -260,7 +287,11 @@ class RequestQueue:
     def answer(self, result: BatchResult) -> None:
         """Answers the oldest batch that was formed."""
         with self._lock:
-            formed = self._formed.popleft()
+            formed, cold = self._formed.popleft()
+            tokens = sum(each.num_tokens for each in formed)
+            tenants = len({each.weights_key for each in formed})
+            self._costs["compute"].observe(StageWork(tokens, tenants), result.compute_seconds)
+            self._costs["fetch"].observe(cold, result.prepare_seconds)
         waiting = [each.payload for each in formed]
         try:
             responses = self._core.respond(

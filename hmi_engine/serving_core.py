@@ -36,7 +36,9 @@ class EngineStatistics:
     """Counts since the engine started.
 
     ``stages`` holds the fields of ``StageTimes`` for each stage, and ``hidden_share`` what part of the time
-    of fetching and searching compute did not wait for, None where there was none. ``plot`` and ``adapters``
+    of fetching and searching compute did not wait for, None where there was none. ``costs`` holds the
+    fields of ``StageCoefficients``, seconds fitted to what the stages took, None but for ``AsyncEngine``.
+    ``plot`` and ``adapters``
     hold the fields of ``PlotStatistics`` (tokens, windows) and ``ResidencyStatistics`` (tenants, bytes);
     ``host_adapters`` those of ``HostStatistics``, or None where host memory is no tier of its own;
     ``traffic`` and ``updates`` those of ``TrafficStatistics`` and ``UpdateStatistics``, or None where the
@@ -53,6 +55,7 @@ class EngineStatistics:
     resident_bytes: int = 0
     stages: dict[str, dict[str, int | float]] | None = None
     hidden_share: float | None = None
+    costs: dict[str, dict[str, float]] | None = None
     plot: dict[str, int] | None = None
     adapters: dict[str, int] | None = None
     host_adapters: dict[str, int] | None = None

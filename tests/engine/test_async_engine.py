@@ -253,6 +253,36 @@ def test_what_waits_is_loaded_before_its_batch_is_formed(store, fleet, monkeypat
     asyncio.run(main())
 
 
+def test_a_latency_target_makes_batches_smaller(store, fleet, monkeypatch):
+    """Compute that takes 1 ms a token and a target of 0.15 s: some 50 tokens, when that has been learnt."""
+    compute, sizes = BatchRunner._compute, []
+
+    def slow(runner, searched, outputs):
+        sizes.append(searched.sequences.num_tokens)
+        time.sleep(0.001 * sizes[-1])
+        return compute(runner, searched, outputs)
+
+    monkeypatch.setattr(BatchRunner, "_compute", slow)
+    requests = [hmi.Request(fleet[n % 12], text="the cell binds a gene") for n in range(120)]
+    largest = {}
+
+    async def main(target):
+        async with hmi.AsyncEngine(store, latency_target=target, max_batch_tokens=500) as engine:
+            for _ in range(2):
+                sizes.clear()
+                await asyncio.gather(*map(engine.submit, requests))
+            largest[target] = max(sizes)
+            costs = engine.stats().costs
+            assert 0.0005 < costs["compute"]["per_token"] + costs["compute"]["fixed"] / 50 < 0.01
+            assert "fetch" in costs
+
+    for target in (0.15, None):
+        asyncio.run(main(target))
+    assert largest[0.15] < 100 < largest[None]
+    with pytest.raises(ValueError, match="latency_target"):
+        hmi.AsyncEngine(store, latency_target=0)
+
+
 @pytest.mark.parametrize("stage", ["admit", "respond"])
 def test_a_stage_that_throws_fails_its_own_requests(store, requests, expected, monkeypatch, stage):
     original, calls = getattr(ServingCore, stage), []
