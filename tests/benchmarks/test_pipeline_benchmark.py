@@ -13,6 +13,7 @@ read_results = pytest.importorskip("benchmarks.result", reason=REASON).read_resu
 trace_figure = pytest.importorskip("benchmarks.trace_figure", reason=REASON)
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
     out = tmp_path / "results" / "pipeline.json"
     pipeline.main(["--quick", "--out", str(out)])
