@@ -28,16 +28,15 @@ def read_files(
     """Fills each tensor with the bytes of its file from an offset on; several files are read at a time.
 
     Nothing is copied on the way: the kernel writes into the tensor's memory, which may be page-locked. The
-    interpreter's lock is not held.
+    interpreter's lock is not held. A read that is stuck holds this call up: see :func:`start_reads`.
 
     Args:
         paths: files.
         file_offsets: the first byte wanted of each.
         destinations: contiguous CPU tensors, one a file, that share no memory; as many bytes are read as each
             has.
-        num_threads: most files read at a time, this thread's among them. More than the cores there are pays
-            where files come from a disk; what the operating system has in memory is read no faster by more
-            threads than cores. A file that has been read for more than a second no longer counts.
+        num_threads: most files read at a time. More than the cores there are pays where files come from a
+            disk; what the operating system has in memory is read no faster by more threads than cores.
         require_finite: look at what was read, as float32, while it is in the processor's cache.
 
     Returns:

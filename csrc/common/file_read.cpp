@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <stdexcept>
 
 #include "common/read_latency.h"
 
@@ -54,6 +55,10 @@ int open_to_read(const char* path) noexcept {
 }
 
 }  // namespace
+
+void FileRead::check() const {
+  if (offset < 0 || size < 0) throw std::invalid_argument(path + ": offset and size must not be negative");
+}
 
 FileReadOutcome read_file(const FileRead& read, bool check_finite) noexcept {
   FileReadOutcome outcome;

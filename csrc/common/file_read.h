@@ -11,6 +11,8 @@ struct FileRead {
   int64_t offset;  // of the first byte in the file
   int64_t size;
   char* destination;
+
+  void check() const;  // throws std::invalid_argument on negative numbers
 };
 
 struct FileReadOutcome {
@@ -19,8 +21,8 @@ struct FileReadOutcome {
   bool is_finite = true;   // looked at only where asked for, and only if all was read
 };
 
-// With check_finite the bytes are taken as float32, while the cache still holds them: is_finite says whether none is NaN
-// or infinite.
+// With check_finite the bytes are taken as float32, while the cache still holds them: is_finite says whether none is
+// NaN or infinite.
 FileReadOutcome read_file(const FileRead& read, bool check_finite) noexcept;
 
 }  // namespace hmi

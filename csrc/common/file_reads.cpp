@@ -12,7 +12,7 @@ namespace hmi {
 namespace {
 
 constexpr std::chrono::seconds kLongRead{1};
-constexpr double kForeverSeconds = 1e9;  // what the clock can count, and nobody waits for
+constexpr double kForeverSeconds = 1e9;  // the clock can still count them
 
 double seconds_of(std::chrono::steady_clock::duration duration) {
   return std::chrono::duration<double>(duration).count();
@@ -32,9 +32,7 @@ FileReads::FileReads(std::vector<FileRead> reads, bool check_finite, int num_thr
   if (num_threads < 1) {
     throw std::invalid_argument("num_threads must be positive, not " + std::to_string(num_threads));
   }
-  for (const FileRead& read : reads_) {
-    if (read.offset < 0 || read.size < 0) throw std::invalid_argument(read.path + ": offset and size must not be negative");
-  }
+  for (const FileRead& read : reads_) read.check();
   under_way_.reserve(reads_.size());  // so that read_on() cannot fail
 }
 

@@ -1,12 +1,10 @@
-// Files that are read one by one, by whichever threads take part: those of a ReaderPool, or the caller.
+// Files that are read one by one, by threads that join: those of a ReaderPool.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
-#include <cstdint>
 #include <mutex>
-#include <optional>
 #include <vector>
 
 #include "common/file_read.h"

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
 
 #include "common/thread_pool.h"
 
@@ -17,8 +16,8 @@ constexpr int64_t kBytesWorthAThread = 256 << 10;
 
 std::atomic<ThreadPool*> pool{nullptr};
 
-// A pool of its own: who waits for a disk must not hold up the kernels. Its threads are all woken at once and come back
-// together, which for files in the page cache is faster than a ReaderPool. After fork() they are gone.
+// A pool of its own: who waits for a disk must not hold up the kernels. Its threads are woken all at once, beside the
+// caller, which for files in the page cache is faster than a ReaderPool. After fork() they are gone.
 ThreadPool& reading_pool() {
   static const bool created = [] {
     pool.store(new ThreadPool);
@@ -34,7 +33,7 @@ ThreadPool& reading_pool() {
 std::vector<FileReadOutcome> read_files(const std::vector<FileRead>& reads, bool check_finite, int num_threads) {
   int64_t total = 0;
   for (const FileRead& read : reads) {
-    if (read.offset < 0 || read.size < 0) throw std::invalid_argument(read.path + ": offset and size must not be negative");
+    read.check();
     total += read.size;
   }
   std::vector<FileReadOutcome> outcomes(reads.size());

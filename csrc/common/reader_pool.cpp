@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <utility>
 
@@ -56,7 +56,7 @@ void ReaderPool::start_thread() {
     std::thread(&ReaderPool::read_loop, this).detach();
     ++num_threads_;
     is_called_ = true;
-  } catch (const std::system_error&) {  // the system's limit of threads: go on with those there are
+  } catch (const std::exception&) {  // the system's limit of threads, or of memory: go on with those there are
   }
 }
 

@@ -217,6 +217,9 @@ def test_num_threads_is_kept_until_a_read_is_stuck(stick: Callable[[str], StuckF
     assert reads.seconds >= 1, "no read counts as stuck before"
     assert reads.outcomes() == [PendingRead(has_begun=True)] * 3 + [None] * 2
     assert [bytes(tensor.tolist()) for tensor in tensors[3:]] == [b"abcd"] * 2
+    for each in stuck:
+        each.release()
+    assert reads.wait(LONG)
 
 
 def test_jobs_go_on_beside_many_stuck_ones(stick: Callable[[str], StuckFile], tmp_path: Path) -> None:
@@ -347,8 +350,10 @@ def test_signals_end_the_main_threads_wait(stick: Callable[[str], StuckFile]) ->
     reads = start_reads([stick("stuck").path], [0], [empty(1)])
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         reads.wait(LONG)
+    assert time.monotonic() - began < LONG / 2, "the signal was handled only after the wait"
     timer.join()
     assert reads.pending == [0]
 
