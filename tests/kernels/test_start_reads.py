@@ -394,7 +394,7 @@ def test_a_forked_child_starts_anew(stick: Callable[[str], StuckFile], tmp_path:
     assert of_parent[0].wait(LONG)
 
 
-@pytest.mark.slow  # Not settled: now and then a child hangs, be it in ours or in torch, which other threads are in.
+@pytest.mark.slow  # not settled: now and then a child hangs, in ours or in torch, where other threads are
 def test_forks_while_reads_are_under_way(tmp_path: Path) -> None:
     paths = [write(tmp_path / str(number), bytes([number]) * 300_000) for number in range(8)]
     is_over = threading.Event()
