@@ -179,9 +179,46 @@ def test_another_first_request_is_looked_at_though_the_tenant_was_cold(clock):
     (urgent,) = submitted(scheduler, request("tenant", key="new", priority=1))
     assert scheduler.next_batch(**budgets, max_cold_bytes=0) == [urgent]
     (behind,) = submitted(scheduler, request("tenant", key="new"))
+    for _ in range(2):  # the tenant is found to be cold again
+        assert scheduler.next_batch(**budgets, max_cold_bytes=0)[0].tenant == "warm"
     scheduler.cancel(old)
-    served = [scheduler.next_batch(**budgets, max_cold_bytes=0)[0] for _ in range(2)]
-    assert behind in served
+    assert scheduler.next_batch(**budgets, max_cold_bytes=0) == [behind]
+
+
+def test_a_due_tenant_is_not_hidden_behind_many_cold_ones(clock):
+    """150 come after it, with smaller counters, and wait for their weights."""
+    scheduler = Scheduler(clock=clock, max_lead_tokens=1e9, max_passings=4)
+    budgets = {"max_tokens": 10, "max_adapter_bytes": 1000, "max_cold_bytes": 0}
+
+    def next_batch(*resident):
+        return scheduler.next_batch(**budgets, is_resident=resident.__contains__)
+
+    first, once, due = submitted(scheduler, request("first"), request("due"), request("due"))
+    assert next_batch("due") == [once]
+    submitted(scheduler, *(request("warm") for _ in range(10)))
+    assert next_batch("warm")[0].tenant == "warm"
+    assert next_batch("warm")[0].tenant == "warm", "passes it for the first time"
+    submitted(scheduler, *(request(f"later{number}") for number in range(150)))
+    assert next_batch("warm")[0].tenant == "warm"
+    assert next_batch("warm") == [first], "passed over in the four batches before"
+    assert next_batch("warm")[0].tenant == "warm"
+    assert next_batch("warm") == [due]
+
+
+def test_a_tenant_that_left_is_not_due_when_it_returns(clock):
+    scheduler = Scheduler(clock=clock, max_lead_tokens=1e9, max_passings=2)
+    budgets = {"max_tokens": 10, "max_adapter_bytes": 1000, "max_cold_bytes": 0}
+    submitted(scheduler, *(request("warm") for _ in range(10)))
+    running, cancelled = submitted(scheduler, request("leaves"), request("leaves"))
+    batches = [scheduler.next_batch(**budgets) for _ in range(2)]
+    assert batches[1] == [running], "so the tenant is known while it has nothing queued"
+    for _ in range(2):
+        assert scheduler.next_batch(**budgets, is_resident={"warm"}.__contains__)[0].tenant == "warm"
+    scheduler.cancel(cancelled)
+    (back,) = submitted(scheduler, request("leaves"))
+    for _ in range(3):
+        assert scheduler.next_batch(**budgets, is_resident={"warm"}.__contains__)[0].tenant == "warm"
+    assert scheduler.next_batch(**budgets, is_resident={"warm"}.__contains__) == [back]
 
 
 def test_peek_tells_whose_weights_are_needed_soonest(clock):
