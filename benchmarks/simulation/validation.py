@@ -113,7 +113,7 @@ class _Bench:
         machine = cpu_machine(self.calibration, arena_bytes=4 * sum(self.fleet.adapter_bytes), depth=2)
         options = {"latency_target": LATENCY_TARGET, "resident": self.fleet.names}
         with open_engine(self.fleet, **options) as engine:
-            self._measure_open(engine, popularity, 20.0, 30)  # it learns what its stages cost
+            self._warm(engine, popularity)
             closed = partial(self._measure_closed, engine, popularity, 31)
             measured, _ = self.steps.take("validate-closed", tuple[Sample, float | None], closed)
         predicted, _ = self._predict_closed(machine, popularity, 31, is_warm=True)
@@ -121,7 +121,7 @@ class _Bench:
         capacity = summarise([measured], DEADLINE).answered
         limits = queue_limits(capacity)
         with open_engine(self.fleet, limits=limits, **options) as engine:
-            self._measure_open(engine, popularity, capacity / 2, 30)
+            self._warm(engine, popularity)
             for number, load in enumerate(self.validation.loads):
                 rate, seed = load * capacity, 40 + number
                 measure = partial(self._measure_open, engine, popularity, rate, seed)
@@ -146,6 +146,7 @@ class _Bench:
                     self.fleet, pipeline_depth=depth, host_memory=memory, latency_target=LATENCY_TARGET
                 ) as engine,
             ):
+                self._warm(engine, popularity)
                 closed = partial(self._measure_closed, engine, popularity, 60)
                 measured, hidden = self.steps.take(
                     f"validate-cold-{depth}", tuple[Sample, float | None], closed
@@ -163,6 +164,10 @@ class _Bench:
         seconds = self.validation.seconds
         run = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
         return _closed_sample(run.outcomes, seconds), engine.stats().hidden_share
+
+    def _warm(self, engine: AsyncEngine, popularity: _Floats) -> None:
+        """Has an engine learn what its stages cost."""
+        run_open(engine, self.fleet, popularity, rate=50.0, seconds=3.0, seed=30)
 
     def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> Sample:
         seconds = self.validation.seconds
