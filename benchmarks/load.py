@@ -18,7 +18,7 @@ from benchmarks.kept_steps import KeptSteps
 from benchmarks.load_cases import (
     CONCURRENCY,
     DEADLINE,
-    ENGINE_OPTIONS,
+    LATENCY_TARGET,
     QUEUE_SECONDS,
     TIMEOUT,
     LoadPoint,
@@ -44,7 +44,7 @@ FLOOD = f"one sends {HEAVY_TIMES} times as much as each of the others"
 UNFAIR = f"{FLOOD}, first come first served"
 NOTES = (
     "An `AsyncEngine` on this machine answers real held-out texts. Every tenant has weights of its own, of "
-    "mixed kinds and ranks; all are in memory. At most {batch_tokens:,} tokens a batch, 2 batches in flight.",
+    "mixed kinds and ranks; all are in memory. `latency_target={latency_target:g}`, 2 batches in flight.",
     "Capacity: what it answers with {concurrency} requests always open. Open loop: the arrivals of a Poisson "
     "process, drawn beforehand, are sent at their times whatever the engine does; a latency counts from when "
     "its request was due. Each repetition measures capacity anew, and offers its loads in another order.",
@@ -90,9 +90,18 @@ class _Bench:
     def open(self, limits: QueueLimits | None = None, *, is_fair: bool = True) -> AsyncEngine:
         return self.stack.enter_context(
             open_engine(
-                self.fleet, limits=limits, is_fair=is_fair, resident=self.fleet.names, **ENGINE_OPTIONS
+                self.fleet,
+                limits=limits,
+                is_fair=is_fair,
+                resident=self.fleet.names,
+                latency_target=LATENCY_TARGET,
             )
         )
+
+    def warm(self, engine: AsyncEngine, popularity: npt.NDArray[np.float64]) -> float:
+        """Has an engine learn what its stages cost; returns about how many requests a second it answers."""
+        seconds = min(2.0, self.plan.capacity_seconds)
+        return capacity_of(engine, self.fleet, popularity, seconds=seconds, seed=900)
 
     def capacity(
         self, name: str, engine: AsyncEngine, popularity: npt.NDArray[np.float64], seed: int
@@ -132,11 +141,13 @@ def measure_open(bench: _Bench) -> OpenLoop:
     free = bench.open()
     limited: AsyncEngine | None = None
     found = OpenLoop([], {load: [] for load in plan.loads})
-    bench.capacity("warm-up", free, popularity, 900)
+    bench.warm(free, popularity)
     for repetition in range(plan.repetitions):
         capacity = bench.capacity(f"open-{repetition}-capacity", free, popularity, 1000 + repetition)
         found.capacities.append(capacity)
-        limited = limited or bench.open(queue_limits(capacity))
+        if limited is None:
+            limited = bench.open(queue_limits(capacity))
+            run_open(limited, bench.fleet, popularity, rate=capacity / 2, seconds=2.0, seed=901)
         for place in np.random.default_rng(repetition).permutation(len(plan.loads)).tolist():
             load = plan.loads[place]
             work = partial(
@@ -159,13 +170,15 @@ def measure_mixed(bench: _Bench) -> dict[tuple[float, str], list[LoadPoint]]:
     equal, flood = (heavy_popularity(count, times) for times in (1, HEAVY_TIMES))
     others = range(1, count)
     free = bench.open()
-    capacity = bench.capacity("mixed-warm-up", free, equal, 901)
+    capacity = bench.warm(free, equal)
     engines = {
         EQUAL: bench.open(queue_limits(capacity)),
         UNFAIR: bench.open(
             QueueLimits(queue_limits(capacity).max_queued_requests, tenant_share=None), is_fair=False
         ),
     }
+    for engine in engines.values():
+        run_open(engine, bench.fleet, equal, rate=capacity / 2, seconds=2.0, seed=901)
     engines[FLOOD] = engines[EQUAL]
     found: dict[tuple[float, str], list[LoadPoint]] = {
         (load, name): [] for load in plan.mixed_loads for name in (EQUAL, FLOOD, UNFAIR)
@@ -349,7 +362,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         },
         notes=tuple(
             note.format(
-                batch_tokens=ENGINE_OPTIONS["max_batch_tokens"],
+                latency_target=LATENCY_TARGET,
                 concurrency=CONCURRENCY,
                 deadline=DEADLINE,
                 timeout=TIMEOUT,

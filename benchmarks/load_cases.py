@@ -16,10 +16,9 @@ from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.schedule.limits import QueueLimits
 
 __all__ = [
-    "BATCH_TOKENS",
     "CONCURRENCY",
     "DEADLINE",
-    "ENGINE_OPTIONS",
+    "LATENCY_TARGET",
     "TIMEOUT",
     "GeneratorCost",
     "LoadPoint",
@@ -33,15 +32,16 @@ __all__ = [
 DEADLINE = 1.0
 """Seconds within which an answer is good."""
 
+LATENCY_TARGET = 0.25
+"""Seconds, by which the engine sizes its batches."""
+
 TIMEOUT = 0.7
-"""Seconds after which a request need not be begun: what is left of the deadline, batches in flight take."""
+"""Seconds after which a request need not be begun: the engine is given the rest of the deadline for it."""
 
 QUEUE_SECONDS = 0.3
 """Of serving, that may be queued."""
 
-BATCH_TOKENS = 2048
 CONCURRENCY = 256
-ENGINE_OPTIONS = {"max_batch_tokens": BATCH_TOKENS}
 
 _Floats = npt.NDArray[np.float64]
 _SETTLE_SECONDS = 1.0

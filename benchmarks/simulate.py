@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.arguments import Arguments, read_arguments
 from benchmarks.kept_steps import KeptSteps
-from benchmarks.load_cases import BATCH_TOKENS, CONCURRENCY
+from benchmarks.load_cases import CONCURRENCY, LATENCY_TARGET
 from benchmarks.load_fleet import Fleet, build_fleet
 from benchmarks.result import BenchmarkResult, Curve, Quantity, Table
 from benchmarks.simulation.calibration import Calibration, calibrate, num_cores
@@ -272,7 +272,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         is_quick=arguments.quick,
         machine=describe_machine(),
         versions=installed_versions(),
-        settings={**fleet.settings, "max_batch_tokens": BATCH_TOKENS},
+        settings={**fleet.settings, "latency_target": LATENCY_TARGET},
         notes=tuple(
             note.format(
                 disk_ms=1e3 * COLD_DISK.seconds_each,

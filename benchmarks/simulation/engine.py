@@ -17,7 +17,7 @@ from benchmarks.simulation.machine import Machine
 from benchmarks.simulation.memory import Memory
 from hmi_engine.errors import DeadlineExceededError, OverloadedError
 from hmi_engine.memory.eviction import Tickets
-from hmi_engine.schedule.cost_model import StageCoefficients, StageWork
+from hmi_engine.schedule.cost_model import BatchSizer, StageCoefficients, StageCosts, StageWork
 from hmi_engine.schedule.limits import QueueLimits
 from hmi_engine.schedule.queued_request import QueuedRequest
 from hmi_engine.schedule.scheduler import Scheduler
@@ -90,6 +90,9 @@ class _Batch:
     work: StageWork
     copied: list[float] = field(default_factory=list)
     arrived: float = 0.0
+    cold: StageWork = field(default_factory=StageWork)
+    prepare_seconds: float = 0.0
+    compute_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +139,10 @@ class SimulatedEngine:
         self.memory = Memory(machine, workload.sizes)
         self.times = EngineTimes()
         self._scheduler = Scheduler[_Waiting](clock=lambda: environment.now, queue_limits=self._limits)
+        self._costs = {"compute": StageCosts(), "fetch": StageCosts(driven_by="bytes")}
+        self._sizer = BatchSizer(
+            self._costs, max_batch_tokens=machine.max_batch_tokens, latency_target=machine.latency_target
+        )
         self._cores = SharedCores(environment, machine.cores)
         self._inbox: deque[tuple[int, float | None]] = deque()
         self._arrived = environment.event()
@@ -226,7 +233,8 @@ class SimulatedEngine:
         for request in self._scheduler.expire():
             self._leave(request, Fate.EXPIRED)
         requests = self._scheduler.next_batch(
-            max_tokens=self._machine.max_batch_tokens, max_adapter_bytes=self._machine.batch_bytes
+            max_tokens=self._sizer.batch_tokens(self._machine.depth),
+            max_adapter_bytes=self._machine.batch_bytes,
         )
         if not requests:
             return None
@@ -237,7 +245,7 @@ class SimulatedEngine:
         return _Batch(requests, distinct, work)
 
     def _run(self, batch: _Batch) -> _Steps:
-        compute = self._machine.costs.compute.seconds(batch.work)
+        compute, start = self._machine.costs.compute.seconds(batch.work), self._environment.now
         if self._machine.compute_cores:
             began = self._environment.now
             yield self._cores.work(compute, self._machine.compute_cores)
@@ -251,6 +259,7 @@ class SimulatedEngine:
             yield self._environment.timeout(end - now)
             self.times.compute += compute
             self.times.exposed += end - now - compute
+        batch.compute_seconds = self._environment.now - start
         began = self._environment.now
         yield self._work(self._machine.costs.respond, batch.work)
         self.times.respond += self._environment.now - began
@@ -258,6 +267,10 @@ class SimulatedEngine:
         self.times.tokens += int(batch.work.tokens)
 
     def _answer(self, batch: _Batch) -> None:
+        if self._machine.latency_target is not None:
+            work = StageWork(batch.work.tokens, batch.work.tenants)
+            self._costs["compute"].observe(work, batch.compute_seconds)
+            self._costs["fetch"].observe(batch.cold, batch.prepare_seconds)
         self.memory.arena.release(batch.tenants)
         self._scheduler.finish(batch.requests)
         for request in batch.requests:
@@ -275,20 +288,22 @@ class SimulatedEngine:
             yield from self._prepare(batch)
 
     def _prepare(self, batch: _Batch) -> _Steps:
-        began = self._environment.now
+        start = began = self._environment.now
         with self._loading.request() as turn:
             yield turn
             missing, read = self.memory.hold(batch.tenants)
             batch.arrived = max((self._arriving.get(tenant, 0.0) for tenant in batch.tenants), default=0.0)
+            batch.cold = StageWork(0, len(missing), self._bytes_of(missing))
             batch.copied = yield from self._fetch(missing, read)
         self.times.fetch += self._environment.now - began
         began = self._environment.now
         yield self._work(self._machine.costs.search, batch.work)
         self.times.search += self._environment.now - began
+        batch.prepare_seconds = self._environment.now - start
 
     def _fetch(self, missing: Sequence[int], read: Sequence[int]) -> _Steps:
         """Returns when the copies for each layer will be there, if any have to be made."""
-        num_bytes = int(self._workload.sizes[missing].sum()) if missing else 0
+        num_bytes = self._bytes_of(missing)
         yield self._work(self._machine.costs.fetch, StageWork(0, len(missing), num_bytes))
         if read:
             yield self._environment.timeout(self._machine.disk.seconds(self._workload.sizes[read].tolist()))
@@ -300,6 +315,9 @@ class SimulatedEngine:
         self._link_free_at = start + seconds
         self.times.copy += seconds
         return [start + seconds * (layer + 1) / layers for layer in range(layers)]
+
+    def _bytes_of(self, tenants: Sequence[int]) -> int:
+        return int(self._workload.sizes[list(tenants)].sum()) if tenants else 0
 
     def _start_looking_ahead(self) -> None:
         is_busy = self._ahead is not None and self._ahead.is_alive

@@ -88,6 +88,7 @@ class Machine:
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
         max_batch_tokens: of a batch.
+        latency_target: seconds, by which batches are sized as the engine does; None for the largest.
         looks_ahead: whether tenants of requests that wait are loaded before their batch is formed.
     """
 
@@ -101,6 +102,7 @@ class Machine:
     upper_layers: int = 1
     depth: int = 2
     max_batch_tokens: int = 8192
+    latency_target: float | None = None
     looks_ahead: bool = True
 
     @property

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import hmi_kernels
 from benchmarks.kept_steps import KeptSteps
 from benchmarks.load_cases import (
-    BATCH_TOKENS,
     CONCURRENCY,
     DEADLINE,
+    LATENCY_TARGET,
     TIMEOUT,
     draw_closed,
     queue_limits,
@@ -85,7 +85,7 @@ def cpu_machine(
         cores=num_cores(),
         compute_cores=calibration.compute_cores,
         depth=depth,
-        max_batch_tokens=BATCH_TOKENS,
+        latency_target=LATENCY_TARGET,
     )
 
 
@@ -111,8 +111,9 @@ class _Bench:
         """All tenants in memory: a closed loop, then open loops."""
         popularity = zipf_popularity(len(self.fleet.adapter_bytes), 1.0)
         machine = cpu_machine(self.calibration, arena_bytes=4 * sum(self.fleet.adapter_bytes), depth=2)
-        options = {"max_batch_tokens": BATCH_TOKENS, "resident": self.fleet.names}
+        options = {"latency_target": LATENCY_TARGET, "resident": self.fleet.names}
         with open_engine(self.fleet, **options) as engine:
+            self._warm(engine, popularity)
             closed = partial(self._measure_closed, engine, popularity, 31)
             measured, _ = self.steps.take("validate-closed", tuple[Sample, float | None], closed)
         predicted, _ = self._predict_closed(machine, popularity, 31, is_warm=True)
@@ -120,6 +121,7 @@ class _Bench:
         capacity = summarise([measured], DEADLINE).answered
         limits = queue_limits(capacity)
         with open_engine(self.fleet, limits=limits, **options) as engine:
+            self._warm(engine, popularity)
             for number, load in enumerate(self.validation.loads):
                 rate, seed = load * capacity, 40 + number
                 measure = partial(self._measure_open, engine, popularity, rate, seed)
@@ -141,9 +143,10 @@ class _Bench:
             with (
                 _slower_disk(COLD_DISK),
                 open_engine(
-                    self.fleet, pipeline_depth=depth, host_memory=memory, max_batch_tokens=BATCH_TOKENS
+                    self.fleet, pipeline_depth=depth, host_memory=memory, latency_target=LATENCY_TARGET
                 ) as engine,
             ):
+                self._warm(engine, popularity)
                 closed = partial(self._measure_closed, engine, popularity, 60)
                 measured, hidden = self.steps.take(
                     f"validate-cold-{depth}", tuple[Sample, float | None], closed
@@ -161,6 +164,10 @@ class _Bench:
         seconds = self.validation.seconds
         run = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
         return _closed_sample(run.outcomes, seconds), engine.stats().hidden_share
+
+    def _warm(self, engine: AsyncEngine, popularity: _Floats) -> None:
+        """Has an engine learn what its stages cost."""
+        run_open(engine, self.fleet, popularity, rate=50.0, seconds=3.0, seed=30)
 
     def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> Sample:
         seconds = self.validation.seconds

@@ -135,6 +135,7 @@ def drawn_loads(draw: st.DrawFn) -> tuple[Cluster, Workload, np.ndarray]:
         upper_layers=3,
         depth=draw(st.integers(1, 4)),
         max_batch_tokens=draw(st.integers(1, 200)),
+        latency_target=draw(st.sampled_from([None, 0.05, 1.0])),
         looks_ahead=draw(st.booleans()),
     )
     limits = QueueLimits(
