@@ -57,10 +57,11 @@ class _Waiting:
 
 
 class _Formed(NamedTuple):
-    """A batch on its way, and what it asked of the fetching stage."""
+    """A batch on its way, and what it asks of the stages."""
 
     requests: list[QueuedRequest[_Waiting]]
-    cold: StageWork
+    compute: StageWork
+    fetch: StageWork
 
 
 class RequestQueue:
@@ -245,14 +246,9 @@ class RequestQueue:
                     return None
                 expired = self._scheduler.expire()
                 self._unanswered.difference_update(expired)
-                formed = self._scheduler.next_batch(
-                    max_tokens=self._sizer.batch_tokens(self._core.options.pipeline_depth),
-                    max_adapter_bytes=self._core.residency.batch_bytes,
-                    is_resident=self._is_coming,
-                    max_cold_bytes=None,
-                )
+                formed = self._form()
                 if formed:
-                    self._formed.append(_Formed(formed, self._cold_work(formed)))
+                    self._formed.append(self._described(formed))
                     self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired:
                     self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
@@ -265,11 +261,26 @@ class RequestQueue:
             if not wait:
                 return None
 
-    def _cold_work(self, formed: Sequence[QueuedRequest[_Waiting]]) -> StageWork:
-        """What a batch that was just formed asks of the fetching stage."""
+    def _form(self) -> list[QueuedRequest[_Waiting]]:
+        """A batch of a size, and with as many weights to fetch, as the measured costs suggest."""
+        max_tokens = self._sizer.batch_tokens(self._core.options.pipeline_depth)
+        ahead = [batch.compute for batch in self._formed]
+        return self._scheduler.next_batch(
+            max_tokens=max_tokens,
+            max_adapter_bytes=self._core.residency.batch_bytes,
+            is_resident=self._is_coming,
+            max_cold_bytes=self._sizer.cold_bytes(ahead, batch_tokens=max_tokens),
+        )
+
+    def _described(self, formed: list[QueuedRequest[_Waiting]]) -> _Formed:
+        """A batch that was just formed, and what it asks of the stages."""
         sizes = {each.weights_key: each.adapter_bytes for each in formed}
         cold = [size for key, size in sizes.items() if not self._is_coming(key)]
-        return StageWork(tenants=len(cold), num_bytes=sum(cold))
+        return _Formed(
+            formed,
+            compute=StageWork(sum(each.num_tokens for each in formed), len(sizes)),
+            fetch=StageWork(tenants=len(cold), num_bytes=sum(cold)),
+        )
 
     def look_ahead(self) -> None:
         """Loads tenants of requests that wait and whose turns come first, as far as there is room."""
@@ -287,11 +298,9 @@ class RequestQueue:
     def answer(self, result: BatchResult) -> None:
         """Answers the oldest batch that was formed."""
         with self._lock:
-            formed, cold = self._formed.popleft()
-            tokens = sum(each.num_tokens for each in formed)
-            tenants = len({each.weights_key for each in formed})
-            self._costs["compute"].observe(StageWork(tokens, tenants), result.compute_seconds)
-            self._costs["fetch"].observe(cold, result.prepare_seconds)
+            formed, compute, fetch = self._formed.popleft()
+            self._costs["compute"].observe(compute, result.compute_seconds)
+            self._costs["fetch"].observe(fetch, result.prepare_seconds)
         waiting = [each.payload for each in formed]
         try:
             responses = self._core.respond(

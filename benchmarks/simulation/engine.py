@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +144,8 @@ class SimulatedEngine:
             self._costs, max_batch_tokens=machine.max_batch_tokens, latency_target=machine.latency_target
         )
         self._cores = SharedCores(environment, machine.cores)
+        self._formed: deque[_Batch] = deque()
+        self._fetched = Counter[int]()  # tenants of formed batches
         self._inbox: deque[tuple[int, float | None]] = deque()
         self._arrived = environment.event()
         self._queued = environment.event()
@@ -232,9 +234,13 @@ class SimulatedEngine:
     def _form(self) -> _Batch | None:
         for request in self._scheduler.expire():
             self._leave(request, Fate.EXPIRED)
+        max_tokens = self._sizer.batch_tokens(self._machine.depth)
+        ahead = [batch.work for batch in self._formed]
         requests = self._scheduler.next_batch(
-            max_tokens=self._sizer.batch_tokens(self._machine.depth),
+            max_tokens=max_tokens,
             max_adapter_bytes=self._machine.batch_bytes,
+            is_resident=lambda tenant: tenant in self._fetched or tenant in self.memory.arena,
+            max_cold_bytes=self._sizer.cold_bytes(ahead, batch_tokens=max_tokens),
         )
         if not requests:
             return None
@@ -242,7 +248,10 @@ class SimulatedEngine:
         distinct = list(dict.fromkeys(tenants))
         num_bytes = sum(int(self._workload.sizes[tenant]) for tenant in distinct)
         work = StageWork(sum(each.num_tokens for each in requests), len(distinct), num_bytes)
-        return _Batch(requests, distinct, work)
+        batch = _Batch(requests, distinct, work)
+        self._formed.append(batch)
+        self._fetched.update(distinct)
+        return batch
 
     def _run(self, batch: _Batch) -> _Steps:
         compute, start = self._machine.costs.compute.seconds(batch.work), self._environment.now
@@ -267,6 +276,9 @@ class SimulatedEngine:
         self.times.tokens += int(batch.work.tokens)
 
     def _answer(self, batch: _Batch) -> None:
+        self._formed.remove(batch)
+        self._fetched.subtract(batch.tenants)
+        self._fetched += Counter()  # drops those at zero
         if self._machine.latency_target is not None:
             work = StageWork(batch.work.tokens, batch.work.tenants)
             self._costs["compute"].observe(work, batch.compute_seconds)
