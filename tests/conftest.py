@@ -29,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     choose_device(device)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 WORDS = """
 the a of and in to is was cell protein binds gene drug model data text parse file open close read
 write server socket client request value number matrix sum mean error type class function method

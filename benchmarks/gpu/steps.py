@@ -147,6 +147,7 @@ def _pytest(tests: tuple[str, ...]) -> Program:
         "-m",
         "pytest",
         "-q",
+        "-n0",  # one process: they would share one GPU
         "--tb=short",
         "-p",
         "no:cacheprovider",

@@ -1,4 +1,4 @@
-"""Every kernel beside what torch would do instead: ``pytest benchmarks/kernels --benchmark-only``.
+"""Every kernel beside what torch would do instead: ``pytest -n0 benchmarks/kernels --benchmark-only``.
 
 Groups hold a kernel and its peers; ``extra_info`` gives tokens or floating-point operations per call. Peers
 are given their best case (their tables in one tensor, weights stacked, nothing to gather or to pad).
