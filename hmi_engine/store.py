@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.creation import create_store
+from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome, train_tenants
 from hmi_engine.construct.training import (
     TrainedTenant,
+    TrainingBase,
     TrainingProgress,
     TrainingSettings,
     train_tenant,
 )
-from hmi_engine.errors import TenantExistsError
+from hmi_engine.errors import HmiError, TenantExistsError
 from hmi_engine.exchange_store import ExchangeStore
 from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import Catalog
@@ -238,19 +240,14 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             TrainingDivergedError, TrainingMemoryError: nothing is added.
             InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
         """
-        check_name(name)
         self._check_writable()
-        if name in self.tenants and not replace:
-            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
-        plots = None
+        self._check_new(name, replace)
         _ = self.domains[domain]
-        if self.general.plot_layers:
-            plots = PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
         trained = train_tenant(
             general=self.general,
             model=self.model,
             encoder=self.encoder,
-            plots=plots,
+            plots=self._plots(),
             domain=domain,
             examples=examples,
             validation_examples=validation_examples,
@@ -258,6 +255,68 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             settings=settings or TrainingSettings(),
             progress=progress,
         )
+        self._add_trained(name, domain, trained, replace)
+        return trained
+
+    def train_tenants(
+        self,
+        tenants: Sequence[TenantExamples],
+        *,
+        domain: str,
+        together: int = TOGETHER,
+        replace: bool = False,
+        progress: TrainingProgress | None = None,
+    ) -> dict[str, TrainingOutcome]:
+        """Trains tenants of one domain together, each to what :meth:`train_tenant` would make of it alone.
+
+        What is wrong with one tenant (its name, data, settings, a loss that is not finite) ends its training
+        alone; the others are added, as soon as those that are trained with them are done.
+
+        Args:
+            tenants: what each is to learn; names differ.
+            domain: name of their domain.
+            together: how many are in memory at a time.
+            replace: whether tenants of these names may be replaced.
+            progress: told about each stage.
+
+        Returns:
+            For each name the trained tenant, or the error that says why there is none.
+
+        Raises:
+            UnknownDomainError, ReadOnlyStoreError, TrainingMemoryError.
+            ValueError: two tenants have one name, or ``together`` is below 1.
+        """
+        self._check_writable()
+        if len({tenant.name for tenant in tenants}) < len(tenants):
+            raise ValueError("two tenants have one name")
+        _ = self.domains[domain]
+        outcomes: dict[str, TrainingOutcome] = {tenant.name: HmiError("not trained") for tenant in tenants}
+        accepted = []
+        for tenant in tenants:
+            try:
+                self._check_new(tenant.name, replace)
+                accepted.append(tenant)
+            except HmiError as error:
+                outcomes[tenant.name] = error
+        base = TrainingBase(self.general, self.model, self.encoder, self._plots(), domain, progress)
+        for tenant, outcome in train_tenants(base, accepted, together=together):
+            outcomes[tenant.name] = outcome
+            if not isinstance(outcome, HmiError):
+                self._add_trained(tenant.name, domain, outcome, replace)
+        return outcomes
+
+    def _plots(self) -> PlotLibrary | None:
+        """The tables, if layers are looked up."""
+        if not self.general.plot_layers:
+            return None
+        return PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
+
+    def _check_new(self, name: str, replace: bool) -> None:
+        check_name(name)
+        if name in self.tenants and not replace:
+            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
+
+    def _add_trained(self, name: str, domain: str, trained: TrainedTenant, replace: bool) -> None:
         self.add_tenant(
             name,
             domain=domain,
@@ -266,7 +325,6 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             replace=replace,
             card={"training": trained.report.model_dump(mode="json")},
         )
-        return trained
 
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""

@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
+from hmi_engine.cli.joint_training_command import train_many
 from hmi_engine.cli.output import (
     AsJson,
     StorePath,
@@ -32,6 +33,7 @@ from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 
 app = typer.Typer(help="Tenants: adapters and heads.", no_args_is_help=True)
+app.command("train-many")(train_many)
 
 TenantName = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the tenant, such as acme/chemprot.", show_default=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hmi_engine.construct.trainable_layers import Reading
 from hmi_engine.construct.training_cache import HiddenStateCache
 from hmi_engine.construct.training_data import WordPlaces
 from hmi_engine.models.packing import PackedSequences
@@ -130,7 +131,7 @@ class PackedBatch:
             contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))
         return torch.cat(contexts)
 
-    def read(self, rows: Tensor, reading: str, words: WordPlaces | None) -> Tensor:
+    def read(self, rows: Tensor, reading: Reading, words: WordPlaces | None) -> Tensor:
         """What heads read of the last layer's rows, sequences in the order in which they were packed.
 
         ``reading`` ``"cls"``: the first tokens, which are all of ``rows`` [S, H]; ``"mean"``: over the tokens

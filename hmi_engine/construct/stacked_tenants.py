@@ -16,6 +16,7 @@ import hmi_kernels
 from hmi_engine.construct.packed_batch import PackedBatch, Segments
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.trainable_tenant import TrainableTenant
+from hmi_engine.knowledge.adapters import KIND_OF_SITE, Site
 
 __all__ = ["ParameterTable", "StackedAdapters", "StackedTenants"]
 
@@ -67,30 +68,49 @@ class ParameterTable(nn.Module):
 class _Place(nn.Module):
     """The blocks of one layer and site as an arena of which each row is a slot's block."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, site: Site, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.table = ParameterTable(blocks)
-        shapes = {name: parameter.shape for name, parameter in blocks[0].named_parameters()}
-        self._is_lora = "a" in shapes
-        inputs, self._rank = shapes["a" if self._is_lora else "down"]
-        self._output_size = shapes["b"][1] if self._is_lora else inputs
+        self._kind = KIND_OF_SITE[site].name
         num_slots, row_size = self.table.rows.shape
         self._offsets = torch.arange(num_slots) * row_size
+        shapes = {name: parameter.shape for name, parameter in blocks[0].named_parameters()}
+        self._rank = {"bottleneck": lambda: shapes["down"][1], "lora": lambda: shapes["a"][1]}.get(
+            self._kind, lambda: 1
+        )()
         self._ranks = torch.full((num_slots,), self._rank, dtype=torch.int32)
         self._scales = torch.tensor([float(getattr(block, "scale", 1.0)) for block in blocks])
         names = [getattr(block, "activation", hmi_kernels.ACTIVATIONS[0]) for block in blocks]
         numbers = [hmi_kernels.ACTIVATIONS.index(name) for name in names]
         self._activations = torch.tensor(numbers, dtype=torch.int32)
 
-    def delta(self, hidden_states: Tensor, segments: Segments) -> Tensor:
-        """What each row's block adds: [rows, in] -> [rows, out]."""
+    def change(self, output: Tensor, hidden_states: Tensor, segments: Segments) -> Tensor:
+        """What each row's block makes of output [rows, out]; blocks with matrices read [rows, in]."""
         batch = (hidden_states, self.table.rows.view(-1), segments.offsets, segments.slots)
-        if self._is_lora:
-            tables = (table[None] for table in (self._offsets, self._ranks, self._scales))
-            sizes = [self._output_size]
-            return hmi_kernels.grouped_lora_delta(*batch, *tables, output_sizes=sizes, max_rank=self._rank)
-        slots = (self._offsets, self._ranks, self._activations, self._scales)
-        return hmi_kernels.grouped_bottleneck_delta(*batch, *slots, max_rank=self._rank)
+        match self._kind:
+            case "lora":
+                tables = (table[None] for table in (self._offsets, self._ranks, self._scales))
+                sizes = [output.shape[1]]
+                return output + hmi_kernels.grouped_lora_delta(
+                    *batch, *tables, output_sizes=sizes, max_rank=self._rank
+                )
+            case "bottleneck":
+                slots = (self._offsets, self._ranks, self._activations, self._scales)
+                return output + hmi_kernels.grouped_bottleneck_delta(*batch, *slots, max_rank=self._rank)
+            case "ia3":
+                return output * self._vectors(output, segments)
+            case _:
+                return output + self._vectors(output, segments)
+
+    def _vectors(self, output: Tensor, segments: Segments) -> Tensor:
+        """Each row's vector, [rows, out]: the product of 1 with a matrix of one row."""
+        ones = output.new_ones(output.shape[0], 1)
+        columns = torch.full_like(self._ranks, output.shape[1])
+        slots = (self._offsets, self._ranks, columns)
+        arena = self.table.rows.view(-1)
+        return hmi_kernels.grouped_product(
+            ones, arena, segments.offsets, segments.slots, *slots, output_size=output.shape[1]
+        )
 
 
 class StackedAdapters(nn.Module):
@@ -105,7 +125,10 @@ class StackedAdapters(nn.Module):
         self.places, self.first_layer = first.places, first.first_layer
         self._names = dict(zip(first.places, first.blocks, strict=True))
         self.blocks = nn.ModuleDict(
-            {name: _Place([adapter.blocks[name] for adapter in adapters]) for name in first.blocks}
+            {
+                name: _Place(site, [adapter.blocks[name] for adapter in adapters])
+                for (_, site), name in self._names.items()
+            }
         )
         self._segments: dict[int, Segments] = {}
 
@@ -119,13 +142,13 @@ class StackedAdapters(nn.Module):
 
     def is_used(self, layer: int, site: str) -> bool:
         """Whether there are blocks at this place."""
-        return (layer, site) in self._names
+        return (layer, Site(site)) in self._names
 
-    def delta(self, layer: int, site: str, hidden_states: Tensor) -> Tensor:
-        """What the blocks at this place add for hidden_states [rows, in]: [rows, out], with gradients."""
-        place = self.blocks[self._names[layer, site]]  # type: ignore[index]
+    def change(self, layer: int, site: str, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the blocks at this place make of ``output`` [rows, out], with gradients."""
+        place = self.blocks[self._names[layer, Site(site)]]
         assert isinstance(place, _Place)
-        return place.delta(hidden_states, self._segments[hidden_states.shape[0]])
+        return place.change(output, hidden_states, self._segments[output.shape[0]])
 
 
 class StackedTenants(nn.Module):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hmi_engine.construct.trainable_layers import Adapters
 from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.knowledge.adapters import (
     KIND_OF_SITE,
@@ -195,12 +196,12 @@ def _name(layer: int, site: str) -> str:
 
 
 class AppliedAdapter:
-    """A :class:`TrainableAdapter` as the serving layers see adapters: all tokens are of this one tenant.
+    """Adapters that are trained, as the serving layers see adapters.
 
     Only without gradients: the layers hand out slices of wider tensors to be changed in place.
     """
 
-    def __init__(self, adapter: TrainableAdapter) -> None:
+    def __init__(self, adapter: Adapters) -> None:
         self._adapter = adapter
 
     def is_used(self, layer: int, site: str) -> bool:

@@ -14,7 +14,7 @@ from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.trainable_tenant import TrainableTenant
 from hmi_engine.construct.training_cache import HiddenStateCache, cache_hidden_states
 from hmi_engine.construct.training_data import Split, TaskData
-from hmi_engine.construct.training_loop import TrainingTask, fit
+from hmi_engine.construct.training_loop import FitResult, TrainingTask, fit
 from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import Metrics, check_metric_libraries
 from hmi_engine.construct.training_settings import (
@@ -34,7 +34,9 @@ from hmi_engine.models.tokenization import TextEncoder
 __all__ = [
     "Epoch",
     "Metrics",
+    "PreparedTraining",
     "TrainedTenant",
+    "TrainingBase",
     "TrainingProgress",
     "TrainingReport",
     "TrainingSettings",
@@ -93,65 +95,119 @@ def train_tenant(
         UnknownDomainError: no such domain.
         ValueError: ``plots`` is missing.
     """
-    if plots is None and general.plot_layers:
-        raise ValueError(f"plots is None, but layers 0 to {general.plot_layers - 1} are looked up")
-    check_metric_libraries()
-    started = time.perf_counter()
-    objective = OBJECTIVES[settings.task].learn(examples, settings, validation_examples)
-    session = _Session(general, model, encoder, plots, domain, settings, objective, progress)
-    data = session.encode([*examples, *validation_examples])
-    test_data = session.encode(test_examples) if test_examples else None
-    generator = torch.Generator().manual_seed(settings.seed)
-    split = session.split(data, len(examples), generator)
-    tenant = session.new_tenant(generator)
-    states = session.cache(data, tenant)
-    task = TrainingTask(states, data, split, objective)
-    result = fit(task, tenant, settings, generator, progress)
-    trained = tenant.adapter.to_adapter(), objective.to_head(tenant.head)
-    for part in trained:
-        part.validate(general)
-    test, test_rates = None, None
-    if test_data is not None:
-        test_states = session.cache(test_data, tenant)
-        test = session.score(tenant, test_states, test_data, range(len(test_data)))
-        test_rates = test_states.rates
-    report = TrainingReport(
-        labels=objective.labels,
-        best_by=objective.best_by,
-        num_training=len(split.training),
-        num_cut=data.encoded.num_cut,
-        validation=session.score(tenant, states, data, split.validation),
-        test=test,
-        test_num_cut=0 if test_data is None else test_data.encoded.num_cut,
-        history=result.history,
-        best_epoch=result.best_epoch,
-        divergence=result.divergence,
-        num_parameters=sum(parameter.numel() for parameter in tenant.parameters()),
-        seconds=time.perf_counter() - started,
-        hit_rates=states.rates,
-        test_hit_rates=test_rates,
-        data_sha256=data.sha256,
-        test_sha256=None if test_data is None else test_data.sha256,
-        settings=settings,
-    )
-    return TrainedTenant(*trained, report)
+    base = TrainingBase(general, model, encoder, plots, domain, progress)
+    prepared = base.prepare(examples, validation_examples, test_examples, settings)
+    result = fit(prepared.task, prepared.tenant, settings, prepared.generator, progress)
+    return prepared.finish(result)
 
 
 @dataclass(frozen=True)
-class _Session:
-    """What stays the same in one call of :func:`train_tenant`."""
+class TrainingBase:
+    """What tenants of one domain are trained on; the attributes are :func:`train_tenant`'s arguments."""
 
     general: GeneralInfo
     model: HierarchicalBert
     encoder: TextEncoder
     plots: PlotLibrary | None
     domain: str
-    settings: TrainingSettings
-    objective: Objective
     progress: TrainingProgress | None
 
+    def prepare(
+        self,
+        examples: Sequence[AnyExample],
+        validation_examples: Sequence[AnyExample],
+        test_examples: Sequence[AnyExample],
+        settings: TrainingSettings,
+    ) -> PreparedTraining:
+        """All that comes before the first step; raises as :func:`train_tenant`."""
+        general = self.general
+        if self.plots is None and general.plot_layers:
+            raise ValueError(f"plots is None, but layers 0 to {general.plot_layers - 1} are looked up")
+        check_metric_libraries()
+        started = time.perf_counter()
+        objective = OBJECTIVES[settings.task].learn(examples, settings, validation_examples)
+        session = _Session(self, settings, objective)
+        data = session.encode([*examples, *validation_examples])
+        test_data = session.encode(test_examples) if test_examples else None
+        generator = torch.Generator().manual_seed(settings.seed)
+        split = session.split(data, len(examples), generator)
+        tenant = session.new_tenant(generator)
+        task = TrainingTask(session.cache(data, tenant), data, split, objective)
+        return PreparedTraining(session, task, tenant, generator, test_data, started)
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """A tenant whose data are read and whose parameters are new.
+
+    Attributes:
+        session: what it is trained on, and how.
+        task: what it is to learn.
+        tenant: its parameters.
+        generator: orders the batches; has drawn the split and the parameters.
+        test_data: what it is to be tested on.
+        started: when that began, by ``time.perf_counter``.
+    """
+
+    session: _Session
+    task: TrainingTask
+    tenant: TrainableTenant
+    generator: torch.Generator
+    test_data: TaskData | None
+    started: float
+
+    @property
+    def settings(self) -> TrainingSettings:
+        """As they were given."""
+        return self.session.settings
+
+    def finish(self, result: FitResult) -> TrainedTenant:
+        """Judges the tenant, which was fitted, and makes copies to store and serve.
+
+        Raises:
+            InvalidAdapterError, InvalidHeadError: the parameters are not finite.
+        """
+        session, task, tenant, test_data = self.session, self.task, self.tenant, self.test_data
+        trained = tenant.adapter.to_adapter(), task.objective.to_head(tenant.head)
+        for part in trained:
+            part.validate(session.base.general)
+        test, test_rates = None, None
+        if test_data is not None:
+            test_states = session.cache(test_data, tenant)
+            test = session.score(tenant, test_states, test_data, range(len(test_data)))
+            test_rates = test_states.rates
+        report = TrainingReport(
+            labels=task.objective.labels,
+            best_by=task.objective.best_by,
+            num_training=len(task.split.training),
+            num_cut=task.data.encoded.num_cut,
+            validation=session.score(tenant, task.states, task.data, task.split.validation),
+            test=test,
+            test_num_cut=0 if test_data is None else test_data.encoded.num_cut,
+            history=result.history,
+            best_epoch=result.best_epoch,
+            divergence=result.divergence,
+            num_parameters=sum(parameter.numel() for parameter in tenant.parameters()),
+            seconds=time.perf_counter() - self.started,
+            hit_rates=task.states.rates,
+            test_hit_rates=test_rates,
+            data_sha256=task.data.sha256,
+            test_sha256=None if test_data is None else test_data.sha256,
+            settings=session.settings,
+        )
+        return TrainedTenant(*trained, report)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What stays the same in one tenant's training."""
+
+    base: TrainingBase
+    settings: TrainingSettings
+    objective: Objective
+
     def encode(self, examples: Sequence[AnyExample]) -> TaskData:
-        return self.objective.encode(examples, self.encoder, self.settings.max_tokens)
+        return self.objective.encode(examples, self.base.encoder, self.settings.max_tokens)
 
     def split(self, data: TaskData, num_examples: int, generator: torch.Generator) -> Split:
         """The examples after the first ``num_examples`` are held out, or where there are none, a share."""
@@ -160,31 +216,32 @@ class _Session:
         return self.objective.split(data, self.settings.validation_fraction, generator)
 
     def new_tenant(self, generator: torch.Generator) -> TrainableTenant:
-        settings = self.settings
+        settings, general = self.settings, self.base.general
         adapter = TrainableAdapter(
-            self.general,
+            general,
             kind=settings.block_kind,
             rank=settings.rank,
-            layers=self.general.upper_layers if settings.layers is None else settings.layers,
+            layers=general.upper_layers if settings.layers is None else settings.layers,
             sites=settings.block_sites,
             activation=settings.activation,
             lora_scale=settings.block_scale,
             generator=generator,
         )
-        return TrainableTenant(self.model, adapter, self.objective, generator)
+        return TrainableTenant(self.base.model, adapter, self.objective, generator)
 
     def cache(self, data: TaskData, tenant: TrainableTenant) -> HiddenStateCache:
+        base = self.base
         with memory_advice(self.settings, "caching hidden states"):
             states = cache_hidden_states(
-                self.model,
-                self.plots,
-                self.domain,
+                base.model,
+                base.plots,
+                base.domain,
                 data.encoded,
                 first_layer=tenant.adapter.first_layer,
-                window=self.general.window,
+                window=base.general.window,
                 miss=self.settings.miss,
                 folds=self.settings.folds,
-                progress=self.progress,
+                progress=base.progress,
             )
             return states.advanced(tenant.layers)
 

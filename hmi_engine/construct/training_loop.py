@@ -17,7 +17,17 @@ from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_settings import Epoch, TrainingProgress, TrainingSettings
 from hmi_engine.errors import TrainingDivergedError
 
-__all__ = ["FitResult", "TrainingTask", "fit", "num_steps"]
+__all__ = [
+    "MAX_GRADIENT_NORM",
+    "TRAINING_STAGE",
+    "Course",
+    "FitResult",
+    "TrainingTask",
+    "diverged",
+    "fit",
+    "learning_rate_factor",
+    "num_steps",
+]
 
 TRAINING_STAGE = "training"
 MAX_GRADIENT_NORM = 1.0
@@ -53,7 +63,7 @@ class FitResult:
 
 
 @dataclass
-class _Course:
+class Course:
     """Epochs so far, and the parameters of the best one."""
 
     best_by: str
@@ -62,6 +72,7 @@ class _Course:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, epoch: Epoch, tenant: TrainableTenant) -> None:
+        """Notes an epoch, and the tenant's parameters if it is the best one."""
         self.history.append(epoch)
         if self.best_epoch < 0 or self._rank(epoch) > self._rank(self.history[self.best_epoch]):
             self.best_epoch = len(self.history) - 1
@@ -79,6 +90,25 @@ class _Course:
             or min(epoch.validation_loss for epoch in recent)
             < min(epoch.validation_loss for epoch in earlier)
         )
+
+    def finished(self, tenant: TrainableTenant, divergence: str | None = None) -> FitResult:
+        """Gives the tenant the parameters of the best epoch."""
+        tenant.load_state_dict(self.best)
+        return FitResult(tuple(self.history), self.best_epoch, divergence)
+
+
+def diverged(step: int, batch: int, settings: TrainingSettings) -> TrainingDivergedError:
+    """Says at which step of all, and at which batch of the epoch, the loss was not finite; both from 1."""
+    return TrainingDivergedError(
+        f"the loss became infinite or NaN at step {step} (batch {batch} of the epoch) with a peak learning "
+        f"rate of {settings.peak_learning_rate:g}; choose a lower one"
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Share of the peak at a step, from 0 on: a linear warm-up, then a linear decay to zero."""
+    warmup = max(1, round(total_steps * warmup_fraction))
+    return min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup))
 
 
 def num_steps(task: TrainingTask, settings: TrainingSettings) -> int:
@@ -116,7 +146,7 @@ def fit(
     """
     total = num_steps(task, settings) if max_steps is None else min(max_steps, num_steps(task, settings))
     optimizer = _Optimizer(tenant, settings, total)
-    course = _Course(task.objective.best_by)
+    course = Course(task.objective.best_by)
     lengths = task.data.lengths()
     while optimizer.steps < total and not course.is_exhausted(settings.patience):
         losses: list[float] = []
@@ -130,9 +160,9 @@ def fit(
         except TrainingDivergedError as error:
             if course.best_epoch < 0:
                 raise
-            return _finished(course, tenant, f"{error}, in epoch {len(course.history) + 1}")
+            return course.finished(tenant, f"{error}, in epoch {len(course.history) + 1}")
         course.add(epoch, tenant)
-    return _finished(course, tenant)
+    return course.finished(tenant)
 
 
 def _steps(
@@ -150,16 +180,8 @@ def _steps(
             outputs = tenant(task.states, task.data, batch)
             loss = optimizer.step(task.objective.loss(outputs, task.data.batch_targets(batch)))
         if loss is None:
-            raise TrainingDivergedError(
-                f"the loss became infinite or NaN at step {optimizer.steps + 1} (batch {number + 1} of the "
-                f"epoch) with a peak learning rate of {settings.peak_learning_rate:g}; choose a lower one"
-            )
+            raise diverged(optimizer.steps + 1, number + 1, settings)
         yield loss
-
-
-def _finished(course: _Course, tenant: TrainableTenant, divergence: str | None = None) -> FitResult:
-    tenant.load_state_dict(course.best)
-    return FitResult(tuple(course.history), course.best_epoch, divergence)
 
 
 def _shown(losses: list[float], history: list[Epoch]) -> dict[str, float]:
@@ -179,10 +201,8 @@ class _Optimizer:
             {"params": [p for p in self._parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(groups, lr=settings.peak_learning_rate)
-        warmup = max(1, round(total_steps * settings.warmup_fraction))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adamw,
-            lambda step: min((step + 1) / warmup, (total_steps - step) / max(1, total_steps - warmup)),
+            self._adamw, lambda step: learning_rate_factor(step, total_steps, settings.warmup_fraction)
         )
 
     def step(self, loss: Tensor) -> float | None:
