@@ -322,9 +322,7 @@ _grouped_bottleneck_delta = define(
     check=_check_bottleneck,
     implementations={},  # the in-place op's, which it calls
     reference=_bottleneck_forward,
-    fake=lambda arguments: torch.empty_like(
-        arguments.hidden_states, memory_format=torch.contiguous_format
-    ),
+    fake=lambda arguments: torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format),
     may_be_on_host=(*_MAY_BE_ON_HOST, "slot_activations"),
 )
 define_gradient(_grouped_bottleneck_delta, save=_save_bottleneck, backward=_bottleneck_backward)

@@ -213,7 +213,9 @@ def grouped_product(
     output = inputs.new_zeros(inputs.shape[0], output_size)
     sizes = (output_size, inputs.shape[1]) if transposed else (inputs.shape[1], output_size)
     batch = (inputs, segment_offsets, segment_slots)
-    for tokens, slot, offset, (rows, columns) in _matrices(*batch, slot_offsets, slot_rows, slot_columns, sizes):
+    for tokens, slot, offset, (rows, columns) in _matrices(
+        *batch, slot_offsets, slot_rows, slot_columns, sizes
+    ):
         matrix = _split_block(arena, slot, offset, [rows * columns])[0].view(rows, columns)
         matrix = matrix.T if transposed else matrix
         product = _wide(inputs[tokens, : matrix.shape[0]]) @ matrix
@@ -273,8 +275,8 @@ def _require_disjoint(blocks: dict[int, tuple[int, int]]) -> None:
     for slot, (offset, size) in sorted(blocks.items(), key=lambda item: item[1]):
         if before >= 0 and offset < end:
             raise ValueError(
-                f"slot_offsets[{slot}] is {offset}, within the matrix of slot {before}: gradients of matrices "
-                "that overlap cannot be told apart"
+                f"slot_offsets[{slot}] is {offset}, within the matrix of slot {before}: gradients of "
+                "matrices that overlap cannot be told apart"
             )
         end, before = offset + size, slot
 

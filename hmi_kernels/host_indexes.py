@@ -122,6 +122,7 @@ class MatrixTable(NamedTuple):
 
     @classmethod
     def of(cls, batch: _MatrixBatch, arena_size: int, most: tuple[int, int], multiple: int) -> Self:
+        """The table of a batch's slots."""
         return cls(batch.slot_offsets, batch.slot_rows, batch.slot_columns, arena_size, most, multiple)
 
 

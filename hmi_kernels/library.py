@@ -98,7 +98,9 @@ def define_gradient(
     gradient or None for each argument of the schema.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
         save(ctx, (*inputs, *keyword_only_inputs.values()), output)
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)

@@ -184,7 +184,11 @@ class _Company:
         """The heads' outputs for each part, through the layers that serve."""
         batch = self._bind(parts)
         sequences = batch.sequences()
-        hidden_states, first, is_first_only = batch.rows(), self._stack.adapters.first_layer, self._reading == "cls"
+        hidden_states, first, is_first_only = (
+            batch.rows(),
+            self._stack.adapters.first_layer,
+            self._reading == "cls",
+        )
         if batch.halfway:
             hidden_states, first = self._layers.finish(hidden_states), first + 1
         rows = self._model.run_layers(

@@ -35,9 +35,7 @@ class ParameterTable(nn.Module):
         self._shapes = [
             {name: parameter.shape for name, parameter in module.named_parameters()} for module in modules
         ]
-        self._sizes = [
-            max(shapes[name].numel() for shapes in self._shapes) for name in self._shapes[0]
-        ]
+        self._sizes = [max(shapes[name].numel() for shapes in self._shapes) for name in self._shapes[0]]
         padding = -sum(self._sizes) % ROW_MULTIPLE
         rows = torch.zeros(len(modules), sum(self._sizes) + padding)
         decays = [

@@ -2,8 +2,8 @@
 
 Data movement: a program of the product streams a tile's inputs and the slot's matrix by, in chunks of the
 depth, into sums in registers, and writes each output once. A program of the gradient owns one tile of one
-slot's matrix and streams the tokens of all of the slot's segments by, in their order: no atomics, and the same
-bits every time.
+slot's matrix and streams the tokens of all of the slot's segments by, in their order: no atomics, and the
+same bits every time.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def _product_kernel(
     most_rows = output_size if is_transposed else input_size
     most_columns = input_size if is_transposed else output_size
     offset, matrix_rows, matrix_columns = _load_matrix(
-        slot, (slot >= 0) & (slot < num_slots), slot_offsets, slot_rows, slot_columns, most_rows, most_columns,
-        arena_size,
+        slot, (slot >= 0) & (slot < num_slots), slot_offsets, slot_rows, slot_columns, most_rows,
+        most_columns, arena_size,
     )  # fmt: skip
     depth = matrix_columns if is_transposed else matrix_rows
     width = matrix_rows if is_transposed else matrix_columns
@@ -207,7 +207,9 @@ def _product_kernel(
             places = start + tl.arange(0, depth_chunk)
             is_place = places < depth
             values = tl.load(
-                inputs + rows[:, None] * input_stride + places[None, :], mask=is_row & is_place[None, :], other=0.0
+                inputs + rows[:, None] * input_stride + places[None, :],
+                mask=is_row & is_place[None, :],
+                other=0.0,
             )
             if is_transposed:
                 elements = columns[None, :] * matrix_columns + places[:, None]
@@ -255,7 +257,9 @@ def _weight_gradient_kernel(
     rows = tl.program_id(1) * tile_rows + tl.arange(0, tile_rows)
     columns = tl.program_id(2) * tile_columns + tl.arange(0, tile_columns)
     is_row, is_column = (rows < matrix_rows)[:, None], (columns < matrix_columns)[None, :]
-    is_inside = (tl.program_id(1) * tile_rows < matrix_rows) & (tl.program_id(2) * tile_columns < matrix_columns)
+    is_inside = (tl.program_id(1) * tile_rows < matrix_rows) & (
+        tl.program_id(2) * tile_columns < matrix_columns
+    )
     if is_inside:
         sums = tl.zeros([tile_rows, tile_columns], tl.float32)
         segment = slot * 0
@@ -268,10 +272,14 @@ def _weight_gradient_kernel(
             while token < end:
                 tokens = token + tl.arange(0, depth_chunk)
                 left_mask = (tokens < end)[None, :] & is_row
-                left = tl.load(inputs + tokens[None, :] * input_stride + rows[:, None], mask=left_mask, other=0.0)
+                left = tl.load(
+                    inputs + tokens[None, :] * input_stride + rows[:, None], mask=left_mask, other=0.0
+                )
                 right_mask = (tokens < end)[:, None] & is_column
                 right = tl.load(
-                    output_gradients + tokens[:, None] * output_stride + columns[None, :], mask=right_mask, other=0.0
+                    output_gradients + tokens[:, None] * output_stride + columns[None, :],
+                    mask=right_mask,
+                    other=0.0,
                 )
                 sums = dot(left, right, sums)
                 token += depth_chunk

@@ -1,4 +1,4 @@
-"""The benchmark of joint training: every system trains every tenant; PEFT's loop learns what can be learned."""
+"""The benchmark of joint training: every system trains every tenant; PEFT's loop learns."""
 
 import json
 

@@ -208,7 +208,10 @@ def test_packed_rows_and_gradients_equal_dense_ones(make_store, reading):
     lengths = (5, 2, 5, 9, 1)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     states = HiddenStateCache(
-        torch.randn(sum(lengths), 32, generator=generator), offsets, [[7] * length for length in lengths], None
+        torch.randn(sum(lengths), 32, generator=generator),
+        offsets,
+        [[7] * length for length in lengths],
+        None,
     )
     words = WordPlaces(torch.tensor([0, 0, 3, 4]), torch.tensor([1, 4, 8, 0])) if reading == "words" else None
     layers = TrainableLayers(store.model, adapter)

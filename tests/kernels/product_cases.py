@@ -1,4 +1,4 @@
-"""Batches for the grouped products, drawn by hypothesis, with results in float64 made one segment at a time."""
+"""Batches for the grouped products, drawn by hypothesis, and their results in float64, by segments."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ from torch import Tensor
 import hmi_kernels
 from hmi_kernels import reference
 
-drawn = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+drawn = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass
@@ -88,7 +86,11 @@ def make_deltas(
 
 @st.composite
 def delta_batches(
-    draw: st.DrawFn, *, dtype: torch.dtype = torch.float32, multiple: int = 1, sizes: tuple[int, int] = (1, 70)
+    draw: st.DrawFn,
+    *,
+    dtype: torch.dtype = torch.float32,
+    multiple: int = 1,
+    sizes: tuple[int, int] = (1, 70),
 ) -> DeltaBatch:
     """Ranks 1 to 64 and 0, empty segments, repeated slots, tokens without an adapter; both kinds."""
     num_slots = draw(st.integers(1, 4))

@@ -12,9 +12,7 @@ from kernels.product_cases import ProductBatch, int32, make_products, product_ba
 
 import hmi_kernels
 
-drawn = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+drawn = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LENGTHS, SLOTS = [0, 5, 300, 1, 64, 17], [2, 0, 1, -1, 3, 1]
 SHAPES = [(48, 16), (48, 64), (0, 16), (48, 3)]
 
@@ -162,9 +160,7 @@ def test_gradients_and_their_gradients(transposed: bool) -> None:
         )
 
     def gradient(inputs: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-        return hmi_kernels.grouped_weight_gradient(
-            inputs, gradients, *batch.indexes(), arena_size=len(arena)
-        )
+        return hmi_kernels.grouped_weight_gradient(inputs, gradients, *batch.indexes(), arena_size=len(arena))
 
     torch.autograd.gradcheck(product, (rows, arena))
     torch.autograd.gradgradcheck(product, (rows, arena))
