@@ -28,14 +28,14 @@ __all__ = ["main", "measure"]
 QUESTION = "What does training many tenants of one domain together save?"
 NOTES = (
     "A job is all tenants from labelled texts to a trained and tested adapter and head: tokens, training "
-    "with the validation split judged after each epoch, the best epoch kept, the test texts predicted. Stores and "
-    "tables are made before.",
+    "with the validation split judged after each epoch, the best epoch kept, the test texts predicted. "
+    "Stores and tables are made before.",
     "Every system has the same texts, split sizes, epochs, batch size, longest text and schedule; nothing is "
     "stopped early. Tenants are disjoint parts of the tasks' training texts; a task's tenants share its test "
     "texts.",
     "PEFT trains one tenant after the other: transformers' model, LoRA of query and value, a data loader "
-    "that pads to the longest text of the batch; on all layers, and on the upper layers alone, below which no "
-    "gradient flows. HMI's LoRA is at the same places of the same upper layers.",
+    "that pads to the longest text of the batch; on all layers, and on the upper layers alone, below which "
+    "no gradient flows. HMI's LoRA is at the same places of the same upper layers.",
     "Looked up: the lower half of the layers comes from the domain's table, with back-off, undistilled. "
     "Computed: a store without tables, whose lower half is computed once for each text.",
     "Accuracy is the mean over tenants; its 95 % interval is bootstrapped over tenants.",

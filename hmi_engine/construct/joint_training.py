@@ -24,7 +24,7 @@ TOGETHER = 32
 """Tenants in memory at a time, with their cached hidden states."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TenantExamples:
     """What one tenant is to learn.
 

@@ -153,7 +153,7 @@ def test_failures_stay_with_their_tenants(make_store, topic_examples):
     good = topic_examples(40, seed=1)
     many = [
         tenant("diverges", topic_examples(40, seed=2), learning_rate=1e30),
-        tenant("one label", [Example("the cell", "biology")] * 9),
+        tenant("one-label", [Example("the cell", "biology")] * 9),
         tenant("good", good),
         tenant("bad/../name", good),
         tenant("layers", good, layers=(0,)),
@@ -163,7 +163,7 @@ def test_failures_stay_with_their_tenants(make_store, topic_examples):
     assert list(outcomes) == [given.name for given in many]
     assert isinstance(outcomes["diverges"], TrainingDivergedError)
     assert "step" in str(outcomes["diverges"])
-    assert isinstance(outcomes["one label"], TrainingDataError)
+    assert isinstance(outcomes["one-label"], TrainingDataError)
     assert isinstance(outcomes["bad/../name"], InvalidNameError)
     assert isinstance(outcomes["layers"], HmiError)
     assert isinstance(outcomes["nothing"], TrainingDataError)
