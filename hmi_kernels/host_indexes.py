@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ class MatrixTable(NamedTuple):
     """Of offsets, rows and columns."""
 
     @classmethod
-    def of(cls, batch: _MatrixBatch, arena_size: int, most: tuple[int, int], multiple: int) -> Self:
+    def of(cls, batch: _MatrixBatch, arena_size: int, most: tuple[int, int], multiple: int) -> MatrixTable:
         """The table of a batch's slots."""
         return cls(batch.slot_offsets, batch.slot_rows, batch.slot_columns, arena_size, most, multiple)
 

@@ -44,7 +44,6 @@ class TileProduct {
       multiply(static_cast<int>(chunk % kStages));
       __syncthreads();  // before the next copies overwrite what was read
     }
-    cp_async_wait<0>();
   }
 
   // Calls store(row, column, first, second) for pairs of neighbouring columns of the tile.
