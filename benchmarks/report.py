@@ -33,6 +33,7 @@ ORDER = (
     "residency",
     "tenant_store",
     "accuracy",
+    "joint_training",
     "plot",
     "coverage_growth",
     "drift",

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.creation import create_store
+from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome, train_tenants
 from hmi_engine.construct.training import (
     TrainedTenant,
+    TrainingBase,
     TrainingProgress,
     TrainingSettings,
-    train_classifier,
+    train_tenant,
 )
-from hmi_engine.errors import TenantExistsError
+from hmi_engine.errors import HmiError, TenantExistsError
 from hmi_engine.exchange_store import ExchangeStore
 from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import Catalog
@@ -28,7 +30,7 @@ from hmi_engine.knowledge.changes import (
     save_in_batches,
     save_tenants,
 )
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import AnyExample
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
@@ -208,42 +210,113 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
     def train_tenant(
         self,
         name: str,
-        examples: Sequence[Example],
+        examples: Sequence[AnyExample],
         *,
         domain: str,
-        test_examples: Sequence[Example] = (),
+        validation_examples: Sequence[AnyExample] = (),
+        test_examples: Sequence[AnyExample] = (),
         settings: TrainingSettings | None = None,
         replace: bool = False,
         progress: TrainingProgress | None = None,
     ) -> TrainedTenant:
-        """Trains an adapter and a classification head on labelled texts, and adds the tenant.
+        """Trains an adapter and a head on examples of ``settings.task``, and adds the tenant.
 
         The base is frozen; rows are cross-fitted where the domain's table was built from the training text
-        (docs/architecture.md). The report is kept as the tenant's card.
+        (docs/training.md). The report is kept as the tenant's card.
+
+        Args:
+            name: the tenant's name.
+            examples: of the type that the task takes: ``Example`` for classification, ``TaggedExample`` for
+                token classification, and so on.
+            domain: name of its domain.
+            validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
+            test_examples: those that choose nothing and are only scored at the end.
+            settings: of the training; default: classification with bottlenecks.
+            replace: whether a tenant of this name may be replaced.
+            progress: told about each stage.
 
         Raises:
-            TrainingDataError: too few examples or labels.
+            TrainingDataError: too few examples or labels, or examples that do not fit the task.
+            TrainingDivergedError, TrainingMemoryError: nothing is added.
             InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
         """
-        check_name(name)
         self._check_writable()
-        if name in self.tenants and not replace:
-            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
-        plots = None
+        self._check_new(name, replace)
         _ = self.domains[domain]
-        if self.general.plot_layers:
-            plots = PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
-        trained = train_classifier(
+        trained = train_tenant(
             general=self.general,
             model=self.model,
             encoder=self.encoder,
-            plots=plots,
+            plots=self._plots(),
             domain=domain,
             examples=examples,
+            validation_examples=validation_examples,
             test_examples=test_examples,
             settings=settings or TrainingSettings(),
             progress=progress,
         )
+        self._add_trained(name, domain, trained, replace)
+        return trained
+
+    def train_tenants(
+        self,
+        tenants: Sequence[TenantExamples],
+        *,
+        domain: str,
+        together: int = TOGETHER,
+        replace: bool = False,
+        progress: TrainingProgress | None = None,
+    ) -> dict[str, TrainingOutcome]:
+        """Trains tenants of one domain together, each to what :meth:`train_tenant` would make of it alone.
+
+        What is wrong with one tenant (its name, data, settings, a loss that is not finite) ends its training
+        alone; the others are added, as soon as those that are trained with them are done.
+
+        Args:
+            tenants: what each is to learn; names differ.
+            domain: name of their domain.
+            together: how many are in memory at a time.
+            replace: whether tenants of these names may be replaced.
+            progress: told about each stage.
+
+        Returns:
+            For each name the trained tenant, or the error that says why there is none.
+
+        Raises:
+            UnknownDomainError, ReadOnlyStoreError, TrainingMemoryError.
+            ValueError: two tenants have one name, or ``together`` is below 1.
+        """
+        self._check_writable()
+        if len({tenant.name for tenant in tenants}) < len(tenants):
+            raise ValueError("two tenants have one name")
+        _ = self.domains[domain]
+        outcomes: dict[str, TrainingOutcome] = {tenant.name: HmiError("not trained") for tenant in tenants}
+        accepted = []
+        for tenant in tenants:
+            try:
+                self._check_new(tenant.name, replace)
+                accepted.append(tenant)
+            except HmiError as error:
+                outcomes[tenant.name] = error
+        base = TrainingBase(self.general, self.model, self.encoder, self._plots(), domain, progress)
+        for tenant, outcome in train_tenants(base, accepted, together=together):
+            outcomes[tenant.name] = outcome
+            if not isinstance(outcome, HmiError):
+                self._add_trained(tenant.name, domain, outcome, replace)
+        return outcomes
+
+    def _plots(self) -> PlotLibrary | None:
+        """The tables, if layers are looked up."""
+        if not self.general.plot_layers:
+            return None
+        return PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
+
+    def _check_new(self, name: str, replace: bool) -> None:
+        check_name(name)
+        if name in self.tenants and not replace:
+            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
+
+    def _add_trained(self, name: str, domain: str, trained: TrainedTenant, replace: bool) -> None:
         self.add_tenant(
             name,
             domain=domain,
@@ -252,7 +325,6 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             replace=replace,
             card={"training": trained.report.model_dump(mode="json")},
         )
-        return trained
 
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""

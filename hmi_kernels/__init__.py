@@ -12,6 +12,7 @@ from hmi_kernels.backends import BackendStatus, active_backend, backends, use_ba
 from hmi_kernels.copies import COPY_METHODS, CopyEvent, copy_batch_async, wait_for_copies
 from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
+from hmi_kernels.deltas import grouped_bottleneck_delta, grouped_lora_delta
 from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
 from hmi_kernels.file_reads import FileReads, PendingRead, set_read_latency, start_reads
 from hmi_kernels.frequency_sketch import FrequencySketch
@@ -20,6 +21,7 @@ from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tok
 from hmi_kernels.pinned_pool import PinnedPool
 from hmi_kernels.plot import plot_lookup, plot_merge
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
+from hmi_kernels.products import grouped_product, grouped_weight_gradient
 from hmi_kernels.read_files import read_files
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
 from hmi_kernels.row_tables import quantize_rows
@@ -48,8 +50,12 @@ __all__ = [
     "count_ngrams",
     "grouped_bias",
     "grouped_bottleneck",
+    "grouped_bottleneck_delta",
     "grouped_lora",
+    "grouped_lora_delta",
+    "grouped_product",
     "grouped_scale",
+    "grouped_weight_gradient",
     "ngram_keys",
     "ngram_tokens",
     "packed_attention",

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hmi_kernels import reference
 from hmi_kernels.checks import (
-    COMPUTE_TYPES,
+    GROUPED_TYPES,
     require_no_overlap,
     require_rows,
     require_tensor,
@@ -172,7 +172,7 @@ class BottleneckArguments(NamedTuple):
 
 def _check_shared(arguments: LoraArguments | BottleneckArguments) -> None:
     output, hidden_states = arguments.output, arguments.hidden_states
-    require_rows("output", output, (None, None), COMPUTE_TYPES)
+    require_rows("output", output, (None, None), GROUPED_TYPES)
     require_rows("hidden_states", hidden_states, (output.shape[0], None), (output.dtype,))
     require_no_overlap(output, hidden_states)
     require_vector("arena", arguments.arena, output.dtype)

@@ -14,6 +14,8 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16)
 COMPUTE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of hidden states and weights; each backend says which of them it takes."""
+GROUPED_TYPES = (*COMPUTE_TYPES, torch.float64)
+"""Of the grouped ops. float64 is for checking gradients, by the reference alone."""
 
 
 def require_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int | None = None) -> None:

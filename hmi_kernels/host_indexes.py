@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hmi_kernels.native import native
 
-__all__ = ["SlotTable", "check_on_host", "check_values", "on_device"]
+__all__ = [
+    "MatrixTable",
+    "SlotTable",
+    "check_matrices_on_host",
+    "check_on_host",
+    "check_values",
+    "on_device",
+]
 
 
 class SlotTable(NamedTuple):
@@ -81,6 +88,64 @@ def check_values(
         table.fixed,
         multiple,
         table.arena_size if max_rank is None else max_rank,
+    )
+
+
+class _MatrixBatch(Protocol):
+    """What the ops on slots' matrices have in common."""
+
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def segment_offsets(self) -> Tensor: ...
+    @property
+    def segment_slots(self) -> Tensor: ...
+    @property
+    def slot_offsets(self) -> Tensor: ...
+    @property
+    def slot_rows(self) -> Tensor: ...
+    @property
+    def slot_columns(self) -> Tensor: ...
+
+
+class MatrixTable(NamedTuple):
+    """Where the slots' matrices lie, and what the op and its backend allow."""
+
+    offsets: Tensor
+    rows: Tensor
+    columns: Tensor
+    arena_size: int
+    most: tuple[int, int]
+    """Rows and columns."""
+    multiple: int
+    """Of offsets, rows and columns."""
+
+    @classmethod
+    def of(cls, batch: _MatrixBatch, arena_size: int, most: tuple[int, int], multiple: int) -> MatrixTable:
+        """The table of a batch's slots."""
+        return cls(batch.slot_offsets, batch.slot_rows, batch.slot_columns, arena_size, most, multiple)
+
+
+def check_matrices_on_host(
+    batch: _MatrixBatch, table: MatrixTable, *, must_be_disjoint: bool = False
+) -> None:
+    """Raises ValueError on values out of bounds in tensors of another memory than the device's own."""
+    device = batch.inputs.device
+    if device in (batch.segment_offsets.device, batch.segment_slots.device):
+        return
+    parts = (table.offsets, table.rows, table.columns)
+    is_whole = all(part.device != device for part in parts)
+    native.check_matrices(
+        batch.segment_offsets.data_ptr(),
+        batch.segment_slots.data_ptr(),
+        batch.segment_slots.shape[0],
+        batch.inputs.shape[0],
+        table.offsets.shape[0],
+        *(part.data_ptr() if is_whole else 0 for part in parts),
+        table.arena_size,
+        *table.most,
+        table.multiple,
+        must_be_disjoint,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hmi_kernels.backends import candidates
 
-__all__ = ["Implementation", "define", "implemented_in"]
+__all__ = ["Implementation", "define", "define_gradient", "implemented_in"]
 
 _LIBRARY = torch.library.Library("hmi", "DEF")
 Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
@@ -87,6 +87,23 @@ def define(
     _LIBRARY.impl(name, lambda *args, **kwargs: run("cuda", args, kwargs), "CUDA")
     torch.library.register_fake(f"hmi::{name}", make_fake, lib=_LIBRARY)
     return getattr(torch.ops.hmi, name).default
+
+
+def define_gradient(
+    op: Any, *, save: Callable[[Any, tuple[Any, ...], Any], None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    """Registers the op's formula with autograd.
+
+    ``save(ctx, arguments, output)`` sees the gathered arguments; ``backward(ctx, gradient)`` returns one
+    gradient or None for each argument of the schema.
+    """
+
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
+    ) -> None:
+        save(ctx, (*inputs, *keyword_only_inputs.values()), output)
+
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _tensors(arguments: tuple[Any, ...], names: Iterator[str]) -> Iterator[Tensor]:

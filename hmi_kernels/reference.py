@@ -15,7 +15,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ACTIVATIONS = ("relu", "gelu", "silu", "gelu_tanh", "tanh")
+from hmi_kernels.grouped_reference import (
+    ACTIVATIONS,
+    grouped_bias,
+    grouped_bottleneck,
+    grouped_bottleneck_delta,
+    grouped_lora,
+    grouped_lora_delta,
+    grouped_product,
+    grouped_scale,
+    grouped_weight_gradient,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "MAX_TOKEN_ID",
+    "ROW_BITS",
+    "count_ngrams",
+    "grouped_bias",
+    "grouped_bottleneck",
+    "grouped_bottleneck_delta",
+    "grouped_lora",
+    "grouped_lora_delta",
+    "grouped_product",
+    "grouped_scale",
+    "grouped_weight_gradient",
+    "mix_key",
+    "packed_attention",
+    "plot_index_build",
+    "plot_index_find",
+    "plot_index_insert",
+    "plot_lookup",
+    "plot_merge",
+]
 
 BITS_PER_SLOT = 21
 MAX_TOKEN_ID = (1 << BITS_PER_SLOT) - 2
@@ -273,138 +305,6 @@ def _unigram_rows(
         found = _take(content, ids, slot)
         rows = rows.index_put((here.nonzero().squeeze(1),), found)
     return rows
-
-
-def grouped_bottleneck(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_activations: Tensor,
-    slot_scales: Tensor,
-    *,
-    layer_norm_weight: Tensor | None = None,
-    layer_norm_bias: Tensor | None = None,
-    layer_norm_eps: float = 1e-12,
-    max_rank: int | None = None,
-) -> None:
-    """One segment after the other; ``max_rank`` is a hint to kernels."""
-    hidden_size = output.shape[1]
-    segments = _segments(output, segment_offsets, segment_slots, slot_offsets, slot_ranks)
-    blocks = []
-    for _, slot, offset, rank in segments:
-        sizes = [hidden_size * rank, rank, rank * hidden_size, hidden_size]
-        blocks.append(_split_block(arena, slot, offset, sizes))
-        if not 0 <= int(slot_activations[slot]) < len(ACTIVATIONS):
-            raise ValueError(f"slot_activations[{slot}] is {int(slot_activations[slot])}, not 0..4")
-    for (tokens, slot, _, rank), (down, down_bias, up, up_bias) in zip(segments, blocks, strict=True):
-        inner = hidden_states[tokens].float() @ down.view(hidden_size, rank) + down_bias
-        inner = _activate(ACTIVATIONS[int(slot_activations[slot])], inner)
-        output[tokens] += slot_scales[slot] * (inner @ up.view(rank, hidden_size) + up_bias)
-    if layer_norm_weight is not None and layer_norm_bias is not None and segment_slots.shape[0]:
-        rows = output[int(segment_offsets[0]) : int(segment_offsets[-1])]
-        norm = layer_norm_weight.float(), layer_norm_bias.float(), layer_norm_eps
-        rows.copy_(functional.layer_norm(rows.float(), rows.shape[1:], *norm))
-
-
-def grouped_lora(
-    output: Tensor,
-    hidden_states: Tensor,
-    arena: Tensor,
-    segment_offsets: Tensor,
-    segment_slots: Tensor,
-    slot_offsets: Tensor,
-    slot_ranks: Tensor,
-    slot_scales: Tensor,
-    *,
-    output_sizes: Sequence[int] = (),
-    max_rank: int | None = None,
-) -> None:
-    """One projection and one segment after the other; ``max_rank`` is a hint to kernels."""
-    in_size = hidden_states.shape[1]
-    columns = output.split(list(output_sizes or output.shape[1:]), dim=1)
-    tables = [table.view(len(columns), -1) for table in (slot_offsets, slot_ranks, slot_scales)]
-    work = []
-    for projection, offsets, ranks, scales in zip(columns, *tables, strict=True):
-        for tokens, slot, offset, rank in _segments(output, segment_offsets, segment_slots, offsets, ranks):
-            sizes = [in_size * rank, rank * projection.shape[1]]
-            work.append((projection, tokens, scales[slot], rank, _split_block(arena, slot, offset, sizes)))
-    for projection, tokens, scale, rank, (a, b) in work:
-        inner = hidden_states[tokens].float() @ a.view(in_size, rank)
-        projection[tokens] += scale * (inner @ b.view(rank, -1))
-
-
-def grouped_scale(
-    hidden_states: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
-) -> None:
-    """One segment after the other."""
-    for tokens, vector in _vectors(hidden_states, arena, segment_offsets, segment_slots, slot_offsets):
-        hidden_states[tokens] *= vector
-
-
-def grouped_bias(
-    output: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
-) -> None:
-    """One segment after the other."""
-    for tokens, vector in _vectors(output, arena, segment_offsets, segment_slots, slot_offsets):
-        output[tokens] += vector
-
-
-def _vectors(
-    rows: Tensor, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor
-) -> list[tuple[slice, Tensor]]:
-    """The tokens and the vector of every segment that has one."""
-    # As blocks of rank 1 or 0, whose place is looked at below.
-    has_vector = (slot_offsets >= 0).to(torch.int32)
-    if bool((slot_offsets < -1).any()):
-        raise ValueError("slot_offsets must be -1 or not negative")
-    segments = _segments(rows, segment_offsets, segment_slots, slot_offsets, has_vector)
-    return [
-        (tokens, _split_block(arena, slot, offset, [rows.shape[1]])[0])
-        for tokens, slot, offset, _ in segments
-    ]
-
-
-def _segments(
-    output: Tensor, segment_offsets: Tensor, segment_slots: Tensor, slot_offsets: Tensor, slot_ranks: Tensor
-) -> list[tuple[slice, int, int, int]]:
-    """(tokens, slot, offset of its block, rank) of every segment that has an adapter here."""
-    offsets, slots = segment_offsets.tolist(), segment_slots.tolist()
-    if offsets != sorted(offsets) or offsets[0] < 0 or offsets[-1] > output.shape[0]:
-        raise ValueError(f"segment_offsets must not decrease and lie in 0..{output.shape[0]}, not {offsets}")
-    num_slots = slot_ranks.shape[0]
-    if any(not -1 <= slot < num_slots for slot in slots):
-        raise ValueError(f"segment_slots must lie in -1..{num_slots - 1}, not {slots}")
-    segments = []
-    for begin, end, slot in zip(offsets[:-1], offsets[1:], slots, strict=True):
-        rank = int(slot_ranks[slot]) if slot >= 0 else 0
-        if rank < 0:
-            raise ValueError(f"slot_ranks[{slot}] is {rank}, but ranks are not negative")
-        if rank > 0:
-            segments.append((slice(begin, end), slot, int(slot_offsets[slot]), rank))
-    return segments
-
-
-def _split_block(arena: Tensor, slot: int, offset: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    """The parts of a slot's block, as float32."""
-    if offset < 0 or offset + sum(sizes) > arena.shape[0]:
-        raise ValueError(
-            f"slot_offsets[{slot}] is {offset}, but its block of {sum(sizes)} elements (by slot_ranks) "
-            f"does not fit into the arena of {arena.shape[0]}"
-        )
-    return torch.split(arena[offset : offset + sum(sizes)].float(), sizes)
-
-
-def _activate(name: str, values: Tensor) -> Tensor:
-    if name == "gelu_tanh":
-        return functional.gelu(values, approximate="tanh")
-    function = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}[
-        name
-    ]
-    return function(values)
 
 
 def _keys(slot0: Tensor, slot1: Tensor, slot2: Tensor) -> Tensor:

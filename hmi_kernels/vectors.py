@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hmi_kernels import reference
-from hmi_kernels.checks import COMPUTE_TYPES, require_rows, require_vector
+from hmi_kernels.checks import GROUPED_TYPES, require_rows, require_vector
 from hmi_kernels.cuda.vectors import BIAS, SCALE
 from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
@@ -60,7 +60,7 @@ class VectorArguments(NamedTuple):
 
 def _check(arguments: VectorArguments) -> None:
     rows = arguments.rows
-    require_rows("the rows to change", rows, (None, None), COMPUTE_TYPES)
+    require_rows("the rows to change", rows, (None, None), GROUPED_TYPES)
     require_vector("arena", arguments.arena, rows.dtype)
     require_vector("segment_slots", arguments.segment_slots, torch.int32)
     num_segments = arguments.segment_slots.shape[0]

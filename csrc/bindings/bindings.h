@@ -28,6 +28,7 @@ void define_files(py::module_& m);       // files.cpp
 void define_cuda(py::module_& m);           // cuda.cpp
 void define_cuda_adapters(py::module_& m);  // cuda_adapters.cpp
 void define_cuda_plot(py::module_& m);      // cuda_plot.cpp
+void define_cuda_products(py::module_& m);  // cuda_products.cpp
 void define_cuda_copies(py::module_& m);    // cuda_copies.cpp
 
 }  // namespace hmi::bindings

@@ -33,6 +33,7 @@ void define_cuda(py::module_& m) {
   m.def("allocate_fault_word", &allocate_fault_word);
   define_cuda_copies(m);
   define_cuda_adapters(m);
+  define_cuda_products(m);
   define_cuda_plot(m);
 }
 

@@ -3,6 +3,7 @@
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "cpu/grouped_adapter.h"
+#include "cpu/grouped_product.h"
 #include "cpu/grouped_vector.h"
 #include "cpu/ngram_counter.h"
 #include "cpu/packed_attention.h"
@@ -94,6 +95,36 @@ void grouped_vector(bool is_scale, Address rows, int64_t stride, int64_t num_tok
                       num_threads);
 }
 
+void grouped_product(Address outputs, int64_t output_size, Address inputs, int64_t input_stride, int64_t input_size,
+                     int64_t num_tokens, Address arena, int64_t arena_size, Address segment_offsets,
+                     Address segment_slots, int64_t num_segments, Address slot_offsets, Address slot_rows,
+                     Address slot_columns, int64_t num_slots, bool is_transposed, int num_threads) {
+  const int64_t max_rows = is_transposed ? output_size : input_size;
+  const int64_t max_columns = is_transposed ? input_size : output_size;
+  hmi::grouped_product(pointer<float>(outputs), output_size, {pointer<const float>(inputs), input_stride, input_size},
+                       pointer<const float>(arena),
+                       {pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots), num_segments,
+                        num_tokens, num_slots},
+                       {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_rows),
+                        pointer<const int32_t>(slot_columns), arena_size, max_rows, max_columns, 1},
+                       is_transposed, num_threads);
+}
+
+void grouped_weight_gradient(Address gradient, int64_t arena_size, Address inputs, int64_t input_stride,
+                             int64_t input_size, Address output_gradients, int64_t output_stride, int64_t output_size,
+                             int64_t num_tokens, Address segment_offsets, Address segment_slots, int64_t num_segments,
+                             Address slot_offsets, Address slot_rows, Address slot_columns, int64_t num_slots,
+                             int num_threads) {
+  hmi::grouped_weight_gradient(
+      pointer<float>(gradient), {pointer<const float>(inputs), input_stride, input_size},
+      {pointer<const float>(output_gradients), output_stride, output_size},
+      {pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots), num_segments, num_tokens,
+       num_slots},
+      {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_rows), pointer<const int32_t>(slot_columns),
+       arena_size, input_size, output_size, 1},
+      num_threads);
+}
+
 // slot_offsets 0: the slot tables lie on a device and are not looked at.
 void check_segments(Address segment_offsets, Address segment_slots, int64_t num_segments, int64_t num_tokens,
                     int64_t num_slots, Address slot_offsets, Address slot_ranks, Address slot_activations,
@@ -105,6 +136,21 @@ void check_segments(Address segment_offsets, Address segment_slots, int64_t num_
   hmi::check_slots(segments, {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_ranks),
                               pointer<const int32_t>(slot_activations), arena_size, per_rank, fixed, multiple,
                               max_rank});
+}
+
+// Likewise for slots whose block is one matrix.
+void check_matrices(Address segment_offsets, Address segment_slots, int64_t num_segments, int64_t num_tokens,
+                    int64_t num_slots, Address slot_offsets, Address slot_rows, Address slot_columns,
+                    int64_t arena_size, int64_t max_rows, int64_t max_columns, int64_t multiple,
+                    bool must_be_disjoint) {
+  const hmi::Segments segments{pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots),
+                               num_segments, num_tokens, num_slots};
+  hmi::check_segments(segments);
+  if (slot_offsets == 0) return;
+  hmi::check_matrices(segments,
+                      {pointer<const int64_t>(slot_offsets), pointer<const int32_t>(slot_rows),
+                       pointer<const int32_t>(slot_columns), arena_size, max_rows, max_columns, multiple},
+                      must_be_disjoint);
 }
 
 void packed_attention(Address queries, int64_t query_stride, Address keys, int64_t key_stride, Address values,
@@ -199,6 +245,19 @@ void define_adapters(py::module_& m) {
         py::arg("slot_scales"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
 }
 
+void define_products(py::module_& m) {
+  m.def("grouped_product", &grouped_product, py::arg("outputs"), py::arg("output_size"), py::arg("inputs"),
+        py::arg("input_stride"), py::arg("input_size"), py::arg("num_tokens"), py::arg("arena"), py::arg("arena_size"),
+        py::arg("segment_offsets"), py::arg("segment_slots"), py::arg("num_segments"), py::arg("slot_offsets"),
+        py::arg("slot_rows"), py::arg("slot_columns"), py::arg("num_slots"), py::arg("is_transposed"),
+        py::arg("num_threads"), WithoutLock());
+  m.def("grouped_weight_gradient", &grouped_weight_gradient, py::arg("gradient"), py::arg("arena_size"),
+        py::arg("inputs"), py::arg("input_stride"), py::arg("input_size"), py::arg("output_gradients"),
+        py::arg("output_stride"), py::arg("output_size"), py::arg("num_tokens"), py::arg("segment_offsets"),
+        py::arg("segment_slots"), py::arg("num_segments"), py::arg("slot_offsets"), py::arg("slot_rows"),
+        py::arg("slot_columns"), py::arg("num_slots"), py::arg("num_threads"), WithoutLock());
+}
+
 void define_vectors(py::module_& m) {
   m.def("grouped_vector", &grouped_vector, py::arg("is_scale"), py::arg("rows"), py::arg("stride"),
         py::arg("num_tokens"), py::arg("hidden_size"), py::arg("arena"), py::arg("arena_size"),
@@ -211,6 +270,10 @@ void define_checks(py::module_& m) {
         py::arg("num_segments"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("slot_offsets"),
         py::arg("slot_ranks"), py::arg("slot_activations"), py::arg("arena_size"), py::arg("per_rank"),
         py::arg("fixed"), py::arg("multiple"), py::arg("max_rank"), WithoutLock());
+  m.def("check_matrices", &check_matrices, py::arg("segment_offsets"), py::arg("segment_slots"),
+        py::arg("num_segments"), py::arg("num_tokens"), py::arg("num_slots"), py::arg("slot_offsets"),
+        py::arg("slot_rows"), py::arg("slot_columns"), py::arg("arena_size"), py::arg("max_rows"),
+        py::arg("max_columns"), py::arg("multiple"), py::arg("must_be_disjoint"), WithoutLock());
 }
 
 void define_attention(py::module_& m) {
@@ -242,6 +305,7 @@ PYBIND11_MODULE(_C, m) {
   define_settings(m);
   define_plot(m);
   define_adapters(m);
+  define_products(m);
   define_vectors(m);
   define_checks(m);
   define_attention(m);

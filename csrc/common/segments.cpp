@@ -1,7 +1,9 @@
 #include "common/segments.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/simd/simd_kernels.h"
 
@@ -46,6 +48,45 @@ void check_slot(const SlotTable& table, int64_t slot) {
   if (activation < 0 || activation >= kNumActivations) refuse("slot_activations", slot, activation, ", not 0..4");
 }
 
+void check_matrix_size(const char* name, int64_t slot, int64_t size, int64_t most, int64_t multiple) {
+  if (size < 0 || size > most) refuse(name, slot, size, ", not 0.." + std::to_string(most));
+  if (size % multiple != 0) {
+    refuse(name, slot, size, ", but this backend takes multiples of " + std::to_string(multiple));
+  }
+}
+
+void check_matrix(const MatrixTable& table, int64_t slot) {
+  check_matrix_size("slot_rows", slot, table.rows[slot], table.max_rows, table.multiple);
+  check_matrix_size("slot_columns", slot, table.columns[slot], table.max_columns, table.multiple);
+  if (!table.has(slot)) return;
+  const int64_t size = int64_t{table.rows[slot]} * table.columns[slot], offset = table.offsets[slot];
+  if (offset < 0 || offset > table.arena_size - size) {
+    refuse("slot_offsets", slot, offset, ", but its matrix of " + std::to_string(size) +
+                                             " elements does not fit into the arena of " +
+                                             std::to_string(table.arena_size));
+  }
+  if (offset % table.multiple != 0) {
+    refuse("slot_offsets", slot, offset, ", but this backend takes multiples of " + std::to_string(table.multiple));
+  }
+}
+
+void check_disjoint(const Segments& s, const MatrixTable& table) {
+  std::vector<int64_t> slots;
+  for (int64_t g = 0; g < s.count; ++g) {
+    if (table.has(s.slots[g])) slots.push_back(s.slots[g]);
+  }
+  std::sort(slots.begin(), slots.end());
+  slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
+  std::sort(slots.begin(), slots.end(), [&](int64_t a, int64_t b) { return table.offsets[a] < table.offsets[b]; });
+  for (size_t i = 1; i < slots.size(); ++i) {
+    const int64_t before = slots[i - 1], slot = slots[i];
+    if (table.offsets[slot] < table.offsets[before] + int64_t{table.rows[before]} * table.columns[before]) {
+      refuse("slot_offsets", slot, table.offsets[slot], ", within the matrix of slot " + std::to_string(before) +
+                                                            ": gradients of matrices that overlap cannot be told apart");
+    }
+  }
+}
+
 }  // namespace
 
 void check_segments(const Segments& s) {
@@ -66,6 +107,13 @@ void check_slots(const Segments& s, const SlotTable& table) {
   for (int64_t g = 0; g < s.count; ++g) {
     if (s.slots[g] >= 0) check_slot(table, s.slots[g]);
   }
+}
+
+void check_matrices(const Segments& s, const MatrixTable& table, bool must_be_disjoint) {
+  for (int64_t g = 0; g < s.count; ++g) {
+    if (s.slots[g] >= 0) check_matrix(table, s.slots[g]);
+  }
+  if (must_be_disjoint) check_disjoint(s, table);
 }
 
 }  // namespace hmi

@@ -33,4 +33,21 @@ struct SlotTable {
 // Throws std::invalid_argument unless the block of every slot that a segment names lies in the arena.
 void check_slots(const Segments& segments, const SlotTable& table);
 
+// Slots whose block is one matrix of rows[slot] x columns[slot] elements.
+struct MatrixTable {
+  const int64_t* offsets;  // in elements of the arena
+  const int32_t* rows;     // 0 for nothing here
+  const int32_t* columns;  // likewise
+  int64_t arena_size;
+  int64_t max_rows;
+  int64_t max_columns;
+  int64_t multiple;  // of offsets, rows and columns, as the kernel asks; 1 if it does not
+
+  bool has(int64_t slot) const { return slot >= 0 && rows[slot] > 0 && columns[slot] > 0; }
+};
+
+// Throws std::invalid_argument unless the matrix of every slot that a segment names has at most max_rows and
+// max_columns and lies in the arena; with must_be_disjoint also if two of them share an element.
+void check_matrices(const Segments& segments, const MatrixTable& table, bool must_be_disjoint);
+
 }  // namespace hmi

@@ -53,10 +53,10 @@ void run_task(const Arguments& a, const SimdKernels& kernels, const Task& task, 
   const float* up = down_bias + (is_bottleneck ? rank : 0);
   const float* up_bias = up + rank * a.output_size;
   const Activation activation = is_bottleneck ? static_cast<Activation>(a.slot_activations[task.slot]) : kIdentity;
-  kernels.matmul_activate({a.inputs + task.row * a.input_stride, a.input_stride, down,
+  kernels.matmul_activate({a.inputs + task.row * a.input_stride, a.input_stride, down, rank,
                            is_bottleneck ? down_bias : nullptr, scratch, rank, task.num_rows, a.input_size, rank},
                           activation);
-  kernels.matmul_accumulate({scratch, rank, up, is_bottleneck ? up_bias : nullptr,
+  kernels.matmul_accumulate({scratch, rank, up, a.output_size, is_bottleneck ? up_bias : nullptr,
                              a.outputs + task.row * a.output_stride, a.output_stride, task.num_rows, rank,
                              a.output_size},
                             a.slot_scales[task.slot]);

@@ -65,11 +65,11 @@ void attend(const Arguments& a, const SimdKernels& kernels, int64_t sequence, in
   copy_head(a, first_key, num_keys, column, scratch);
   for (int64_t query = a.query_offsets[sequence]; query < last_query; query += kQueryBlock) {
     const int64_t rows = std::min(kQueryBlock, last_query - query);
-    kernels.matmul_activate({a.queries + query * a.query_stride + column, a.query_stride, scratch.keys, nullptr,
-                             scratch.scores, num_keys, rows, a.head_size, num_keys},
+    kernels.matmul_activate({a.queries + query * a.query_stride + column, a.query_stride, scratch.keys, num_keys,
+                             nullptr, scratch.scores, num_keys, rows, a.head_size, num_keys},
                             kIdentity);
     kernels.softmax_rows(scratch.scores, rows, num_keys, scale);
-    kernels.matmul_activate({scratch.scores, num_keys, scratch.values, nullptr,
+    kernels.matmul_activate({scratch.scores, num_keys, scratch.values, a.head_size, nullptr,
                              a.outputs + query * a.output_stride + column, a.output_stride, rows, num_keys,
                              a.head_size},
                             kIdentity);

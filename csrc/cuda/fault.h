@@ -21,6 +21,7 @@ enum class Fault : uint64_t {
   kReferences,         // position: token
   kUnigramTables,      // position: sequence
   kPositions,          // position: sequence, which has more tokens than there are positions
+  kSlotMatrices,       // position: slot
 };
 
 // The fault word: kind << 48 | position.

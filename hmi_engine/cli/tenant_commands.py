@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
+from hmi_engine.cli.joint_training_command import train_many
 from hmi_engine.cli.output import (
     AsJson,
     StorePath,
@@ -25,11 +26,14 @@ from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.errors import CorpusError
 from hmi_engine.interop import PROBLEM_TYPES
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
-from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_examples
+from hmi_engine.knowledge.corpus_examples import stream_examples
+from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 
 app = typer.Typer(help="Tenants: adapters and heads.", no_args_is_help=True)
+app.command("train-many")(train_many)
 
 TenantName = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the tenant, such as acme/chemprot.", show_default=False)

@@ -30,6 +30,7 @@ _FAULTS = (
     "references name a row that is not there at token {}",
     "sequence_unigram_tables are out of bounds at sequence {}",
     "sequence {} has more tokens than there are position_embeddings",
+    "slot_rows or slot_columns are out of bounds, or not a multiple of 8, at slot {}",
 )
 """csrc/cuda/fault.h, in its order."""
 

@@ -79,6 +79,8 @@ def grouped_bottleneck_refuses(arguments: BottleneckArguments) -> str:
 
 def grouped_lora_refuses(arguments: BottleneckArguments | LoraArguments) -> str:
     """Why these kernels cannot take the arguments; "" if they can."""
+    if arguments.output.dtype is torch.float64:
+        return "output must not be torch.float64"
     max_rank = _max_rank(arguments)
     return f"max_rank must be at most {MAX_RANK}, not {max_rank}" if max_rank > MAX_RANK else ""
 

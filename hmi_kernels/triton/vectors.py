@@ -41,8 +41,8 @@ def grouped_bias(arguments: VectorArguments) -> None:
 
 
 def grouped_scale_refuses(arguments: VectorArguments) -> str:
-    """Why these kernels cannot take the arguments: there is no such reason."""
-    return ""
+    """Why these kernels cannot take the arguments; "" if they can."""
+    return "the rows must not be torch.float64" if arguments.rows.dtype is torch.float64 else ""
 
 
 grouped_bias_refuses = grouped_scale_refuses

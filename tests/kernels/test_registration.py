@@ -33,6 +33,11 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     adapter = (torch.zeros(5, 6), torch.randn(5, 6), torch.randn(99), torch.tensor([0, 5]), int32([0]))
     norm = torch.randn(3, 6), torch.ones(6), torch.zeros(6)
     rows = tuple(torch.randn(5, 6) for _ in range(3))
+    segments = adapter[3:]
+    trained = (torch.randn(5, 6, requires_grad=True), torch.randn(99, requires_grad=True), *segments)
+    matrices = (torch.tensor([3]), int32([6]), int32([4]))
+    sides = (torch.randn(5, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True))
+    per_projection = tuple(table[None] for table in (*slots, torch.ones(1)))
     return {
         "packed_attention": ((*rows, offsets, offsets), {"num_heads": 2}),
         "count_ngrams": ((ids, offsets), {"order": 2}),
@@ -49,6 +54,10 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             {"layer_norm_weight": torch.ones(6), "layer_norm_bias": torch.zeros(6), "max_rank": 8},
         ),
         "grouped_lora": ((*adapter, *slots, torch.ones(1)), {}),
+        "grouped_bottleneck_delta": ((*trained, *slots, int32([1]), torch.ones(1)), {"max_rank": 2}),
+        "grouped_lora_delta": ((*trained, *per_projection), {"output_sizes": [7], "max_rank": 2}),
+        "grouped_product": ((*trained, *matrices), {"output_size": 5}),
+        "grouped_weight_gradient": ((*sides, *segments, *matrices), {"arena_size": 99}),
         "grouped_scale": ((*adapter[1:], slots[0]), {}),
         "grouped_bias": ((*adapter[1:], slots[0]), {}),
     }

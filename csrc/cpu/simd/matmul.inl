@@ -74,15 +74,15 @@ inline void multiply_tile(const MatmulArguments& m, int64_t row, int64_t column,
     for (int v = 0; v < kVectors; ++v) epilogue.prefetch(output + r * m.output_stride + v * kLanes);
   }
   int64_t k = 0;
-  for (; k + kChains <= m.depth; k += kChains, weight += kChains * m.columns) {
+  for (; k + kChains <= m.depth; k += kChains, weight += kChains * m.weight_stride) {
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
-      sums.add_products(c, input + k + c, m.input_stride, weight + c * m.columns, tail, kTail);
+      sums.add_products(c, input + k + c, m.input_stride, weight + c * m.weight_stride, tail, kTail);
     }
   }
 #pragma GCC unroll 4
   for (int c = 0; c < kChains - 1; ++c) {
-    if (k + c < m.depth) sums.add_products(c, input + k + c, m.input_stride, weight + c * m.columns, tail, kTail);
+    if (k + c < m.depth) sums.add_products(c, input + k + c, m.input_stride, weight + c * m.weight_stride, tail, kTail);
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {

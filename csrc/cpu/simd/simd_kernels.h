@@ -32,11 +32,13 @@ struct MergeArguments {
   float* output;
 };
 
-// outputs[row_count, columns] from inputs[row_count, depth] @ weights[depth, columns] + bias. Strides are in elements.
+// outputs[num_rows, columns] from inputs[num_rows, depth] @ weights[depth, columns] + bias. Strides are of rows, in
+// elements.
 struct MatmulArguments {
   const float* inputs;
   int64_t input_stride;
   const float* weights;
+  int64_t weight_stride;
   const float* bias;  // null for none
   float* outputs;
   int64_t output_stride;

@@ -29,7 +29,8 @@ from triton.runtime.jit import JITFunction
 
 from hmi_kernels.adapters import BottleneckArguments, LoraArguments
 from hmi_kernels.plot import LookupArguments, MergeArguments
-from hmi_kernels.triton import adapters, plot_lookup, plot_merge, vectors
+from hmi_kernels.products import ProductArguments, WeightGradientArguments
+from hmi_kernels.triton import adapters, plot_lookup, plot_merge, products, vectors
 from hmi_kernels.vectors import VectorArguments
 
 TARGETS = {
@@ -121,6 +122,16 @@ def run_adapters(dtype: torch.dtype, rank: int, num_tokens: int) -> None:
     )
 
 
+def run_products(dtype: torch.dtype, rank: int, num_tokens: int) -> None:
+    size = 768
+    rows, thin = torch.zeros(num_tokens, size, dtype=dtype), torch.zeros(num_tokens, rank, dtype=dtype)
+    arena = torch.zeros(2**20, dtype=dtype)
+    indexes = (torch.tensor([0, num_tokens]), int32(0), torch.tensor([0]), int32(size), int32(rank))
+    products.grouped_product(ProductArguments(rows, arena, *indexes, rank))
+    products.grouped_product(ProductArguments(thin, arena, *indexes, size, True))
+    products.grouped_weight_gradient(WeightGradientArguments(rows, thin, *indexes, len(arena)))
+
+
 def run_vectors_and_plot(dtype: torch.dtype) -> None:
     size = 768
     rows, vector = torch.zeros(64, size, dtype=dtype), torch.zeros(size, dtype=dtype)
@@ -148,6 +159,7 @@ def main(target: str, *, all_configs: bool) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32) if all_configs else (torch.float16,):
         for rank in (16, 64, 256) if all_configs else (64,):
             run_adapters(dtype, rank, 128)
+            run_products(dtype, rank, 128)
         run_vectors_and_plot(dtype)
     print(json.dumps(records))
 

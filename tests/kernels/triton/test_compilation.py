@@ -20,6 +20,8 @@ KERNELS = {
     "_store_words",
     "_lookup_kernel",
     "_merge_kernel",
+    "_product_kernel",
+    "_weight_gradient_kernel",
 }
 
 
@@ -49,6 +51,8 @@ def test_compiles_with_tensor_cores_and_wide_reads(tmp_path: Path) -> None:
         assert record["shared"] <= SHARED_MEMORY["sm_90"], record
         if record["kernel"] == "adapter_kernel":
             assert record["tensor_core"] and record["copy_16_bytes"], record
+        if record["kernel"] in ("_product_kernel", "_weight_gradient_kernel"):
+            assert record["tensor_core"], record
         if record["kernel"] in ("_merge_kernel", "_normalize_kernel", "_vector_kernel"):
             assert record["read_16_bytes"], record
     for window in (2, 3):  # the whole row of a type in vectors: more types, more of these
