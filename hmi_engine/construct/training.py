@@ -17,6 +17,7 @@ from hmi_engine.construct.training_data import Split, TaskData
 from hmi_engine.construct.training_loop import TrainingTask, fit
 from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import Metrics, check_metric_libraries
+from hmi_engine.construct.training_search import SearchSpace, search
 from hmi_engine.construct.training_settings import (
     Epoch,
     TrainingProgress,
@@ -34,6 +35,7 @@ from hmi_engine.models.tokenization import TextEncoder
 __all__ = [
     "Epoch",
     "Metrics",
+    "SearchSpace",
     "TrainedTenant",
     "TrainingProgress",
     "TrainingReport",
@@ -62,6 +64,7 @@ def train_tenant(
     validation_examples: Sequence[AnyExample] = (),
     test_examples: Sequence[AnyExample] = (),
     settings: TrainingSettings,
+    search_space: SearchSpace | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainedTenant:
     """Trains an adapter and a head for one domain, under the miss policy that will serve it.
@@ -81,6 +84,8 @@ def train_tenant(
         validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
         test_examples: those that choose nothing and are only scored at the end.
         settings: see :class:`TrainingSettings`.
+        search_space: learning rates and ranks to choose from before the training; None to take those of
+            ``settings``.
         progress: told about each stage.
 
     Raises:
@@ -103,9 +108,13 @@ def train_tenant(
     test_data = session.encode(test_examples) if test_examples else None
     generator = torch.Generator().manual_seed(settings.seed)
     split = session.split(data, len(examples), generator)
-    tenant = session.new_tenant(generator)
+    tenant = session.new_tenant(settings, generator)
     states = session.cache(data, tenant)
     task = TrainingTask(states, data, split, objective)
+    trials = None
+    if search_space is not None:
+        settings, trials = search(task, session.new_tenant, settings, search_space, progress)
+        tenant = session.new_tenant(settings, generator)
     result = fit(task, tenant, settings, generator, progress)
     trained = tenant.adapter.to_adapter(), objective.to_head(tenant.head)
     for part in trained:
@@ -133,6 +142,7 @@ def train_tenant(
         data_sha256=data.sha256,
         test_sha256=None if test_data is None else test_data.sha256,
         settings=settings,
+        search=trials,
     )
     return TrainedTenant(*trained, report)
 
@@ -159,8 +169,7 @@ class _Session:
             return Split(tuple(range(num_examples)), tuple(range(num_examples, len(data))))
         return self.objective.split(data, self.settings.validation_fraction, generator)
 
-    def new_tenant(self, generator: torch.Generator) -> TrainableTenant:
-        settings = self.settings
+    def new_tenant(self, settings: TrainingSettings, generator: torch.Generator) -> TrainableTenant:
         adapter = TrainableAdapter(
             self.general,
             kind=settings.block_kind,
