@@ -139,7 +139,7 @@ def test_some_steps_of_training_lead_where_they_lead_peft(base, tiny_bert, seque
     with torch.no_grad():
         for (layer, site), block in adapter.to_adapter().blocks.items():
             for mine, theirs in zip(block.tensors().values(), parameters(layer, site), strict=True):
-                theirs.copy_(mine.T.reshape(theirs.shape))
+                theirs.copy_(mine.T if mine.dim() == 2 else mine.reshape(theirs.shape))
     _, _, batch = dense_input(base.model, sequences, 1)
     layers, weight = TrainableLayers(base.model, adapter), torch.randn(base.general.hidden_size)
     tuned = [parameter for place in adapter.places for parameter in parameters(*place)]
