@@ -47,7 +47,9 @@ def test_loss_of_classes(encoder, smoothing, class_weights):
     outputs = torch.randn(6, 3)
     weight = None
     if class_weights:
-        weight = torch.tensor(compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())).float()
+        weight = torch.tensor(
+            compute_class_weight("balanced", classes=np.arange(3), y=targets.numpy())
+        ).float()
     expected = nn.CrossEntropyLoss(weight=weight, label_smoothing=smoothing)(outputs, targets)
     torch.testing.assert_close(objective.loss(outputs, targets), expected)
 

@@ -1,10 +1,13 @@
 """A trained tenant answers through the engine as its report says, whatever its task and adapter."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 import hmi_engine as hmi
 from hmi_engine.construct.training import TrainingSettings
+from hmi_engine.construct.training_metrics import measure_label_sets, measure_tags
 from hmi_engine.knowledge.examples import (
     Example,
     MultiLabelExample,
@@ -93,22 +96,38 @@ def test_every_task_is_served_as_it_was_judged(make_store, topic_examples, task)
             assert found == pytest.approx(np.corrcoef(ranks, np.arange(40))[0, 1], abs=1e-3)
 
 
+def best_constant(task, examples):
+    """What the best answer that does not look at the topic reaches."""
+    if task == "multi_label":
+        labels = sorted({label for example in examples for label in example.labels})
+        truth = np.array([[label in example.labels for label in labels] for example in examples])
+        answers = itertools.product([False, True], repeat=len(labels))
+        found = [
+            measure_label_sets(truth, np.tile(answer, (len(truth), 1)), resamples=0) for answer in answers
+        ]
+        return max(metrics.values["micro_f1"] for metrics in found)
+    if task == "token_classification":
+        truth = [example.tags for example in examples]
+        topics = {tag for tags in truth for tag in tags} - {"O"}
+        answers = [[["O" if tag == "O" else topic for tag in tags] for tags in truth] for topic in topics]
+        return max(measure_tags(truth, answer, resamples=0).values["entity_f1"] for answer in answers)
+    return {"regression": 0.0, "embedding": 1 / len(examples)}[task]
+
+
 @pytest.mark.parametrize(
-    ("task", "figure", "reached"),
+    ("task", "figure"),
     [
-        ("multi_label", "micro_f1", 0.75),
-        ("token_classification", "entity_f1", 0.5),
-        ("regression", "r2", 0.3),
-        ("embedding", "retrieval_accuracy", 0.3),
+        ("multi_label", "micro_f1"),
+        ("token_classification", "entity_f1"),
+        ("regression", "r2"),
+        ("embedding", "retrieval_accuracy"),
     ],
 )
-def test_every_task_learns_what_can_be_learned(make_store, topic_examples, task, figure, reached):
-    """Far above what constant answers reach: 0.67, 0, 0 and 1 in 60."""
-    store = make_store(plot_layers=0)
-    examples = [MAKE[task](example) for example in topic_examples(240, seed=1)]
+def test_every_task_learns_what_can_be_learned(make_store, topic_examples, task, figure):
+    store = make_store()
+    examples = [MAKE[task](example) for example in topic_examples(360, seed=1)]
     new = [MAKE[task](example) for example in topic_examples(60, seed=2)]
-    settings = TrainingSettings(
-        task=task, kind="lora", rank=8, max_epochs=10, patience=10, learning_rate=5e-3
-    )
+    settings = TrainingSettings(task=task, rank=8, max_epochs=12, learning_rate=5e-3)
     trained = store.train_tenant("t", examples, domain="general", test_examples=new, settings=settings)
-    assert trained.report.test.values[figure] > reached
+    low, _ = trained.report.test.intervals[figure]
+    assert low > best_constant(task, new)
