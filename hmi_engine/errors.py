@@ -5,9 +5,11 @@ A message says what was wrong, where, and what to do. The command line prints it
 
 __all__ = [
     "BudgetTooSmallError",
+    "CheckpointError",
     "ClusterError",
     "CorpusError",
     "DeadlineExceededError",
+    "DeviceMemoryError",
     "DomainCycleError",
     "DomainExistsError",
     "DomainInUseError",
@@ -34,6 +36,7 @@ __all__ = [
     "TenantExistsError",
     "TextTooLongError",
     "TrainingDataError",
+    "TrainingDivergedError",
     "UnknownDomainError",
     "UnknownTenantError",
     "UnsupportedModelError",
@@ -98,6 +101,18 @@ class CorpusError(HmiError):
 
 class TrainingDataError(HmiError, ValueError):
     """Training examples are missing, unreadable or too few."""
+
+
+class TrainingDivergedError(HmiError, ArithmeticError):
+    """A loss is no number; what was learned before is kept."""
+
+
+class CheckpointError(HmiError):
+    """A checkpoint is damaged, or belongs to another training."""
+
+
+class DeviceMemoryError(HmiError, MemoryError):
+    """A training step does not fit into memory."""
 
 
 class MissingDependencyError(HmiError, ImportError):
