@@ -101,3 +101,57 @@ def test_the_student_computes_what_the_store_serves(window_store: hmi.Store, hel
     final = run_layers(student.upper_layers, merged, dense)[-1]
     served_final = store.model.run_layers(served.clone(), sequences, first=PLOT_LAYERS)
     torch.testing.assert_close(final, served_final, atol=1e-5, rtol=1e-5)
+
+
+def run(store: hmi.Store, texts, chosen: DistillationSettings, **options):
+    return distil(
+        texts,
+        base=store.layout.general,
+        general=store.general,
+        encoder=store.encoder,
+        settings=chosen,
+        **options,
+    )
+
+
+def assert_same(first, second) -> None:
+    for name in ("layers", "merge"):
+        ours, theirs = getattr(first, name), getattr(second, name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), key
+
+
+class Interruption(Exception):
+    """Stands for Ctrl-C."""
+
+
+def interrupt_at(stage: str, step: int):
+    def progress(name: str, done: int, total, metrics=None) -> None:
+        if (name, done) == (stage, step):
+            raise Interruption
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("distilling, stage 1", 1), ("distilling, stage 1", 3), ("distilling, stage 2", 3)]
+)
+def test_what_was_interrupted_goes_on_to_the_same_bits(store, tmp_path, corpus, stage, step) -> None:
+    """Before the first checkpoint, and one step after one in either stage."""
+    whole = run(store, corpus, settings(), folder=tmp_path / "whole")
+    with pytest.raises(Interruption):
+        run(store, corpus, settings(), folder=tmp_path / "cut", progress=interrupt_at(stage, step))
+    resumed = run(store, corpus, settings(), folder=tmp_path / "cut")
+    assert_same(whole, resumed)
+    for ours, theirs in zip(whole.report.stages, resumed.report.stages, strict=True):
+        assert (ours.losses, ours.held_out) == (theirs.losses, theirs.held_out)
+
+
+def test_nothing_depends_on_what_is_cached(store, tmp_path, corpus) -> None:
+    kept = run(store, corpus, settings(), folder=tmp_path / "kept")
+    some = run(store, corpus, settings(cache_bytes=100_000))
+    none = run(store, corpus, settings(cache_bytes=0))
+    for other in (some, none):
+        for name, tensor in kept.layers.items():
+            torch.testing.assert_close(tensor, other.layers[name], atol=1e-5, rtol=1e-4)
