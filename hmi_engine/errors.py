@@ -15,6 +15,8 @@ __all__ = [
     "DomainInUseError",
     "EngineClosedError",
     "EngineFaultError",
+    "GeneralChangedError",
+    "GeneralInUseError",
     "HmiError",
     "InvalidAdapterError",
     "InvalidHeadError",
@@ -177,6 +179,14 @@ class StoreCorruptError(StoreError):
 
 class StoreBusyError(StoreError):
     """Another process is writing to the store."""
+
+
+class GeneralChangedError(StoreError):
+    """The base model has been replaced since the store was opened."""
+
+
+class GeneralInUseError(StoreError):
+    """The base model still has tenants that fit no other."""
 
 
 class StoreFullError(StoreError, OSError):

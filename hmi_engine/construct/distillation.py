@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,40 +30,27 @@ from hmi_engine.construct.distillation_settings import (
 from hmi_engine.construct.distillation_stage import StageTrainer
 from hmi_engine.construct.distillation_student import Student, load_bert
 from hmi_engine.construct.distillation_teacher import Teacher
+from hmi_engine.construct.distilled_model import DistilledModel, weights_sha256
 from hmi_engine.errors import MissingDependencyError, UnsupportedModelError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.tensor_file import file_sha256
-from hmi_engine.models.loading import load_merge
+from hmi_engine.models.loading import load_bert_tensors, load_configuration, load_merge
 from hmi_engine.models.tokenization import TextEncoder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["DistilledModel", "distil"]
+__all__ = ["distil"]
 
 FIRST_SHIFTED = 8
 """Positions whose mean shift stands for those that no text reached: the very first tokens are special."""
-
-
-@dataclass(frozen=True)
-class DistilledModel:
-    """What was learned.
-
-    Attributes:
-        layers: float32 weights of all encoder layers under transformers' names.
-        merge: the tensors of ``merge.safetensors``.
-        report: how it went.
-    """
-
-    layers: dict[str, Tensor]
-    merge: dict[str, Tensor]
-    report: DistillationReport
 
 
 def distil(
     texts: Iterable[str],
     *,
     base: Path,
+    teacher: Path | None = None,
     general: GeneralInfo,
     encoder: TextEncoder,
     settings: DistillationSettings,
@@ -77,7 +63,8 @@ def distil(
 
     Args:
         texts: unlabelled text.
-        base: a store's folder of the base model, which teaches and from which the student starts.
+        base: a store's folder of the base model, from which the student starts.
+        teacher: folder of a model of the same sizes, which teaches; by default ``base``.
         general: its description.
         encoder: its tokenizer.
         settings: see :class:`DistillationSettings`.
@@ -105,8 +92,11 @@ def distil(
     started = time.perf_counter()
     pieces, num_texts = read_pieces(texts, encoder, settings.max_tokens)
     corpus = DistillationCorpus(pieces, general.window, settings)
+    teacher = teacher or base
+    teacher_sha256 = weights_sha256(load_bert_tensors(teacher, load_configuration(teacher)))
     task = Task(
         base_sha256=_base_sha256(base, domain_layers),
+        teacher_sha256=None if teacher == base else teacher_sha256,
         data_sha256=corpus.sha256,
         plot_layers=general.plot_layers,
         window=general.window,
@@ -119,12 +109,12 @@ def distil(
     _start_from(student, domain_layers)
     student.to(accelerator.device)
     with _work_folder(folder) as work:
-        run = _Run(general, corpus, student, base, work, task, settings, accelerator, progress)
+        run = _Run(general, corpus, student, teacher, work, task, settings, accelerator, progress)
         stages = run.all_stages()
     report = DistillationReport(
         plot_layers=general.plot_layers,
         window=general.window,
-        base_sha256=task.base_sha256,
+        teacher_sha256=teacher_sha256,
         tokenizer_sha256=general.tokenizer_sha256,
         texts=num_texts,
         pieces=sum(batch.sequences.num_sequences for batch in corpus.training),
@@ -151,7 +141,7 @@ class _Run:
         general: GeneralInfo,
         corpus: DistillationCorpus,
         student: Student,
-        base: Path,
+        teacher: Path,
         folder: Path,
         task: Task,
         settings: DistillationSettings,
@@ -162,7 +152,7 @@ class _Run:
         self._folder, self._settings, self._progress = folder, settings, progress
         self._accelerator = accelerator
         self._checkpoint = Checkpoint(folder, task)
-        self._teacher = Teacher(load_bert(base), general.plot_layers, accelerator.device)
+        self._teacher = Teacher(load_bert(teacher), general.plot_layers, accelerator.device)
         label = _label(task, corpus)
         self._cache_bytes = settings.cache_bytes if accelerator.num_processes == 1 else 0
         self._teacher.keep_states(folder, label, corpus.batches, self._cache_bytes * 3 // 4)
@@ -247,7 +237,8 @@ def _base_sha256(base: Path, domain_layers: dict[str, Tensor] | None) -> str:
 
 def _label(task: Task, corpus: DistillationCorpus) -> str:
     """Of the teacher's cached states: model, K, and the batches."""
-    digest = hashlib.sha256(json.dumps([task.base_sha256, task.plot_layers]).encode())
+    teacher = task.teacher_sha256 or task.base_sha256
+    digest = hashlib.sha256(json.dumps([teacher, task.plot_layers]).encode())
     for batch in corpus.batches:
         digest.update(batch.sequences.input_ids.numpy().tobytes())
         digest.update(batch.sequences.offsets.numpy().tobytes())

@@ -27,6 +27,7 @@ class Task(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base_sha256: str
+    teacher_sha256: str | None = None
     data_sha256: str
     plot_layers: int
     window: int

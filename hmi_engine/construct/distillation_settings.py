@@ -137,6 +137,12 @@ class DistillationSettings(BaseModel):
             return self.miss_range
         return (0.0, 0.6) if self.misses == "uniform" else (0.0, 1.0)
 
+    def for_domain(self) -> DistillationSettings:
+        """The same for a domain's own layers: stage 1 alone, the merge stays the base's."""
+        first = StageSettings(**self.stage_1.model_dump() | {"trainable": ("domain",), "merged_weight": 1.0})
+        second = StageSettings(**self.stage_2.model_dump() | {"steps": 0})
+        return DistillationSettings(**self.model_dump() | {"stage_1": first, "stage_2": second})
+
     @property
     def stages(self) -> tuple[StageSettings, StageSettings]:
         """Both stages in order."""
@@ -176,7 +182,7 @@ class DistillationReport(BaseModel):
     Attributes:
         plot_layers: K.
         window: width of the n-gram windows.
-        base_sha256: digest of the teacher's weights.
+        teacher_sha256: digest of the teacher's weights.
         tokenizer_sha256: digest of its tokenizer.
         texts: read, duplicates left out.
         pieces: sequences that were learned from; ``held_out_pieces`` were not.
@@ -191,8 +197,8 @@ class DistillationReport(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     plot_layers: int
-    window: int
-    base_sha256: str
+    window: Literal[2, 3]
+    teacher_sha256: str
     tokenizer_sha256: str
     texts: int
     pieces: int
