@@ -91,12 +91,14 @@ class DomainStore:
 
     @functools.cached_property
     def model(self) -> HierarchicalBert:
-        """The base model, loaded at first use."""
+        """The base model, loaded at first use; raises :class:`GeneralChangedError` if it is gone."""
+        self.catalog.check_general(self.general)
         return HierarchicalBert.load(self.general_folder, self.general.plot_layers)
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
-        """The base model's tokenizer, loaded at first use."""
+        """The base model's tokenizer, loaded at first use; raises as :attr:`model`."""
+        self.catalog.check_general(self.general)
         return TextEncoder(self.general_folder, self.general.max_positions)
 
     @functools.cached_property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hmi_engine.construct.distillation_calibration import fit_layer_norm, is_untrained
 from hmi_engine.construct.distillation_checkpoint import Checkpoint, StageState
 from hmi_engine.construct.distillation_corpus import DistillationBatch, DistillationCorpus, Misses
 from hmi_engine.construct.distillation_rows import CorpusRows
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["StageTrainer", "draw_misses"]
 
 RECENT_STEPS = 10
+CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class StageTrainer:
         self._restore_scaler(state)
         if not state.held_out:
             state.held_out.append(self._measure(0))
+            self._calibrate()
         started, before = time.perf_counter(), state.seconds
         while len(state.losses) < self._stage.steps:
             with _memory_advice(self._settings):
@@ -194,6 +197,23 @@ class StageTrainer:
                 state.seconds = before + time.perf_counter() - started
                 state.scaler = self._scaler_state()
                 save()
+
+    @torch.no_grad()
+    def _calibrate(self) -> None:
+        """Lets an undistilled merge start from the LayerNorm that fits some batches best."""
+        student = self._student
+        if "merge" not in self._stage.trainable or not is_untrained(student.merge.layer_norm):
+            return
+
+        def outputs() -> Iterator[tuple[Tensor, Tensor]]:
+            for place in range(min(CALIBRATION_BATCHES, len(self._corpus.training))):
+                batch, generator = self._draw(place)
+                misses = draw_misses(batch, self._corpus.window, self._settings, generator)
+                inputs = self._inputs(batch, misses, with_upper=False)
+                rows = student.window_rows(inputs.plan) if inputs.rows is None else inputs.rows
+                yield student.merge(rows, inputs.plan, inputs.dense.positions()), inputs.merged
+
+        fit_layer_norm(student.merge.layer_norm, outputs())
 
     def _step(self, number: int) -> float:
         accumulated = self._settings.gradient_accumulation

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import hmi_kernels
 from hmi_engine.construct.distillation_corpus import Misses
 from hmi_engine.models.packing import PackedSequences, window_tokens
 
@@ -154,7 +155,8 @@ def _distinct(terms: list[_Term]) -> tuple[Tensor, list[Tensor]]:
     """The distinct windows [M, W] that terms use, and for each term the number of each token's window."""
     used = [term.coefficients != 0 for term in terms]
     windows = torch.cat([term.windows[here] for term, here in zip(terms, used, strict=True)])
-    distinct, members = windows.unique(dim=0, return_inverse=True)
+    keys, members = hmi_kernels.ngram_keys(windows.int()).unique(return_inverse=True)
+    distinct = hmi_kernels.ngram_tokens(keys)[:, : windows.shape[1]].long()
     numbers = []
     for here, found in zip(used, members.split([int(here.sum()) for here in used]), strict=True):
         numbers.append(torch.zeros(len(here), dtype=torch.int64))
