@@ -122,6 +122,7 @@ class DistillingStore(DomainStore):
             self.set_domain_layers(domain, distilled.layers, progress=progress)
             return
         self.general = replace_general(self.catalog, distilled, progress=progress)
+        self.catalog.expected_general = self.general
         for name in _OF_THE_BASE:
             self.__dict__.pop(name, None)
 
@@ -149,7 +150,9 @@ class DistillingStore(DomainStore):
             found = Path(temporary)
             sizes, _ = import_bert(source, found)
             if sizes != load_configuration(self.general_folder):
-                raise UnsupportedModelError(f"{source}: the teacher has not the sizes of the store's base model")
+                raise UnsupportedModelError(
+                    f"{source}: the teacher has not the sizes of the store's base model"
+                )
             if distilled is not None and weights_sha256(_weights(found)) != distilled[0].teacher_sha256:
                 raise UnsupportedModelError(
                     f"{source} is not the model that the store's base was distilled from; name that one as the "

@@ -78,6 +78,7 @@ class DomainStore:
         self.catalog = catalog
         self.layout: StoreLayout = catalog.layout
         self.general: GeneralInfo = catalog.general
+        catalog.expected_general = self.general
 
     @property
     def general_folder(self) -> Path:

@@ -38,8 +38,12 @@ def distill(
             show_default=False,
         ),
     ] = None,
-    steps_1: Annotated[int, typer.Option(min=0, help="Steps of the domain layers and the merge.")] = _FIRST.steps,
-    steps_2: Annotated[int, typer.Option(min=0, help="Steps of the upper layers and the merge.")] = _SECOND.steps,
+    steps_1: Annotated[
+        int, typer.Option(min=0, help="Steps of the domain layers and the merge.")
+    ] = _FIRST.steps,
+    steps_2: Annotated[
+        int, typer.Option(min=0, help="Steps of the upper layers and the merge.")
+    ] = _SECOND.steps,
     learning_rate_1: Annotated[float, typer.Option(help="Of stage 1.")] = _FIRST.learning_rate,
     learning_rate_2: Annotated[float, typer.Option(help="Of stage 2.")] = _SECOND.learning_rate,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = _DEFAULT.batch_tokens,
@@ -112,7 +116,9 @@ def _settings(options: dict[str, Any], file: Path | None) -> DistillationSetting
             return DistillationSettings.model_validate_json(file.read_text())
         return DistillationSettings.model_validate(options)
     except OSError as error:
-        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}", param_hint="--settings") from error
+        raise typer.BadParameter(
+            f"{file} cannot be read: {error.strerror}", param_hint="--settings"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "settings"
@@ -134,6 +140,4 @@ def _print(report: DistillationReport, domain: str | None) -> None:
 def _add_rows(table: Table, number: int, stage: StageReport) -> None:
     for point in stage.held_out[:1] + stage.held_out[-1:]:
         for policy, losses in (("exact", point.exact), ("backoff", point.backoff)):
-            table.add_row(
-                str(number), policy, f"{point.step} steps", f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
-            )
+            table.add_row(str(number), policy, f"{point.step} steps", f"{losses[0]:.3f}", f"{losses[-1]:.3f}")

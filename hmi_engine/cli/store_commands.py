@@ -22,7 +22,9 @@ def init(
     ],
     distilled: Annotated[
         Path | None,
-        typer.Option(help="File that hmi distill --compact wrote: what to change of the model.", show_default=False),
+        typer.Option(
+            help="File that hmi distill --compact wrote: what to change of the model.", show_default=False
+        ),
     ] = None,
     plot_layers: Annotated[
         int | None,
@@ -34,7 +36,10 @@ def init(
     window: Annotated[
         int | None,
         typer.Option(
-            min=2, max=3, help="Width of the n-gram windows; default: as it was distilled, else 2.", show_default=False
+            min=2,
+            max=3,
+            help="Width of the n-gram windows; default: as it was distilled, else 2.",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,

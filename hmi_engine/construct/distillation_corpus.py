@@ -102,9 +102,7 @@ class DistillationCorpus:
         return missing / max(1, sum(batch.sequences.num_tokens for batch in self.held_out) - last)
 
 
-def read_pieces(
-    texts: Iterable[str], encoder: TextEncoder, max_tokens: int
-) -> tuple[list[list[int]], int]:
+def read_pieces(texts: Iterable[str], encoder: TextEncoder, max_tokens: int) -> tuple[list[list[int]], int]:
     """Tokenizes texts, each once, and cuts long ones into pieces with the special tokens around each.
 
     Returns:
@@ -207,9 +205,7 @@ def _batches(
     return [*batches, _batch(len(batches), sequences, misses, members)]
 
 
-def _batch(
-    number: int, sequences: PackedSequences, misses: Misses, members: list[int]
-) -> DistillationBatch:
+def _batch(number: int, sequences: PackedSequences, misses: Misses, members: list[int]) -> DistillationBatch:
     starts = sequences.offsets.tolist()
     tokens = torch.cat([torch.arange(starts[piece], starts[piece + 1]) for piece in members])
     lengths = tuple(sequences.lengths[piece] for piece in members)

@@ -77,6 +77,8 @@ class Catalog:
         self.change_lock = threading.RLock()
         # What the arenas of this process' engines on the store hold, by engine: no larger tenant is added.
         self.arena_bytes = weakref.WeakKeyDictionary[object, int]()
+        # The base model that the opener's tenants are made for, where it says so: no tenant meets another one.
+        self.expected_general: GeneralInfo | None = None
         self.tenants = TenantView(self._database)
         self.domains = DomainView(self._database)
 
@@ -344,11 +346,14 @@ class Catalog:
         """Add tenants in one transaction: all or none. Return the entries that were replaced.
 
         Who replaces a pinned tenant is pinned too. Raises :class:`TenantExistsError` for a name in use unless
-        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, and :class:`StoreBusyError` if
-        another process has meanwhile put in a newer generation.
+        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, :class:`GeneralChangedError` where
+        the base model is not ``expected_general`` any more, and :class:`StoreBusyError` if another process has
+        meanwhile put in a newer generation.
         """
         replaced: list[TenantInfo] = []
         with self._database.transaction() as connection:
+            if self.expected_general is not None:
+                self.check_general(self.expected_general)
             for tenant in tenants:
                 check_name(tenant.name)
                 if not has_domain(connection, tenant.domain_id):

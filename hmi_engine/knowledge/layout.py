@@ -46,7 +46,9 @@ class StoreLayout:
         Raises :class:`StoreCorruptError` for a name that is not one of ours, as :meth:`resolve` does.
         """
         if not _GENERAL.fullmatch(name):
-            raise StoreCorruptError(f"{self.catalog}: the base model's folder {name!r} is none of the store's")
+            raise StoreCorruptError(
+                f"{self.catalog}: the base model's folder {name!r} is none of the store's"
+            )
         return self.root / name
 
     def general_folders(self) -> list[Path]:

@@ -155,3 +155,236 @@ def test_nothing_depends_on_what_is_cached(store, tmp_path, corpus) -> None:
     for other in (some, none):
         for name, tensor in kept.layers.items():
             torch.testing.assert_close(tensor, other.layers[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_teacher_is_transformers(store, held_out) -> None:
+    """Hidden states of padded batches, rounded to float16, against each text alone."""
+    token_ids = store.encoder.token_ids(held_out)
+    corpus = DistillationCorpus([ids for ids in token_ids if len(ids) > 3], 2, settings())
+    reference = BertModel.from_pretrained(store.layout.general).eval()
+    teacher = Teacher(load_bert(store.layout.general), PLOT_LAYERS, torch.device("cpu"))
+    for batch in corpus.batches:
+        found = [teacher.merged(batch), *teacher.upper(batch)]
+        for number, ids in enumerate(batch.sequences.input_ids.split(batch.sequences.lengths)):
+            expected = reference(ids[None].long(), output_hidden_states=True).hidden_states[PLOT_LAYERS:]
+            for ours, theirs in zip(found, expected, strict=True):
+                part = ours.split(batch.sequences.lengths)[number].float()
+                torch.testing.assert_close(part, theirs[0], atol=5e-3, rtol=5e-3)
+
+
+def test_distillation_teaches(store, corpus) -> None:
+    """Both stages lower the loss on held-out text, under both policies, from a merge that fits nothing yet."""
+    chosen = settings(
+        stage_1=StageSettings(
+            steps=60,
+            trainable=("domain", "merge"),
+            merged_weight=1.0,
+            learning_rate=3e-3,
+            merge_learning_rate=1e-2,
+        ),
+        stage_2=StageSettings(steps=60, trainable=("merge", "upper"), upper_weight=1.0, learning_rate=3e-3),
+        evaluate_every=1000,
+        checkpoint_every=1000,
+    )
+    report = run(store, corpus, chosen).report
+    first, second = report.stages
+    for policy in ("exact", "backoff"):
+        before, between = (getattr(point, policy) for point in (first.held_out[0], first.held_out[-1]))
+        assert between[0] < before[0] * 0.8
+        start, end = (getattr(point, policy) for point in (second.held_out[0], second.held_out[-1]))
+        assert end[-1] < start[-1] * 0.8
+
+
+def test_a_stage_changes_only_its_parts(store, corpus) -> None:
+    general = load_file(store.layout.general / "model.safetensors")
+    nothing = StageSettings(steps=0, trainable=("upper",), upper_weight=1.0)
+    first = run(store, corpus, settings(stage_2=nothing))
+    only_upper = StageSettings(steps=2, trainable=("upper",), upper_weight=1.0)
+    none = StageSettings(steps=0, trainable=("merge",), merged_weight=1.0)
+    second = run(store, corpus, settings(stage_1=none, stage_2=only_upper))
+    merge = load_merge(store.layout.general)
+    assert all(torch.equal(second.merge[name], tensor) for name, tensor in merge.items())
+    for model, is_trained in (
+        (first, lambda layer: layer < PLOT_LAYERS),
+        (second, lambda layer: layer >= PLOT_LAYERS),
+    ):
+        for name, tensor in model.layers.items():
+            if name.endswith("weight"):
+                changed = not torch.equal(tensor, general[name])
+                assert changed == is_trained(int(name.split(".")[2])), name
+
+
+def brute_force_misses(corpus, pieces, held_out_ids, folds: int, min_count: int) -> dict:
+    """For each piece (as a tuple) which of its pairs occur too rarely in other folds' pieces."""
+    result = {}
+    fold_of = [number * folds // len(pieces) for number in range(len(pieces))]
+    for number, piece in enumerate(pieces):
+        own = None if tuple(piece) in held_out_ids else fold_of[number]
+        others = [
+            other
+            for place, other in enumerate(pieces)
+            if tuple(other) not in held_out_ids and fold_of[place] != own
+        ]
+        seen: dict = {}
+        for other in others:
+            for pair in zip(other, other[1:], strict=False):
+                seen[pair] = seen.get(pair, 0) + 1
+        result[tuple(piece)] = [seen.get(pair, 0) < min_count for pair in zip(piece, piece[1:], strict=False)]
+    return result
+
+
+def test_cross_fitted_misses_are_what_other_folds_lack(store, corpus) -> None:
+    pieces, _ = read_pieces(corpus[:40], store.encoder, 16)
+    pieces = list(map(list, dict.fromkeys(map(tuple, pieces))))
+    chosen = settings(folds=3, min_count=2)
+    found = DistillationCorpus(pieces, 2, chosen)
+    held_out = {
+        tuple(ids.tolist())
+        for batch in found.held_out
+        for ids in batch.sequences.input_ids.split(batch.sequences.lengths)
+    }
+    expected = brute_force_misses(corpus, pieces, held_out, 3, 2)
+    seen = 0
+    for batch in found.training + found.held_out:
+        parts = zip(
+            batch.sequences.input_ids.split(batch.sequences.lengths),
+            batch.misses.pairs.split(batch.sequences.lengths),
+            strict=True,
+        )
+        for ids, missing in parts:
+            assert missing.tolist() == [*expected[tuple(ids.tolist())], False]
+            seen += 1
+    assert seen == len(pieces)
+    assert 0 < sum(map(sum, expected.values()))
+
+
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("misses", ["cross_fitted", "uniform", "none"])
+def test_misses_are_drawn_within_their_range(store, corpus, window, misses) -> None:
+    pieces, _ = read_pieces(corpus, store.encoder, 16)
+    chosen = settings(misses=misses, miss_range=(0.5, 0.5) if misses == "uniform" else (1.0, 1.0))
+    found = DistillationCorpus(pieces, window, chosen)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_misses(batch, window, chosen, generator) for batch in found.training]
+    windows = torch.cat([one.windows for one in drawn])
+    if misses == "none":
+        assert not windows.any()
+    elif misses == "uniform":
+        assert windows.float().mean() == pytest.approx(0.5, abs=0.05)
+    else:
+        assert torch.equal(windows, torch.cat([batch.misses.windows for batch in found.training]))
+
+
+def test_long_texts_become_pieces_that_cover_them(store) -> None:
+    text = " ".join(["cell", "protein", "binds", "the"] * 10)
+    pieces, count = read_pieces([text, text], store.encoder, 16)
+    whole = store.encoder.token_ids([text], whole=True)[0]
+    assert count == 1
+    assert [token for piece in pieces for token in piece[1:-1]] == whole[1:-1]
+    assert all(piece[0] == whole[0] and piece[-1] == whole[-1] and len(piece) <= 16 for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "0 sequences"), (["a", ""], "none of the corpus' 2 texts"), (["a cell binds"], "1 sequences")],
+)
+def test_too_little_text_is_refused(store, texts, message) -> None:
+    with pytest.raises(CorpusError, match=message):
+        run(store, texts, settings())
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_state(store, tmp_path, corpus, monkeypatch) -> None:
+    """The checkpoint before it stays; step and batch are told."""
+    calls = []
+    original = Student.window_rows
+
+    def poisoned(self, plan):
+        calls.append(torch.is_grad_enabled())
+        rows = original(self, plan)
+        return rows * float("nan") if sum(calls) == 4 else rows
+
+    monkeypatch.setattr(Student, "window_rows", poisoned)
+    with pytest.raises(TrainingDivergedError, match=r"loss of step 4 of stage 1 is nan \(batch \d+"):
+        run(store, corpus, settings(), folder=tmp_path)
+    kept = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 1 bytes")]
+)
+def test_out_of_memory_names_the_setting(store, corpus, monkeypatch, error) -> None:
+    original = Student.window_rows
+
+    def full(self, plan):
+        if torch.is_grad_enabled():
+            raise error
+        return original(self, plan)
+
+    monkeypatch.setattr(Student, "window_rows", full)
+    with pytest.raises(DeviceMemoryError, match=r"batch_tokens=64 .*gradient_accumulation=2"):
+        run(store, corpus, settings())
+
+
+@pytest.fixture
+def interrupted(store, tmp_path, corpus) -> Path:
+    with pytest.raises(Interruption):
+        run(
+            store,
+            corpus,
+            settings(),
+            folder=tmp_path / "cut",
+            progress=interrupt_at("distilling, stage 1", 3),
+        )
+    return tmp_path / "cut" / "checkpoint.safetensors"
+
+
+def test_a_checkpoint_goes_on_only_as_it_began(store, corpus, interrupted) -> None:
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        run(store, corpus, settings(seed=1), folder=interrupted.parent)
+    with pytest.raises(CheckpointError, match="data_sha256 was"):
+        run(store, corpus[:-1], settings(), folder=interrupted.parent)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 300, -10])
+def test_a_damaged_checkpoint_is_told(store, corpus, interrupted, keep) -> None:
+    contents = interrupted.read_bytes()
+    interrupted.write_bytes(contents[:keep])
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        run(store, corpus, settings(), folder=interrupted.parent)
+
+
+def test_settings_that_learn_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs a loss"):
+        StageSettings(steps=1, trainable=("merge",))
+    with pytest.raises(ValueError, match="losses above the merge"):
+        StageSettings(steps=1, trainable=("upper",), merged_weight=1.0)
+    with pytest.raises(ValueError, match="0 steps"):
+        settings(
+            stage_1=StageSettings(steps=0, trainable=("merge",), merged_weight=1.0),
+            stage_2=StageSettings(steps=0, trainable=("merge",), merged_weight=1.0),
+        )
+    with pytest.raises(ValueError, match="miss_range"):
+        settings(miss_range=(0.5, 0.2))
+
+
+def test_accumulated_gradients_make_the_step_of_both_batches(store, corpus) -> None:
+    """Two batches to a step halve what each adds: the mean of both losses is what a step reports."""
+    no_misses = {"misses": "none", "checkpoint_every": 100, "evaluate_every": 100}
+    once = run(store, corpus, settings(**no_misses)).report.stages[0].losses
+    both = run(store, corpus, settings(**no_misses, gradient_accumulation=2)).report.stages[0].losses
+    assert both[0] != pytest.approx(once[0])
+    assert len(both) == len(once) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_learns_about_the_same(store, corpus, precision) -> None:
+    from accelerate.state import AcceleratorState
+
+    exact = run(store, corpus, settings()).report.stages[0].losses
+    AcceleratorState._reset_state()
+    mixed = run(store, corpus, settings(mixed_precision=precision)).report.stages[0].losses
+    AcceleratorState._reset_state()
+    assert mixed == pytest.approx(exact, rel=0.05)
+    assert mixed != exact

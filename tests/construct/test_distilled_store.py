@@ -116,9 +116,7 @@ def test_an_export_makes_the_same_store(distilled, tmp_path, held_out) -> None:
     ids = store.encoder.token_ids(held_out[:1])[0]
     with hmi.Store.create(tmp_path / "again", general=folder / "export", row_dtype="float32") as again:
         assert (again.general.plot_layers, again.general.window) == (2, 2)
-        assert torch.equal(
-            merged_by_store(again, ROOT_DOMAIN, ids), merged_by_store(store, ROOT_DOMAIN, ids)
-        )
+        assert torch.equal(merged_by_store(again, ROOT_DOMAIN, ids), merged_by_store(store, ROOT_DOMAIN, ids))
 
 
 def test_the_compact_form_is_the_export_but_for_a_rounding(distilled, tiny_bert, tmp_path) -> None:
@@ -276,10 +274,14 @@ def test_verify_finds_and_repairs_what_a_crash_left(store, corpus, monkeypatch) 
     assert [path.name for path in store.layout.general_folders()] == ["general"]
 
 
-def test_a_distilled_base_is_distilled_further_from_its_teacher(distilled, tmp_path, tiny_bert, corpus) -> None:
+def test_a_distilled_base_is_distilled_further_from_its_teacher(
+    distilled, tmp_path, tiny_bert, corpus
+) -> None:
     _, report, folder, _ = distilled
     with hmi.Store.create(tmp_path / "more", general=folder / "export") as more:
-        with pytest.raises(UnsupportedModelError, match="not the model that the store's base was distilled from"):
+        with pytest.raises(
+            UnsupportedModelError, match="not the model that the store's base was distilled from"
+        ):
             more.distill(corpus, settings=settings())  # its source is the export, not the teacher
         again = more.distill(corpus, settings=settings(), teacher=tiny_bert)
         assert again.teacher_sha256 == report.teacher_sha256
