@@ -128,8 +128,9 @@ def _settings(options: dict[str, Any], file: Path | None) -> DistillationSetting
 def _print(report: DistillationReport, domain: str | None) -> None:
     what = "the base model" if domain is None else f"the layers of domain {domain}"
     say(
-        f"distilled {what} on {report.tokens} tokens in {report.seconds:.0f} s; error on {report.held_out_tokens} "
-        f"held-out tokens (share of the teacher's variance), {report.held_out_miss_rate:.0%} of n-grams missing:"
+        f"distilled {what} on {report.tokens} tokens in {report.seconds:.0f} s; error on "
+        f"{report.held_out_tokens} held-out tokens (share of the teacher's variance), "
+        f"{report.held_out_miss_rate:.0%} of n-grams missing:"
     )
     table = Table("stage", "policy", "after", "at the merge", "at the last layer")
     for number, stage in enumerate(report.stages, start=1):

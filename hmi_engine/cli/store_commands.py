@@ -29,7 +29,7 @@ def init(
     plot_layers: Annotated[
         int | None,
         typer.Option(
-            help="How many of the lowest layers are looked up; default: as it was distilled, else half of them.",
+            help="How many of the lowest layers are looked up; default: as distilled, else half of them.",
             show_default=False,
         ),
     ] = None,

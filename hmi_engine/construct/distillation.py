@@ -6,6 +6,7 @@ K-1 make of whole sequences; then the upper layers learn to work on that. See do
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -162,7 +163,8 @@ class _Run:
         stages, optimizer_tensors = self._checkpoint.load(self._student)
         for number, stage in enumerate(self._settings.stages):
             if not stage.steps:
-                stages += [StageState()] if len(stages) == number else []
+                if len(stages) == number:
+                    stages.append(StageState())
                 continue
             if len(stages) > number and len(stages[number].losses) == stage.steps:
                 continue
@@ -171,11 +173,8 @@ class _Run:
                 stages.append(StageState())
             else:
                 Checkpoint.restore_optimizer(trainer.optimizer, optimizer_tensors)
-            trainer.run(
-                stages[number],
-                lambda trainer=trainer: trainer.checkpoint(self._checkpoint, stages),  # type: ignore[misc]
-                self._progress,
-            )
+            save = functools.partial(trainer.checkpoint, self._checkpoint, stages)
+            trainer.run(stages[number], save, self._progress)
         return stages
 
     def _trainer(self, number: int) -> StageTrainer:

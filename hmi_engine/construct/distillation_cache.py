@@ -96,4 +96,4 @@ class StateCache:
         """
         if self._num_kept:
             self._states.flush()
-            atomic_write(self._done_path, lambda partial: self._done.tofile(partial))
+            atomic_write(self._done_path, self._done.tofile)

@@ -34,8 +34,8 @@ def fit_layer_norm(layer_norm: nn.LayerNorm, pairs: Iterable[tuple[Tensor, Tenso
     for output, wanted in pairs:
         x, y = output.double(), wanted.double()
         count += len(x)
-        for total, product in zip(sums, (x, y, x * x, x * y), strict=True):
-            total += product.sum(0)
+        products = (x, y, x * x, x * y)
+        sums = [total + product.sum(0) for total, product in zip(sums, products, strict=True)]
     x, y, xx, xy = (total / count for total in sums)
     variance = xx - x * x
     weight = torch.where(variance > 0, (xy - x * y) / variance.clamp(min=1e-12), 1.0)

@@ -78,7 +78,7 @@ class Checkpoint:
         write_tensors(self._path, tensors, {_STATE: contents.model_dump_json()})
 
     def load(self, student: Student) -> tuple[list[StageState], dict[str, Tensor]]:
-        """Puts the student back; returns the stages and the optimizer's tensors. Nothing where there is none.
+        """Puts the student back; returns the stages and the optimizer's tensors, both empty for no checkpoint.
 
         Raises:
             CheckpointError: it is damaged, or belongs to another base, text or settings.

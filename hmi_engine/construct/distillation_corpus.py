@@ -74,8 +74,8 @@ class DistillationCorpus:
         """
         if len(pieces) < 2:
             raise CorpusError(
-                f"the corpus gives {len(pieces)} sequences of at least {MIN_TOKENS} tokens; distillation needs "
-                "at least two (one is held out), and thousands to learn something: give more text"
+                f"the corpus gives {len(pieces)} sequences of at least {MIN_TOKENS} tokens; distillation "
+                "needs at least two (one is held out), and thousands to learn something: give more text"
             )
         generator = torch.Generator().manual_seed(settings.seed)
         held_out = _held_out(len(pieces), settings.held_out_fraction, generator)
@@ -119,8 +119,8 @@ def read_pieces(texts: Iterable[str], encoder: TextEncoder, max_tokens: int) -> 
             pieces.extend(_cut(ids, limit))
     if distinct and not pieces:
         raise CorpusError(
-            f"none of the corpus' {len(distinct)} texts has {MIN_TOKENS} tokens (special tokens included), so "
-            "there is no n-gram to learn from; give longer texts, such as whole sentences a line"
+            f"none of the corpus' {len(distinct)} texts has {MIN_TOKENS} tokens (special tokens included), "
+            "so there is no n-gram to learn from; give longer texts, such as whole sentences a line"
         )
     return pieces, len(distinct)
 

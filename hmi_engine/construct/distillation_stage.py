@@ -328,9 +328,9 @@ def _memory_advice(settings: DistillationSettings) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error):
-                raise
+        is_full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_full and "can't allocate memory" not in str(error):
+            raise
         raise DeviceMemoryError(
             f"a step with batch_tokens={settings.batch_tokens} does not fit into memory; begin anew with "
             f"batch_tokens={settings.batch_tokens // 2} (--batch-tokens) and gradient_accumulation="

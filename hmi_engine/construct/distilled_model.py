@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.construct.distillation_settings import DistillationReport
-from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.errors import StoreExistsError, UnsupportedModelError
 from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
 from hmi_engine.knowledge.tensor_file import write_tensors
 from hmi_engine.models.loading import (
@@ -80,10 +80,10 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
 
     Raises:
         StoreFullError: no room; nothing is left behind.
-        StoreExistsError: as :class:`UnsupportedModelError` names it, ``target`` holds something.
+        StoreExistsError: ``target`` holds something.
     """
     if target.exists() and any(target.iterdir()):
-        raise UnsupportedModelError(f"{target} is not empty; choose a new folder for the distilled model")
+        raise StoreExistsError(f"{target} is not empty; choose a new folder for the distilled model")
     written = {WEIGHTS_FILE, MERGE_FILE, REPORT_FILE}
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -129,8 +129,8 @@ def read_distillation(folder: Path) -> tuple[DistillationReport, dict[str, Tenso
     except (OSError, ValueError, SafetensorError) as error:  # pydantic's error is a ValueError
         reason = str(error).splitlines()[0]
         raise UnsupportedModelError(
-            f"{folder}: a distilled model needs {REPORT_FILE} and {MERGE_FILE}, and one cannot be read: {reason}; "
-            "export it again"
+            f"{folder}: a distilled model needs {REPORT_FILE} and {MERGE_FILE}, and one cannot be read: "
+            f"{reason}; export it again"
         ) from error
 
 
@@ -235,8 +235,8 @@ def check_purpose(report: DistillationReport, plot_layers: int | None, window: i
     for name, (asked, made) in wanted.items():
         if asked is not None and asked != made:
             raise UnsupportedModelError(
-                f"the model was distilled for plot_layers={report.plot_layers} and window={report.window}, and "
-                f"serves no {name}={asked}: leave {name} out, or take the model that it was distilled from"
+                f"the model was distilled for plot_layers={report.plot_layers} and window={report.window}, "
+                f"and serves no {name}={asked}: leave {name} out, or take the model that it was distilled from"
             )
 
 

@@ -36,7 +36,7 @@ def replace_general(
     """
     general, layout = catalog.general, catalog.layout
     old = layout.general_folder(general.folder)
-    # One lock from the first file to the commit: a repair of this process would take the folder for an orphan.
+    # One lock from the first file to the commit: a repair of this process would take the files for orphans.
     with catalog.change_lock:
         catalog.check_no_tenants()
         (number,) = catalog.reserve()

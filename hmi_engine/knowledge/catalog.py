@@ -77,7 +77,7 @@ class Catalog:
         self.change_lock = threading.RLock()
         # What the arenas of this process' engines on the store hold, by engine: no larger tenant is added.
         self.arena_bytes = weakref.WeakKeyDictionary[object, int]()
-        # The base model that the opener's tenants are made for, where it says so: no tenant meets another one.
+        # The base model that the opener makes tenants for, where it says so: none is added to another one.
         self.expected_general: GeneralInfo | None = None
         self.tenants = TenantView(self._database)
         self.domains = DomainView(self._database)
@@ -177,8 +177,8 @@ class Catalog:
         """Raise :class:`GeneralChangedError` where ``general`` is not the base model any more."""
         if self.general != general:
             raise GeneralChangedError(
-                f"the base model of {self.layout.root} was distilled since the store was opened: open the store "
-                "and its engines again"
+                f"the base model of {self.layout.root} was distilled since the store was opened: open the "
+                "store and its engines again"
             )
 
     def general_files(self) -> list[GeneralFile]:
@@ -260,9 +260,9 @@ class Catalog:
         """Raise :class:`GeneralInUseError` where there are tenants: their adapters fit one base model only."""
         if len(self.tenants):
             raise GeneralInUseError(
-                f"{self.layout.root} has {len(self.tenants)} tenants, whose adapters fit its present base model "
-                f"only (the first is {next(iter(self.tenants))!r}): distil before tenants are added, or give one "
-                "domain its own layers (--domain)"
+                f"{self.layout.root} has {len(self.tenants)} tenants, whose adapters fit its present base "
+                f"model only (the first is {next(iter(self.tenants))!r}): distil before tenants are added, or "
+                "give one domain its own layers (--domain)"
             )
 
     def _check_unchanged(self, planned_from: DomainInfo) -> None:
@@ -346,9 +346,9 @@ class Catalog:
         """Add tenants in one transaction: all or none. Return the entries that were replaced.
 
         Who replaces a pinned tenant is pinned too. Raises :class:`TenantExistsError` for a name in use unless
-        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, :class:`GeneralChangedError` where
-        the base model is not ``expected_general`` any more, and :class:`StoreBusyError` if another process has
-        meanwhile put in a newer generation.
+        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, :class:`GeneralChangedError`
+        where the base model is not ``expected_general`` any more, and :class:`StoreBusyError` if another
+        process has meanwhile put in a newer generation.
         """
         replaced: list[TenantInfo] = []
         with self._database.transaction() as connection:

@@ -196,7 +196,7 @@ def test_a_compact_form_of_another_base_or_of_no_kind_is_refused(distilled, tiny
 def test_tenants_forbid_another_base(store, corpus, make_head) -> None:
     adapter = hmi.Adapter({})
     store.add_tenant("acme/a", domain="words", adapter=adapter, head=make_head(store.general))
-    with pytest.raises(GeneralInUseError, match="1 tenants.*acme/a"):
+    with pytest.raises(GeneralInUseError, match=r"1 tenants.*acme/a"):
         store.distill(corpus, settings=settings())
     assert store.general.folder == "general"
     assert store.verify() == []
