@@ -155,8 +155,8 @@ class DistillingStore(DomainStore):
                 )
             if distilled is not None and weights_sha256(_weights(found)) != distilled[0].teacher_sha256:
                 raise UnsupportedModelError(
-                    f"{source} is not the model that the store's base was distilled from; name that one as the "
-                    "teacher (--teacher)"
+                    f"{source} is not the model that the store's base was distilled from; name that one as "
+                    "the teacher (--teacher)"
                 )
             yield found
 

@@ -78,7 +78,7 @@ class Checkpoint:
         write_tensors(self._path, tensors, {_STATE: contents.model_dump_json()})
 
     def load(self, student: Student) -> tuple[list[StageState], dict[str, Tensor]]:
-        """Puts the student back; returns the stages and the optimizer's tensors, both empty for no checkpoint.
+        """Puts the student back; returns stages and optimizer's tensors, both empty without a checkpoint.
 
         Raises:
             CheckpointError: it is damaged, or belongs to another base, text or settings.
@@ -88,12 +88,13 @@ class Checkpoint:
         try:
             with safe_open(self._path, framework="pt") as file:
                 contents = _Contents.model_validate_json((file.metadata() or {})[_STATE])
-                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = list(file.keys())
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError, KeyError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{self._path}: no readable checkpoint of a distillation ({reason}); remove the file to begin "
-                "anew, or give another folder"
+                f"{self._path}: no readable checkpoint of a distillation ({reason}); remove the file to "
+                "begin anew, or give another folder"
             ) from error
         self._check_same(contents.task)
         self._restore(student, tensors)

@@ -236,7 +236,7 @@ def check_purpose(report: DistillationReport, plot_layers: int | None, window: i
         if asked is not None and asked != made:
             raise UnsupportedModelError(
                 f"the model was distilled for plot_layers={report.plot_layers} and window={report.window}, "
-                f"and serves no {name}={asked}: leave {name} out, or take the model that it was distilled from"
+                f"and serves no {name}={asked}: leave {name} out, or take the model that it came from"
             )
 
 

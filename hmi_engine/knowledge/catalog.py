@@ -257,12 +257,12 @@ class Catalog:
             connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
 
     def check_no_tenants(self) -> None:
-        """Raise :class:`GeneralInUseError` where there are tenants: their adapters fit one base model only."""
+        """Raise :class:`GeneralInUseError` where there are tenants: adapters fit one base model only."""
         if len(self.tenants):
             raise GeneralInUseError(
                 f"{self.layout.root} has {len(self.tenants)} tenants, whose adapters fit its present base "
-                f"model only (the first is {next(iter(self.tenants))!r}): distil before tenants are added, or "
-                "give one domain its own layers (--domain)"
+                f"model only (the first is {next(iter(self.tenants))!r}): distil before tenants are added, "
+                "or give one domain its own layers (--domain)"
             )
 
     def _check_unchanged(self, planned_from: DomainInfo) -> None:

@@ -1,5 +1,6 @@
 """Distillation: the student computes what serves, learns, resumes exactly, and says what is wrong."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_the_teacher_is_transformers(store, held_out) -> None:
 
 
 def test_distillation_teaches(store, corpus) -> None:
-    """Both stages lower the loss on held-out text, under both policies, from a merge that fits nothing yet."""
+    """Both stages lower the loss on held-out text, under both policies, from a merge that fits nothing."""
     chosen = settings(
         stage_1=StageSettings(
             steps=60,
