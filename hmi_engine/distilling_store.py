@@ -19,6 +19,7 @@ from hmi_engine.construct.distillation_settings import (
 )
 from hmi_engine.construct.distilled_model import (
     DistilledModel,
+    check_new_folder,
     read_distillation,
     weights_sha256,
     write_compact,
@@ -78,6 +79,7 @@ class DistillingStore(DomainStore):
                 ``domain``).
             UnsupportedModelError: the store has no domain layers, ``domain`` is the root, or the teacher is
                 not of the base model's sizes, or not the one that it was distilled from.
+            StoreExistsError: ``export`` holds something.
             UnknownDomainError, CorpusError, CheckpointError, TrainingDivergedError, DeviceMemoryError.
             StoreFullError: no room; the store is as it was, and checkpoints stay.
             StoreBusyError: someone else changed the store meanwhile; checkpoints stay.
@@ -86,8 +88,14 @@ class DistillingStore(DomainStore):
         self._check_writable()
         chosen = settings or DistillationSettings()
         layers = None
+        if export is not None:
+            check_new_folder(Path(export))
         if domain is None:
             self.catalog.check_no_tenants()
+        elif export is not None or compact is not None:
+            raise UnsupportedModelError(
+                f"export and compact are for a base model; domain {domain!r} keeps its layers in the store"
+            )
         else:
             chosen, layers = chosen.for_domain(), self._layers_of(domain)
         with self._teacher_folder(teacher) as teaching:

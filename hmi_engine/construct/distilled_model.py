@@ -31,6 +31,7 @@ __all__ = [
     "REPORT_FILE",
     "DistilledModel",
     "apply_compact",
+    "check_new_folder",
     "check_purpose",
     "import_distillation",
     "read_distillation",
@@ -70,6 +71,12 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raises :class:`StoreExistsError` where a folder holds something, or is a file."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise StoreExistsError(f"{folder} is there already; choose a new folder for the distilled model")
+
+
 def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
     """Writes a distilled base model as transformers would, with ``merge.safetensors`` and the report.
 
@@ -82,8 +89,7 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
         StoreFullError: no room; nothing is left behind.
         StoreExistsError: ``target`` holds something.
     """
-    if target.exists() and any(target.iterdir()):
-        raise StoreExistsError(f"{target} is not empty; choose a new folder for the distilled model")
+    check_new_folder(target)
     written = {WEIGHTS_FILE, MERGE_FILE, REPORT_FILE}
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from hmi_engine.errors import (
     GeneralChangedError,
     GeneralInUseError,
     ReadOnlyStoreError,
+    StoreExistsError,
     UnknownTenantError,
     UnsupportedModelError,
 )
@@ -287,6 +288,19 @@ def test_a_distilled_base_is_distilled_further_from_its_teacher(
         assert again.teacher_sha256 == report.teacher_sha256
         first, second = report.stages[-1].held_out[-1], again.stages[0].held_out[0]
         assert second.exact == pytest.approx(first.exact, rel=1e-4)  # it goes on from where the first ended
+
+
+def test_where_results_cannot_go_is_said_before_anything_is_learned(store, corpus, tmp_path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(StoreExistsError, match="full is there already"):
+        store.distill(corpus, settings=settings(), export=tmp_path / "full", progress=unexpected)
+    with pytest.raises(UnsupportedModelError, match="are for a base model"):
+        store.distill(corpus, domain="words", compact=tmp_path / "file", progress=unexpected)
+
+
+def unexpected(*arguments, **options):
+    raise AssertionError("work has begun")
 
 
 def test_no_domain_layers_no_distillation(tiny_bert, tmp_path, corpus) -> None:
