@@ -78,6 +78,12 @@ class DomainStore:
         self.catalog = catalog
         self.layout: StoreLayout = catalog.layout
         self.general: GeneralInfo = catalog.general
+        catalog.expected_general = self.general
+
+    @property
+    def general_folder(self) -> Path:
+        """Folder of the base model."""
+        return self.layout.general_folder(self.general.folder)
 
     @property
     def domains(self) -> DomainView:
@@ -86,18 +92,20 @@ class DomainStore:
 
     @functools.cached_property
     def model(self) -> HierarchicalBert:
-        """The base model, loaded at first use."""
-        return HierarchicalBert.load(self.layout.general, self.general.plot_layers)
+        """The base model, loaded at first use; raises :class:`GeneralChangedError` if it is gone."""
+        self.catalog.check_general(self.general)
+        return HierarchicalBert.load(self.general_folder, self.general.plot_layers)
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
-        """The base model's tokenizer, loaded at first use."""
-        return TextEncoder(self.layout.general, self.general.max_positions)
+        """The base model's tokenizer, loaded at first use; raises as :attr:`model`."""
+        self.catalog.check_general(self.general)
+        return TextEncoder(self.general_folder, self.general.max_positions)
 
     @functools.cached_property
     def domain_layers(self) -> DomainLayerLibrary:
         """The domain layers by identity, loaded at first use."""
-        return DomainLayerLibrary(self.catalog, self.model)
+        return DomainLayerLibrary(self.catalog, self.model, self.general)
 
     def add_domain(
         self,
@@ -312,7 +320,7 @@ class DomainStore:
 
     def _save_layers(self, info: DomainInfo, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         """Writes the layers' file; returns its relative path and SHA-256, and makes the layers known."""
-        checked = checked_domain_layers(tensors, self.layout.general, self.model)
+        checked = checked_domain_layers(tensors, self.general_folder, self.model)
         (number,) = self.catalog.reserve()
         file = self.layout.layers_file(info.id, number)
         path = self.layout.resolve(file)
@@ -351,6 +359,7 @@ class DomainStore:
             raise ReadOnlyStoreError(
                 f"{self.layout.root} was opened with read_only=True; open it for writing"
             )
+        self.catalog.check_general(self.general)
 
 
 def _read_layers(path: Path) -> dict[str, Tensor]:

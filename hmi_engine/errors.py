@@ -5,6 +5,7 @@ A message says what was wrong, where, and what to do. The command line prints it
 
 __all__ = [
     "BudgetTooSmallError",
+    "CheckpointError",
     "ClusterError",
     "CorpusError",
     "DeadlineExceededError",
@@ -13,6 +14,8 @@ __all__ = [
     "DomainInUseError",
     "EngineClosedError",
     "EngineFaultError",
+    "GeneralChangedError",
+    "GeneralInUseError",
     "HmiError",
     "InvalidAdapterError",
     "InvalidHeadError",
@@ -103,11 +106,15 @@ class TrainingDataError(HmiError, ValueError):
 
 
 class TrainingDivergedError(HmiError, ArithmeticError):
-    """A training's loss became infinite or NaN before it had learned anything worth keeping."""
+    """A training's loss became infinite or NaN; what it had learned before is kept, if anything."""
 
 
 class TrainingMemoryError(HmiError, MemoryError):
     """A training needs more memory than there is."""
+
+
+class CheckpointError(HmiError):
+    """A checkpoint is damaged, or belongs to another training."""
 
 
 class MissingDependencyError(HmiError, ImportError):
@@ -172,6 +179,14 @@ class StoreCorruptError(StoreError):
 
 class StoreBusyError(StoreError):
     """Another process is writing to the store."""
+
+
+class GeneralChangedError(StoreError):
+    """The base model has been replaced since the store was opened."""
+
+
+class GeneralInUseError(StoreError):
+    """The base model still has tenants that fit no other."""
 
 
 class StoreFullError(StoreError, OSError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hmi_engine.domain_store import DomainStore
+from hmi_engine.distilling_store import DistillingStore
 from hmi_engine.errors import InvalidHeadError
 from hmi_engine.interop import (
     ImportedTenant,
@@ -31,7 +31,7 @@ from hmi_engine.models.loading import load_bert_tensors, load_configuration
 __all__ = ["ExchangeStore"]
 
 
-class ExchangeStore(DomainStore):
+class ExchangeStore(DistillingStore):
     """What :class:`~hmi_engine.store.Store` imports and exports."""
 
     @abstractmethod
@@ -197,4 +197,4 @@ class ExchangeStore(DomainStore):
 
     @functools.cached_property
     def _base_tensors(self) -> dict[str, torch.Tensor]:
-        return load_bert_tensors(self.layout.general, load_configuration(self.layout.general))
+        return load_bert_tensors(self.general_folder, load_configuration(self.general_folder))

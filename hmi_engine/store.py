@@ -63,8 +63,9 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
         path: str | Path,
         *,
         general: str | Path,
+        distilled: str | Path | None = None,
         plot_layers: int | None = None,
-        window: Literal[2, 3] = 2,
+        window: Literal[2, 3] | None = None,
         row_dtype: Literal["float16", "float32"] = "float16",
         progress: Progress | None = None,
     ) -> Store:
@@ -72,20 +73,25 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
 
         Args:
             path: a folder that does not exist yet.
-            general: folder or hub id of a BERT-architecture model (a hub id may be downloaded).
-            plot_layers: K, how many of the lowest layers are looked up; default half of them, 0 for none.
-            window: width of the n-gram windows.
+            general: folder or hub id of a BERT-architecture model (a hub id may be downloaded), or the folder
+                of a distilled one that :meth:`distill` exported.
+            distilled: file with what a distillation changed of ``general`` (``distill(compact=...)``).
+            plot_layers: K, how many of the lowest layers are looked up; default what the model was distilled
+                for, else half of them; 0 for none.
+            window: width of the n-gram windows; default what the model was distilled for, else 2.
             row_dtype: type of the table's rows.
             progress: told about the work.
 
         Raises:
             StoreExistsError: the path exists.
-            UnsupportedModelError: the model cannot be served, or has too few layers.
+            UnsupportedModelError: the model cannot be served, has too few layers, or was distilled for other
+                ``plot_layers`` or ``window``.
             StoreFullError: no room; nothing is left behind.
         """
         create_store(
             Path(path),
             source=str(general),
+            distilled=None if distilled is None else Path(distilled),
             plot_layers=plot_layers,
             window=window,
             row_dtype=row_dtype,

@@ -54,9 +54,17 @@ def run_trigram(model: BertModel, tokens: list[int | None], plot_layers: int) ->
 
 
 def backed_off(
-    model: BertModel, ids: list[int], plot_layers: int, window: int, has: "callable"
+    model: BertModel,
+    ids: list[int],
+    plot_layers: int,
+    window: int,
+    has: "callable",
+    merge: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Input of layer K where only windows for which ``has(tokens)`` is true are in the table."""
+    """Input of layer K where only windows for which ``has(tokens)`` is true are in the table.
+
+    ``merge`` is that of a distilled model; by default the undistilled one.
+    """
     count, size = len(ids), model.config.hidden_size
 
     def pair(t: int) -> dict[int, torch.Tensor]:
@@ -102,8 +110,11 @@ def backed_off(
             total += slot(t - 1, 2) if t > 0 else 0
             total += slot(t + 1, 0) if t < count - 1 else 0
         rows.append(total)
-    positions = model.embeddings.position_embeddings.weight[:count]
-    return torch.nn.functional.layer_norm(torch.stack(rows) + positions, (size,), eps=1e-5)
+    if merge is None:
+        merge = {"position_embeddings": model.embeddings.position_embeddings.weight}
+    states = torch.stack(rows) + merge["position_embeddings"][:count]
+    weight, bias = merge.get("layer_norm.weight"), merge.get("layer_norm.bias")
+    return torch.nn.functional.layer_norm(states, (size,), weight, bias, eps=1e-5)
 
 
 def upper_layers(model: BertModel, hidden_states: torch.Tensor, plot_layers: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import typer
 
 from hmi_engine.cli import (
     demo_command,
+    distill_command,
     doctor_command,
     domain_commands,
     run_command,
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command.demo)
 app.command("init")(store_commands.init)
+app.command("distill")(distill_command.distill)
 app.add_typer(domain_commands.app, name="domain")
 app.add_typer(tenant_commands.app, name="tenant")
 app.command("run")(run_command.run)

@@ -17,11 +17,31 @@ from hmi_engine.store import Store
 
 def init(
     store: StorePath,
-    general: Annotated[str, typer.Option(help="Folder or hub id of a BERT-architecture model.")],
-    plot_layers: Annotated[
-        int | None, typer.Option(help="How many of the lowest layers are looked up; default: half of them.")
+    general: Annotated[
+        str, typer.Option(help="Folder or hub id of a BERT-architecture model, or folder of a distilled one.")
+    ],
+    distilled: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that hmi distill --compact wrote: what to change of the model.", show_default=False
+        ),
     ] = None,
-    window: Annotated[int, typer.Option(min=2, max=3, help="Width of the n-gram windows.")] = 2,
+    plot_layers: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the lowest layers are looked up; default: as distilled, else half of them.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=3,
+            help="Width of the n-gram windows; default: as it was distilled, else 2.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a store around a base model."""
@@ -30,8 +50,9 @@ def init(
         Store.create(
             store,
             general=general,
+            distilled=distilled,
             plot_layers=plot_layers,
-            window=cast("Literal[2, 3]", window),
+            window=cast("Literal[2, 3] | None", window),
             progress=progress,
         ) as created,
     ):

@@ -11,6 +11,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from hmi_engine.construct.counting import Progress
+from hmi_engine.construct.distilled_model import check_purpose, import_distillation
 from hmi_engine.construct.materialise import build_root_table
 from hmi_engine.errors import StoreExistsError, StoreFullError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
@@ -28,8 +29,9 @@ def create_store(
     path: Path,
     *,
     source: str,
+    distilled: Path | None,
     plot_layers: int | None,
-    window: Literal[2, 3],
+    window: Literal[2, 3] | None,
     row_dtype: Literal["float16", "float32"],
     progress: Progress | None,
 ) -> None:
@@ -42,7 +44,7 @@ def create_store(
     partial = StoreLayout(path.with_name(f".{path.name}.{os.getpid()}.partial"))
     try:
         partial.root.mkdir(parents=True)
-        info = _import_general(source, partial, plot_layers, window, row_dtype)
+        info = _import_general(source, distilled, partial, plot_layers, window, row_dtype)
         with Catalog.create(partial, info) as catalog:
             if info.plot_layers:
                 model = HierarchicalBert.load(partial.general, info.plot_layers)
@@ -67,12 +69,17 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def _import_general(
     source: str,
+    distilled: Path | None,
     layout: StoreLayout,
     plot_layers: int | None,
-    window: Literal[2, 3],
+    window: Literal[2, 3] | None,
     row_dtype: Literal["float16", "float32"],
 ) -> GeneralInfo:
     configuration, placeholder = import_bert(source, layout.general)
+    report = import_distillation(source, distilled, layout.general)
+    if report is not None:
+        check_purpose(report, plot_layers, window)
+        plot_layers, window = report.plot_layers, report.window
     chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
     info = GeneralInfo(
         family="bert",
@@ -84,7 +91,7 @@ def _import_general(
         vocab_size=configuration.vocab_size,
         max_positions=configuration.max_positions,
         plot_layers=chosen,
-        window=window,
+        window=window or 2,
         row_dtype=row_dtype,
         placeholder_token_id=placeholder,
         tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),

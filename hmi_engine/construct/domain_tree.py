@@ -30,8 +30,9 @@ from hmi_engine.errors import (
     StoreFullError,
 )
 from hmi_engine.knowledge.atomic import remove_quietly
-from hmi_engine.knowledge.catalog import Catalog
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.frequencies import Frequencies
+from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
 from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
 
@@ -189,6 +190,12 @@ class TreeChange:
         node = self._node(name)
         node.after = node.after.model_copy(update={"layers": stored, "layer_identity": identity})
         self.refresh(name)
+
+    def replace_base(self, identity: str) -> None:
+        """Gives the root, and all that inherit from it, the domain layers of another base model."""
+        node = self._node(ROOT_DOMAIN)
+        node.after = node.after.model_copy(update={"layer_identity": identity})
+        self.refresh(ROOT_DOMAIN)
 
     def inherit_layers(self, name: str) -> None:
         """Gives a domain its parent's domain layers."""
@@ -356,8 +363,8 @@ class TreeChange:
             parent = self._node(parent).after.parent
         return [table for table in map(self.table, names) if table is not None]
 
-    def commit(self, *, taken_traffic: Sequence[int] = ()) -> None:
-        """Writes what was built and puts all new states in place in one transaction.
+    def commit(self, *, taken_traffic: Sequence[int] = (), general: GeneralInfo | None = None) -> None:
+        """Writes what was built and puts all new states in place in one transaction, with ``general`` a base.
 
         Then files go that nothing refers to any more. Raises as ``write_plot`` and
         :meth:`~hmi_engine.knowledge.catalog.Catalog.commit_domains`; nothing is changed then.
@@ -370,7 +377,7 @@ class TreeChange:
                     if node.table is not None:
                         self._write(node, node.table)
                 changes = self._changes()
-                self._catalog.commit_domains(changes, taken_traffic=taken_traffic)
+                self._catalog.commit_domains(changes, taken_traffic=taken_traffic, general=general)
             except BaseException:
                 self._remove_files(_files_of(node.after for node in built) - self._files_before())
                 raise

@@ -53,7 +53,7 @@ def layer_tensors(catalog: Catalog, identity: str) -> LayerTensors:
     Raises:
         StoreCorruptError: no domain has layers of this identity, or a file is damaged.
     """
-    general = catalog.layout.general
+    general = catalog.layout.general_folder(catalog.general.folder)
     configuration = load_configuration(general)
     num_layers = catalog.general.plot_layers
     tensors = load_bert_tensors(general, configuration)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from types import TracebackType
 
 from pydantic import ValidationError
@@ -19,6 +20,8 @@ from hmi_engine.errors import (
     DomainCycleError,
     DomainExistsError,
     DomainInUseError,
+    GeneralChangedError,
+    GeneralInUseError,
     ReadOnlyStoreError,
     StoreBusyError,
     StoreCorruptError,
@@ -74,6 +77,8 @@ class Catalog:
         self.change_lock = threading.RLock()
         # What the arenas of this process' engines on the store hold, by engine: no larger tenant is added.
         self.arena_bytes = weakref.WeakKeyDictionary[object, int]()
+        # The base model that the opener makes tenants for, where it says so: none is added to another one.
+        self.expected_general: GeneralInfo | None = None
         self.tenants = TenantView(self._database)
         self.domains = DomainView(self._database)
 
@@ -88,7 +93,7 @@ class Catalog:
         if layout.catalog.exists():
             raise StoreExistsError(f"{layout.root} is a store already; open it, or choose another folder")
         general.check_supported()
-        files = _describe_files(layout)
+        files = _describe_files(layout.general_folder(general.folder))
         root = DomainInfo(
             id=1,
             name=ROOT_DOMAIN,
@@ -168,6 +173,14 @@ class Catalog:
                 f"{self.layout.catalog}: no valid description of the base model"
             ) from error
 
+    def check_general(self, general: GeneralInfo) -> None:
+        """Raise :class:`GeneralChangedError` where ``general`` is not the base model any more."""
+        if self.general != general:
+            raise GeneralChangedError(
+                f"the base model of {self.layout.root} was distilled since the store was opened: open the "
+                "store and its engines again"
+            )
+
     def general_files(self) -> list[GeneralFile]:
         """Return the recorded files of the ``general/`` folder, by name."""
         rows = self._database.query("SELECT name, bytes, sha256 FROM general_files ORDER BY name")
@@ -176,11 +189,9 @@ class Catalog:
     def set_general(self, general: GeneralInfo) -> None:
         """Replace the description of the base model and record the files of ``general/`` anew."""
         general.check_supported()
-        files = _describe_files(self.layout)
+        files = _describe_files(self.layout.general_folder(general.folder))
         with self._database.transaction() as connection:
-            connection.execute("DELETE FROM general")
-            connection.execute("DELETE FROM general_files")
-            write_general(connection, general, files)
+            _replace_general(connection, general, files)
 
     def reserve(self, count: int = 1) -> range:
         """Return ``count`` numbers, larger than all before and never given again: ids and generations."""
@@ -214,14 +225,27 @@ class Catalog:
             replace_domain(connection, domain)
         return previous
 
-    def commit_domains(self, changes: Sequence[DomainChange], *, taken_traffic: Sequence[int] = ()) -> None:
+    def commit_domains(
+        self,
+        changes: Sequence[DomainChange],
+        *,
+        taken_traffic: Sequence[int] = (),
+        general: GeneralInfo | None = None,
+    ) -> None:
         """Put new states of domains in place, all of them or none; traffic that was taken in is forgotten.
+
+        With ``general`` that base model, whose folder is complete, takes the place of the present one.
 
         Raises :class:`DomainExistsError`, :class:`UnknownDomainError` where the parent of a new domain is
         gone, :class:`StoreBusyError` where a domain is not any more what the change was planned from, and
-        :class:`DomainCycleError` where a domain would be below itself.
+        :class:`DomainCycleError` where a domain would be below itself, and :class:`GeneralInUseError` where
+        the present base model has tenants.
         """
+        files = _describe_files(self.layout.general_folder(general.folder)) if general else []
         with self._database.transaction() as connection:
+            if general:
+                self.check_no_tenants()
+                _replace_general(connection, general, files)
             for change in changes:
                 if change.before is None:
                     self._insert_domain(connection, change.after)
@@ -231,6 +255,15 @@ class Catalog:
             for change in changes:
                 self._check_place(change.after)
             connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
+
+    def check_no_tenants(self) -> None:
+        """Raise :class:`GeneralInUseError` where there are tenants: adapters fit one base model only."""
+        if len(self.tenants):
+            raise GeneralInUseError(
+                f"{self.layout.root} has {len(self.tenants)} tenants, whose adapters fit its present base "
+                f"model only (the first is {next(iter(self.tenants))!r}): distil before tenants are added, "
+                "or give one domain its own layers (--domain)"
+            )
 
     def _check_unchanged(self, planned_from: DomainInfo) -> None:
         current = self.domains.get(planned_from.name)
@@ -313,11 +346,14 @@ class Catalog:
         """Add tenants in one transaction: all or none. Return the entries that were replaced.
 
         Who replaces a pinned tenant is pinned too. Raises :class:`TenantExistsError` for a name in use unless
-        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, and :class:`StoreBusyError` if
-        another process has meanwhile put in a newer generation.
+        ``replace``, :class:`UnknownDomainError`, :class:`InvalidNameError`, :class:`GeneralChangedError`
+        where the base model is not ``expected_general`` any more, and :class:`StoreBusyError` if another
+        process has meanwhile put in a newer generation.
         """
         replaced: list[TenantInfo] = []
         with self._database.transaction() as connection:
+            if self.expected_general is not None:
+                self.check_general(self.expected_general)
             for tenant in tenants:
                 check_name(tenant.name)
                 if not has_domain(connection, tenant.domain_id):
@@ -382,9 +418,17 @@ class Catalog:
         return self._database.integrity_problems()
 
 
-def _describe_files(layout: StoreLayout) -> list[GeneralFile]:
+def _describe_files(folder: Path) -> list[GeneralFile]:
     return [
-        GeneralFile(path.relative_to(layout.general).as_posix(), path.stat().st_size, file_sha256(path))
-        for path in sorted(layout.general.rglob("*"))
+        GeneralFile(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path))
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
+
+
+def _replace_general(
+    connection: sqlite3.Connection, general: GeneralInfo, files: Sequence[GeneralFile]
+) -> None:
+    connection.execute("DELETE FROM general")
+    connection.execute("DELETE FROM general_files")
+    write_general(connection, general, files)

@@ -23,7 +23,8 @@ __all__ = [
 
 def write_general(connection: sqlite3.Connection, general: GeneralInfo, files: Sequence[GeneralFile]) -> None:
     """Put in the description of the base model and of its files, of which there are none yet."""
-    connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(),))
+    # What is as in every new store is left out: versions that know no other can read it.
+    connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(exclude_defaults=True),))
     connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)
 
 

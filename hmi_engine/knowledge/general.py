@@ -19,7 +19,8 @@ class GeneralInfo(BaseModel):
     on disk. ``domain_layers`` identifies the weights of layers 0..K-1 that domains inherit, so that tables
     made by other weights are never mixed. ``placeholder_token_id`` stands in the places of windows
     that hold no known token: the tokenizer's mask token, or else its unknown token; only where there are no
-    domain layers it may have neither.
+    domain layers it may have neither. ``folder`` is where its files lie in the store: a distillation writes a
+    new one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +39,7 @@ class GeneralInfo(BaseModel):
     tokenizer_sha256: str
     placeholder_token_id: int | None
     domain_layers: str
+    folder: str = "general"
 
     @property
     def num_upper_layers(self) -> int:

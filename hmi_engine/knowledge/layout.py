@@ -1,11 +1,14 @@
 """Where the files of a store lie. Names given by users never become paths: only numbers made here do."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hmi_engine.errors import StoreCorruptError
 
 __all__ = ["StoreLayout"]
+
+_GENERAL = re.compile(r"general(\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,27 @@ class StoreLayout:
 
     @property
     def general(self) -> Path:
-        """Folder of the base model: configuration, tokenizer and weights."""
+        """Folder of a new store's base model: configuration, tokenizer and weights."""
         return self.root / "general"
+
+    def general_generation(self, number: int) -> str:
+        """Name of the folder of a base model that takes the place of the one before."""
+        return f"general.{int(number)}"
+
+    def general_folder(self, name: str) -> Path:
+        """Return the folder of the base model that the catalog names.
+
+        Raises :class:`StoreCorruptError` for a name that is not one of ours, as :meth:`resolve` does.
+        """
+        if not _GENERAL.fullmatch(name):
+            raise StoreCorruptError(
+                f"{self.catalog}: the base model's folder {name!r} is none of the store's"
+            )
+        return self.root / name
+
+    def general_folders(self) -> list[Path]:
+        """Return the folders of base models that there are: the current one, and what crashes left."""
+        return [path for path in sorted(self.root.glob("general*")) if _GENERAL.fullmatch(path.name)]
 
     @property
     def domains(self) -> Path:

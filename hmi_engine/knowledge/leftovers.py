@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hmi_engine.errors import StoreBusyError
@@ -31,7 +32,9 @@ def find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
     # Listed before the entries are read, so that what is committed meanwhile is no orphan.
     listed = {file for name in ("domains", "tenants") for file in _list_files(layout.root / name, name)}
     partials = sorted(layout.root.glob(f"{layout.catalog.name}.*{PARTIAL_SUFFIX}*"))
-    partials += sorted(layout.general.rglob(f"*{PARTIAL_SUFFIX}"))
+    current = layout.general_folder(catalog.general.folder)
+    partials += sorted(current.rglob(f"*{PARTIAL_SUFFIX}"))
+    partials += [file for folder in layout.general_folders() if folder != current for file in _files(folder)]
     partials += sorted(path for path in layout.builds.glob("*") if not path.is_dir())
     known = set(catalog.files())
     # Paths cost more than texts, so they are made only of files that are missing, or spelled otherwise.
@@ -44,6 +47,10 @@ def find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
         for path in [path for path in orphans if path not in known_paths] + partials
         if path.is_file() or path.is_symlink()
     ]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
 
 
 def _list_files(folder: Path, name: str) -> Iterator[str]:
@@ -70,10 +77,18 @@ def _unfinished(folder: Path) -> Problem:
     )
 
 
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def remove_leftover(problem: Problem) -> bool:
     """Remove what :func:`find_leftovers` found; return whether it is gone."""
     if problem.kind == "orphan":
-        return remove_quietly(problem.path)
+        is_gone = remove_quietly(problem.path)
+        if problem.path.parent.name.startswith("general."):
+            _remove_if_empty(problem.path.parent)
+        return is_gone
     try:
         FolderLock(problem.path, busy="a build goes on there").remove_folder()
     except StoreBusyError:

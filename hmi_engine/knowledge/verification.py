@@ -131,7 +131,7 @@ def _checks(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterator[_Chec
     """Yield the check of each file, or of each domain's files."""
     general = catalog.general
     for file in catalog.general_files():
-        path = layout.general / file.name
+        path = layout.general_folder(general.folder) / file.name
         yield _Check(partial(byte_problems, path, file.bytes, file.sha256, deep=deep))
     for domain in catalog.domains.values():
         yield _Check(partial(domain_problems, layout, domain, general, deep=deep))

@@ -6,6 +6,7 @@ import threading
 
 from hmi_engine.errors import StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
+from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.domain_layers import load_domain_layers
 from hmi_engine.models.windows import WindowLayers
@@ -16,8 +17,9 @@ __all__ = ["DomainLayerLibrary"]
 class DomainLayerLibrary:
     """Finds layers by identity: the base model's, or those of the domain that brought its own."""
 
-    def __init__(self, catalog: Catalog, model: HierarchicalBert) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, model: HierarchicalBert, general: GeneralInfo) -> None:
+        """``general`` describes ``model``."""
+        self._catalog, self._general = catalog, general
         self._model = model
         self._lock = threading.Lock()
         self._loaded: dict[str, WindowLayers] = {}
@@ -26,9 +28,10 @@ class DomainLayerLibrary:
         """Returns the layers of an identity.
 
         Raises:
+            GeneralChangedError: the base model is not the one that these layers belong to any more.
             StoreCorruptError: no domain has layers of this identity, or their file is damaged.
         """
-        if identity == self._catalog.general.domain_layers:
+        if identity == self._general.domain_layers:
             return self._model.window_states
         with self._lock:
             if identity not in self._loaded:
@@ -44,6 +47,7 @@ class DomainLayerLibrary:
         for info in self._catalog.domains.values():
             if info.layers is not None and info.layer_identity == identity:
                 return load_domain_layers(self._catalog.layout.resolve(info.layers.file), self._model)
+        self._catalog.check_general(self._general)
         raise StoreCorruptError(
             f"{self._catalog.layout.catalog}: no domain has domain layers {identity}; run `hmi verify`"
         )

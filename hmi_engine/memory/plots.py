@@ -86,6 +86,7 @@ class PlotLibrary:
         Raises:
             UnknownDomainError: no such domain.
             StoreCorruptError: a table cannot be read.
+            GeneralChangedError: the base model has been replaced.
             StoreBusyError: the store never stays as it is for long enough.
         """
         for _ in range(_MOST_ATTEMPTS):
@@ -119,6 +120,7 @@ class PlotLibrary:
                 tree = self._tree
             if tree is not None and tree.version == version:
                 return tree
+            self._catalog.check_general(self._general)
             domains = {info.name: info for info in self._catalog.domains.values()}
             if self._catalog.version == version:  # else it changed while it was read
                 return self._replace_tree(version, domains)
