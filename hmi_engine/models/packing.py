@@ -37,6 +37,11 @@ class PackedSequences:
         return self.input_ids.numel()
 
     @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
     def num_sequences(self) -> int:
         """S, the number of sequences."""
         return len(self.lengths)
