@@ -120,9 +120,7 @@ def attend_jagged(arguments: _Arguments) -> Tensor:
 
     def by_head(rows: Tensor, offsets: Tensor) -> Tensor:
         heads = rows.contiguous().unflatten(1, (num_heads, -1))
-        jagged = torch.nested.nested_tensor_from_jagged(
-            heads, offsets, min_seqlen=0, max_seqlen=max_length
-        )
+        jagged = torch.nested.nested_tensor_from_jagged(heads, offsets, min_seqlen=0, max_seqlen=max_length)
         return jagged.transpose(1, 2)
 
     attended = functional.scaled_dot_product_attention(

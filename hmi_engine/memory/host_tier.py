@@ -26,9 +26,7 @@ class HostTier:
     wait while it reads.
     """
 
-    def __init__(
-        self, reader: TenantReader, budget_bytes: int, streams: DeviceStreams | None = None
-    ) -> None:
+    def __init__(self, reader: TenantReader, budget_bytes: int, streams: DeviceStreams | None = None) -> None:
         """Empty; the arena is on the device of ``streams``, by default the CPU."""
         self._reader = reader
         self._streams = streams or HostStreams()

@@ -53,12 +53,16 @@ class SearchedDomain:
 
 
 class KernelTable(NamedTuple):
-    """One table as the kernels take it; empty tensors where there are no scales or codebooks, or no index."""
+    """One table as the kernels take it; empty tensors where there are no scales or codebooks, or no index.
+
+    ``is_lasting`` says that it is a domain's own, whose rows do not change.
+    """
 
     key_index: torch.Tensor
     rows: torch.Tensor
     row_scales: torch.Tensor
     codebooks: torch.Tensor
+    is_lasting: bool = False
 
 
 class MergeInputs(NamedTuple):
@@ -324,4 +328,5 @@ def _kernel_table(table: PlotTable) -> KernelTable:
         table.rows,
         _NONE_FLOAT if table.row_scales is None else table.row_scales,
         _NONE_HALF if table.codebooks is None else table.codebooks,
+        is_lasting=True,
     )

@@ -52,9 +52,7 @@ class HierarchicalBert:
             self.pooler = SharedLinear(tensors["pooler.dense.weight"], tensors["pooler.dense.bias"])
 
     @classmethod
-    def load(
-        cls, directory: Path, plot_layers: int, device: torch.device | str = "cpu"
-    ) -> HierarchicalBert:
+    def load(cls, directory: Path, plot_layers: int, device: torch.device | str = "cpu") -> HierarchicalBert:
         """Loads the ``general`` folder of a store onto a device.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -36,7 +37,7 @@ class PackedSequences:
         """T, the number of tokens."""
         return self.input_ids.numel()
 
-    @property
+    @functools.cached_property
     def max_length(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
