@@ -75,12 +75,12 @@ class AdapterBatch:
         """
         places = self._sorted_places()
         columns = self._segment_slots.long()
-        tables = [self._slots.at(layer, Site(site)) for layer, site in places]
+        entries = [self._slots.at(layer, Site(site))[:4] for layer, site in places]
         return [
             self._token_offsets,
             self._readout_offsets,
             torch.arange(len(columns), dtype=torch.int32),
-            *(_stacked([table[part][columns] for table in tables], columns) for part in range(4)),
+            *(_stacked([entry[part][columns] for entry in entries], columns) for part in range(4)),
         ]
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> AdapterBatch:
