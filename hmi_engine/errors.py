@@ -9,6 +9,7 @@ __all__ = [
     "ClusterError",
     "CorpusError",
     "DeadlineExceededError",
+    "DeviceUnavailableError",
     "DomainCycleError",
     "DomainExistsError",
     "DomainInUseError",
@@ -147,6 +148,10 @@ class OverloadedError(HmiError, RuntimeError):
 
 class DeadlineExceededError(HmiError, TimeoutError):
     """The request's deadline passed before it was served."""
+
+
+class DeviceUnavailableError(HmiError, RuntimeError):
+    """An engine was asked to compute on a device that cannot be used here."""
 
 
 class EngineClosedError(HmiError, RuntimeError):

@@ -9,15 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import hmi_kernels
 from hmi_engine.errors import HmiError, MissPolicyWarning, ReadOnlyStoreError
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.device_choice import open_streams
+from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
+from hmi_engine.memory.streams import DeviceStreams
 from hmi_engine.memory.tenant_reader import Digest, digest_of
+from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.domain_updates import DomainUpdater
 from hmi_engine.pipeline.flow import Flow
 from hmi_engine.pipeline.respond import respond
@@ -92,7 +99,9 @@ class ServingCore:
         self.trace = None if options.trace is None else Trace()
         self.clock = StageClock(self.trace)
         self.statistics = EngineStatistics()
-        self.residency = _open_residency(store, options)
+        self.streams = open_streams(options.device)
+        device_bytes = _device_bytes(options, self.streams)
+        self.residency = _open_residency(store, options, self.streams, device_bytes)
         store.catalog.arena_bytes[self] = self.residency.arena.capacity_bytes
         self.residency.load_pinned(store.tenants.pinned())
         self.plots: PlotLibrary | None = None
@@ -118,6 +127,7 @@ class ServingCore:
             exact_budget=options.exact_budget,
             recorder=self.traffic.recorder if self.traffic is not None else None,
             clock=self.clock,
+            computer=self._device_compute(device_bytes) if self.streams.is_asynchronous else None,
         )
         self.flow: BatchFlow = Flow(
             self.runner,
@@ -129,6 +139,17 @@ class ServingCore:
         self._updater: DomainUpdater | None = None
         if options.update_domains_every is not None:
             self._updater = self._start_updates(options.update_domains_every)
+
+    def _device_compute(self, device_bytes: int) -> DeviceCompute:
+        general = self.store.general
+        return DeviceCompute(
+            general,
+            HierarchicalBert.load(self.store.layout.general, general.plot_layers, self.streams.device),
+            self.streams,
+            DeviceRows(self.streams, device_bytes - self.residency.arena.capacity_bytes),
+            batches_in_flight=self.options.pipeline_depth,
+            clock=self.clock,
+        )
 
     def _start_updates(self, every: float) -> DomainUpdater:
         if self.store.catalog.read_only:
@@ -234,20 +255,31 @@ def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
     return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
 
 
-def _open_residency(store: Store, options: EngineOptions) -> AdapterResidency:
+def _device_bytes(options: EngineOptions, streams: DeviceStreams) -> int:
+    """The budget in the memory with which the device computes."""
+    if options.device_memory != "auto":
+        return parse_bytes(options.device_memory)
+    if streams.is_asynchronous:
+        return int(torch.cuda.mem_get_info(streams.device)[0]) // 2
+    return parse_bytes(options.host_memory)
+
+
+def _open_residency(
+    store: Store, options: EngineOptions, streams: DeviceStreams, device_bytes: int
+) -> AdapterResidency:
     host_bytes: int | None = parse_bytes(options.host_memory)
-    arena_bytes = host_bytes
-    if options.device_memory == "auto":  # the CPU computes in host memory
+    arena_bytes = device_bytes
+    if streams.is_asynchronous:
+        arena_bytes //= 2  # the other half is for PLOT tables
+    elif options.device_memory == "auto":  # the CPU computes in host memory
         host_bytes = None
-    else:
-        arena_bytes = parse_bytes(options.device_memory)
-    assert arena_bytes is not None
     return AdapterResidency(
         store.layout,
         store.catalog,
         store.general,
         arena_bytes,
         host_bytes=host_bytes,
+        streams=streams,
         batches_in_flight=options.pipeline_depth,
         read_timeout=options.read_timeout,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
 from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
 from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.step import MissPolicy
@@ -20,12 +21,13 @@ class EngineOptions:
     """How an engine serves: the keyword arguments of :class:`~hmi_engine.Engine`.
 
     Attributes:
-        device: ``"auto"`` or ``"cpu"``.
-        backend: kernels: ``"auto"``, ``"cpu"`` or ``"reference"`` (plain torch, slow).
+        device: ``"cpu"``, ``"cuda"`` (torch's current GPU), ``"cuda:1"``, or ``"auto"``: the GPU, if there is
+            one that can be used.
+        backend: kernels: ``"auto"``, ``"cpu"`` (on the CPU) or ``"reference"`` (plain torch, slow).
         dtype: ``"auto"`` or ``"float32"``.
         device_memory: budget for adapters where the device computes with them, in bytes or as ``"512MiB"``,
             before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is one tier, of
-            ``host_memory``.
+            ``host_memory``. On a GPU half of it is for PLOT tables, and ``"auto"`` is half of what is free.
         host_memory: budget for adapters in host memory, in bytes or as ``"2GiB"``.
         miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
             ``"budget"`` computes those that a batch has most often, of equals those that corpora and recorded
@@ -71,7 +73,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         """Checks what can be checked without a store."""
-        _check_option("device", self.device, ("auto", "cpu"))
+        if not is_device_name(self.device):
+            raise ValueError(f"device is {self.device!r}; this release knows {DEVICE_NAMES}")
         _check_option("backend", self.backend, ("auto", "cpu", "reference"))
         _check_option("dtype", self.dtype, ("auto", "float32"))
         _check_option("miss", self.miss, ("backoff", "exact", "budget"))

@@ -6,17 +6,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hmi_kernels import reference
 from hmi_kernels.checks import require_rows, require_vector
 from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 
-__all__ = ["packed_attention"]
+__all__ = ["attend_jagged", "packed_attention"]
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, *, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    *,
+    num_heads: int,
+    max_length: int | None = None,
 ) -> Tensor:
     """Attention of each sequence to itself, in both directions; nothing across sequences, nothing padded.
 
@@ -33,13 +41,17 @@ def packed_attention(
             whose results somebody reads.
         key_offsets: int64 [sequences + 1], first 0, last ``keys``.
         num_heads: heads of hidden / num_heads columns each.
+        max_length: at least the most keys and queries of a sequence, if the caller knows it: without it a GPU
+            has to be waited for. On a GPU offsets are not checked; torch's own kernels attend there.
 
     Returns:
         float32 [queries, hidden].
 
     Raises TypeError or ValueError on arguments of another kind or out of bounds.
     """
-    result: Tensor = _packed_attention(query, key, value, query_offsets, key_offsets, num_heads)
+    result: Tensor = _packed_attention(
+        query, key, value, query_offsets, key_offsets, num_heads, max_length=max_length
+    )
     return result
 
 
@@ -50,6 +62,7 @@ class _Arguments(NamedTuple):
     query_offsets: Tensor
     key_offsets: Tensor
     num_heads: int
+    max_length: int | None = None
 
 
 def _check(arguments: _Arguments) -> None:
@@ -94,12 +107,38 @@ def _run_on_cpu(arguments: _Arguments) -> Tensor:
     return output
 
 
+def attend_jagged(arguments: _Arguments) -> Tensor:
+    """By torch's attention over jagged tensors, which on a GPU is one kernel, float32 included.
+
+    torch's ``varlen_attn``, which needs no nested tensors, is for 16-bit types only.
+    """
+    query, key, value, query_offsets, key_offsets, num_heads, max_length = arguments
+    if query.shape[0] == 0:
+        return _make_output(arguments)
+    if max_length is None:
+        max_length = int(torch.maximum(query_offsets.diff().amax(), key_offsets.diff().amax()))
+
+    def by_head(rows: Tensor, offsets: Tensor) -> Tensor:
+        heads = rows.contiguous().unflatten(1, (num_heads, -1))
+        jagged = torch.nested.nested_tensor_from_jagged(heads, offsets, min_seqlen=0, max_seqlen=max_length)
+        return jagged.transpose(1, 2)
+
+    attended = functional.scaled_dot_product_attention(
+        by_head(query, query_offsets), by_head(key, key_offsets), by_head(value, key_offsets)
+    )
+    return attended.transpose(1, 2).values().flatten(1)
+
+
 _packed_attention = define(
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor query_offsets, Tensor key_offsets, "
-    "int num_heads) -> Tensor",
+    "int num_heads, *, int? max_length=None) -> Tensor",
     arguments=_Arguments,
     check=_check,
-    implementations={"cpu": Implementation(_run_on_cpu)},
+    implementations={
+        "cuda": Implementation(attend_jagged),
+        "triton": Implementation(attend_jagged),
+        "cpu": Implementation(_run_on_cpu),
+    },
     reference=reference.packed_attention,
     fake=_make_output,
 )

@@ -336,7 +336,14 @@ def _require_token_ids(input_ids: Tensor) -> None:
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, num_heads: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    num_heads: int,
+    *,
+    max_length: int | None = None,
 ) -> Tensor:
     """See :func:`hmi_kernels.packed_attention`."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)

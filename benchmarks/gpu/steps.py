@@ -28,6 +28,8 @@ DRY_TESTS = (
     "tests/kernels/triton/test_dispatch.py",
 )
 TRITON_TESTS = ("tests/kernels/triton",)
+ENGINE_TESTS = ("tests/devices/test_gpu.py",)
+DRY_ENGINE_TESTS = ("tests/devices/test_deferred.py::test_each_mistake_is_seen",)
 SANITIZER_ERROR = 99
 OUTPUT_SHOWN = 4000
 """Characters of the output of a step that failed."""
@@ -67,6 +69,12 @@ def check_steps(*, is_dry: bool) -> list[CheckStep]:
         *(
             CheckStep(tool, f"Does {what} find nothing?", 150, _sanitizer(tool, is_dry=is_dry))
             for tool, what in (("memcheck", "a watch on every access"), ("racecheck", "a watch for races"))
+        ),
+        CheckStep(
+            "engine",
+            "Does an engine answer as on the CPU, with batches in flight and tenants that come and go?",
+            150,
+            lambda: _pytest(DRY_ENGINE_TESTS if is_dry else ENGINE_TESTS),
         ),
         CheckStep("graphs", "Do CUDA graphs of all ops replay on other inputs?", 120, module("graphs")),
         CheckStep("streams", "Do copies and kernels keep the order of events?", 60, module("streams")),

@@ -12,6 +12,7 @@ from rich.table import Table
 import hmi_kernels
 from hmi_engine.cli.output import AsJson, console, print_json
 from hmi_engine.demo.environment import PACKAGES, installed_versions
+from hmi_engine.memory.device_choice import cuda_reason
 from hmi_engine.models.linear import has_packed_matmul
 
 
@@ -59,8 +60,7 @@ def _versions() -> dict[str, str]:
 
 
 def _gpu() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)}: hmi_kernels runs on it, the engine still on the CPU"
-    if torch.version.cuda is None:
-        return "off: this torch is built for the CPU"
-    return "off: torch finds no CUDA device or driver"
+    if reason := cuda_reason():
+        return f"off: {reason}"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return "; ".join(f"cuda:{index}: {name}" for index, name in enumerate(names)) + " (engines take cuda:0)"

@@ -14,6 +14,7 @@ import typer
 from hmi_engine.cli.output import StorePath, checked_choice, warn
 from hmi_engine.engine import Engine
 from hmi_engine.errors import InvalidRequestError
+from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
 from hmi_engine.pipeline.step import MissPolicy
 from hmi_engine.request import Request, Response
 from hmi_engine.serving_options import MAX_PIPELINE_DEPTH
@@ -37,6 +38,9 @@ def run(
         typer.Option(min=0.0, max=1.0, help="--miss budget: most windows computed per token of a batch."),
     ] = 0.05,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, or auto: the GPU, if there is one that can be used.")
+    ] = "auto",
     host_memory: Annotated[str, typer.Option(help="Budget for adapters in host memory.")] = "2GiB",
     device_memory: Annotated[
         str, typer.Option(help="Budget for adapters where the device computes; on the CPU none of its own.")
@@ -65,6 +69,7 @@ def run(
         Store.open(store, read_only=not record_traffic) as opened,
         Engine(
             opened,
+            device=_checked_device(device),
             miss=policy,
             exact_budget=exact_budget,
             max_batch_tokens=max_batch_tokens,
@@ -83,6 +88,12 @@ def run(
             sys.stdout.flush()
     if failed:
         warn(f"{failed} of {total} lines were answered with an error")
+
+
+def _checked_device(name: str) -> str:
+    if not is_device_name(name):
+        raise typer.BadParameter(f"{name!r} is not one of {DEVICE_NAMES}", param_hint="--device")
+    return name
 
 
 def _chunks(source: TextIO, size: int) -> Iterator[list[tuple[int, str]]]:

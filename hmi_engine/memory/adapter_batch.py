@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate, groupby
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, groupby, islice
+
+from typing import Protocol
 
 import torch
 
 from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
-from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall
+from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall, SlotTable
 from hmi_engine.knowledge.adapters import Site
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.slot_tables import SlotTables
 
 __all__ = ["AdapterBatch"]
+
+
+class _Slots(Protocol):
+    def at(self, layer: int, site: Site) -> SlotTable:
+        """The entries of the slots that segments name, at one place."""
 
 
 class AdapterBatch:
@@ -32,7 +40,7 @@ class AdapterBatch:
         Sequences of one tenant that follow one another become one segment.
         """
         self._arena = arena
-        self._slots = slots
+        self._slots: _Slots = slots
         self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
         runs = [list(run) for _, run in groupby(range(len(tenants)), lambda index: tenants[index].slot)]
         self._segment_slots = torch.tensor([tenants[run[0]].slot for run in runs], dtype=torch.int32)
@@ -58,6 +66,60 @@ class AdapterBatch:
                 self._slots.at(layer, place),
             )
         )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that :meth:`with_tensors` wants on the device where the arena is.
+
+        The tables hold the entries of the batch's own tenants alone, a slot for each segment, so that nothing
+        of them changes while a device reads them.
+        """
+        places = self._sorted_places()
+        columns = self._segment_slots.long()
+        entries = [self._slots.at(layer, Site(site))[:4] for layer, site in places]
+        return [
+            self._token_offsets,
+            self._readout_offsets,
+            torch.arange(len(columns), dtype=torch.int32),
+            *(_stacked([entry[part][columns] for entry in entries], columns) for part in range(4)),
+        ]
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> AdapterBatch:
+        """The same batch for a device; takes its :meth:`tensors`, as they are there, from ``tensors``."""
+        moved = copy.copy(self)
+        moved._token_offsets, moved._readout_offsets, moved._segment_slots = islice(tensors, 3)
+        offsets, ranks, activations, scales = islice(tensors, 4)
+        columns = self._segment_slots.long()
+        moved._slots = _BatchTables(
+            {
+                place: SlotTable(
+                    offsets[row],
+                    ranks[row],
+                    activations[row],
+                    scales[row],
+                    int(self._slots.at(place[0], Site(place[1])).ranks[columns].max()),
+                )
+                for row, place in enumerate(self._sorted_places())
+            }
+        )
+        return moved
+
+    def _sorted_places(self) -> list[tuple[int, str]]:
+        return sorted(self._used)
+
+
+class _BatchTables:
+    """Tables by place, with a slot for each segment of a batch."""
+
+    def __init__(self, tables: Mapping[tuple[int, str], SlotTable]) -> None:
+        self._tables = tables
+
+    def at(self, layer: int, site: Site) -> SlotTable:
+        return self._tables[layer, site.value]
+
+
+def _stacked(rows: list[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+    """[places, segments], with no places if there are none."""
+    return torch.stack(rows) if rows else torch.empty(0, len(columns))
 
 
 def _offsets(counts: Sequence[int]) -> torch.Tensor:

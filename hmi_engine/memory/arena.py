@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from hmi_engine.memory.ranges import RangeAllocator
+from hmi_engine.memory.streams import DeviceStreams, HostStreams
 
 __all__ = ["AdapterArena"]
 
@@ -20,9 +21,11 @@ class AdapterArena:
     The operating system gives pages as tenants arrive, so an unused capacity costs nothing. Not thread-safe.
     """
 
-    def __init__(self, capacity_bytes: int, device: str | torch.device = "cpu") -> None:
+    def __init__(self, capacity_bytes: int, streams: DeviceStreams | None = None) -> None:
+        """On the device of ``streams``, whose stream ``copy`` does all that is done here; default the CPU."""
         granules = capacity_bytes // (_GRANULE * 4)
-        self.memory = torch.empty(granules * _GRANULE, dtype=torch.float32, device=device)
+        self._streams = streams or HostStreams()
+        self.memory = torch.empty(granules * _GRANULE, dtype=torch.float32, device=self._streams.device)
         self._ranges = RangeAllocator(granules)
 
     @property
@@ -69,16 +72,18 @@ class AdapterArena:
             return None
         for move in moves:
             source, target, length = (number * _GRANULE for number in move)
-            # By way of a copy, as the two may overlap.
-            self.memory[target : target + length] = self.memory[source : source + length].clone()
+            with self._streams.on("copy"):  # by way of another copy, as the two may overlap
+                self.memory[target : target + length] = self.memory[source : source + length].clone()
         return {move.start * _GRANULE: move.target * _GRANULE for move in moves}
 
     def clear_tail(self, offset: int, num_elements: int) -> None:
         """Sets to zero what an allocation has beyond its ``num_elements``."""
-        self.memory[offset + num_elements : offset + _granules(num_elements) * _GRANULE] = 0.0
+        with self._streams.on("copy"):
+            self.memory[offset + num_elements : offset + _granules(num_elements) * _GRANULE] = 0.0
 
     def close(self) -> None:
         """Gives the memory back; nothing can be allocated any more."""
+        self._streams.synchronize()
         self.memory = torch.empty(0, dtype=torch.float32, device=self.memory.device)
         self._ranges = RangeAllocator(0)
 

@@ -12,6 +12,7 @@ from hmi_engine.knowledge.tenant_file import TenantLayout
 from hmi_engine.memory.eviction import DemandQueue
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import ResidencyStatistics
+from hmi_engine.memory.streams import Arrival
 from hmi_engine.memory.tenant_reader import (
     Digest,
     ParameterSource,
@@ -94,26 +95,27 @@ class ArenaLoader:
                 WantedParameters(placed.info, placed.layout, self.placement.parameters(placed))
                 for placed in reserved
             ]
-        problems: Sequence[HmiError | None] = ()
+        outcomes: Sequence[HmiError | Arrival | None] = ()
         try:
-            problems = self.source.load(wanted)
+            outcomes = self.source.load(wanted)
         finally:
             with self.lock:
-                if len(problems) < len(reserved):  # an error that is raised
+                if len(outcomes) < len(reserved):  # an error that is raised
                     for placed in reserved:
                         self.placement.drop(placed)
-                for placed, problem in zip(reserved, problems, strict=False):
-                    results[placed.digest] = problem or placed
-                    self._settle_load(placed, problem)
+                for placed, outcome in zip(reserved, outcomes, strict=False):
+                    results[placed.digest] = outcome if isinstance(outcome, HmiError) else placed
+                    self._settle_load(placed, outcome)
         return results
 
-    def _settle_load(self, placed: PlacedTenant, problem: HmiError | None) -> None:
-        if isinstance(problem, ReadTimeoutError):
+    def _settle_load(self, placed: PlacedTenant, outcome: HmiError | Arrival | None) -> None:
+        if isinstance(outcome, ReadTimeoutError):
             placed.users += 1  # the read, which writes to where it is now
             self._stuck.append(placed)
-        elif problem is not None:
+        elif isinstance(outcome, HmiError):
             self.placement.drop(placed)
         else:
+            placed.arrival = outcome
             self.placement.publish(placed)
             placed.claims += 1
             self.statistics.loads += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -11,6 +12,7 @@ import hmi_kernels
 from hmi_engine.errors import HmiError, OverloadedError
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.residency_statistics import HostStatistics
+from hmi_engine.memory.streams import Arrival, DeviceStreams, HostStreams, StreamEvent
 from hmi_engine.memory.tenant_reader import Digest, TenantReader, WantedParameters, digest_of
 
 __all__ = ["HostTier"]
@@ -24,8 +26,10 @@ class HostTier:
     wait while it reads.
     """
 
-    def __init__(self, reader: TenantReader, budget_bytes: int) -> None:
+    def __init__(self, reader: TenantReader, budget_bytes: int, streams: DeviceStreams | None = None) -> None:
+        """Empty; the arena is on the device of ``streams``, by default the CPU."""
         self._reader = reader
+        self._streams = streams or HostStreams()
         self._pool = hmi_kernels.PinnedPool(budget_bytes)
         self._blocks: dict[Digest, Tensor] = {}
         self._queue = DemandQueue[Digest](FrequencyPerByte())
@@ -40,13 +44,13 @@ class HostTier:
         self._statistics.reserved_bytes = self._pool.bytes_reserved
         return self._statistics
 
-    def load(self, wanted: Sequence[WantedParameters]) -> list[HmiError | None]:
+    def load(self, wanted: Sequence[WantedParameters]) -> list[HmiError | Arrival | None]:
         """Copies parameters to their destinations; reads first what is not here, as much at once as fits.
 
-        Copies to a GPU are under way on torch's current stream when this returns.
+        Copies to a GPU are under way when this returns; their arrivals say when they have come.
         """
-        results: list[HmiError | None] = [None] * len(wanted)
-        missing = self._load_known(wanted)
+        missing, known = self._load_known(wanted)
+        results: list[HmiError | Arrival | None] = [known] * len(wanted)
         while missing:
             with self._lock:
                 blocks = self._take_blocks([wanted[number] for number in missing])
@@ -55,24 +59,22 @@ class HostTier:
                 missing = missing[1:]
                 continue
             wave, missing = missing[: len(blocks)], missing[len(blocks) :]
-            for number, error in zip(wave, self._read([wanted[n] for n in wave], blocks), strict=True):
-                results[number] = error
+            for number, outcome in zip(wave, self._read([wanted[n] for n in wave], blocks), strict=True):
+                results[number] = outcome
             del blocks  # or evicting what lies in them would free nothing for the next wave
         return results
 
-    def _load_known(self, wanted: Sequence[WantedParameters]) -> list[int]:
-        """Copies what is here; returns the numbers of the others."""
+    def _load_known(self, wanted: Sequence[WantedParameters]) -> tuple[list[int], Arrival | None]:
+        """Copies what is here; returns the numbers of the others, and when what is here has come."""
         with self._lock:
             here = [each for each in wanted if digest_of(each.info) in self._blocks]
-            hmi_kernels.copy_batch_async(
-                [each.destination for each in here], [self._blocks[digest_of(each.info)] for each in here]
-            )
+            arrival = self._copy(here, [self._blocks[digest_of(each.info)] for each in here])
             for each in here:
                 self._queue.used(digest_of(each.info), each.layout.data_bytes)
             missing = [n for n, each in enumerate(wanted) if digest_of(each.info) not in self._blocks]
             self._statistics.hits += len(here)
             self._statistics.misses += len(missing)
-            return missing
+            return missing, arrival
 
     def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
         """Notes what queued requests will need; it stays as long as something else can go."""
@@ -123,19 +125,41 @@ class HostTier:
                 del self._blocks[victim]
                 self._statistics.evictions += 1
 
-    def _read(self, wave: Sequence[WantedParameters], blocks: Sequence[Tensor]) -> list[HmiError | None]:
+    def _read(
+        self, wave: Sequence[WantedParameters], blocks: Sequence[Tensor]
+    ) -> list[HmiError | Arrival | None]:
         """Reads files into blocks, and copies what was read; what failed leaves nothing behind."""
         read = [each._replace(destination=block) for each, block in zip(wave, blocks, strict=True)]
         errors = self._reader.load(read)
         good = [number for number, error in enumerate(errors) if error is None]
         with self._lock:
-            hmi_kernels.copy_batch_async([wave[n].destination for n in good], [blocks[n] for n in good])
+            arrival = self._copy([wave[n] for n in good], [blocks[n] for n in good])
             for number in good:
                 digest = digest_of(wave[number].info)
                 self._blocks[digest] = blocks[number]
                 self._queue.used(digest, wave[number].layout.data_bytes)
                 self._queue.offer(digest)
-        return errors
+        return [arrival if error is None else error for error in errors]
+
+    def _copy(self, wanted: Sequence[WantedParameters], blocks: Sequence[Tensor]) -> Arrival | None:
+        """Copies blocks to their destinations: to a GPU a layer of all tenants, then the next, then heads."""
+        destinations = [each.destination for each in wanted]
+        if not self._streams.is_asynchronous or not wanted:
+            self._streams.copy(destinations, blocks)
+            return None
+        pieces: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        heads: list[tuple[Tensor, Tensor]] = []
+        for each, block in zip(wanted, blocks, strict=True):
+            end = 0
+            for layer, (start, end) in each.layout.layer_spans.items():
+                pieces[layer].append((each.destination[start:end], block[start:end]))
+            heads.append((each.destination[end:], block[end:]))
+        events: dict[int, StreamEvent] = {}
+        for layer in sorted(pieces):
+            self._streams.copy(*zip(*pieces[layer], strict=True))
+            events[layer] = self._streams.record("copy")
+        self._streams.copy(*zip(*heads, strict=True))
+        return Arrival(events, self._streams.record("copy"))
 
     def _too_large(self, wanted: WantedParameters) -> OverloadedError:
         return OverloadedError(

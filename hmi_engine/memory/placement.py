@@ -11,6 +11,7 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.slot_tables import SlotTables
+from hmi_engine.memory.streams import Arrival, DeviceStreams
 from hmi_engine.memory.tenant_reader import Digest, digest_of
 
 __all__ = ["MOST_MOVED", "PlacedTenant", "Placement"]
@@ -35,6 +36,7 @@ class PlacedTenant:
         slot: its number in the tables; None until its parameters are there.
         users: how many batches use it: more than none, and it neither leaves nor moves.
         claims: how many will that are being put together: more than none, and it does not leave.
+        arrival: when its parameters will have come to where it is; None if they have.
     """
 
     info: TenantInfo
@@ -44,6 +46,7 @@ class PlacedTenant:
     slot: int | None = None
     users: int = 0
     claims: int = 0
+    arrival: Arrival | None = None
 
     @property
     def digest(self) -> Digest:
@@ -59,8 +62,9 @@ class PlacedTenant:
 class Placement:
     """The arena, the slots, and who has them. Decides nothing about who leaves; not thread-safe."""
 
-    def __init__(self, arena_bytes: int, device: str | torch.device) -> None:
-        self.arena = AdapterArena(arena_bytes, device)
+    def __init__(self, arena_bytes: int, streams: DeviceStreams) -> None:
+        self._streams = streams
+        self.arena = AdapterArena(arena_bytes, streams)
         self.slots = SlotTables()
         self.moves = 0
         self.bytes_moved = 0
@@ -129,8 +133,12 @@ class Placement:
         offsets = self.arena.slide(num_elements, fixed, most=most)
         if offsets is None:
             return False
+        moved = None
+        if self._streams.is_asynchronous:
+            moved = Arrival(None, self._streams.record("copy"))
         for placed in [self._by_offset.pop(offset) for offset in offsets]:
             placed.offset = offsets[placed.offset]
+            placed.arrival = moved
             self._by_offset[placed.offset] = placed
             self.moves += 1
             self.bytes_moved += placed.size

@@ -19,7 +19,15 @@ from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.windows import fill_places
 
-__all__ = ["CompletedReferences", "DomainLayers", "PlotView", "SearchedDomain"]
+__all__ = [
+    "CompletedReferences",
+    "DomainLayers",
+    "KernelTable",
+    "MergeInputs",
+    "PlotView",
+    "SearchedDomain",
+    "merge_rows",
+]
 
 DomainLayers = Callable[[torch.Tensor], torch.Tensor]
 """Runs windows, int32 [M, W] token ids with -1 where absent, through K layers: float32 [M, W, H]."""
@@ -44,13 +52,32 @@ class SearchedDomain:
     unigrams: torch.Tensor
 
 
-class _KernelTable(NamedTuple):
-    """One table as the kernels take it; empty tensors where there are no scales or codebooks, or no index."""
+class KernelTable(NamedTuple):
+    """One table as the kernels take it; empty tensors where there are no scales or codebooks, or no index.
+
+    ``is_lasting`` says that it is a domain's own, whose rows do not change.
+    """
 
     key_index: torch.Tensor
     rows: torch.Tensor
     row_scales: torch.Tensor
     codebooks: torch.Tensor
+    is_lasting: bool = False
+
+
+class MergeInputs(NamedTuple):
+    """A batch's tokens, rows and domains, as ``hmi_kernels.plot_merge`` takes them.
+
+    ``references`` int64 [T, 1] or [T, 3] are to rows of ``tables``; ``unigrams_of_sequences`` int32 [S] say
+    which of ``unigrams`` [V, 3, H] each sequence uses.
+    """
+
+    input_ids: torch.Tensor
+    offsets: torch.Tensor
+    references: torch.Tensor
+    tables: tuple[KernelTable, ...]
+    unigrams: tuple[torch.Tensor, ...]
+    unigrams_of_sequences: torch.Tensor
 
 
 class CompletedReferences(NamedTuple):
@@ -88,7 +115,7 @@ class PlotView(AbstractContextManager["PlotView"]):
         self._holds = {identity: overlay.hold(identity) for identity in identities}
         self._plots: list[PlotTable] = []
         self._computed_in_traffic: dict[int, OverlayTable] = {}
-        self._kernel_tables: list[_KernelTable] = []
+        self._kernel_tables: list[KernelTable] = []
         self._number_tables()
 
     def _number_tables(self) -> None:
@@ -109,7 +136,7 @@ class PlotView(AbstractContextManager["PlotView"]):
     def _number_overlay(self, hold: OverlayHold) -> list[int]:
         first = len(self._kernel_tables)
         for number, table in enumerate(hold.tables, first):
-            self._kernel_tables.append(_KernelTable(table.index, table.rows, _NONE_FLOAT, _NONE_HALF))
+            self._kernel_tables.append(KernelTable(table.index, table.rows, _NONE_FLOAT, _NONE_HALF))
             self._computed_in_traffic[number] = table
         return list(range(first, first + len(hold.tables)))
 
@@ -212,7 +239,7 @@ class PlotView(AbstractContextManager["PlotView"]):
         rows = states.to(getattr(torch, self._general.row_dtype))
         self._overlay.keep(missing.identity, missing.keys, rows)
         number = len(self._kernel_tables)
-        self._kernel_tables.append(_KernelTable(_NO_INDEX, rows, _NONE_FLOAT, _NONE_HALF))
+        self._kernel_tables.append(KernelTable(_NO_INDEX, rows, _NONE_FLOAT, _NONE_HALF))
         return (number << hmi_kernels.ROW_BITS) + torch.arange(len(rows))
 
     def _counted(self, keys: torch.Tensor) -> torch.Tensor:
@@ -234,20 +261,20 @@ class PlotView(AbstractContextManager["PlotView"]):
         references: torch.Tensor,
     ) -> torch.Tensor:
         """Adds up the rows, the position and the merge's LayerNorm: the input of layer K, float32 [T, H]."""
-        return hmi_kernels.plot_merge(
+        inputs = self.merge_inputs(sequences, domains, references)
+        return merge_rows(model, inputs, window=self._general.window)
+
+    def merge_inputs(
+        self, sequences: PackedSequences, domains: Sequence[str], references: torch.Tensor
+    ) -> MergeInputs:
+        """What :meth:`merge` reads, all in host memory."""
+        return MergeInputs(
             sequences.input_ids,
             sequences.offsets,
             references,
-            [table.rows for table in self._kernel_tables],
-            [domain.unigrams for domain in self._searched.values()],
+            tuple(self._kernel_tables),
+            tuple(domain.unigrams for domain in self._searched.values()),
             self._places_of(domains).int(),
-            model.merge_positions,
-            model.merge_norm.weight,
-            model.merge_norm.bias,
-            layer_norm_eps=model.merge_norm.eps,
-            window=self._general.window,
-            row_scales=[table.row_scales for table in self._kernel_tables],
-            codebooks=[table.codebooks for table in self._kernel_tables],
         )
 
     def row_counts(self, references: torch.Tensor) -> torch.Tensor:
@@ -276,10 +303,30 @@ _NONE_HALF = torch.empty(0, dtype=torch.float16)
 _NO_INDEX = torch.zeros(2, 2, dtype=torch.int64)
 
 
-def _kernel_table(table: PlotTable) -> _KernelTable:
-    return _KernelTable(
+def merge_rows(model: HierarchicalBert, inputs: MergeInputs, *, window: int) -> torch.Tensor:
+    """The input of layer K, float32 [T, H], where model and inputs are: see :meth:`PlotView.merge`."""
+    return hmi_kernels.plot_merge(
+        inputs.input_ids,
+        inputs.offsets,
+        inputs.references,
+        [table.rows for table in inputs.tables],
+        inputs.unigrams,
+        inputs.unigrams_of_sequences,
+        model.merge_positions,
+        model.merge_norm.weight,
+        model.merge_norm.bias,
+        layer_norm_eps=model.merge_norm.eps,
+        window=window,
+        row_scales=[table.row_scales for table in inputs.tables],
+        codebooks=[table.codebooks for table in inputs.tables],
+    )
+
+
+def _kernel_table(table: PlotTable) -> KernelTable:
+    return KernelTable(
         table.index,
         table.rows,
         _NONE_FLOAT if table.row_scales is None else table.row_scales,
         _NONE_HALF if table.codebooks is None else table.codebooks,
+        is_lasting=True,
     )

@@ -9,8 +9,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import cast
 
-import torch
-
 from hmi_engine.errors import (
     EngineClosedError,
     HmiError,
@@ -28,6 +26,7 @@ from hmi_engine.memory.host_tier import HostTier
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
 from hmi_engine.memory.resident_tenant import ResidentTenant
+from hmi_engine.memory.streams import Arrival, DeviceStreams, HostStreams
 from hmi_engine.memory.tenant_reader import (
     DEFAULT_READ_TIMEOUT,
     Digest,
@@ -43,11 +42,22 @@ BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
 
 
 class HeldTenants(AbstractContextManager[list[ResidentTenant | HmiError]]):
-    """Tenants that neither leave nor move until :meth:`release`, which any thread may call, once or more."""
+    """Tenants that neither leave nor move until :meth:`release`, which any thread may call, once or more.
 
-    def __init__(self, outcomes: list[ResidentTenant | HmiError], release: Callable[[], None]) -> None:
+    Attributes:
+        outcomes: the tenants, or why they cannot be served.
+        arrivals: what to wait for before they are read: on a GPU, of those whose copies are under way.
+    """
+
+    def __init__(
+        self,
+        outcomes: list[ResidentTenant | HmiError],
+        arrivals: list[Arrival],
+        release: Callable[[], None],
+    ) -> None:
         """Use :meth:`AdapterResidency.holding`."""
         self.outcomes = outcomes
+        self.arrivals = arrivals
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
@@ -81,7 +91,7 @@ class AdapterResidency:
         arena_bytes: int,
         *,
         host_bytes: int | None = None,
-        device: str | torch.device = "cpu",
+        streams: DeviceStreams | None = None,
         batches_in_flight: int = 1,
         read_timeout: float = DEFAULT_READ_TIMEOUT,
     ) -> None:
@@ -93,15 +103,16 @@ class AdapterResidency:
             general: the base that tenants must fit.
             arena_bytes: the arena's budget.
             host_bytes: budget of a tier in host memory before the arena; None: files are read into the arena.
-            device: where the arena lies; one that is not the CPU needs ``host_bytes``.
+            streams: of the device on which the arena lies; default the CPU. A GPU needs ``host_bytes``.
             batches_in_flight: how many batches' tenants are held at a time.
             read_timeout: seconds after which a read that has not ended fails its tenant.
         """
+        streams = streams or HostStreams()
         self._catalog = catalog
         self._reader = TenantReader(layout, general, read_timeout=read_timeout)
-        self._host = None if host_bytes is None else HostTier(self._reader, host_bytes)
+        self._host = None if host_bytes is None else HostTier(self._reader, host_bytes, streams)
         self._source: ParameterSource = self._host or self._reader
-        self._placement = Placement(arena_bytes, device)
+        self._placement = Placement(arena_bytes, streams)
         self.arena = self._placement.arena
         self.slots = self._placement.slots
         self._residents: dict[Digest, ResidentTenant] = {}
@@ -191,11 +202,12 @@ class AdapterResidency:
                     for placed in held:
                         placed.claims -= 1
                         placed.users += 1
+                    arrivals = _still_coming(held)
                     self._num_held += 1
             except BaseException:
                 self._let_claims_go(held)
                 raise
-        return HeldTenants(outcomes, lambda: self._end_holding(held))
+        return HeldTenants(outcomes, arrivals, lambda: self._end_holding(held))
 
     def _wait_for_release(self, since: int) -> bool:
         """Returns when something has been released ``since`` so many releases, False if nothing will be."""
@@ -421,6 +433,14 @@ class AdapterResidency:
                 arena_offset=result.offset,
             )
         return resident
+
+
+def _still_coming(held: Sequence[PlacedTenant]) -> list[Arrival]:
+    """What brings tenants that have not come yet, each once."""
+    for placed in held:
+        if placed.arrival is not None and placed.arrival.has_come:
+            placed.arrival = None
+    return list(dict.fromkeys(placed.arrival for placed in held if placed.arrival is not None))
 
 
 def _lacks_room(acquired: LoadResults) -> bool:

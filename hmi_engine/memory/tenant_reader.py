@@ -17,6 +17,7 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout, parse_layout
 from hmi_engine.memory.eviction import Tickets
 from hmi_engine.memory.layout_cache import LayoutCache
+from hmi_engine.memory.streams import Arrival
 from hmi_kernels import FileReads
 
 __all__ = [
@@ -54,8 +55,11 @@ class WantedParameters(NamedTuple):
 class ParameterSource(Protocol):
     """Where the arena's parameters come from: files, or a tier of memory before them. Not thread-safe."""
 
-    def load(self, wanted: Sequence[WantedParameters]) -> list[HmiError | None]:
-        """Fills the destinations, of distinct tenants; for each None or why it could not be done."""
+    def load(self, wanted: Sequence[WantedParameters]) -> Sequence[HmiError | Arrival | None]:
+        """Fills the destinations, of distinct tenants; for each why it could not be done, or when it is.
+
+        None where it is done when this returns.
+        """
 
     def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
         """Notes what queued requests will need, in this order; see ``DemandQueue.expect``."""

@@ -52,16 +52,18 @@ class HierarchicalBert:
             self.pooler = SharedLinear(tensors["pooler.dense.weight"], tensors["pooler.dense.bias"])
 
     @classmethod
-    def load(cls, directory: Path, plot_layers: int) -> HierarchicalBert:
-        """Loads the ``general`` folder of a store.
+    def load(cls, directory: Path, plot_layers: int, device: torch.device | str = "cpu") -> HierarchicalBert:
+        """Loads the ``general`` folder of a store onto a device.
 
         Raises:
             StoreCorruptError: a file is missing or damaged.
         """
         configuration = load_configuration(directory)
-        return cls(
-            configuration, load_bert_tensors(directory, configuration), load_merge(directory), plot_layers
+        tensors, merge = (
+            {name: tensor.to(device) for name, tensor in loaded.items()}
+            for loaded in (load_bert_tensors(directory, configuration), load_merge(directory))
         )
+        return cls(configuration, tensors, merge, plot_layers)
 
     @functools.cached_property
     def window_states(self) -> WindowLayers:

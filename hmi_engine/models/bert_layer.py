@@ -111,6 +111,7 @@ class BertLayer:
             sequences.offsets if readout is None else readout.offsets,
             sequences.offsets,
             num_heads=self.num_heads,
+            max_length=sequences.max_length,
         )
         at = _Places(self.index, adapters, at_readout=readout is not None)
         at.change("attention_output.input_scale", context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,6 +36,11 @@ class PackedSequences:
     def num_tokens(self) -> int:
         """T, the number of tokens."""
         return self.input_ids.numel()
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
 
     @property
     def num_sequences(self) -> int:

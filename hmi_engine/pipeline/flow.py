@@ -30,14 +30,20 @@ class BatchSource(Protocol[_Batch_co]):
 class Stages(Protocol[_Batch_contra, Prepared, _Result_co]):
     """What is done with a batch. A step answers for its own failures: what it raises ends the flow."""
 
+    is_asynchronous: bool
+    """Whether a device goes on computing when ``compute`` has returned."""
+
     def prepare(self, batch: _Batch_contra, /) -> Prepared:
         """Fetches and searches; what it returns may hold memory, until ``compute`` or ``discard``."""
 
-    def compute(self, prepared: Prepared, /) -> _Result_co:
-        """Runs the model and lets go of what ``prepare`` held."""
+    def compute(self, prepared: Prepared, /) -> Callable[[], _Result_co]:
+        """Runs the model, or has a device run it; to be called once, what it returns waits for the result.
+
+        When that has returned, nothing of what ``prepare`` held is held any more.
+        """
 
     def discard(self, prepared: Prepared, /) -> None:
-        """Lets go of what ``prepare`` held; a batch that was computed holds nothing."""
+        """Lets go of what ``prepare`` held, of a batch that is not computed."""
 
 
 class Flow(Generic[Batch, Prepared, Result]):
@@ -47,6 +53,9 @@ class Flow(Generic[Batch, Prepared, Result]):
     are prepared on a thread of the flow while those before them are computed in the caller's: parts and
     results are the same. A batch before which nothing is in flight is prepared in the caller's thread too, as
     there is nothing to do meanwhile.
+
+    A device that computes beside the host gets the next batch, if that is prepared, before the host waits for
+    the results of the one before: so it need not stand still while the host reads them.
     """
 
     def __init__(
@@ -82,9 +91,15 @@ class Flow(Generic[Batch, Prepared, Result]):
         between the two.
         """
         in_flight: deque[Future[Prepared]] = deque()
+        computing: deque[Callable[[], Result]] = deque()
         current: Future[Prepared] | None = None
         try:
             while True:
+                if computing and not self._is_next_ready(in_flight, len(computing)):
+                    yield computing.popleft()()
+                    if computing:
+                        self._fill(in_flight, source, len(computing))
+                    continue
                 if in_flight:
                     current = in_flight.popleft()
                 else:
@@ -93,16 +108,22 @@ class Flow(Generic[Batch, Prepared, Result]):
                         return
                     with self._waiting():
                         current = _done(self._stages.prepare(batch))
-                self._fill(in_flight, source)
+                self._fill(in_flight, source, 1 + len(computing))
                 self._start_looking_ahead()
                 with self._waiting():
                     prepared = current.result()
-                yield self._stages.compute(prepared)
+                computing.append(self._stages.compute(prepared))
                 current = None
         finally:
+            for result in computing:
+                result()
             for flight in (current, *in_flight):
                 if flight is not None and not flight.cancel() and flight.exception() is None:
                     self._stages.discard(flight.result())
+
+    def _is_next_ready(self, in_flight: deque[Future[Prepared]], num_computing: int) -> bool:
+        """Whether the device can get one more batch at once."""
+        return self._stages.is_asynchronous and num_computing == 1 and bool(in_flight) and in_flight[0].done()
 
     def close(self) -> None:
         """Ends the thread, if there is one; no ``run`` may be going on."""
@@ -110,8 +131,9 @@ class Flow(Generic[Batch, Prepared, Result]):
             self._preparer.shutdown()
             self._preparer = None
 
-    def _fill(self, in_flight: deque[Future[Prepared]], source: BatchSource[Batch]) -> None:
-        while len(in_flight) < self._depth - 1:
+    def _fill(self, in_flight: deque[Future[Prepared]], source: BatchSource[Batch], num_others: int) -> None:
+        """Starts to prepare batches, as many as with the others make ``depth``."""
+        while len(in_flight) + num_others < self._depth:
             batch = source.next_batch(wait=False)
             if batch is None:
                 return

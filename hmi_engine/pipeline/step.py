@@ -21,8 +21,9 @@ from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.pipeline.batch_compute import BatchCompute, HostCompute, Outputs, SearchedBatch
 from hmi_engine.pipeline.faults import as_fault
-from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.read_out import HeadOutput
 from hmi_engine.pipeline.stage_clock import StageClock
 
 __all__ = ["BatchItem", "BatchResult", "BatchRunner", "MissPolicy", "PlotStatistics", "PreparedBatch"]
@@ -58,19 +59,6 @@ class BatchResult:
     compute_seconds: float
 
 
-@dataclass(frozen=True)
-class _Searched:
-    """What the model needs for the items that can be served, which are ``items[i] for i in served``."""
-
-    served: list[int]
-    tenants: list[ResidentTenant]
-    view: PlotView | None
-    sequences: PackedSequences
-    readout: Readout | None
-    adapters: AdapterBatch
-    references: torch.Tensor | None
-
-
 @dataclass
 class PreparedBatch:
     """A batch between fetching and computing; it holds memory until it is computed or discarded.
@@ -86,7 +74,7 @@ class PreparedBatch:
     outputs: list[HeadOutput | HmiError | None]
     started: float
     seconds: float = 0.0
-    searched: _Searched | None = None
+    searched: SearchedBatch | None = None
     search_later: Callable[[], None] | None = None
     leases: list[HeldTenants | PlotView] = field(default_factory=list)
 
@@ -130,18 +118,20 @@ class BatchRunner:
         exact_budget: float,
         recorder: TrafficRecorder | None = None,
         clock: StageClock | None = None,
+        computer: BatchCompute | None = None,
     ) -> None:
         """Runs nothing yet.
 
         Args:
             general: the base model's description.
-            model: the base model.
+            model: the base model, on the CPU: computes windows that are missing.
             plots: the tables; None where no layers are looked up.
             residency: loads adapters.
             miss: what to do where the tables have no row.
             exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
             recorder: counts what is looked up, which a budget goes by.
             clock: adds up what the stages take.
+            computer: runs the model; default on the CPU.
         """
         self._general = general
         self._model = model
@@ -151,12 +141,14 @@ class BatchRunner:
         self._exact_budget = exact_budget
         self._recorder = recorder
         self._clock = clock or StageClock()
+        self._computer = computer or HostCompute(general, model, self._clock)
+        self.is_asynchronous = self._computer.is_asynchronous
         self._num_batches = 0
         self.plot_statistics = PlotStatistics()
 
     def run(self, items: Sequence[BatchItem]) -> BatchResult:
         """Prepares and computes a batch."""
-        return self.compute(self.prepare(items))
+        return self.compute(self.prepare(items))()
 
     @torch.no_grad()
     def prepare(self, items: Sequence[BatchItem]) -> PreparedBatch:
@@ -171,10 +163,12 @@ class BatchRunner:
             with self._clock.working("fetch", prepared.number):
                 held = self._residency.holding([item.tenant for item in items], wait=True)
                 prepared.leases.append(held)
-            search = partial(self._search, items, held.outcomes, prepared)
+            search = partial(self._search, items, held, prepared)
             # What a batch computes, the next one finds: else answers would depend on how many are in flight.
             if self._miss == "backoff":
                 search()
+                if prepared.searched is not None:
+                    self._send(prepared.searched)
             else:
                 prepared.search_later = search
         except Exception as error:
@@ -187,27 +181,58 @@ class BatchRunner:
         return prepared
 
     @torch.no_grad()
-    def compute(self, prepared: PreparedBatch) -> BatchResult:
-        """Computes what can be served of a prepared batch, and lets go of what it held."""
+    def compute(self, prepared: PreparedBatch) -> Callable[[], BatchResult]:
+        """Computes what can be served of a prepared batch; the result, to be asked once, lets go of it.
+
+        On the CPU all is done when this returns, and nothing held any more.
+        """
         started = time.perf_counter()
+        outputs: Callable[[], Outputs] = list
         try:
             if prepared.search_later is not None:
                 with self._clock.waiting("compute"):
                     prepared.search_later()
             if prepared.searched is not None:
                 with self._clock.working("compute", prepared.number):
-                    self._compute(prepared.searched, prepared.outputs)
+                    outputs = self._compute(prepared.searched)
+        except Exception as error:
+            self._fail(prepared, error, "compute")
+        except BaseException:
+            self.discard(prepared)
+            raise
+        if self.is_asynchronous:
+            return partial(self._finish, prepared, outputs, started)
+        result = self._finish(prepared, outputs, started)
+        return lambda: result
+
+    def _finish(self, prepared: PreparedBatch, outputs: Callable[[], Outputs], started: float) -> BatchResult:
+        """The result of a batch that has been computed since ``started``, when it is there."""
+        try:
+            if prepared.searched is not None:
+                for index, output in zip(
+                    prepared.searched.served, self._wait(prepared, outputs), strict=False
+                ):
+                    prepared.outputs[index] = output
         except Exception as error:
             self._fail(prepared, error, "compute")
         finally:
             self.discard(prepared)
-        outputs = cast("list[HeadOutput | HmiError]", prepared.outputs)
+        finished = cast("Outputs", prepared.outputs)
         seconds = time.perf_counter() - started
-        return BatchResult(outputs, prepared.number, prepared.started, prepared.seconds, seconds)
+        return BatchResult(finished, prepared.number, prepared.started, prepared.seconds, seconds)
+
+    def _wait(self, prepared: PreparedBatch, outputs: Callable[[], Outputs]) -> Outputs:
+        """Only for a device is this a stage."""
+        if not self.is_asynchronous:
+            return outputs()
+        with self._clock.working("finish", prepared.number):
+            return outputs()
 
     def discard(self, prepared: PreparedBatch) -> None:
         """Lets go of what a prepared batch holds; a second call does nothing."""
-        prepared.searched = prepared.search_later = None
+        searched, prepared.searched, prepared.search_later = prepared.searched, None, None
+        if searched is not None:
+            self._computer.release(searched)
         while prepared.leases:
             prepared.leases.pop().release()
 
@@ -220,18 +245,19 @@ class BatchRunner:
     def _search(
         self,
         items: Sequence[BatchItem],
-        tenants: Sequence[ResidentTenant | HmiError],
+        held: HeldTenants,
         prepared: PreparedBatch,
     ) -> None:
         with self._clock.working("search", prepared.number):
-            prepared.searched = self._searched(items, tenants, prepared)
+            prepared.searched = self._searched(items, held, prepared)
 
     def _searched(
         self,
         items: Sequence[BatchItem],
-        tenants: Sequence[ResidentTenant | HmiError],
+        held: HeldTenants,
         prepared: PreparedBatch,
-    ) -> _Searched | None:
+    ) -> SearchedBatch | None:
+        tenants = held.outcomes
         # A tenant that was replaced since its request was admitted may have another domain.
         domains = [each.info.domain for each in tenants if not isinstance(each, HmiError)]
         view, failed = self._read(domains)
@@ -256,7 +282,17 @@ class BatchRunner:
         references = None
         if view is not None:
             references = self._look_up(sequences, [each.info.domain for each in residents], view)
-        return _Searched(served, residents, view, sequences, readout, adapters, references)
+        return SearchedBatch(
+            number=prepared.number,
+            served=served,
+            tenants=residents,
+            view=view,
+            sequences=sequences,
+            readout=readout,
+            adapters=adapters,
+            references=references,
+            arrivals=held.arrivals,
+        )
 
     def _read(self, domains: Sequence[str]) -> tuple[PlotView | None, dict[str, HmiError]]:
         """A lease on the domains' tables, and the domains whose tables cannot be read, with the reason."""
@@ -285,36 +321,30 @@ class BatchRunner:
             self._recorder.record(sequences, domains, view.in_tables(references[:, 0]))
         return references
 
-    def _compute(self, searched: _Searched, outputs: list[HeadOutput | HmiError | None]) -> None:
-        sequences, readout = searched.sequences, searched.readout
-        hidden_states = self._model.run_layers(
-            self._enter(searched),
-            sequences,
-            first=self._general.plot_layers,
-            adapters=searched.adapters,
-            readout=readout,
-            around_layer=self._clock.around_layer,
-        )
-        parts = hidden_states.split(sequences.lengths if readout is None else readout.counts)
-        read = read_out(searched.tenants, parts, self._model)
-        for index, output in zip(searched.served, read, strict=True):
-            outputs[index] = output
-
-    def _enter(self, searched: _Searched) -> torch.Tensor:
-        """The input of the first upper layer: looked up, or, with K = 0, the embeddings."""
-        sequences, view, references = searched.sequences, searched.view, searched.references
-        if view is None or references is None:
-            return self._model.embed(sequences.input_ids, sequences.positions())
-        domains = [each.info.domain for each in searched.tenants]
+    def _compute(self, searched: SearchedBatch) -> Callable[[], Outputs]:
         if self._miss != "backoff":
-            limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
-            weights = partial(self._recorder.weights_of, domains=domains) if self._recorder else None
-            references, computed, skipped = view.compute_misses(
-                self._model, sequences, domains, references, limit=limit, weights=weights
-            )
-            self.plot_statistics.windows_computed += computed
-            self.plot_statistics.budget_skipped += skipped
-        return view.merge(self._model, sequences, domains, references)
+            self._complete(searched)
+            self._send(searched)
+        return self._computer.launch(searched)
+
+    def _send(self, searched: SearchedBatch) -> None:
+        """Only where there is somewhere to send it is this a stage."""
+        if self.is_asynchronous:
+            with self._clock.working("send", searched.number):
+                self._computer.send(searched)
+
+    def _complete(self, searched: SearchedBatch) -> None:
+        """Computes windows that are missing, all of them or as many as the budget lets."""
+        sequences, view, domains = searched.sequences, searched.view, searched.domains
+        if view is None or searched.references is None:
+            return
+        limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
+        weights = partial(self._recorder.weights_of, domains=domains) if self._recorder else None
+        searched.references, computed, skipped = view.compute_misses(
+            self._model, sequences, domains, searched.references, limit=limit, weights=weights
+        )
+        self.plot_statistics.windows_computed += computed
+        self.plot_statistics.budget_skipped += skipped
 
     def _count(self, sequences: PackedSequences, references: torch.Tensor) -> None:
         statistics = self.plot_statistics

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import hmi_kernels
+from hmi_kernels.attention import _Arguments, attend_jagged
 
 BACKENDS = ("cpu", "reference")
 
@@ -50,6 +51,21 @@ def test_fewer_queries_than_keys(lengths, num_heads):
     torch.testing.assert_close(
         found, expected(query, key, value, query_lengths, key_lengths, num_heads), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("max_length", [None, 9, 100])
+@pytest.mark.parametrize("query_lengths", [[5, 1, 9, 3], [1, 1, 9, 2]])
+def test_the_way_of_gpus_equals_torch(query_lengths, max_length):
+    """On the CPU torch takes another kernel for it, but the layout and the bounds are the same."""
+    key_lengths = [5, 1, 9, 3]
+    query = torch.randn(sum(query_lengths), 12)
+    key, value = torch.randn(18, 24).split(12, dim=1)
+    bounds = offsets(query_lengths), offsets(key_lengths)
+    found = attend_jagged(_Arguments(query, key, value, *bounds, 3, max_length))
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected(query, key, value, query_lengths, key_lengths, 3))
+    nothing = attend_jagged(_Arguments(query[:0], key[:0], value[:0], offsets([]), offsets([]), 3))
+    assert nothing.shape == (0, 12)
 
 
 def test_neighbours_and_threads_change_no_bit(simd_level):

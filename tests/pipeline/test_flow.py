@@ -15,6 +15,8 @@ from hmi_engine.pipeline.flow import Flow
 class Recorded:
     """Stages that note what happens, and check that it may."""
 
+    is_asynchronous = False
+
     def __init__(self, delays=(), fail_prepare=None, fail_compute=None):
         self.prepared, self.computed, self.discarded, self.threads = [], [], [], set()
         self.fail_prepare, self.fail_compute = fail_prepare, fail_compute
@@ -41,7 +43,7 @@ class Recorded:
         with self.lock:
             self.in_flight -= 1
         self.computed.append(prepared)
-        return prepared * 10
+        return lambda: prepared * 10
 
     def discard(self, prepared):
         if prepared not in self.computed:

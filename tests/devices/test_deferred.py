@@ -1,0 +1,246 @@
+"""An engine on a device answers as on the CPU, in whatever order the device's streams come to run."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from devices.deferred_streams import DeferredStreams
+
+import hmi_engine as hmi
+from hmi_engine.memory.device_rows import DeviceRows
+from hmi_engine.memory.streams import Arrival
+from hmi_engine.models import linear
+from hmi_engine.pipeline.device_buffers import SlotRing, StagedBuffer
+from hmi_engine.pipeline.device_compute import DeviceCompute
+from hmi_engine.pipeline.step import BatchRunner
+
+SEEDS = range(6)
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """A device has no weights that oneDNN reordered."""
+    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
+
+
+@pytest.fixture
+def deferred_engine(store, monkeypatch):
+    """A function: an engine on deferred streams of a seed."""
+
+    @contextmanager
+    def opened(seed, **options):
+        streams = DeferredStreams(seed)
+        monkeypatch.setattr("hmi_engine.serving_core.open_streams", lambda name: streams)
+        with hmi.Engine(store, **{"max_batch_tokens": 60, "record_traffic": False} | options) as engine:
+            yield engine
+        assert streams.num_run, "the device was used"
+
+    return opened
+
+
+@pytest.fixture
+def expected(store, mixed_requests):
+    """Requests, and what the CPU answers."""
+    requests = mixed_requests(40)
+    with hmi.Engine(store, record_traffic=False) as engine:
+        return requests, engine.run(requests)
+
+
+def memory_of(store, tenants):
+    """A device budget whose arena holds so many of the largest tenants."""
+    return 2 * tenants * (max(info.bytes for info in store.tenants.values()) + 4096)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("depth", "tenants"), [(1, 100), (2, 6), (3, 9), (4, 100)])
+def test_every_order_gives_the_same_answers(store, expected, deferred_engine, same, seed, depth, tenants):
+    requests, wanted = expected
+    budget = memory_of(store, tenants)
+    with deferred_engine(seed, pipeline_depth=depth, device_memory=budget) as engine:
+        same(engine.run(requests), wanted)
+        same(engine.run(requests[::-1]), wanted[::-1])
+        statistics = engine.stats()
+    assert statistics.batches > 4
+    assert (statistics.adapters["evictions"] > 0) == (tenants < 12)
+    assert statistics.stages.keys() >= {"send", "finish"}
+
+
+@pytest.mark.parametrize("miss", ["exact", "budget"])
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferred_engine, same, miss, seed):
+    requests = mixed_requests(25, seed=4)
+    with hmi.Engine(store, miss=miss, record_traffic=False, max_batch_tokens=60) as engine:
+        wanted = [engine.run(requests), engine.run(requests)]
+    with deferred_engine(seed, miss=miss, device_memory="64MiB") as engine:
+        for each in wanted:
+            same(engine.run(requests), each)
+        assert engine.stats().plot["windows_computed"] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_rows_that_do_not_fit_are_sent_for_each_batch(
+    store, expected, deferred_engine, same, seed, monkeypatch
+):
+    requests, wanted = expected
+    monkeypatch.setattr(DeviceRows, "_whole", lambda self, table: None)
+    with deferred_engine(seed, pipeline_depth=3, device_memory="64MiB") as engine:
+        same(engine.run(requests), wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_nothing_is_allocated_once_it_is_warm(expected, deferred_engine, monkeypatch, seed):
+    requests, _ = expected
+    with deferred_engine(seed, pipeline_depth=3, device_memory="64MiB") as engine:
+        engine.run(requests)
+        reserve, reserved = StagedBuffer._reserve, []
+
+        def noting(buffer, num_bytes):
+            before = buffer._device.data_ptr()
+            reserve(buffer, num_bytes)
+            reserved.append(buffer._device.data_ptr() == before)
+
+        monkeypatch.setattr(StagedBuffer, "_reserve", noting)
+        engine.run(requests)
+    assert reserved and all(reserved)
+
+
+def test_a_failing_batch_leaves_its_slot_and_its_tenants_alone_until_the_device_is_done(
+    expected, deferred_engine, same, monkeypatch
+):
+    requests, wanted = expected
+    launch, calls = DeviceCompute.launch, []
+
+    def third_fails(computer, searched):
+        calls.append(None)
+        if len(calls) == 3:
+            launch(computer, searched)
+            raise ZeroDivisionError("on purpose")
+        return launch(computer, searched)
+
+    monkeypatch.setattr(DeviceCompute, "launch", third_fails)
+    with deferred_engine(1, pipeline_depth=3, device_memory="64MiB") as engine:
+        responses = engine.run(requests)
+        failed = [response for response in responses if response.error is not None]
+        assert 0 < len(failed) < len(responses) / 2
+        good = [n for n, response in enumerate(responses) if response.error is None]
+        same([responses[n] for n in good], [wanted[n] for n in good])
+        assert not engine._core.residency._num_held
+        assert len(engine._core.runner._computer._ring._free) == 3
+        same(engine.run(requests), wanted)
+
+
+def forget_layers(monkeypatch):
+    """Layers do not wait for their adapters."""
+    monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
+
+
+def forget_heads(monkeypatch):
+    """Heads do not wait for their parameters: the arrival's last event is taken for one that is over."""
+    monkeypatch.setattr(Arrival, "everything", property(lambda arrival: _over(), lambda arrival, event: None))
+
+
+def forget_rows(monkeypatch):
+    """The first layer does not wait for the merge."""
+    drop_waits(monkeypatch, lambda stream, waits: stream == "compute" and waits % 2 == 1)
+
+
+def forget_inputs_of_the_merge(monkeypatch):
+    """The merge does not wait for token ids and references."""
+    drop_waits(monkeypatch, lambda stream, waits: stream == "gather")
+
+
+def forget_results(monkeypatch):
+    """The host reads results without waiting for them."""
+    finish = DeviceCompute._finish
+    monkeypatch.setattr(
+        DeviceCompute,
+        "_finish",
+        lambda computer, sent, outputs, values, computed: finish(computer, sent, outputs, values, _over()),
+    )
+
+
+def reuse_slots_early(monkeypatch):
+    """A slot is free again as soon as its batch has been launched."""
+    launch, give_back = DeviceCompute.launch, SlotRing.give_back
+
+    def early(computer, searched):
+        result = launch(computer, searched)
+        give_back(computer._ring, searched.sent.slot)
+        return result
+
+    monkeypatch.setattr(DeviceCompute, "launch", early)
+    monkeypatch.setattr(SlotRing, "give_back", lambda ring, slot: None)
+
+
+def release_tenants_early(monkeypatch):
+    """Tenants may leave the arena as soon as their batch has been launched."""
+    compute = BatchRunner.compute
+
+    def early(runner, prepared):
+        result = compute(runner, prepared)
+        for lease in prepared.leases:
+            lease.release()
+        return result
+
+    monkeypatch.setattr(BatchRunner, "compute", early)
+
+
+def _over():
+    class Over:
+        has_run = True
+
+        def query(self):
+            return True
+
+        def synchronize(self):
+            pass
+
+    return Over()
+
+
+def drop_waits(monkeypatch, is_dropped):
+    """``is_dropped(stream, n)``: of the n-th wait of a stream, counted within a launch or a send."""
+    wait, counts = DeferredStreams.wait, {}
+
+    def some(streams, stream, event):
+        counts[stream] = counts.get(stream, -1) + 1
+        if not is_dropped(stream, counts[stream]):
+            wait(streams, stream, event)
+
+    monkeypatch.setattr(DeferredStreams, "wait", some)
+    launch = DeviceCompute.launch
+
+    def counted(computer, searched):
+        counts.pop("compute", None)
+        return launch(computer, searched)
+
+    monkeypatch.setattr(DeviceCompute, "launch", counted)
+
+
+MISTAKES = [
+    forget_layers,
+    forget_heads,
+    forget_rows,
+    forget_inputs_of_the_merge,
+    forget_results,
+    reuse_slots_early,
+    release_tenants_early,
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_each_mistake_is_seen(store, expected, deferred_engine, same, monkeypatch, mistake):
+    """What the tests above hold, they hold because a missing event gives wrong answers here."""
+    requests, wanted = expected
+    mistake(monkeypatch)
+    for seed in range(12):
+        try:
+            options = {"pipeline_depth": 3, "device_memory": memory_of(store, 9)}
+            with deferred_engine(seed, **options) as engine:
+                same(engine.run(requests), wanted)
+                same(engine.run(requests[::-1]), wanted[::-1])
+        except (AssertionError, ValueError):
+            return
+    pytest.fail(f"nobody noticed: {mistake.__doc__}")

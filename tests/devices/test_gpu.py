@@ -1,0 +1,81 @@
+"""The engine on a GPU: ``make gpu-check`` runs these; without a GPU they are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import hmi_engine as hmi
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+TOLERANCE = 2e-3
+"""Of probabilities and of elements of embeddings: products are summed in another order, some in TF32."""
+
+
+@pytest.fixture
+def expected(store, mixed_requests):
+    """Requests, and what the CPU answers."""
+    requests = mixed_requests(120)
+    with hmi.Engine(store, device="cpu", record_traffic=False) as engine:
+        return requests, engine.run(requests)
+
+
+def engine_on_gpu(store, **options):
+    options = {"device": "cuda", "max_batch_tokens": 100, "device_memory": "64MiB"} | options
+    return hmi.Engine(store, record_traffic=False, **options)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_equals_the_cpu_at_every_depth(store, expected, same, depth):
+    requests, wanted = expected
+    with engine_on_gpu(store, pipeline_depth=depth) as engine:
+        for _ in range(3):
+            same(engine.run(requests), wanted, TOLERANCE)
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_evictions_under_load(store, expected, same, depth):
+    requests, wanted = expected
+    largest = max(info.bytes for info in store.tenants.values()) + 4096
+    with engine_on_gpu(store, pipeline_depth=depth, device_memory=2 * 3 * depth * largest) as engine:
+        for _ in range(20):
+            same(engine.run(requests), wanted, TOLERANCE)
+        assert engine.stats().adapters["evictions"] > 100 or depth == 4
+
+
+@pytest.mark.parametrize("miss", ["exact", "budget"])
+def test_missing_windows_are_computed(store, mixed_requests, same, miss):
+    requests = mixed_requests(40, seed=4)
+    with hmi.Engine(store, device="cpu", miss=miss, record_traffic=False, max_batch_tokens=100) as engine:
+        wanted = engine.run(requests)
+    with engine_on_gpu(store, miss=miss) as engine:
+        same(engine.run(requests), wanted, TOLERANCE)
+
+
+def test_rows_in_host_memory(store, expected, same):
+    """A budget of which the tables' half is too small for them."""
+    requests, wanted = expected
+    largest = max(info.bytes for info in store.tenants.values()) + 4096
+    with engine_on_gpu(store, device_memory=2 * 4 * largest) as engine:
+        same(engine.run(requests), wanted, TOLERANCE)
+
+
+def test_memory_does_not_grow_once_it_is_warm(store, expected):
+    requests, _ = expected
+    with engine_on_gpu(store, pipeline_depth=3) as engine:
+        for _ in range(3):
+            engine.run(requests)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["num_device_alloc"]
+        for _ in range(3):
+            engine.run(requests)
+        assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def test_a_device_that_is_not_there(store):
+    with pytest.raises(hmi.errors.DeviceUnavailableError, match="cuda:99"):
+        hmi.Engine(store, device="cuda:99")
