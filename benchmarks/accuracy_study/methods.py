@@ -9,6 +9,7 @@ from hmi_engine.knowledge.row_formats import RowFormat
 
 __all__ = [
     "ABLATIONS",
+    "DISTILLED",
     "MAIN_METHODS",
     "PLAIN",
     "FullFineTuning",
@@ -21,6 +22,8 @@ __all__ = [
 PLAIN = "plain"
 """The base as it is, not distilled."""
 DISTILLED = "distilled"
+
+LORA_RATES = (2e-3,)
 
 TableText = Literal["quarter", "half", "own", "all"]
 """Training text that a domain's table is built from: shares of the set's own, all of it, that of all sets."""
@@ -52,11 +55,13 @@ class WholeBase:
     Attributes:
         library: whose training: this project's (``hmi``) or PEFT's (``peft``).
         kind: of adapter.
+        rank: of the adapter.
         candidates: learning rates; the development split of seed 0 chooses.
     """
 
     library: Literal["hmi", "peft"] = "hmi"
     kind: AdapterKind = "bottleneck"
+    rank: int = 16
     candidates: tuple[float, ...] = (5e-3,)
 
     @property
@@ -78,7 +83,8 @@ class Hierarchical:
     Attributes:
         plot_layers: K.
         base: ``plain``, or the name of a distilled form.
-        table: what the table is built from; None for exact rows, computed where a table would miss.
+        miss: how the tenant is trained and served where the table has no row.
+        table: what the table is built from.
         window: width of the n-gram windows.
         kind: of adapter.
         rank: of the adapter.
@@ -90,7 +96,8 @@ class Hierarchical:
 
     plot_layers: int
     base: str
-    table: TableText | None
+    miss: Literal["backoff", "exact"] = "backoff"
+    table: TableText = "own"
     window: Literal[2, 3] = 2
     kind: AdapterKind = "bottleneck"
     rank: int = 16
@@ -107,7 +114,7 @@ class Hierarchical:
     @property
     def slug(self) -> str:
         """Name in files: only what differs from the defaults is named."""
-        served = "exact" if self.table is None else f"backoff-{self.table}"
+        served = "exact" if self.miss == "exact" else f"backoff-{self.table}"
         parts = [f"k{self.plot_layers}", self.base, served]
         parts += [] if self.window == 2 else [f"window{self.window}"]
         parts += [] if self.kind == "bottleneck" else [self.kind]
@@ -127,7 +134,7 @@ class Hierarchical:
             "all": "table of all sets' training text",
         }
         base = "undistilled" if self.base == PLAIN else self.base
-        served = "exact" if self.table is None else f"back-off, {texts[self.table]}"
+        served = "exact" if self.miss == "exact" else f"back-off, {texts[self.table]}"
         parts = [f"K = {self.plot_layers}", base, served]
         parts += [] if self.window == 2 else [f"windows of {self.window}"]
         parts += [] if self.kind == "bottleneck" else ["LoRA"]
@@ -142,15 +149,14 @@ Method = FullFineTuning | WholeBase | Hierarchical
 
 
 def _main_methods() -> tuple[Method, ...]:
-    bar = Hierarchical(3, DISTILLED, "own")
-    rest = [
-        Hierarchical(plot_layers, base, table)
-        for plot_layers in (3, 2, 4)
-        for base in (DISTILLED, PLAIN)
-        for table in ("own", None, "all")
-    ]
-    shares = [Hierarchical(3, base, share) for base in (DISTILLED, PLAIN) for share in ("half", "quarter")]
-    return tuple(dict.fromkeys([FullFineTuning(), WholeBase(), bar, *rest, *shares]))
+    methods: list[Method] = [FullFineTuning(), WholeBase()]
+    for plot_layers in (3, 2, 4):
+        for base in (DISTILLED, PLAIN):
+            own = Hierarchical(plot_layers, base)
+            methods += [own, replace(own, miss="exact"), replace(own, table="all")]
+    for base in (DISTILLED, PLAIN):
+        methods += [Hierarchical(3, base, table="half"), Hierarchical(3, base, table="quarter")]
+    return tuple(methods)
 
 
 MAIN_METHODS = _main_methods()
@@ -159,18 +165,18 @@ MAIN_METHODS = _main_methods()
 
 def _ablations() -> tuple[Method, ...]:
     """Each changes one thing about K = 3, distilled, served by back-off from the set's own text."""
-    base = Hierarchical(3, DISTILLED, "own")
+    base = Hierarchical(3, DISTILLED)
     return (
-        WholeBase(kind="lora"),
-        WholeBase(library="peft", kind="lora"),
+        WholeBase(kind="lora", candidates=LORA_RATES),
+        WholeBase(library="peft", kind="lora", candidates=LORA_RATES),
         replace(base, window=3),
-        replace(base, window=3, table=None),
+        replace(base, window=3, miss="exact"),
         replace(base, base="distilled-gated"),
         replace(base, base="distilled-slots"),
         replace(base, layers=(5,)),
         replace(base, layers=(4, 5)),
         replace(base, rank=64),
-        replace(base, kind="lora"),
+        replace(base, kind="lora", candidates=LORA_RATES),
         replace(base, min_count=1),
         replace(base, row_format="float32"),
         replace(base, row_format="int8"),

@@ -1,4 +1,4 @@
-"""Full fine-tuning of a base with the heads of transformers: what every other method is compared with."""
+"""Fine-tuning with the heads of transformers, of all weights or by PEFT: what tenants are compared with."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from seqeval.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,9 +20,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from benchmarks.accuracy_pieces import cut_sentences, join_tags
-from benchmarks.accuracy_records import LabelOutcomes, Outcome, TagOutcomes
-from benchmarks.accuracy_sets import ClassificationSet, StudySet, TaggedSentence, TaggingSet
+from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
+from benchmarks.accuracy_study.records import LabelOutcomes, Outcome, TagOutcomes
+from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggedSentence, TaggingSet
 from hmi_engine.construct.training_data import length_batches
 from hmi_engine.knowledge.corpus import Example
 
@@ -38,12 +39,16 @@ WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The recipe: AdamW, linear warm-up over a tenth of the steps and linear decay, the best epoch kept."""
+    """The recipe: AdamW, linear warm-up over a tenth of the steps and linear decay, the best epoch kept.
+
+    With ``lora_rank``, the base stays as it is, and PEFT's LoRA on query and value of every layer is trained.
+    """
 
     learning_rate: float
     epochs: int
     batch_size: int
     max_tokens: int
+    lora_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> 
     else:
         task = _Tagging(base, labelled, recipe.max_tokens)
     model = task.new_model()
+    if recipe.lora_rank is not None:
+        model = _with_lora(model, recipe.lora_rank)
     by_epoch: list[float] = []
     best: dict[str, Tensor] = {}
     for _ in _epochs(model, task.train, recipe, torch.Generator().manual_seed(seed)):
@@ -97,12 +104,22 @@ def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> 
     return Outcome(tuple(by_epoch), outcomes, time.process_time() - started)
 
 
+def _with_lora(model: nn.Module, rank: int) -> nn.Module:
+    """The head is trained as well, and the pooler where it has one."""
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    head = [name for name in ("classifier", "pooler") if name in names]
+    targets = ["query", "value"]
+    return get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=head)
+    )
+
+
 def _epochs(
     model: nn.Module, data: _Encoded, recipe: FineTuning, generator: torch.Generator
 ) -> Iterator[None]:
     """Trains one epoch after another."""
     steps = recipe.epochs * -(-len(data.token_ids) // recipe.batch_size)
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},

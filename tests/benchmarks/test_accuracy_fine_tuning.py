@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.accuracy_full import FineTuning, fine_tune
-from benchmarks.accuracy_scores import score
-from benchmarks.accuracy_sets import ClassificationSet, TaggedSentence, TaggingSet
+from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
+from benchmarks.accuracy_study.scores import score
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggedSentence, TaggingSet
 from hmi_engine.knowledge.corpus import Example
 
 RECIPE = FineTuning(learning_rate=2e-3, epochs=4, batch_size=16, max_tokens=16)

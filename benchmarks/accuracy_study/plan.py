@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-from benchmarks.accuracy_methods import PLAIN, FullFineTuning, Hierarchical, Method
-from benchmarks.accuracy_records import RunRecords
-from benchmarks.accuracy_sets import StudySet
+from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchical, Method
+from benchmarks.accuracy_study.records import RunRecords
+from benchmarks.accuracy_study.sets import StudySet
 
-__all__ = ["BATCH_SIZE", "MAX_TOKENS", "Plan", "Run", "expected_seconds", "num_epochs", "run_name"]
+__all__ = [
+    "BATCH_SIZE",
+    "MAX_TOKENS",
+    "Plan",
+    "Run",
+    "base_identity",
+    "expected_seconds",
+    "num_epochs",
+    "run_name",
+]
 
 BATCH_SIZE = 32
 MAX_TOKENS = 64
@@ -29,6 +40,15 @@ def num_epochs(labelled: StudySet) -> int:
     """Epochs of every method on one set: about 550 steps, at least 3 and at most 10 epochs."""
     steps = -(-len(labelled.train) // BATCH_SIZE)
     return max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TARGET_STEPS / steps)))
+
+
+@lru_cache
+def base_identity(folder: Path) -> str:
+    """Digest of a model's weights: a base that was distilled anew is another one."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -118,8 +138,15 @@ class Plan:
 
     def next_run(self, records: RunRecords) -> Run | None:
         """The first run that is possible and not done."""
-        runs = (run for run in self.runs(records) if run.name not in records and self.is_possible(run))
+        runs = (run for run in self.runs(records) if not self.is_done(run, records) and self.is_possible(run))
         return next(runs, None)
+
+    def is_done(self, run: Run, records: RunRecords) -> bool:
+        """Whether a run is finished, with the very base that is there now if it needs a distilled one."""
+        if run.name not in records:
+            return False
+        folder = self.base_folder(run.method)
+        return folder is None or not folder.is_dir() or records[run.name].base == base_identity(folder)
 
     def _is_wanted(self, name: str) -> bool:
         return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.accuracy_sets import TaggedSentence
+from benchmarks.accuracy_study.sets import TaggedSentence
 
 __all__ = ["cut_sentences", "join_tags"]
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from benchmarks.accuracy_scores import Counts, class_counts, entity_counts
-from benchmarks.accuracy_sets import ClassificationSet, StudySet
+from benchmarks.accuracy_study.scores import Counts, class_counts, entity_counts
+from benchmarks.accuracy_study.sets import ClassificationSet, StudySet
 from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = ["LabelOutcomes", "Outcome", "RunRecord", "RunRecords", "TagOutcomes", "Work"]
@@ -73,23 +73,23 @@ class Work(_Frozen):
 
     Attributes:
         tokens: of the test split, as served.
-        layers_skipped: K, of ``num_layers``.
+        plot_layers: K, of ``num_layers``.
         num_layers: N.
-        hit_rate: share of window positions whose n-gram has a row; None where no table was asked.
+        hit_rate: share of windows that were found, in a table or as computed for an earlier text.
         computed_tokens: tokens that went through the K domain layers because a row was missing: the width of
             the window for each distinct one.
     """
 
     tokens: int
-    layers_skipped: int
+    plot_layers: int
     num_layers: int
-    hit_rate: float | None
+    hit_rate: float
     computed_tokens: int
 
     @property
     def skipped(self) -> float:
         """Share of the plain model's work (tokens times layers) that was not done; may be negative."""
-        return self.layers_skipped / self.num_layers * (1 - self.computed_tokens / self.tokens)
+        return self.plot_layers / self.num_layers * (1 - self.computed_tokens / self.tokens)
 
 
 class RunRecord(_Frozen):
@@ -104,6 +104,7 @@ class RunRecord(_Frozen):
         outcomes: on the test split.
         work: see there; None without domain layers.
         cpu_seconds: of all threads, for training and scoring.
+        base: digest of the distilled base's weights; None for the base as it is.
         settings: the recipe.
         versions: of the software.
     """
@@ -116,6 +117,7 @@ class RunRecord(_Frozen):
     outcomes: Annotated[LabelOutcomes | TagOutcomes, Field(discriminator="kind")]
     work: Work | None
     cpu_seconds: float
+    base: str | None = None
     settings: dict[str, JsonValue]
     versions: dict[str, str]
 
