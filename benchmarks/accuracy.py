@@ -56,13 +56,16 @@ NOTES = (
     "Under back-off they are the layers that are looked up; under exact, windows that are not found cost two "
     "tokens through these layers each, once, in the order of the test split.",
 )
+RUNS = RESULTS / "accuracy_runs"
 SEEDS = (0, 1, 2)
-QUICK_METHODS = (
+DEMO_METHODS = (
     FullFineTuning(candidates=(1e-4,)),
     WholeBase(),
     Hierarchical(3, PLAIN),
     Hierarchical(3, PLAIN, miss="exact"),
 )
+"""Of the built-in tasks, whose texts differ from machine to machine."""
+DEMO_SEEDS = (0, 1)
 QUICK_EPOCHS = 2
 
 
@@ -73,17 +76,17 @@ class Options:
     Attributes:
         data: folder of sets; None for the documentation of installed packages.
         distilled: folder of distilled bases; None where there are none.
-        runs: folder of finished runs.
+        runs: folder of finished runs; None for a temporary one.
         only: patterns of runs to carry out; all others are left as they are.
         ablations: whether the runs that change one thing each are part of the study.
         scratch: folder that keeps stores for the next time; None for a temporary one.
-        quick: few texts and methods, in a temporary folder.
+        quick: few texts and epochs.
         command: how to repeat the run.
     """
 
     data: Path | None
     distilled: Path | None
-    runs: Path
+    runs: Path | None
     only: tuple[str, ...]
     ablations: bool
     scratch: Path | None
@@ -100,11 +103,14 @@ def _read_sets(options: Options) -> Sequence[StudySet]:
 
 
 def _plan(options: Options) -> Plan:
-    methods = QUICK_METHODS if options.quick else MAIN_METHODS + (ABLATIONS if options.ablations else ())
+    if options.data is None:
+        methods, seeds = DEMO_METHODS, DEMO_SEEDS[:1] if options.quick else DEMO_SEEDS
+    else:
+        methods, seeds = MAIN_METHODS + (ABLATIONS if options.ablations else ()), SEEDS
     return Plan(
         sets=_read_sets(options),
         methods=methods,
-        seeds=SEEDS[:1] if options.quick else SEEDS,
+        seeds=seeds,
         distilled=options.distilled,
         only=options.only,
     )
@@ -115,7 +121,7 @@ def measure(options: Options) -> BenchmarkResult:
     with ExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory()))
         plan = _plan(options)
-        records = RunRecords(folder / "runs" if options.quick else options.runs)
+        records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
         while (run := plan.next_run(records)) is not None:
@@ -150,7 +156,7 @@ def _say(what: str) -> None:
 
 def _list(options: Options) -> None:
     """Prints every run that can be told now: done, possible, or waiting for a base."""
-    plan, records, left = _plan(options), RunRecords(options.runs), 0.0
+    plan, records, left = _plan(options), RunRecords(options.runs or Path("no runs yet")), 0.0
     for run in plan.runs(records):
         if plan.is_done(run, records):
             state = f"done, dev {records[run.name].dev:.3f}, {records[run.name].cpu_seconds:.0f} s"
@@ -172,7 +178,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     )
     parser.add_argument("--distilled", type=Path, help="folder of distilled bases, each a folder")
     parser.add_argument(
-        "--runs", type=Path, default=RESULTS / "accuracy_runs", help="folder that keeps the finished runs"
+        "--runs", type=Path, help=f"folder that keeps the finished runs; with --data, default: {RUNS}"
     )
     parser.add_argument(
         "--only",
@@ -190,7 +196,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     options = Options(
         data=parsed.data,
         distilled=parsed.distilled,
-        runs=parsed.runs,
+        runs=RUNS if parsed.runs is None and parsed.data is not None else parsed.runs,
         only=tuple(parsed.only),
         ablations=parsed.ablations,
         scratch=parsed.scratch,

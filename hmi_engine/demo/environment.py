@@ -23,6 +23,8 @@ PACKAGES = (
     "peft",
     "ray",
     "safetensors",
+    "scikit-learn",
+    "seqeval",
     "tokenizers",
     "torch",
     "transformers",
