@@ -176,7 +176,7 @@ def _study_tasks(study: Study, plan: _Plan, findings: Findings, settings: Traini
         found = rule_accuracies(study, trainer, seed)
         collect(findings.accuracies.setdefault(name, {}), found)
         print(name, seed, json.dumps({rule: round(value, 3) for rule, value in found.items()}), flush=True)
-    if len(study.texts.test.texts) < plan.min_texts_for_curves:
+    if len(study.texts.test) < plan.min_texts_for_curves:
         return
     for curve, by_rate in coverage_accuracies(study, trainer, plan.rates, seed=0).items():
         named = {str(rate): value for rate, value in zip(plan.rates, by_rate, strict=True)}

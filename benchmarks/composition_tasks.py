@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from benchmarks.composition_rules import Held, corrected
 from benchmarks.composition_study import DROPPED, PAIR_RULES, PLACEHOLDER, TRIPLE_RULES, ZERO_OUTSIDE, Study
 from benchmarks.composition_texts import StudyTexts
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.construct.trainable_tenant import TrainableTenant
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.construct.training_cache import HiddenStateCache
-from hmi_engine.construct.training_data import stratified_split
-from hmi_engine.construct.training_loop import TrainableClassifier, TrainingTask, fit
+from hmi_engine.construct.training_loop import TrainingTask, fit
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.models.bert import HierarchicalBert
 
@@ -91,37 +91,37 @@ class Trainer:
         """
         settings = self.settings.model_copy(update={"seed": seed})
         generator = torch.Generator().manual_seed(seed)
-        split = stratified_split(self.texts.train, settings.validation_fraction, generator)
-        classifier = self._new_classifier(generator)
-        states = self._cache(inputs).advanced(classifier.layers)
-        task = TrainingTask(states, torch.tensor(self.texts.train.targets), split)
-        fit(task, classifier, settings, generator)
+        objective, data = self.texts.objective, self.texts.train
+        split = objective.split(data, settings.validation_fraction, generator)
+        tenant = self._new_tenant(generator)
+        states = self._cache(inputs).advanced(tenant.layers)
+        fit(TrainingTask(states, data, split, objective), tenant, settings, generator)
         return {
-            name: self._score(classifier, states if states_served is inputs else self._cache(states_served))
+            name: self._score(tenant, states if states_served is inputs else self._cache(states_served))
             for name, states_served in served.items()
         }
 
-    def _new_classifier(self, generator: torch.Generator) -> TrainableClassifier:
+    def _new_tenant(self, generator: torch.Generator) -> TrainableTenant:
         adapter = TrainableAdapter(
             self.general,
-            kind=self.settings.kind,
+            kind=self.settings.block_kind,
             rank=self.settings.rank,
             layers=self.general.upper_layers,
             activation=self.settings.activation,
             generator=generator,
         )
-        num_labels = len(self.texts.train.labels)
-        return TrainableClassifier(self.model, adapter, num_labels, self.settings.pooling, generator)
+        return TrainableTenant(self.model, adapter, self.texts.objective, generator)
 
     def _cache(self, inputs: Tensor) -> HiddenStateCache:
-        token_ids = [*self.texts.train.token_ids, *self.texts.test.token_ids]
+        token_ids = [*self.texts.train.encoded.token_ids, *self.texts.test.encoded.token_ids]
         return HiddenStateCache(inputs, self.texts.sequences.offsets, token_ids, rates=None)
 
-    def _score(self, classifier: TrainableClassifier, states: HiddenStateCache) -> float:
-        first = len(self.texts.train.texts)
-        expected = torch.tensor(self.texts.test.targets)
-        scores = classifier.predict(states, range(first, first + len(expected)))
-        return float((scores.argmax(dim=1) == expected).double().mean())
+    def _score(self, tenant: TrainableTenant, states: HiddenStateCache) -> float:
+        test = self.texts.test
+        first = len(self.texts.train)
+        behind = replace(test, readings=[(first + number,) for number in range(len(test))])
+        outputs = tenant.predict(states, behind, range(len(test)))
+        return self.texts.objective.measure(outputs, test, range(len(test)), resamples=0).accuracy
 
 
 def rule_accuracies(study: Study, trainer: Trainer, seed: int) -> dict[str, float]:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.construct.training_data import LabelledTexts, encode_examples
+from hmi_engine.construct.objectives.classification import ClassificationObjective
+from hmi_engine.construct.training_data import TaskData
+from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.demo.tasks import documentation_data
 from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.tokenization import TextEncoder
 
@@ -148,8 +150,9 @@ class StudyTexts:
 
     Attributes:
         name: of the set.
+        objective: the labels of the training texts.
         train: the training texts.
-        test: the held-out texts, with the labels of ``train``.
+        test: the held-out texts.
         sequences: all of them, cut to the study's tokens, one after another.
         tokens_in_training: bool [T].
         corpus_tokens: tokens of the corpus.
@@ -158,8 +161,9 @@ class StudyTexts:
     """
 
     name: str
-    train: LabelledTexts
-    test: LabelledTexts
+    objective: ClassificationObjective
+    train: TaskData
+    test: TaskData
     sequences: PackedSequences
     tokens_in_training: Tensor
     corpus_tokens: int
@@ -169,14 +173,17 @@ class StudyTexts:
 
 def prepare(texts: TextSet, encoder: TextEncoder, sizes: Sizes) -> StudyTexts:
     """Tokenizes a set and counts its corpus in folds."""
-    train = encode_examples(texts.train, encoder, sizes.max_tokens)
-    test = encode_examples(texts.test, encoder, sizes.max_tokens, train.labels)
-    sequences = PackedSequences.pack([*train.token_ids, *test.token_ids])
+    objective = ClassificationObjective.learn(texts.train, TrainingSettings())
+    train = objective.encode(texts.train, encoder, sizes.max_tokens)
+    test = objective.encode(texts.test, encoder, sizes.max_tokens)
+    sequences = PackedSequences.pack([*train.encoded.token_ids, *test.encoded.token_ids])
     corpus = PackedSequences.pack(encoder.token_ids(list(texts.corpus)))
     fold_of_text = {text: number % FOLDS for number, text in enumerate(texts.corpus)}
-    folds = torch.tensor([fold_of_text.get(text, NO_FOLD) for text in (*train.texts, *test.texts)])
+    folds = torch.tensor(
+        [fold_of_text.get(text, NO_FOLD) for text in (*train.encoded.texts, *test.encoded.texts)]
+    )
     lengths = torch.tensor(sequences.lengths)
-    is_training = torch.arange(sequences.num_sequences) < len(train.texts)
+    is_training = torch.arange(sequences.num_sequences) < len(train)
     corpus_folds = torch.arange(corpus.num_sequences) % FOLDS
     pairs, triples = (
         _frequencies(
@@ -189,6 +196,7 @@ def prepare(texts: TextSet, encoder: TextEncoder, sizes: Sizes) -> StudyTexts:
     )
     return StudyTexts(
         name=texts.name,
+        objective=objective,
         train=train,
         test=test,
         sequences=sequences,

@@ -264,7 +264,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         settings={
             "model": PACKAGE,
             "sets": [texts.name for texts in subject.sets],
-            "training_texts": [len(texts.train.texts) for texts in subject.sets],
+            "training_texts": [len(texts.train) for texts in subject.sets],
             "held_out_texts": [len(texts.test.texts) for texts in subject.sets],
             "rows": len(subject.table.rows),
             "seeds": plan.seeds,

@@ -21,7 +21,15 @@ from hmi_engine.knowledge.adapters import (
     random_adapter,
 )
 from hmi_engine.knowledge.changes import NewTenant
-from hmi_engine.knowledge.corpus import Example, stream_examples
+from hmi_engine.knowledge.corpus_examples import stream_examples, stream_task_examples
+from hmi_engine.knowledge.examples import (
+    Example,
+    MultiLabelExample,
+    PairExample,
+    RegressionExample,
+    ScoredPairExample,
+    TaggedExample,
+)
 from hmi_engine.knowledge.heads import (
     ClassificationHead,
     DenseLayer,
@@ -50,15 +58,20 @@ __all__ = [
     "Example",
     "HmiError",
     "LoraBlock",
+    "MultiLabelExample",
     "NewTenant",
+    "PairExample",
     "QueueLimits",
+    "RegressionExample",
     "RegressionHead",
     "Request",
     "Response",
     "ScaleBlock",
+    "ScoredPairExample",
     "Site",
     "Store",
     "Tag",
+    "TaggedExample",
     "TenantLimits",
     "Timing",
     "TokenClassificationHead",
@@ -69,4 +82,5 @@ __all__ = [
     "errors",
     "random_adapter",
     "stream_examples",
+    "stream_task_examples",
 ]

@@ -34,6 +34,8 @@ __all__ = [
     "TenantExistsError",
     "TextTooLongError",
     "TrainingDataError",
+    "TrainingDivergedError",
+    "TrainingMemoryError",
     "UnknownDomainError",
     "UnknownTenantError",
     "UnsupportedModelError",
@@ -98,6 +100,14 @@ class CorpusError(HmiError):
 
 class TrainingDataError(HmiError, ValueError):
     """Training examples are missing, unreadable or too few."""
+
+
+class TrainingDivergedError(HmiError, ArithmeticError):
+    """A training's loss became infinite or NaN before it had learned anything worth keeping."""
+
+
+class TrainingMemoryError(HmiError, MemoryError):
+    """A training needs more memory than there is."""
 
 
 class MissingDependencyError(HmiError, ImportError):

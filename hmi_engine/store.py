@@ -14,7 +14,7 @@ from hmi_engine.construct.training import (
     TrainedTenant,
     TrainingProgress,
     TrainingSettings,
-    train_classifier,
+    train_tenant,
 )
 from hmi_engine.errors import TenantExistsError
 from hmi_engine.exchange_store import ExchangeStore
@@ -28,7 +28,7 @@ from hmi_engine.knowledge.changes import (
     save_in_batches,
     save_tenants,
 )
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import AnyExample
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
@@ -208,21 +208,34 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
     def train_tenant(
         self,
         name: str,
-        examples: Sequence[Example],
+        examples: Sequence[AnyExample],
         *,
         domain: str,
-        test_examples: Sequence[Example] = (),
+        validation_examples: Sequence[AnyExample] = (),
+        test_examples: Sequence[AnyExample] = (),
         settings: TrainingSettings | None = None,
         replace: bool = False,
         progress: TrainingProgress | None = None,
     ) -> TrainedTenant:
-        """Trains an adapter and a classification head on labelled texts, and adds the tenant.
+        """Trains an adapter and a head on examples of ``settings.task``, and adds the tenant.
 
         The base is frozen; rows are cross-fitted where the domain's table was built from the training text
-        (docs/architecture.md). The report is kept as the tenant's card.
+        (docs/training.md). The report is kept as the tenant's card.
+
+        Args:
+            name: the tenant's name.
+            examples: of the type that the task takes: ``Example`` for classification, ``TaggedExample`` for
+                token classification, and so on.
+            domain: name of its domain.
+            validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
+            test_examples: those that choose nothing and are only scored at the end.
+            settings: of the training; default: classification with bottlenecks.
+            replace: whether a tenant of this name may be replaced.
+            progress: told about each stage.
 
         Raises:
-            TrainingDataError: too few examples or labels.
+            TrainingDataError: too few examples or labels, or examples that do not fit the task.
+            TrainingDivergedError, TrainingMemoryError: nothing is added.
             InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
         """
         check_name(name)
@@ -233,13 +246,14 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
         _ = self.domains[domain]
         if self.general.plot_layers:
             plots = PlotLibrary(self.layout, self.catalog, self.general, domain_layers=self.domain_layers)
-        trained = train_classifier(
+        trained = train_tenant(
             general=self.general,
             model=self.model,
             encoder=self.encoder,
             plots=plots,
             domain=domain,
             examples=examples,
+            validation_examples=validation_examples,
             test_examples=test_examples,
             settings=settings or TrainingSettings(),
             progress=progress,

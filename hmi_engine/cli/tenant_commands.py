@@ -25,7 +25,9 @@ from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.errors import CorpusError
 from hmi_engine.interop import PROBLEM_TYPES
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
-from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_examples
+from hmi_engine.knowledge.corpus_examples import stream_examples
+from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.knowledge.adapters import (
+    KIND_OF_SITE,
     KINDS,
     Adapter,
+    BiasBlock,
     Block,
     BottleneckBlock,
     LoraBlock,
+    ScaleBlock,
     Site,
     site_sizes,
 )
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
 
-__all__ = ["AppliedAdapter", "TrainableAdapter"]
+__all__ = ["AppliedAdapter", "TrainableAdapter", "TrainableBlock"]
 
 _INITIAL_DEVIATION = 0.02
 
 
-class _TrainableBottleneck(nn.Module):
-    """``activation(x @ down + down_bias) @ up + up_bias``; zero at first, because ``up`` is."""
+class TrainableBlock(nn.Module, ABC):
+    """One block as parameters."""
+
+    @abstractmethod
+    def forward(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the block makes of output [T, out]; may read hidden_states [T, in]. Changes neither."""
+
+    @abstractmethod
+    def to_block(self) -> Block:
+        """A copy of the current parameters, to store and serve."""
+
+
+class _TrainableBottleneck(TrainableBlock):
+    """Adds ``activation(x @ down + down_bias) @ up + up_bias``; zero at first, because ``up`` is."""
 
     def __init__(self, inputs: int, rank: int, activation: str, generator: torch.Generator) -> None:
         super().__init__()
@@ -36,9 +52,10 @@ class _TrainableBottleneck(nn.Module):
         self.up = nn.Parameter(torch.zeros(rank, inputs))
         self.up_bias = nn.Parameter(torch.zeros(inputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        inner = ACTIVATION_FUNCTIONS[self.activation](torch.addmm(self.down_bias, x, self.down))
-        return torch.addmm(self.up_bias, inner, self.up)
+    def forward(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        inner = torch.addmm(self.down_bias, hidden_states, self.down)
+        inner = ACTIVATION_FUNCTIONS[self.activation](inner)
+        return output + torch.addmm(self.up_bias, inner, self.up)
 
     def to_block(self) -> BottleneckBlock:
         return BottleneckBlock(
@@ -50,8 +67,8 @@ class _TrainableBottleneck(nn.Module):
         )
 
 
-class _TrainableLora(nn.Module):
-    """``scale * (x @ a) @ b``; zero at first, because ``b`` is; ``a`` starts as PEFT starts it."""
+class _TrainableLora(TrainableBlock):
+    """Adds ``scale * (x @ a) @ b``; zero at first, because ``b`` is; ``a`` starts as PEFT starts it."""
 
     def __init__(
         self, inputs: int, outputs: int, rank: int, scale: float, generator: torch.Generator
@@ -62,24 +79,53 @@ class _TrainableLora(nn.Module):
         self.a = nn.Parameter((torch.rand(inputs, rank, generator=generator) * 2 - 1) * bound)
         self.b = nn.Parameter(torch.zeros(rank, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.scale * (x @ self.a)) @ self.b
+    def forward(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        return output + (self.scale * (hidden_states @ self.a)) @ self.b
 
     def to_block(self) -> LoraBlock:
         return LoraBlock(self.a.detach().clone(), self.b.detach().clone(), self.scale)
 
 
+class _TrainableScale(TrainableBlock):
+    """Multiplies rows by a vector that starts as ones."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.ones(size))
+
+    def forward(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        return output * self.vector
+
+    def to_block(self) -> ScaleBlock:
+        return ScaleBlock(self.vector.detach().clone())
+
+
+class _TrainableBias(TrainableBlock):
+    """Adds a vector that starts as zeros to the base's bias."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.zeros(size))
+
+    def forward(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        return output + self.vector
+
+    def to_block(self) -> BiasBlock:
+        return BiasBlock(self.vector.detach().clone())
+
+
 class TrainableAdapter(nn.Module):
     """The blocks of one tenant as parameters, named ``blocks.layer_003_query.a`` and so on.
 
-    It changes nothing before the first optimizer step: the second matrix of each block starts at zero.
+    It changes nothing before the first optimizer step: the second matrix of each block starts at zero, scales
+    start at one and biases at zero.
     """
 
     def __init__(
         self,
         general: GeneralInfo,
         *,
-        kind: Literal["bottleneck", "lora"],
+        kind: str,
         rank: int,
         layers: Iterable[int],
         generator: torch.Generator,
@@ -87,7 +133,9 @@ class TrainableAdapter(nn.Module):
         activation: str = "gelu",
         lora_scale: float = 2.0,
     ) -> None:
-        """Makes blocks at each of ``layers`` and ``sites`` (default: the kind's usual ones).
+        """Makes blocks of ``kind`` (a key of ``KINDS``) at each of ``layers`` and ``sites``.
+
+        The default are the kind's usual sites. Kinds without a rank do not look at ``rank``.
 
         Raises:
             InvalidAdapterError: kind, rank, layers or sites do not fit each other or ``general``.
@@ -96,11 +144,21 @@ class TrainableAdapter(nn.Module):
         chosen = KINDS[kind].default_sites if sites is None else tuple(sites)
         self.places = tuple((layer, site) for layer in sorted(set(layers)) for site in chosen)
 
-        def block(site: Site) -> nn.Module:
+        def block(site: Site) -> TrainableBlock:
+            if KIND_OF_SITE[site].name != kind:
+                raise InvalidAdapterError(
+                    f"site {site} is not one of {kind} adapters, which have {', '.join(KINDS[kind].sites)}"
+                )
             inputs, outputs = site_sizes(site, general)
-            if kind == "lora":
-                return _TrainableLora(inputs, outputs, rank, lora_scale, generator)
-            return _TrainableBottleneck(inputs, rank, activation, generator)
+            match kind:
+                case "lora":
+                    return _TrainableLora(inputs, outputs, rank, lora_scale, generator)
+                case "ia3":
+                    return _TrainableScale(outputs)
+                case "bitfit":
+                    return _TrainableBias(outputs)
+                case _:
+                    return _TrainableBottleneck(inputs, rank, activation, generator)
 
         self.blocks = nn.ModuleDict({_name(layer, site): block(site) for layer, site in self.places})
         self.to_adapter().validate(general)
@@ -114,9 +172,12 @@ class TrainableAdapter(nn.Module):
         """Whether there is a block at this place."""
         return _name(layer, site) in self.blocks
 
-    def delta(self, layer: int, site: str, hidden_states: Tensor) -> Tensor:
-        """What the block at this place adds for hidden_states [T, in]: [T, out], with gradients."""
-        result: Tensor = self.blocks[_name(layer, site)](hidden_states)
+    def change(self, layer: int, site: str, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the block at this place makes of ``output`` [T, out], with gradients.
+
+        ``hidden_states`` [T, in] are what blocks with matrices read; neither is changed in place.
+        """
+        result: Tensor = self.blocks[_name(layer, site)](output, hidden_states)
         return result
 
     def to_adapter(self) -> Adapter:
@@ -124,13 +185,13 @@ class TrainableAdapter(nn.Module):
         blocks: dict[tuple[int, Site], Block] = {}
         for layer, site in self.places:
             block = self.blocks[_name(layer, site)]
-            assert isinstance(block, _TrainableBottleneck | _TrainableLora)
+            assert isinstance(block, TrainableBlock)
             blocks[layer, site] = block.to_block()
         return Adapter(blocks)
 
 
 def _name(layer: int, site: str) -> str:
-    return f"layer_{layer:03d}_{Site(site).value}"
+    return f"layer_{layer:03d}_{Site(site).value.replace('.', '_')}"
 
 
 class AppliedAdapter:
@@ -147,5 +208,5 @@ class AppliedAdapter:
         return self._adapter.is_used(layer, site)
 
     def apply(self, layer: int, site: str, output: Tensor, hidden_states: Tensor, *, readout: bool) -> None:
-        """Adds the block's result for hidden_states [T, in] to ``output`` [T, out]."""
-        output.add_(self._adapter.delta(layer, site, hidden_states))
+        """Changes ``output`` [T, out] in place as the block does for hidden_states [T, in]."""
+        output.copy_(self._adapter.change(layer, site, output, hidden_states))

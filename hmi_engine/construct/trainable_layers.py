@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.construct.training_data import WordPlaces
 from hmi_engine.knowledge.adapters import Site
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.bert_layer import BertLayer
@@ -23,7 +24,7 @@ from hmi_engine.models.linear import SharedLinear
 
 __all__ = ["DenseBatch", "TrainableLayers"]
 
-_LATE_SITES = (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED, Site.PARALLEL_FFN)
+_LATE_SITES = (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED, Site.PARALLEL_FFN, Site.FFN_NORM_BIAS)
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ class _TrainableLayer:
             key, value = self._key_value(flat).chunk(2, dim=-1)
         else:
             query, key, value = self._query_key_value(flat).chunk(3, dim=-1)
-        query = self._adapt("query", query, residual)
-        key, value = self._adapt("key", key, flat), self._adapt("value", value, flat)
+        query = self._after_linear("query", query, residual)
+        key, value = self._after_linear("key", key, flat), self._after_linear("value", value, flat)
         heads = (batch, -1, self._layer.num_heads, size // self._layer.num_heads)
         query, key, value = (part.view(heads).transpose(1, 2) for part in (query, key, value))
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended = self._after_attention(context.transpose(1, 2).reshape(-1, size), residual)
-        inner = functional.gelu(self._adapt("ffn_up", self._ffn_up(attended), attended))
-        return attended, self._adapt("ffn_down", self._ffn_down(inner), inner)
+        read = self._adapt("ffn_up.input_scale", attended, attended)
+        inner = functional.gelu(self._after_linear("ffn_up", self._ffn_up(read), read))
+        inner = self._adapt("ffn_down.input_scale", inner, inner)
+        return attended, self._after_linear("ffn_down", self._ffn_down(inner), inner)
 
     @property
     def has_frozen_start(self) -> bool:
@@ -125,44 +128,61 @@ class _TrainableLayer:
         output = self._adapt("after_ffn", output, output)
         output = self._adapt("parallel_ffn", output, attended)
         if self._adapter.is_used(self._layer.index, "after_ffn_normalized"):
-            normalized = self._layer.ffn_norm(output + attended)
+            normalized = self._normalize(output + attended)
             output = self._adapt("after_ffn_normalized", output, normalized)
-        return self._layer.ffn_norm(output + attended)
+        return self._normalize(output + attended)
+
+    def _normalize(self, output: Tensor) -> Tensor:
+        normalized = self._layer.ffn_norm(output)
+        return self._adapt("ffn_norm.bias", normalized, normalized)
 
     def _after_attention(self, context: Tensor, residual: Tensor) -> Tensor:
-        output = self._adapt("attention_output", self._attention_output(context), context)
+        context = self._adapt("attention_output.input_scale", context, context)
+        output = self._after_linear("attention_output", self._attention_output(context), context)
         output = self._adapt("after_attention", output, output)
-        return self._layer.attention_norm(output + residual)
+        attended = self._layer.attention_norm(output + residual)
+        return self._adapt("attention_norm.bias", attended, attended)
+
+    def _after_linear(self, linear: str, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """All that acts on a linear layer's output: LoRA, bias, scale."""
+        for site in (linear, f"{linear}.bias", f"{linear}.scale"):
+            output = self._adapt(site, output, hidden_states)
+        return output
 
     def _adapt(self, site: str, output: Tensor, hidden_states: Tensor) -> Tensor:
         if not self._adapter.is_used(self._layer.index, site):
             return output
-        return output + self._adapter.delta(self._layer.index, site, hidden_states)
+        return self._adapter.change(self._layer.index, site, output, hidden_states)
 
 
 class TrainableLayers:
-    """Layers from the adapter's first one to the last, and the pooling of a classification head."""
+    """Layers from the adapter's first one to the last, and what a head reads of them."""
 
-    def __init__(
-        self, model: HierarchicalBert, adapter: TrainableAdapter, pooling: Literal["cls", "mean"]
-    ) -> None:
+    def __init__(self, model: HierarchicalBert, adapter: TrainableAdapter) -> None:
         """Takes, once gradients flow, a transposed copy of the frozen weights of these layers."""
         layers = model.layers[adapter.first_layer :]
         self._layers = [_TrainableLayer(layer, adapter) for layer in layers]
-        self._pooling = pooling
 
-    def pooled(self, batch: DenseBatch) -> Tensor:
-        """The vectors that the head reads, [B, H]: first token or mean over tokens, after the last layer."""
+    def read(
+        self, batch: DenseBatch, reading: Literal["cls", "mean", "words"], words: WordPlaces | None = None
+    ) -> Tensor:
+        """The rows that a head reads after the last layer.
+
+        Of each sequence the first token or the mean over tokens [B, H], or the tokens ``words`` [W, H].
+        """
         x, layers = batch.hidden_states, self._layers
         if batch.halfway:
             x, layers = self.finish(x), layers[1:]
         mask = batch.mask()
         for layer in layers:
             is_last = layer is layers[-1]
-            x = layer(x, mask, first_only=is_last and self._pooling == "cls")
-        if self._pooling == "cls":
+            x = layer(x, mask, first_only=is_last and reading == "cls")
+        if reading == "cls":
             return x[:, 0]
-        return (x * batch.present()[:, :, None]).sum(1) / batch.lengths[:, None]
+        if reading == "mean":
+            return (x * batch.present()[:, :, None]).sum(1) / batch.lengths[:, None]
+        assert words is not None
+        return x[words.sequences, words.places]
 
     @property
     def can_start_halfway(self) -> bool:

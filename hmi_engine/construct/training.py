@@ -1,4 +1,4 @@
-"""Trains a tenant: an adapter and a classification head on labelled texts, the base frozen."""
+"""Trains a tenant: an adapter and a head on labelled examples, the base frozen."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from hmi_engine.construct.bootstrap import RESAMPLES
+from hmi_engine.construct.objectives import OBJECTIVES, Objective
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
+from hmi_engine.construct.trainable_tenant import TrainableTenant
 from hmi_engine.construct.training_cache import HiddenStateCache, cache_hidden_states
-from hmi_engine.construct.training_data import LabelledTexts, encode_examples, stratified_split
-from hmi_engine.construct.training_loop import TrainableClassifier, TrainingTask, fit
-from hmi_engine.construct.training_metrics import Metrics, evaluate
+from hmi_engine.construct.training_data import Split, TaskData
+from hmi_engine.construct.training_loop import TrainingTask, fit
+from hmi_engine.construct.training_memory import memory_advice
+from hmi_engine.construct.training_metrics import Metrics, check_metric_libraries
 from hmi_engine.construct.training_settings import (
     Epoch,
     TrainingProgress,
@@ -20,9 +24,9 @@ from hmi_engine.construct.training_settings import (
     TrainingSettings,
 )
 from hmi_engine.knowledge.adapters import Adapter
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import AnyExample
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import ClassificationHead
+from hmi_engine.knowledge.heads import Head
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.tokenization import TextEncoder
@@ -34,28 +38,29 @@ __all__ = [
     "TrainingProgress",
     "TrainingReport",
     "TrainingSettings",
-    "train_classifier",
+    "train_tenant",
 ]
 
 
 @dataclass(frozen=True)
 class TrainedTenant:
-    """What :func:`train_classifier` made; adapter and head fit the store's base model."""
+    """What :func:`train_tenant` made; adapter and head fit the store's base model."""
 
     adapter: Adapter
-    head: ClassificationHead
+    head: Head
     report: TrainingReport
 
 
-def train_classifier(
+def train_tenant(
     *,
     general: GeneralInfo,
     model: HierarchicalBert,
     encoder: TextEncoder,
     plots: PlotLibrary | None,
     domain: str,
-    examples: Sequence[Example],
-    test_examples: Sequence[Example] = (),
+    examples: Sequence[AnyExample],
+    validation_examples: Sequence[AnyExample] = (),
+    test_examples: Sequence[AnyExample] = (),
     settings: TrainingSettings,
     progress: TrainingProgress | None = None,
 ) -> TrainedTenant:
@@ -72,51 +77,61 @@ def train_classifier(
         encoder: its tokenizer.
         plots: the store's tables; None only where ``general.plot_layers`` is 0.
         domain: the domain that will serve the tenant.
-        examples: labelled texts.
-        test_examples: labelled texts that choose nothing and are only scored at the end.
+        examples: examples of the type that ``settings.task`` takes.
+        validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
+        test_examples: those that choose nothing and are only scored at the end.
         settings: see :class:`TrainingSettings`.
         progress: told about each stage.
 
     Raises:
-        TrainingDataError: no examples, fewer than two labels, a label with one example, or a test label that
-            is not in the examples.
-        InvalidAdapterError: ``settings`` do not fit the base model, or the training diverged (NaN).
+        TrainingDataError: examples that are missing, malformed or of another task, fewer than two labels, a
+            label with one example, or a validation or test label that is not in the examples.
+        InvalidAdapterError: ``settings`` do not fit the base model.
+        TrainingDivergedError: the loss became infinite or NaN in the first epoch.
+        TrainingMemoryError: not enough memory.
+        MissingDependencyError: the ``train`` extra is not installed.
         UnknownDomainError: no such domain.
         ValueError: ``plots`` is missing.
     """
     if plots is None and general.plot_layers:
         raise ValueError(f"plots is None, but layers 0 to {general.plot_layers - 1} are looked up")
+    check_metric_libraries()
     started = time.perf_counter()
-    session = _Session(general, model, encoder, plots, domain, settings, progress)
-    data = session.encode(examples)
-    test_data = session.encode(test_examples, data.labels) if test_examples else None
+    objective = OBJECTIVES[settings.task].learn(examples, settings, validation_examples)
+    session = _Session(general, model, encoder, plots, domain, settings, objective, progress)
+    data = session.encode([*examples, *validation_examples])
+    test_data = session.encode(test_examples) if test_examples else None
     generator = torch.Generator().manual_seed(settings.seed)
-    split = stratified_split(data, settings.validation_fraction, generator)
-    classifier = session.new_classifier(len(data.labels), generator)
-    states = session.cache(data, classifier)
-    task = TrainingTask(states, torch.tensor(data.targets), split)
-    result = fit(task, classifier, settings, generator, progress)
-    trained = classifier.adapter.to_adapter(), classifier.to_head(data.labels)
+    split = session.split(data, len(examples), generator)
+    tenant = session.new_tenant(generator)
+    states = session.cache(data, tenant)
+    task = TrainingTask(states, data, split, objective)
+    result = fit(task, tenant, settings, generator, progress)
+    trained = tenant.adapter.to_adapter(), objective.to_head(tenant.head)
     for part in trained:
         part.validate(general)
     test, test_rates = None, None
     if test_data is not None:
-        test_states = session.cache(test_data, classifier)
-        everything = range(len(test_data.texts))
-        test = _score(classifier, test_states, test_data, everything, data.majority)
+        test_states = session.cache(test_data, tenant)
+        test = session.score(tenant, test_states, test_data, range(len(test_data)))
         test_rates = test_states.rates
     report = TrainingReport(
-        labels=data.labels,
+        labels=objective.labels,
+        best_by=objective.best_by,
         num_training=len(split.training),
-        validation=_score(classifier, states, data, split.validation, data.majority),
+        num_cut=data.encoded.num_cut,
+        validation=session.score(tenant, states, data, split.validation),
         test=test,
+        test_num_cut=0 if test_data is None else test_data.encoded.num_cut,
         history=result.history,
         best_epoch=result.best_epoch,
-        num_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
+        divergence=result.divergence,
+        num_parameters=sum(parameter.numel() for parameter in tenant.parameters()),
         seconds=time.perf_counter() - started,
         hit_rates=states.rates,
         test_hit_rates=test_rates,
-        data_sha256=data.sha256(),
+        data_sha256=data.sha256,
+        test_sha256=None if test_data is None else test_data.sha256,
         settings=settings,
     )
     return TrainedTenant(*trained, report)
@@ -124,7 +139,7 @@ def train_classifier(
 
 @dataclass(frozen=True)
 class _Session:
-    """What stays the same in one call of :func:`train_classifier`."""
+    """What stays the same in one call of :func:`train_tenant`."""
 
     general: GeneralInfo
     model: HierarchicalBert
@@ -132,46 +147,49 @@ class _Session:
     plots: PlotLibrary | None
     domain: str
     settings: TrainingSettings
+    objective: Objective
     progress: TrainingProgress | None
 
-    def encode(self, examples: Sequence[Example], labels: tuple[str, ...] | None = None) -> LabelledTexts:
-        return encode_examples(examples, self.encoder, self.settings.max_tokens, labels)
+    def encode(self, examples: Sequence[AnyExample]) -> TaskData:
+        return self.objective.encode(examples, self.encoder, self.settings.max_tokens)
 
-    def new_classifier(self, num_labels: int, generator: torch.Generator) -> TrainableClassifier:
+    def split(self, data: TaskData, num_examples: int, generator: torch.Generator) -> Split:
+        """The examples after the first ``num_examples`` are held out, or where there are none, a share."""
+        if num_examples < len(data):
+            return Split(tuple(range(num_examples)), tuple(range(num_examples, len(data))))
+        return self.objective.split(data, self.settings.validation_fraction, generator)
+
+    def new_tenant(self, generator: torch.Generator) -> TrainableTenant:
         settings = self.settings
         adapter = TrainableAdapter(
             self.general,
-            kind=settings.kind,
+            kind=settings.block_kind,
             rank=settings.rank,
             layers=self.general.upper_layers if settings.layers is None else settings.layers,
-            sites=settings.sites,
+            sites=settings.block_sites,
             activation=settings.activation,
-            lora_scale=settings.lora_scale,
+            lora_scale=settings.block_scale,
             generator=generator,
         )
-        return TrainableClassifier(self.model, adapter, num_labels, settings.pooling, generator)
+        return TrainableTenant(self.model, adapter, self.objective, generator)
 
-    def cache(self, data: LabelledTexts, classifier: TrainableClassifier) -> HiddenStateCache:
-        states = cache_hidden_states(
-            self.model,
-            self.plots,
-            self.domain,
-            data,
-            first_layer=classifier.adapter.first_layer,
-            window=self.general.window,
-            miss=self.settings.miss,
-            folds=self.settings.folds,
-            progress=self.progress,
-        )
-        return states.advanced(classifier.layers)
+    def cache(self, data: TaskData, tenant: TrainableTenant) -> HiddenStateCache:
+        with memory_advice(self.settings, "caching hidden states"):
+            states = cache_hidden_states(
+                self.model,
+                self.plots,
+                self.domain,
+                data.encoded,
+                first_layer=tenant.adapter.first_layer,
+                window=self.general.window,
+                miss=self.settings.miss,
+                folds=self.settings.folds,
+                progress=self.progress,
+            )
+            return states.advanced(tenant.layers)
 
-
-def _score(
-    classifier: TrainableClassifier,
-    states: HiddenStateCache,
-    data: LabelledTexts,
-    numbers: Sequence[int],
-    majority: int,
-) -> Metrics:
-    predictions = classifier.predict(states, numbers).argmax(dim=1).tolist()
-    return evaluate([data.targets[number] for number in numbers], predictions, majority)
+    def score(
+        self, tenant: TrainableTenant, states: HiddenStateCache, data: TaskData, numbers: Sequence[int]
+    ) -> Metrics:
+        outputs = tenant.predict(states, data, numbers)
+        return self.objective.measure(outputs, data, numbers, resamples=RESAMPLES, seed=self.settings.seed)

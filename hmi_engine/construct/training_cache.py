@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hmi_engine.construct.crossfit import CrossFitter, HitRates, count_hits
 from hmi_engine.construct.trainable_layers import DenseBatch, TrainableLayers
-from hmi_engine.construct.training_data import LabelledTexts
+from hmi_engine.construct.training_data import EncodedTexts
 from hmi_engine.construct.training_settings import TrainingProgress
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
@@ -88,7 +88,7 @@ def cache_hidden_states(
     model: HierarchicalBert,
     plots: PlotLibrary | None,
     domain: str,
-    data: LabelledTexts,
+    data: EncodedTexts,
     *,
     first_layer: int,
     window: int,
@@ -135,7 +135,7 @@ class _Start:
         model: HierarchicalBert,
         plots: PlotLibrary | None,
         domain: str,
-        data: LabelledTexts,
+        data: EncodedTexts,
         *,
         window: int,
         folds: int | None,

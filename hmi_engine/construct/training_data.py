@@ -1,92 +1,126 @@
-"""Labelled texts as token ids and label numbers, split and batched."""
+"""Examples as token ids and targets, split and batched: what all tasks have in common."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import Example
 from hmi_engine.models.tokenization import TextEncoder
 
-__all__ = ["LabelledTexts", "Split", "encode_examples", "length_batches", "stratified_split"]
+__all__ = [
+    "EncodedTexts",
+    "Split",
+    "TaskData",
+    "WordPlaces",
+    "encode_texts",
+    "length_batches",
+    "random_split",
+    "stratified_split",
+]
 
 BATCHES_PER_BUCKET = 8
 
 
 @dataclass(frozen=True)
-class LabelledTexts:
-    """Examples in their order.
+class EncodedTexts:
+    """Texts and their tokens.
 
     Attributes:
         texts: as given.
         full_ids: token ids as a corpus is counted: of the whole text.
         token_ids: the same, cut to the training's ``max_tokens`` and to the model's positions.
-        targets: label numbers.
-        labels: names of the labels by number, sorted.
     """
 
     texts: tuple[str, ...]
     full_ids: list[list[int]]
     token_ids: list[list[int]]
-    targets: tuple[int, ...]
-    labels: tuple[str, ...]
-
-    def sha256(self) -> str:
-        """Digest of texts and labels in their order, in hex."""
-        digest = hashlib.sha256()
-        for text, target in zip(self.texts, self.targets, strict=True):
-            digest.update(json.dumps([text, self.labels[target]]).encode() + b"\n")
-        return digest.hexdigest()
 
     @property
-    def majority(self) -> int:
-        """The most frequent label, the first of them in a tie."""
-        counts = Counter(self.targets)
-        return max(sorted(counts), key=lambda label: counts[label])
+    def num_cut(self) -> int:
+        """How many texts were longer than that."""
+        pairs = zip(self.full_ids, self.token_ids, strict=True)
+        return sum(len(full) > len(cut) for full, cut in pairs)
 
 
-def encode_examples(
-    examples: Sequence[Example],
-    encoder: TextEncoder,
-    max_tokens: int,
-    labels: tuple[str, ...] | None = None,
-) -> LabelledTexts:
-    """Tokenizes examples; ``labels`` fixes the labels where an existing head is to be tested.
-
-    Raises:
-        TrainingDataError: nothing to train on, an empty text or label, or a label that is not in ``labels``.
-    """
-    if not examples:
-        raise TrainingDataError("there are no training examples; give at least two for each of two labels")
-    for example in examples:
-        if not example.text.strip() or not example.label.strip():
-            raise TrainingDataError(f"line {example.line}: text and label must not be empty")
-    found = tuple(sorted({example.label for example in examples}))
-    names = found if labels is None else labels
-    if unknown := set(found) - set(names):
-        raise TrainingDataError(
-            f"test examples have the label {min(unknown)!r:.80}, which no training example has"
-        )
-    numbers = {label: number for number, label in enumerate(names)}
-    full_ids = encoder.token_ids([example.text for example in examples], whole=True)
-    return LabelledTexts(
-        texts=tuple(example.text for example in examples),
-        full_ids=full_ids,
-        token_ids=[_cut(ids, min(max_tokens, encoder.max_tokens)) for ids in full_ids],
-        targets=tuple(numbers[example.label] for example in examples),
-        labels=names,
-    )
+def encode_texts(texts: Sequence[str], encoder: TextEncoder, max_tokens: int) -> EncodedTexts:
+    """Tokenizes texts and cuts them to ``max_tokens``, and to the positions that the model has."""
+    full_ids = encoder.token_ids(list(texts), whole=True)
+    limit = min(max_tokens, encoder.max_tokens)
+    return EncodedTexts(tuple(texts), full_ids, [_cut(ids, limit) for ids in full_ids])
 
 
 def _cut(ids: list[int], max_tokens: int) -> list[int]:
     """At most ``max_tokens``, the closing special token kept: what the tokenizer's own truncation gives."""
     return ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]]
+
+
+@dataclass(frozen=True)
+class WordPlaces:
+    """Tokens of a batch whose hidden states a head reads one by one.
+
+    Attributes:
+        sequences: int64 [W], the number of the sequence in the batch.
+        places: int64 [W], the token's place in it.
+    """
+
+    sequences: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Examples in their order, encoded.
+
+    Attributes:
+        encoded: the texts that they read.
+        targets: what is to be said of each example, [rows, ...]; the objective that made them knows what
+            they mean. The targets of a batch are these, one after another.
+        readings: for each example, the numbers of the texts that it reads. A text that is all of an example
+            has its number; pairs have two or three.
+        words: for each text, int64 places of the tokens that a head of words reads; None for other heads.
+        sha256: digest of the examples in their order, in hex.
+    """
+
+    encoded: EncodedTexts
+    targets: Sequence[Tensor]
+    readings: Sequence[tuple[int, ...]]
+    sha256: str
+    words: Sequence[Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.readings)
+
+    def batch_texts(self, numbers: Sequence[int]) -> list[int]:
+        """Texts that the examples ``numbers`` read: all the first ones, then the second ones, and so on."""
+        columns = max((len(self.readings[number]) for number in numbers), default=0)
+        return [
+            self.readings[number][column]
+            for column in range(columns)
+            for number in numbers
+            if column < len(self.readings[number])
+        ]
+
+    def batch_targets(self, numbers: Sequence[int]) -> Tensor:
+        """The targets of the examples ``numbers``, one after another."""
+        return torch.cat([self.targets[number] for number in numbers])
+
+    def batch_words(self, texts: Sequence[int]) -> WordPlaces | None:
+        """Where the words of ``texts`` are in a batch of them; None where the head reads no single words."""
+        if self.words is None:
+            return None
+        places = [self.words[text] for text in texts]
+        counts = torch.tensor([len(found) for found in places])
+        return WordPlaces(torch.repeat_interleave(torch.arange(len(texts)), counts), torch.cat(places))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each example's longest text."""
+        ids = self.encoded.token_ids
+        return [max(len(ids[text]) for text in reading) for reading in self.readings]
 
 
 @dataclass(frozen=True)
@@ -97,29 +131,51 @@ class Split:
     validation: tuple[int, ...]
 
 
-def stratified_split(data: LabelledTexts, fraction: float, generator: torch.Generator) -> Split:
+def stratified_split(
+    targets: Sequence[int], labels: Sequence[str], fraction: float, generator: torch.Generator
+) -> Split:
     """Holds out ``fraction`` of each label's examples at random, at least one, and leaves at least one.
 
+    ``targets`` are numbers of ``labels``.
+
     Raises:
-        TrainingDataError: fewer than two labels, or a label with a single example.
+        TrainingDataError: a label with a single example.
     """
-    if len(data.labels) < 2:
-        raise TrainingDataError(
-            f"all {len(data.texts)} examples have the label {data.labels[0]!r:.80}; a classifier needs two"
-        )
     validation: list[int] = []
-    for number, label in enumerate(data.labels):
-        members = [index for index, target in enumerate(data.targets) if target == number]
+    for number, label in enumerate(labels):
+        members = [index for index, target in enumerate(targets) if target == number]
         if len(members) < 2:
             raise TrainingDataError(
-                f"label {label!r:.80} has a single example; give at least two, one of which is held out"
+                f"label {label!r:.80} has a single example; give at least two, one of which is held out, or "
+                "a validation set of its own"
             )
-        held_out = min(max(1, round(len(members) * fraction)), len(members) - 1)
-        order = torch.randperm(len(members), generator=generator)[:held_out].tolist()
-        validation.extend(members[place] for place in order)
+        validation.extend(_draw(members, fraction, generator))
+    return _split(len(targets), validation)
+
+
+def random_split(num_examples: int, fraction: float, generator: torch.Generator) -> Split:
+    """Holds out ``fraction`` of the examples at random, at least one, and leaves at least one.
+
+    Raises:
+        TrainingDataError: there are fewer than two.
+    """
+    if num_examples < 2:
+        raise TrainingDataError(
+            f"there is only {num_examples} training example; give at least two, one of which is held out, or "
+            "a validation set of its own"
+        )
+    return _split(num_examples, _draw(range(num_examples), fraction, generator))
+
+
+def _draw(members: Sequence[int], fraction: float, generator: torch.Generator) -> list[int]:
+    held_out = min(max(1, round(len(members) * fraction)), len(members) - 1)
+    order = torch.randperm(len(members), generator=generator)[:held_out].tolist()
+    return [members[place] for place in order]
+
+
+def _split(num_examples: int, validation: Sequence[int]) -> Split:
     held = set(validation)
-    training = tuple(index for index in range(len(data.texts)) if index not in held)
-    return Split(training, tuple(sorted(held)))
+    return Split(tuple(index for index in range(num_examples) if index not in held), tuple(sorted(held)))
 
 
 def length_batches(

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hmi_engine.construct.crossfit import HitRates
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.knowledge.adapters import MAX_RANK, Site
+from hmi_engine.knowledge.examples import Task
 
-__all__ = ["DEFAULT_LEARNING_RATES", "Epoch", "TrainingProgress", "TrainingReport", "TrainingSettings"]
+__all__ = [
+    "ADAPTER_KINDS",
+    "DEFAULT_LEARNING_RATES",
+    "AdapterKind",
+    "Epoch",
+    "TrainingProgress",
+    "TrainingReport",
+    "TrainingSettings",
+]
 
-DEFAULT_LEARNING_RATES = {"bottleneck": 5e-3, "lora": 2e-3}
-"""Peak of the schedule by kind of adapter."""
+AdapterKind = Literal["bottleneck", "seq_bn", "double_seq_bn", "lora", "ia3", "bitfit"]
+"""``seq_bn`` is ``bottleneck``; ``double_seq_bn`` has a second one behind the attention."""
+
+ADAPTER_KINDS: tuple[AdapterKind, ...] = ("bottleneck", "seq_bn", "double_seq_bn", "lora", "ia3", "bitfit")
+
+DEFAULT_LEARNING_RATES = {"bottleneck": 5e-3, "lora": 2e-3, "ia3": 1e-2, "bitfit": 5e-3}
+"""Peak of the schedule by kind of block."""
+
+_HOULSBY_SITES = (Site.AFTER_ATTENTION, Site.AFTER_FFN)
 
 
 class TrainingProgress(Protocol):
@@ -26,8 +42,8 @@ class TrainingProgress(Protocol):
             stage: ``"caching hidden states"`` (in texts) or ``"training"`` (in steps).
             done: how much of the stage is done; early stopping may end it before ``total``.
             total: how much there is.
-            metrics: in training, ``loss``, and after the first epoch ``accuracy`` and ``macro_f1`` on the
-                validation split.
+            metrics: in training, ``loss``, and after the first epoch the task's figures on the validation
+                split.
         """
 
 
@@ -35,12 +51,17 @@ class TrainingSettings(BaseModel):
     """How a tenant is trained. Every field has a default that suits a thousand short texts.
 
     Attributes:
-        kind: bottleneck adapters (Houlsby et al. 2019) or LoRA (Hu et al. 2021).
-        rank: width of each block.
+        task: what is learned; the examples are of its type.
+        kind: ``bottleneck`` or ``seq_bn`` (Pfeiffer et al. 2020), ``double_seq_bn`` (Houlsby et al. 2019),
+            ``lora`` (Hu et al. 2021), ``ia3`` (Liu et al. 2022) or ``bitfit`` (Ben Zaken et al. 2021).
+        rank: width of each block, of bottlenecks and LoRA.
         activation: of bottlenecks.
         layers: which of the layers above ``plot_layers`` get blocks; None for all of them.
-        sites: where in a layer; None for after the feed-forward network (bottleneck), query and value (LoRA).
-        lora_scale: factor of a LoRA's output (``alpha / r`` in other programs).
+        sites: where in a layer; None for the kind's usual ones: after the feed-forward network (bottleneck),
+            query and value (LoRA), keys, values and the feed-forward network's inner state (IA3), all biases.
+        lora_scale: factor of a LoRA's output, unless ``lora_alpha`` is given.
+        lora_alpha: PEFT's ``lora_alpha``: the factor is this over the rank; None for ``lora_scale``.
+        use_rslora: whether it is over the rank's square root (Kalajdzievski 2023).
         learning_rate: peak of the linear warm-up and decay; None for the kind's default.
         batch_size: texts per step.
         max_epochs: passes over the training split at most.
@@ -52,18 +73,25 @@ class TrainingSettings(BaseModel):
         max_tokens: longer texts are cut.
         folds: blocks for cross-fitting.
         miss: the policy under which the tenant will be served.
-        pooling: what the head reads: the first token, or the mean over tokens.
+        pooling: what a head of whole texts reads: the first token, or the mean over tokens; None for the
+            task's usual one.
+        class_weights: ``"balanced"`` weighs labels in the loss so that rare ones count as much as frequent
+            ones, as scikit-learn's ``class_weight``; None weighs all examples alike.
+        label_smoothing: share of each target that is spread over all labels (Szegedy et al. 2016).
         seed: makes the result reproducible bit for bit with the same number of threads.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["bottleneck", "lora"] = "bottleneck"
+    task: Task = "classification"
+    kind: AdapterKind = "bottleneck"
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
     activation: str = "gelu"
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     sites: tuple[Site, ...] | None = Field(default=None, min_length=1)
     lora_scale: float = 2.0
+    lora_alpha: float | None = Field(default=None, gt=0)
+    use_rslora: bool = False
     learning_rate: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, ge=1)
     max_epochs: int = Field(default=10, ge=1)
@@ -74,55 +102,97 @@ class TrainingSettings(BaseModel):
     max_tokens: int = Field(default=128, ge=3)
     folds: int = Field(default=5, ge=2)
     miss: Literal["backoff", "exact"] = "backoff"
-    pooling: Literal["cls", "mean"] = "cls"
+    pooling: Literal["cls", "mean"] | None = None
+    class_weights: Literal["balanced"] | None = None
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> TrainingSettings:
+        if self.use_rslora and self.lora_alpha is None:
+            raise ValueError("use_rslora divides lora_alpha, which is not given")
+        if self.task in ("embedding", "regression"):
+            for name in ("class_weights", "label_smoothing"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is for tasks with labels, and {self.task} has none")
+        return self
+
+    def pooling_or(self, usual: Literal["cls", "mean"]) -> Literal["cls", "mean"]:
+        """What a head of whole texts reads: as it was set, or else as is usual for the task."""
+        return usual if self.pooling is None else self.pooling
+
+    @property
+    def block_kind(self) -> str:
+        """The kind of the blocks, a key of ``hmi_engine.knowledge.adapters.KINDS``."""
+        return "bottleneck" if self.kind in ("seq_bn", "double_seq_bn") else self.kind
+
+    @property
+    def block_sites(self) -> tuple[Site, ...] | None:
+        """Where in a layer blocks are; None for the usual sites of :attr:`block_kind`."""
+        return _HOULSBY_SITES if self.kind == "double_seq_bn" and self.sites is None else self.sites
+
+    @property
+    def block_scale(self) -> float:
+        """Factor of a LoRA's output."""
+        if self.lora_alpha is None:
+            return self.lora_scale
+        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate after the warm-up."""
-        return self.learning_rate or DEFAULT_LEARNING_RATES[self.kind]
+        return self.learning_rate or DEFAULT_LEARNING_RATES[self.block_kind]
 
 
 class Epoch(BaseModel):
-    """One pass: mean training loss, and loss, accuracy and macro-F1 on the validation split after it."""
+    """One pass: mean training loss, and loss and the task's figures on the validation split after it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     training_loss: float
     validation_loss: float
-    accuracy: float
-    macro_f1: float
+    metrics: dict[str, float]
 
 
 class TrainingReport(BaseModel):
     """What was trained, on what, and how well it does.
 
     Attributes:
-        labels: in the order of the head's rows.
+        labels: in the order of the head's rows; none for embeddings.
+        best_by: the figure that chose the best epoch.
         num_training: examples whose gradients were followed.
+        num_cut: texts of the training and validation examples that were longer than ``max_tokens``.
         validation: of the best epoch, which was chosen by it; computed through the serving layers.
         test: on test examples, if there were any; they chose nothing.
+        test_num_cut: texts of the test examples that were longer than ``max_tokens``.
         history: every epoch.
         best_epoch: index into ``history`` of the state that was kept.
+        divergence: where the loss became infinite or NaN, which ended the training; None if it did not.
         num_parameters: of adapter and head.
         seconds: wall time of everything.
         hit_rates: of the examples; None without domain layers, or where misses are computed.
         test_hit_rates: of the test examples; those that the domain's corpus holds are cross-fitted too.
-        data_sha256: digest of the examples' texts and labels in their order.
-        settings: as they were given.
+        data_sha256: digest of the examples in their order, those of a validation set after the others.
+        test_sha256: digest of the test examples.
+        settings: as they were given, or as a search found them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: tuple[str, ...]
+    best_by: str
     num_training: int
+    num_cut: int
     validation: Metrics
     test: Metrics | None
+    test_num_cut: int
     history: tuple[Epoch, ...]
     best_epoch: int
+    divergence: str | None
     num_parameters: int
     seconds: float
     hit_rates: HitRates | None
     test_hit_rates: HitRates | None
     data_sha256: str
+    test_sha256: str | None
     settings: TrainingSettings

@@ -16,7 +16,9 @@ from pathlib import Path
 from hmi_engine.demo.documentation import Documentation, Passage, TopicText, harvest
 from hmi_engine.demo.topics import TOPICS
 from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import CorpusReport, Example, stream_examples
+from hmi_engine.knowledge.corpus_examples import stream_examples
+from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.knowledge.names import check_name
 
 __all__ = ["DemoData", "DomainCorpus", "Task", "documentation_data", "folder_data"]

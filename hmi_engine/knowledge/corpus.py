@@ -1,12 +1,12 @@
-"""Text and labelled examples, streamed from files of any size."""
+"""Text, streamed from files of any size."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from hmi_engine.errors import CorpusError
 from hmi_engine.knowledge.corpus_files import STDIN, SUFFIXES, TextFormat, corpus_files, file_format
+from hmi_engine.knowledge.corpus_json import json_objects, text_fault
 from hmi_engine.knowledge.corpus_lines import numbered_lines
 from hmi_engine.knowledge.corpus_parquet import parquet_texts
 from hmi_engine.knowledge.corpus_report import BadLine, CorpusReport, Reading
@@ -16,26 +16,16 @@ __all__ = [
     "BadLine",
     "Corpus",
     "CorpusReport",
-    "Example",
     "TextFormat",
     "check_not_empty",
     "corpus_bytes",
     "corpus_files",
-    "stream_examples",
     "stream_texts",
 ]
 
 Corpus: TypeAlias = str | Path | Iterable[str] | Iterable[Path]
 """A ``str`` or Path alone is a path (a folder stands for its files, ``-`` for standard input), and so is each
 Path of an iterable; each ``str`` of an iterable is a text."""
-
-
-class Example(NamedTuple):
-    """A labelled text and its line number in the file."""
-
-    text: str
-    label: str
-    line: int
 
 
 def stream_texts(
@@ -67,30 +57,6 @@ def stream_texts(
             raise CorpusError(
                 f"a corpus holds texts (str) or paths (Path), not {type(item).__name__}: {item!r:.80}"
             )
-
-
-def stream_examples(
-    path: str | Path,
-    text_field: str = "text",
-    label_field: str = "label",
-    *,
-    on_bad_line: Callable[[BadLine], None] | None = None,
-    report: CorpusReport | None = None,
-) -> Iterator[Example]:
-    """Yield the labelled texts of a file of JSON lines (.jsonl, .gz, .zst), one line in memory at a time.
-
-    The label is a string, or an integer or boolean, of which the decimal digits or ``true`` and ``false`` are
-    taken. A line without text or label goes to ``report`` and ``on_bad_line``, and the others go on. Raises
-    :class:`CorpusError` for a missing, unreadable or unsupported file.
-    """
-    path = Path(path)
-    reading = Reading(CorpusReport() if report is None else report, on_bad_line)
-    if file_format(path).kind != "jsonl":
-        raise CorpusError(f"{path}: labelled examples are read from .jsonl, .jsonl.gz and .jsonl.zst files")
-    for number, found in _json_objects(path, reading, text_field, label_field):
-        label = found[label_field]
-        text = reading.accept(found[text_field])
-        yield Example(text, label if isinstance(label, str) else json.dumps(label), number)
 
 
 def check_not_empty(report: CorpusReport) -> None:
@@ -137,45 +103,11 @@ def _texts_of_path(path: Path, text_field: str, stdin_format: TextFormat, readin
 
 def _texts_of_lines(path: Path, kind: TextFormat, text_field: str, reading: Reading) -> Iterator[str]:
     if kind == "jsonl":
-        for _, found in _json_objects(path, reading, text_field):
-            yield reading.accept(found[text_field])
+        for number, found in json_objects(path, reading):
+            if fault := text_fault(found, text_field):
+                reading.refuse(path, number, fault)
+            else:
+                yield reading.accept(found[text_field])
     else:
         for _, line in numbered_lines(path, reading):
             yield reading.accept(line)
-
-
-def _json_objects(
-    path: Path, reading: Reading, text_field: str, label_field: str | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the numbers and objects of the lines that have a text, and a label where one is asked for."""
-    for number, line in numbered_lines(path, reading):
-        found = _parse_object(line)
-        if isinstance(found, str):
-            reading.refuse(path, number, found)
-        elif fault := _find_fault(found, text_field, label_field):
-            reading.refuse(path, number, fault)
-        else:
-            yield number, found
-
-
-def _parse_object(line: str) -> dict[str, Any] | str:
-    """Return a line's JSON object, or, as text, why there is none."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"no JSON: {error}"
-    return found if isinstance(found, dict) else f"a JSON {type(found).__name__}, expected an object"
-
-
-def _find_fault(found: dict[str, Any], text_field: str, label_field: str | None) -> str | None:
-    text = found.get(text_field)
-    if not isinstance(text, str):
-        return f"no string in field {text_field!r}; the fields are {sorted(found)!r:.200}"
-    if not text.strip():
-        return f"field {text_field!r} is blank"
-    if label_field is None:
-        return None
-    label = found.get(label_field)
-    if not isinstance(label, str | int) or label == "":
-        return f"no label in field {label_field!r}: {label!r:.80}"
-    return None

@@ -5,10 +5,26 @@ from typing import Literal, NamedTuple
 
 from hmi_engine.errors import CorpusError
 
-__all__ = ["STDIN", "SUFFIXES", "FileFormat", "TextFormat", "corpus_files", "file_format"]
+__all__ = [
+    "EXAMPLE_FORMATS",
+    "STDIN",
+    "SUFFIXES",
+    "ExampleFormat",
+    "FileFormat",
+    "TextFormat",
+    "compression_of",
+    "corpus_files",
+    "example_format",
+    "file_format",
+]
 
 TextFormat = Literal["txt", "jsonl"]
 """One text a line, or one JSON object a line."""
+
+ExampleFormat = Literal["jsonl", "csv", "tsv", "conll"]
+"""One JSON object a line, a table with a header, or a word and its tag a line."""
+
+EXAMPLE_FORMATS: tuple[ExampleFormat, ...] = ("jsonl", "csv", "tsv", "conll")
 
 STDIN = Path("-")
 """The path that stands for standard input; a file of this name is given by its absolute path."""
@@ -42,6 +58,29 @@ def file_format(path: Path) -> FileFormat:
         if name.endswith(suffix):
             return found
     raise CorpusError(f"{path}: the format is told from the name, which must end in {', '.join(SUFFIXES)}")
+
+
+def example_format(path: Path) -> ExampleFormat:
+    """Return the format of examples that a file's name tells, however the file is compressed.
+
+    Raises :class:`CorpusError` where it tells none.
+    """
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    for found in EXAMPLE_FORMATS:
+        if name.endswith(f".{found}"):
+            return found
+    raise CorpusError(
+        f"{path}: examples are read from .jsonl, .csv, .tsv and .conll files, maybe with .gz or .zst behind; "
+        "the format of a file of another name must be given"
+    )
+
+
+def compression_of(path: Path) -> Literal["", "gz", "zst"]:
+    """Return how a file's name says that it is compressed."""
+    name = path.name.lower()
+    if name.endswith(".gz"):
+        return "gz"
+    return "zst" if name.endswith(".zst") else ""
 
 
 def corpus_files(path: Path) -> list[Path]:

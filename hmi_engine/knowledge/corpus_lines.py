@@ -12,13 +12,13 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import zstandard
 
 from hmi_engine.errors import CorpusError
-from hmi_engine.knowledge.corpus_files import STDIN, file_format
+from hmi_engine.knowledge.corpus_files import STDIN, compression_of
 from hmi_engine.knowledge.corpus_report import Reading
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["MAX_LINE_BYTES", "numbered_lines"]
+__all__ = ["MAX_LINE_BYTES", "numbered_lines", "whole_lines"]
 
 MAX_LINE_BYTES = 16 << 20
 """A longer line is left out, so that memory stays bounded."""
@@ -30,17 +30,23 @@ _UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 def numbered_lines(path: Path, reading: Reading) -> Iterator[tuple[int, str]]:
-    """Yield the number and stripped text of every line that is not blank; counts bytes as they are read.
+    """Yield the number and stripped text of every line that is not blank; see :func:`whole_lines`."""
+    for number, line in whole_lines(path, reading):
+        text = line.strip()
+        if text:
+            yield number, text
 
-    :data:`~hmi_engine.knowledge.corpus_files.STDIN` is standard input. Raises :class:`CorpusError` for a file
-    that is missing, unreadable, damaged or cut off.
+
+def whole_lines(path: Path, reading: Reading) -> Iterator[tuple[int, str]]:
+    """Yield the number and text of every line, its end included; counts bytes as they are read.
+
+    A byte order mark is left out. :data:`~hmi_engine.knowledge.corpus_files.STDIN` is standard input. Raises
+    :class:`CorpusError` for a file that is missing, unreadable, damaged or cut off.
     """
     try:
         with _opened(path, reading) as source:
             for number, line in _bounded_lines(path, source, reading):
-                text = reading.decode(line).lstrip("\ufeff").strip()
-                if text:
-                    yield number, text
+                yield number, reading.decode(line).lstrip("\ufeff")
     except _UNREADABLE as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error
 
@@ -115,7 +121,7 @@ class _ZstdFrames(io.RawIOBase):
 
 def _decompressed(path: Path, raw: io.RawIOBase) -> IO[bytes]:
     buffered = io.BufferedReader(raw)
-    match file_format(path).compression:
+    match compression_of(path):
         case "gz":
             return cast(IO[bytes], gzip.GzipFile(fileobj=buffered))
         case "zst":

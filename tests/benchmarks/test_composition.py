@@ -29,7 +29,7 @@ from benchmarks.composition_study import (
 from benchmarks.composition_tasks import general_info
 from benchmarks.composition_texts import FOLDS, Sizes, TextSet, folder_sets, prepare
 from hmi_engine.construct.materialise import compute_unigrams
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.loading import import_bert
 from hmi_engine.models.tokenization import TextEncoder
@@ -180,7 +180,9 @@ def test_counts_leave_out_the_own_fold(text_set: TextSet, encoder: TextEncoder) 
     counts, keys = texts.pairs.counts.tolist(), texts.pairs.keys.tolist()
     place = 0
     for text, ids in zip(
-        (*texts.train.texts, *texts.test.texts), (*texts.train.token_ids, *texts.test.token_ids), strict=True
+        (*texts.train.encoded.texts, *texts.test.encoded.texts),
+        (*texts.train.encoded.token_ids, *texts.test.encoded.token_ids),
+        strict=True,
     ):
         own = folds[text_set.corpus.index(text) % FOLDS] if text in text_set.corpus else Counter()
         for pair in itertools.pairwise(ids):

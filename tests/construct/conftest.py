@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import hmi_engine as hmi
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example
 
 
 @pytest.fixture

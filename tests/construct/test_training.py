@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from hmi_engine.construct import training_cache
-from hmi_engine.construct.training import TrainingReport, TrainingSettings, train_classifier
-from hmi_engine.errors import InvalidAdapterError, TrainingDataError, UnknownDomainError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.construct.training import TrainingReport, TrainingSettings, train_tenant
+from hmi_engine.errors import (
+    InvalidAdapterError,
+    TrainingDataError,
+    TrainingDivergedError,
+    UnknownDomainError,
+)
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.memory.plots import PlotLibrary
 
 QUICK = {"max_epochs": 2, "batch_size": 16, "rank": 4}
@@ -32,7 +37,7 @@ def train(make_store, topic_examples):
         chosen = topic_examples(90, seed=1) if examples is None else examples
         if plot_layers:
             store.add_domain("topics", [example.text for example in chosen] or ["the cell"])
-        return train_classifier(
+        return train_tenant(
             general=store.general,
             model=store.model,
             encoder=store.encoder,
@@ -102,18 +107,18 @@ def test_the_best_epoch_is_kept(train, topic_examples):
     examples = topic_examples(90, seed=1)
     trained = train(examples, test_examples=examples, learning_rate=0.5, max_epochs=12, warmup_fraction=0.5)
     history, best = trained.report.history, trained.report.best_epoch
-    ranks = [(epoch.accuracy, -epoch.validation_loss) for epoch in history]
+    ranks = [(epoch.metrics["accuracy"], -epoch.validation_loss) for epoch in history]
     assert ranks.index(max(ranks)) == best < len(history) - 1
     assert len(history) < 12
-    assert trained.report.validation.accuracy == history[best].accuracy
-    assert trained.report.validation.macro_f1 == history[best].macro_f1
+    assert trained.report.validation.accuracy == history[best].metrics["accuracy"]
+    assert trained.report.validation.macro_f1 == history[best].metrics["macro_f1"]
 
 
 def test_patience(train):
     """The last epochs bettered nothing, and no earlier run of that many did."""
     for patience in (1, 3):
         history = train(learning_rate=0.5, max_epochs=30, patience=patience).report.history
-        accuracies = [epoch.accuracy for epoch in history]
+        accuracies = [epoch.metrics["accuracy"] for epoch in history]
         losses = [epoch.validation_loss for epoch in history]
         better = [
             number
@@ -135,7 +140,7 @@ def test_without_memory_for_the_halfway_states(train, monkeypatch):
 
 
 def test_a_diverged_training_is_refused(train):
-    with pytest.raises(InvalidAdapterError, match="NaN"):
+    with pytest.raises(TrainingDivergedError, match=r"NaN at step 2 .*learning rate"):
         train(learning_rate=1e30, max_epochs=1)
 
 
@@ -157,14 +162,14 @@ def test_progress(train):
     assert [call[1] for call in training] == list(range(1, 2 * steps + 1))
     assert {call[2] for call in training} == {2 * steps}
     assert set(training[0][3]) == {"loss"}
-    assert training[-1][3]["accuracy"] == report.history[0].accuracy
+    assert training[-1][3]["accuracy"] == report.history[0].metrics["accuracy"]
 
 
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([], "no training examples"),
-        ([Example("the cell", "one", line) for line in range(9)], "needs two"),
+        ([], "no classification examples"),
+        ([Example("the cell", "one", line) for line in range(9)], "needs two labels"),
         ([Example("the cell", label, 1) for label in ("a", "a", "b")], "'b' has a single"),
     ],
 )
@@ -198,7 +203,7 @@ def test_impossible_settings(field):
 def test_missing_tables(make_store, topic_examples):
     store = make_store()
     with pytest.raises(ValueError, match="plots is None"):
-        train_classifier(
+        train_tenant(
             general=store.general,
             model=store.model,
             encoder=store.encoder,

@@ -1,4 +1,4 @@
-"""Encoding, splitting and batching of labelled texts."""
+"""Encoding, splitting and batching of examples."""
 
 from collections import Counter
 
@@ -8,14 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from hmi_engine.construct.objectives.classification import ClassificationObjective
 from hmi_engine.construct.training_data import (
-    LabelledTexts,
-    encode_examples,
+    EncodedTexts,
+    TaskData,
+    encode_texts,
     length_batches,
+    random_split,
     stratified_split,
 )
+from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example
 from hmi_engine.models.tokenization import TextEncoder
 
 
@@ -27,26 +31,30 @@ def encoder(tiny_bert):
 @pytest.mark.parametrize("max_tokens", [3, 7, 48, 60])
 def test_cutting_equals_the_tokenizers_truncation(encoder, tiny_bert, make_sentences, max_tokens):
     texts = make_sentences(30, longest=80)
-    data = encode_examples([Example(text, "x", 1) for text in texts], encoder, max_tokens)
+    data = encode_texts(texts, encoder, max_tokens)
     tokenizer = Tokenizer.from_file(str(tiny_bert / "tokenizer.json"))
     tokenizer.no_truncation()
     assert data.full_ids == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     tokenizer.enable_truncation(min(max_tokens, 48))
-    assert data.token_ids == [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    encodings = tokenizer.encode_batch(texts)
+    assert data.token_ids == [encoding.ids for encoding in encodings]
+    assert data.num_cut == sum(bool(encoding.overflowing) for encoding in encodings)
 
 
-def test_labels_are_sorted_and_may_be_given(encoder):
+def test_labels_are_sorted(encoder):
     examples = [Example("the cell", label, line) for line, label in enumerate("bcab")]
-    data = encode_examples(examples, encoder, 16)
-    assert data.labels == ("a", "b", "c")
-    assert data.targets == (1, 2, 0, 1)
-    assert data.majority == 1
-    assert encode_examples(examples[:1], encoder, 16, ("a", "b", "c")).targets == (1,)
+    objective = ClassificationObjective.learn(examples, TrainingSettings())
+    assert objective.labels == ("a", "b", "c")
+    assert objective.majority == 1
+    assert objective.encode(examples, encoder, 16).batch_targets(range(4)).tolist() == [1, 2, 0, 1]
+    assert objective.encode(examples[:1], encoder, 16).batch_targets([0]).tolist() == [1]
 
 
 def test_digest_depends_on_every_text_and_label(encoder):
+    objective = ClassificationObjective.learn([Example("the", label) for label in "abc"], TrainingSettings())
+
     def digest(*pairs):
-        return encode_examples([Example(*pair, 1) for pair in pairs], encoder, 16).sha256()
+        return objective.encode([Example(*pair, 1) for pair in pairs], encoder, 16).sha256
 
     digests = {
         digest(("the", "a"), ("cell", "b")),
@@ -58,25 +66,18 @@ def test_digest_depends_on_every_text_and_label(encoder):
     assert digest(("the", "a")) == digest(("the", "a"))
 
 
-@pytest.mark.parametrize(
-    ("examples", "labels", "message"),
-    [
-        ([], None, "no training examples"),
-        ([Example("  ", "a", 7)], None, "line 7"),
-        ([Example("the", "", 8)], None, "line 8"),
-        ([Example("the", "z", 1)], ("a", "b"), "'z'.*no training example"),
-    ],
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=1, max_size=6),
+    st.integers(0, 2**40),
 )
-def test_bad_examples(encoder, examples, labels, message):
-    with pytest.raises(TrainingDataError, match=message):
-        encode_examples(examples, encoder, 16, labels)
-
-
-def labelled(targets):
-    labels = tuple(f"label {number}" for number in range(max(targets) + 1))
-    return LabelledTexts(
-        ("text",) * len(targets), [[1]] * len(targets), [[1]] * len(targets), tuple(targets), labels
-    )
+def test_texts_of_a_batch_are_in_columns(readings, seed):
+    """Those that examples read first come first, whatever else some of them read."""
+    data = TaskData(EncodedTexts((), [], []), [], [tuple(reading) for reading in readings], "")
+    order = torch.randperm(len(readings), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = data.batch_texts(order)
+    assert found[: len(order)] == [readings[number][0] for number in order]
+    assert sorted(found) == sorted(text for reading in readings for text in reading)
 
 
 @settings(deadline=None)
@@ -86,22 +87,21 @@ def labelled(targets):
     st.integers(0, 2**40),
 )
 def test_split_holds_out_a_share_of_every_label(sizes, fraction, seed):
-    data = labelled([label for label, size in enumerate(sizes) for _ in range(size)])
-    split = stratified_split(data, fraction, torch.Generator().manual_seed(seed))
+    targets = [label for label, size in enumerate(sizes) for _ in range(size)]
+    labels = [f"label {number}" for number in range(len(sizes))]
+    split = stratified_split(targets, labels, fraction, torch.Generator().manual_seed(seed))
     assert sorted(split.training + split.validation) == list(range(sum(sizes)))
-    held = Counter(data.targets[number] for number in split.validation)
+    held = Counter(targets[number] for number in split.validation)
     for label, size in enumerate(sizes):
         assert 1 <= held[label] <= size - 1
         assert abs(held[label] - size * fraction) <= 1
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [((0, 0, 0), "'label 0'; a classifier needs two"), ((0, 0, 1), "'label 1'.*single")],
-)
-def test_too_few_examples_or_labels(targets, message):
-    with pytest.raises(TrainingDataError, match=message):
-        stratified_split(labelled(targets), 0.2, torch.Generator())
+def test_too_few_examples():
+    with pytest.raises(TrainingDataError, match=r"'no'.*single"):
+        stratified_split((0, 0, 1), ("yes", "no"), 0.2, torch.Generator())
+    with pytest.raises(TrainingDataError, match="only 1 training example"):
+        random_split(1, 0.2, torch.Generator())
 
 
 @settings(deadline=None)

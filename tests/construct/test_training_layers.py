@@ -63,7 +63,7 @@ def test_equal_to_the_layers_that_serve(base, sequences, kind, sites, layers, po
     adapter = make_adapter(base.general, kind, layers, sites)
     packed, states, batch = dense_input(base.model, sequences, layers[0])
     with torch.no_grad():
-        found = TrainableLayers(base.model, adapter, pooling).pooled(batch)
+        found = TrainableLayers(base.model, adapter).read(batch, pooling)
         output = base.model.run_layers(
             states,
             packed,
@@ -80,7 +80,7 @@ def test_gradients_equal_those_of_peft(base, tiny_bert, sequences):
     adapter = make_adapter(base.general, "lora", layers=(1, 2, 3), sites=LORA_SITES, lora_scale=1.5)
     _, _, batch = dense_input(base.model, sequences, 1)
     weight = torch.randn(base.general.hidden_size)
-    (TrainableLayers(base.model, adapter, "mean").pooled(batch) @ weight).square().sum().backward()
+    (TrainableLayers(base.model, adapter).read(batch, "mean") @ weight).square().sum().backward()
 
     targets = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
     config = LoraConfig(r=5, lora_alpha=7.5, target_modules=targets, layers_to_transform=[1, 2, 3])
@@ -136,7 +136,7 @@ def test_gradients_equal_those_of_plain_torch(base, tiny_bert, sequences, poolin
     adapter = make_adapter(base.general, "bottleneck", (2, 3), BOTTLENECK_SITES, activation="silu")
     _, _, batch = dense_input(base.model, sequences, 2)
     weight = torch.randn(base.general.hidden_size)
-    (TrainableLayers(base.model, adapter, pooling).pooled(batch) @ weight).square().sum().backward()
+    (TrainableLayers(base.model, adapter).read(batch, pooling) @ weight).square().sum().backward()
 
     parameters = {
         place: [tensor.clone().requires_grad_() for tensor in block.tensors().values()]
@@ -160,13 +160,13 @@ def test_starting_halfway_changes_nothing(base, sequences, pooling):
     sites = (Site.AFTER_FFN, Site.AFTER_FFN_NORMALIZED)
     adapter = make_adapter(base.general, "bottleneck", (1, 2, 3), sites)
     _, _, batch = dense_input(base.model, sequences, 1)
-    layers = TrainableLayers(base.model, adapter, pooling)
+    layers = TrainableLayers(base.model, adapter)
     assert layers.can_start_halfway
     halfway = DenseBatch(layers.start(batch), batch.lengths, halfway=True)
     gradients = []
     for start in (batch, halfway):
         adapter.zero_grad()
-        pooled = layers.pooled(start)
+        pooled = layers.read(start, pooling)
         pooled.square().sum().backward()
         gradients.append([pooled.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())])
     for found, expected in zip(*gradients, strict=True):
@@ -183,13 +183,13 @@ def test_starting_halfway_changes_nothing(base, sequences, pooling):
 )
 def test_who_cannot_start_halfway(base, kind, layers, sites):
     adapter = make_adapter(base.general, kind, layers, sites)
-    assert not TrainableLayers(base.model, adapter, "cls").can_start_halfway
+    assert not TrainableLayers(base.model, adapter).can_start_halfway
 
 
 def test_the_base_gets_no_gradient(base, sequences):
     adapter = make_adapter(base.general, "lora")
     _, _, batch = dense_input(base.model, sequences, 0)
-    TrainableLayers(base.model, adapter, "cls").pooled(batch).sum().backward()
+    TrainableLayers(base.model, adapter).read(batch, "cls").sum().backward()
     for layer in base.model.layers:
         for linear in (layer.query_key_value, layer.ffn_up, layer.ffn_down, layer.attention_output):
             assert not linear.weight.requires_grad
@@ -205,7 +205,7 @@ def test_a_new_adapter_changes_nothing(base, sequences, kind):
     packed, states, batch = dense_input(base.model, sequences, 0)
     with torch.no_grad():
         plain = base.model.run_layers(states, packed, first=0)
-        found = TrainableLayers(base.model, adapter, "cls").pooled(batch)
+        found = TrainableLayers(base.model, adapter).read(batch, "cls")
     torch.testing.assert_close(found, plain[packed.offsets[:-1]], atol=1e-5, rtol=1e-4)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hmi_engine.demo.tasks import MAX_LABEL_RATIO, DemoData, Task, documentation_data, folder_data
 from hmi_engine.errors import InvalidNameError, TrainingDataError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example
 
 
 @pytest.fixture(scope="module")

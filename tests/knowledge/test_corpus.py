@@ -12,10 +12,8 @@ from hmi_engine.knowledge import corpus_lines
 from hmi_engine.knowledge.corpus import (
     BadLine,
     CorpusReport,
-    Example,
     check_not_empty,
     corpus_bytes,
-    stream_examples,
     stream_texts,
 )
 from hmi_engine.knowledge.corpus_report import MAX_BAD_LINES
@@ -152,26 +150,3 @@ def test_json_lines_come_back_as_they_were(tmp_path: Path, texts: list[str], esc
     lines = [json.dumps({"text": text}, ensure_ascii=escaped) for text in texts]
     path = write(tmp_path / "a.jsonl.gz", "\n".join(lines).encode())
     assert list(stream_texts(path)) == [text for text in texts if text.strip()]
-
-
-def test_examples_have_labels_as_text_and_line_numbers(tmp_path: Path) -> None:
-    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": 1}, {"text": "c", "label": True}]
-    bad = [
-        {"text": "d"},
-        {"text": "d", "label": None},
-        {"text": "d", "label": 0.5},
-        {"text": "d", "label": ""},
-        {},
-    ]
-    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows + bad + rows[:1])).encode())
-    report = CorpusReport()
-    assert list(stream_examples(path, report=report)) == [
-        Example("a", "x", 1),
-        Example("b", "1", 2),
-        Example("c", "true", 3),
-        Example("a", "x", 9),
-    ]
-    assert [bad_line.line for bad_line in report.bad_lines] == [4, 5, 6, 7, 8]
-    assert report.texts == 4
-    with pytest.raises(CorpusError, match="labelled examples"):
-        list(stream_examples(write(tmp_path / "a.txt", b"x")))

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from hmi_engine.errors import CorpusError
 from hmi_engine.knowledge.corpus import (
     CorpusReport,
-    Example,
     corpus_bytes,
     corpus_files,
-    stream_examples,
     stream_texts,
 )
+from hmi_engine.knowledge.corpus_examples import stream_examples
+from hmi_engine.knowledge.examples import Example
 
 LINES = [f"text number {number} of many" for number in range(5000)]
 CONTENT = "\n".join(LINES).encode()
