@@ -22,13 +22,13 @@ from transformers import (
 
 from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
 from benchmarks.accuracy_study.records import LabelOutcomes, Outcome, TagOutcomes
-from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggedSentence, TaggingSet
+from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggingSet
+from hmi_engine.construct.objectives.token_classification import OUTSIDE
 from hmi_engine.construct.training_data import length_batches
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example, TaggedExample
 
 __all__ = ["FineTuning", "fine_tune"]
 
-OUTSIDE = "O"
 IGNORED = -100
 """Target of tokens that carry no tag: padding, special tokens, and all but the first of a word."""
 TEXTS_PER_PREDICTION = 64
@@ -196,7 +196,7 @@ class _Tagging:
         """The base with a new head."""
         return AutoModelForTokenClassification.from_pretrained(self._base, num_labels=len(self._tags))
 
-    def _encode(self, split: Sequence[Sequence[TaggedSentence]]) -> _Encoded:
+    def _encode(self, split: Sequence[Sequence[TaggedExample]]) -> _Encoded:
         pieces = _pieces(split)
         tokens = self._tokens(pieces)
         targets = [
@@ -208,7 +208,7 @@ class _Tagging:
         ]
         return _Encoded(tokens["input_ids"], targets)
 
-    def _tokens(self, pieces: Sequence[TaggedSentence]) -> Any:
+    def _tokens(self, pieces: Sequence[TaggedExample]) -> Any:
         words = [list(piece.words) for piece in pieces]
         return self._tokenizer(words, is_split_into_words=True, truncation=True, max_length=self._max_tokens)
 
@@ -220,9 +220,7 @@ class _Tagging:
         """What was answered on the test split."""
         return TagOutcomes.of(_truth(self._test), self._word_tags(self._test, answers))
 
-    def _word_tags(
-        self, split: Sequence[Sequence[TaggedSentence]], answers: Sequence[Any]
-    ) -> list[list[str]]:
+    def _word_tags(self, split: Sequence[Sequence[TaggedExample]], answers: Sequence[Any]) -> list[list[str]]:
         """A tag for each word of each sentence; a word without tokens, such as a control sign, is outside."""
         pieces = _pieces(split)
         tokens = self._tokens(pieces)
@@ -234,11 +232,11 @@ class _Tagging:
         return join_tags(split, tags)
 
 
-def _pieces(split: Sequence[Sequence[TaggedSentence]]) -> list[TaggedSentence]:
+def _pieces(split: Sequence[Sequence[TaggedExample]]) -> list[TaggedExample]:
     return [piece for sentence in split for piece in sentence]
 
 
-def _truth(split: Sequence[Sequence[TaggedSentence]]) -> list[list[str]]:
+def _truth(split: Sequence[Sequence[TaggedExample]]) -> list[list[str]]:
     return join_tags(split, [piece.tags for piece in _pieces(split)])
 
 

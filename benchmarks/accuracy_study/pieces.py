@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.accuracy_study.sets import TaggedSentence
+from hmi_engine.knowledge.examples import TaggedExample
 
 __all__ = ["cut_sentences", "join_tags"]
 
@@ -15,8 +15,8 @@ NUM_SPECIAL_TOKENS = 2
 
 
 def cut_sentences(
-    sentences: Sequence[TaggedSentence], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[list[TaggedSentence]]:
+    sentences: Sequence[TaggedExample], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[list[TaggedExample]]:
     """Cuts each sentence into pieces of at most ``max_tokens`` with special tokens, as long as possible.
 
     A single word of more tokens than that is a piece of its own.
@@ -27,7 +27,7 @@ def cut_sentences(
     num_tokens = {word: len(tokens) for word, tokens in zip(words, ids, strict=True)}
     return [
         [
-            TaggedSentence(sentence.words[start:stop], sentence.tags[start:stop])
+            TaggedExample(sentence.words[start:stop], sentence.tags[start:stop])
             for start, stop in _stretches([num_tokens[word] for word in sentence.words], room)
         ]
         for sentence in sentences
@@ -44,7 +44,7 @@ def _stretches(sizes: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
     yield start, len(sizes)
 
 
-def join_tags(pieces: Sequence[Sequence[TaggedSentence]], tags: Sequence[Sequence[str]]) -> list[list[str]]:
+def join_tags(pieces: Sequence[Sequence[TaggedExample]], tags: Sequence[Sequence[str]]) -> list[list[str]]:
     """The tags of whole sentences from those of their pieces, which stand one after another in ``tags``."""
     remaining = iter(tags)
     return [[tag for _ in sentence for tag in next(remaining)] for sentence in pieces]

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from hmi_engine.construct.objectives.token_classification import sentence_text
 from hmi_engine.demo.tasks import DemoData, Task
 from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.corpus_examples import stream_task_examples
+from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.knowledge.examples import Example, TaggedExample
 
-__all__ = [
-    "ClassificationSet",
-    "StudySet",
-    "TaggedSentence",
-    "TaggingSet",
-    "demo_sets",
-    "read_sets",
-]
+__all__ = ["ClassificationSet", "StudySet", "TaggingSet", "demo_sets", "read_sets"]
 
 SPLITS = ("train", "dev", "test")
 DEV_SHARE_OF_DEMO = 6
 """One of so many training texts of a set without a development split serves as one."""
 
 
-@dataclass(frozen=True)
-class TaggedSentence:
-    """The words of a sentence and a tag for each, such as ``B-Method``, ``I-Method`` or ``O``."""
-
-    words: tuple[str, ...]
-    tags: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """The words with spaces between them."""
-        return " ".join(self.words)
-
-
-Item = TypeVar("Item", Example, TaggedSentence)
+Item = TypeVar("Item", Example, TaggedExample)
 
 
 @dataclass(frozen=True)
@@ -53,11 +35,15 @@ class _Splits(Generic[Item]):
 
     def training_texts(self) -> tuple[str, ...]:
         """Distinct texts of the training split, in order."""
-        return tuple(dict.fromkeys(item.text for item in self.train))
+        return tuple(dict.fromkeys(map(_text, self.train)))
 
     def held_out_texts(self) -> frozenset[str]:
         """Texts of the development and test splits."""
-        return frozenset(item.text for item in (*self.dev, *self.test))
+        return frozenset(map(_text, (*self.dev, *self.test)))
+
+
+def _text(item: Example | TaggedExample) -> str:
+    return item.text if isinstance(item, Example) else sentence_text(item.words)
 
 
 class ClassificationSet(_Splits[Example]):
@@ -69,7 +55,7 @@ class ClassificationSet(_Splits[Example]):
         return tuple(sorted({example.label for example in self.train}))
 
 
-class TaggingSet(_Splits[TaggedSentence]):
+class TaggingSet(_Splits[TaggedExample]):
     """One tag for each word, which together mark entities (BIO)."""
 
     @property
@@ -88,8 +74,9 @@ def read_sets(folder: Path) -> list[StudySet]:
     field of the line, and a blank line after each sentence.
 
     Raises:
-        TrainingDataError: there is no such folder, a line is neither, or a held-out label or tag is none of
-            the training split's.
+        TrainingDataError: there is no such folder, a line of JSON has no text or label, or a held-out label
+            or tag is none of the training split's.
+        CorpusError: a line has a word and no tag.
     """
     found = sorted(
         path.parent
@@ -103,57 +90,43 @@ def read_sets(folder: Path) -> list[StudySet]:
 
 def _read_set(folder: Path) -> StudySet:
     paths = [folder / f"{split}.txt" for split in SPLITS]
-    if _lines(paths[0])[0].startswith("{"):
-        return _checked(ClassificationSet(folder.name, *(tuple(_examples(path)) for path in paths)))
-    return _checked(TaggingSet(folder.name, *(tuple(_sentences(path)) for path in paths)))
+    with paths[0].open(encoding="utf-8") as file:
+        is_json = file.read(1) == "{"
+    labelled: StudySet
+    if is_json:
+        labelled = ClassificationSet(folder.name, *(tuple(_labelled_texts(path)) for path in paths))
+    else:
+        labelled = TaggingSet(folder.name, *(tuple(_tagged_sentences(path)) for path in paths))
+    _check_held_out_labels(labelled)
+    return labelled
 
 
-def _lines(path: Path) -> list[str]:
-    # str.splitlines would also cut at the rarer separators that stand inside some of the texts.
-    return path.read_text(encoding="utf-8").split("\n")
+def _labelled_texts(path: Path) -> Iterable[Example]:
+    report = CorpusReport()
+    for example in stream_task_examples(path, "classification", file_format="jsonl", report=report):
+        assert isinstance(example, Example)
+        yield example
+    if report.bad_lines:
+        # A set that is compared with what others measured on it is whole or not used.
+        raise TrainingDataError(str(report.bad_lines[0]))
 
 
-def _examples(path: Path) -> Iterator[Example]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            yield Example(fields["text"], fields["label"], number)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise TrainingDataError(
-                f"{path}, line {number}: {line!r:.60} is no JSON object with the fields text and label"
-            ) from error
+def _tagged_sentences(path: Path) -> Iterable[TaggedExample]:
+    for example in stream_task_examples(path, "token_classification", file_format="conll"):
+        assert isinstance(example, TaggedExample)
+        yield example
 
 
-def _sentences(path: Path) -> Iterator[TaggedSentence]:
-    words: list[str] = []
-    tags: list[str] = []
-    for number, line in enumerate([*_lines(path), ""], start=1):
-        fields = line.split()
-        if len(fields) == 1:
-            raise TrainingDataError(f"{path}, line {number}: {line!r:.60} has no tag after its word")
-        if fields:
-            words.append(fields[0])
-            tags.append(fields[-1])
-        elif words:
-            yield TaggedSentence(tuple(words), tuple(tags))
-            words, tags = [], []
-
-
-def _checked(labelled: StudySet) -> StudySet:
-    known = set(labelled.labels)
-    held_out = (*labelled.dev, *labelled.test)
+def _check_held_out_labels(labelled: StudySet) -> None:
     found = {
         label
-        for item in held_out
-        for label in (item.tags if isinstance(item, TaggedSentence) else [item.label])
+        for item in (*labelled.dev, *labelled.test)
+        for label in ([item.label] if isinstance(item, Example) else item.tags)
     }
-    if unknown := found - known:
+    if unknown := found - set(labelled.labels):
         raise TrainingDataError(
             f"set {labelled.name}: the label {min(unknown)!r:.60} of held-out texts is in no training text"
         )
-    return labelled
 
 
 def demo_sets(data: DemoData) -> list[ClassificationSet]:

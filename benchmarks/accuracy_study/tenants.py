@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Protocol
 
-from hmi_engine.construct.objectives.token_classification import sentence_text, tags_of_words
-from hmi_engine.knowledge.examples import AnyExample, Example, TaggedExample, Task
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
 from benchmarks.accuracy_study.records import LabelOutcomes, Outcome, TagOutcomes, Work
-from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggedSentence, TaggingSet
+from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggingSet
+from hmi_engine.construct.objectives.token_classification import sentence_text, tags_of_words
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.engine import Engine
+from hmi_engine.knowledge.examples import AnyExample, Example, TaggedExample, Task
 from hmi_engine.request import Request, Response
 from hmi_engine.store import Store
 
@@ -115,13 +115,16 @@ class _Tagging:
     def __init__(self, store: Store, labelled: TaggingSet, max_tokens: int) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(store.layout.general)
         self._max_tokens, self._labelled = max_tokens, labelled
-        self.train, self.dev = (_examples(self._cut(split)) for split in (labelled.train, labelled.dev))
+        self.train, self.dev = (
+            [piece for sentence in self._cut(split) for piece in sentence]
+            for split in (labelled.train, labelled.dev)
+        )
 
-    def _cut(self, split: Sequence[TaggedSentence]) -> list[list[TaggedSentence]]:
+    def _cut(self, split: Sequence[TaggedExample]) -> list[list[TaggedExample]]:
         return cut_sentences(split, self._tokenizer, self._max_tokens)
 
     @cached_property
-    def _test(self) -> list[list[TaggedSentence]]:
+    def _test(self) -> list[list[TaggedExample]]:
         return self._cut(self._labelled.test)
 
     def requests(self) -> list[Request]:
@@ -138,7 +141,3 @@ class _Tagging:
         ]
         truth = [list(sentence.tags) for sentence in self._labelled.test]
         return TagOutcomes.of(truth, join_tags(self._test, tags))
-
-
-def _examples(split: Iterable[Iterable[TaggedSentence]]) -> list[TaggedExample]:
-    return [TaggedExample(piece.words, piece.tags) for sentence in split for piece in sentence]

@@ -10,9 +10,9 @@ from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchica
 from benchmarks.accuracy_study.plan import Plan
 from benchmarks.accuracy_study.records import LabelOutcomes, RunRecords, TagOutcomes, Work
 from benchmarks.accuracy_study.report import StudyReport
-from benchmarks.accuracy_study.sets import ClassificationSet, TaggedSentence, TaggingSet
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet
 from hmi_engine.demo.tasks import documentation_data
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.knowledge.examples import Example, TaggedExample
 
 FULL, LOOKED_UP = FullFineTuning(candidates=(1e-4,)), Hierarchical(3, PLAIN)
 
@@ -90,7 +90,7 @@ def test_a_distinct_development_split_of_the_built_in_tasks():
 def study(tmp_path):
     """Two sets of four test texts, two methods, two seeds; nothing is finished."""
     examples = tuple(Example(f"text {number}", "ab"[number % 2], number) for number in range(4))
-    sentences = tuple(TaggedSentence(("a", "b"), ("B-X", "O")) for _ in range(4))
+    sentences = tuple(TaggedExample(("a", "b"), ("B-X", "O")) for _ in range(4))
     sets = [ClassificationSet("labels", *[examples] * 3), TaggingSet("tags", *[sentences] * 3)]
     plan = Plan(sets=sets, methods=(FULL, LOOKED_UP), seeds=(0, 1), distilled=None)
     return plan, RunRecords(tmp_path / "runs")

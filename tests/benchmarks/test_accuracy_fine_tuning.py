@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
 from benchmarks.accuracy_study.scores import score
-from benchmarks.accuracy_study.sets import ClassificationSet, TaggedSentence, TaggingSet
-from hmi_engine.knowledge.corpus import Example
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet
+from hmi_engine.knowledge.examples import Example, TaggedExample
 
 RECIPE = FineTuning(learning_rate=2e-3, epochs=4, batch_size=16, max_tokens=16)
 
@@ -38,4 +38,4 @@ def test_a_tagger_learns_words_in_long_sentences(tiny_bert, texts):
 
 def _tagged(text):
     words = tuple(text.split())
-    return TaggedSentence(words, tuple("B-ARTICLE" if word in ("the", "a") else "O" for word in words))
+    return TaggedExample(words, tuple("B-ARTICLE" if word in ("the", "a") else "O" for word in words))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import seqeval.metrics
 import sklearn.metrics
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.accuracy_study.scores import Resampling, class_counts, entity_counts, score
@@ -15,6 +15,7 @@ tags = st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"])
 sentences = st.lists(st.lists(st.tuples(tags, tags), min_size=1, max_size=12), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(answers)
 def test_labels(pairs):
     truth, found = zip(*pairs, strict=True)
@@ -24,6 +25,7 @@ def test_labels(pairs):
     assert score("macro-F1", counts) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(sentences)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning", "ignore:.*ill-defined")
 def test_entities(pairs):

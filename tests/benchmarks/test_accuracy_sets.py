@@ -6,15 +6,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
-from benchmarks.accuracy_study.sets import ClassificationSet, TaggedSentence, TaggingSet, read_sets
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet, read_sets
 from benchmarks.accuracy_study.stores import table_texts
-from hmi_engine.errors import TrainingDataError
-from hmi_engine.knowledge.corpus import Example
+from hmi_engine.construct.objectives.token_classification import sentence_text
+from hmi_engine.errors import HmiError, TrainingDataError
+from hmi_engine.knowledge.examples import Example, TaggedExample
 
 DATA = os.environ.get("HMI_TEXT_SETS")
 
@@ -58,7 +59,7 @@ def test_tagged_words(tmp_path, separator):
     _write_set(tmp_path / "genes", train=text, dev=text + "\n\n\n", test=text + "\n")
     (found,) = read_sets(tmp_path)
     assert isinstance(found, TaggingSet) and found.labels == ("B-Gene", "O")
-    expected = (TaggedSentence(("APC2", "is"), ("B-Gene", "O")), TaggedSentence(("p53",), ("B-Gene",)))
+    expected = (TaggedExample(("APC2", "is"), ("B-Gene", "O"), 1), TaggedExample(("p53",), ("B-Gene",), 4))
     assert found.train == found.dev == found.test == expected
     assert found.training_texts() == ("APC2 is", "p53")
 
@@ -66,15 +67,15 @@ def test_tagged_words(tmp_path, separator):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        (_line("x") + '{"text": "no label"}\n', "line 2"),
-        (_line("x") + "no JSON\n", "line 2"),
+        (_line("x") + '{"text": "no label"}\n', "train.txt:2"),
+        (_line("x") + "no JSON\n", "train.txt:2"),
         (_line("x"), "label 'b'"),
-        ("word\n", "line 1"),
+        ("word\n", "train.txt:1"),
     ],
 )
 def test_bad_files(tmp_path, train, message):
     _write_set(tmp_path / "bad", train=train, dev=_line("x"), test=_line("y", "b"))
-    with pytest.raises(TrainingDataError, match=message):
+    with pytest.raises(HmiError, match=message):
         read_sets(tmp_path)
 
 
@@ -118,20 +119,29 @@ def test_tables_hold_no_held_out_text():
 WORDS = st.sampled_from(["the", "cat", "catalysis", "p53", "under", "a-b-c", "intracellularly", "42", "."])
 
 
-@given(st.lists(st.lists(WORDS, min_size=1, max_size=40), max_size=4), st.integers(4, 20))
-def test_pieces_fit_and_join_again(minilm, sentences, max_tokens):
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
+@pytest.fixture(scope="module")
+def tokenizer(minilm):
+    return AutoTokenizer.from_pretrained(minilm)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(WORDS, min_size=1, max_size=40), min_size=1, max_size=4), st.integers(4, 20))
+def test_pieces_fit_and_join_again(tokenizer, sentences, max_tokens):
+    def num_tokens(words):
+        return len(tokenizer(sentence_text(words))["input_ids"])
+
     tagged = [
-        TaggedSentence(tuple(words), tuple(f"B-{place}" for place in range(len(words))))
-        for words in sentences
+        TaggedExample(tuple(words), tuple(f"B-{place}" for place in range(len(words)))) for words in sentences
     ]
     cut = cut_sentences(tagged, tokenizer, max_tokens)
     for sentence, pieces in zip(tagged, cut, strict=True):
         assert tuple(word for piece in pieces for word in piece.words) == sentence.words
         for piece in pieces:
-            assert len(tokenizer(piece.text)["input_ids"]) <= max_tokens or len(piece.words) == 1
+            assert (
+                len(tokenizer(sentence_text(piece.words))["input_ids"]) <= max_tokens or len(piece.words) == 1
+            )
         for piece, following in pairwise(pieces):
-            assert len(tokenizer(f"{piece.text} {following.words[0]}")["input_ids"]) > max_tokens
+            assert len(tokenizer(sentence_text((*piece.words, following.words[0])))["input_ids"]) > max_tokens
     assert join_tags(cut, [piece.tags for pieces in cut for piece in pieces]) == [
         list(item.tags) for item in tagged
     ]
