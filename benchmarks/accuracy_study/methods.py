@@ -25,6 +25,10 @@ DISTILLED = "distilled"
 
 LORA_RATES = (2e-3,)
 
+OTHER_DISTILLATIONS = ("distilled-domain", "distilled-upper", "distilled-complete")
+"""By what is trained: domain layers and merge alone, or merge and upper layers alone; and with every n-gram in
+the table, where the others leave some out."""
+
 TableText = Literal["quarter", "half", "own", "all"]
 """Training text that a domain's table is built from: shares of the set's own, all of it, that of all sets."""
 
@@ -171,8 +175,7 @@ def _ablations() -> tuple[Method, ...]:
         WholeBase(library="peft", kind="lora", candidates=LORA_RATES),
         replace(base, window=3),
         replace(base, window=3, miss="exact"),
-        replace(base, base="distilled-gated"),
-        replace(base, base="distilled-slots"),
+        *(replace(base, base=name) for name in OTHER_DISTILLATIONS),
         replace(base, layers=(5,)),
         replace(base, layers=(4, 5)),
         replace(base, rank=64),

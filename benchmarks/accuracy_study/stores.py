@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.accuracy_study.methods import Hierarchical, TableText
+from benchmarks.accuracy_study.plan import base_identity
 from benchmarks.accuracy_study.sets import StudySet
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.store import Store
@@ -45,7 +46,7 @@ class StudyStores(AbstractContextManager["StudyStores"]):
 
     def store(self, base: Path, *, plot_layers: int, window: int = 2) -> Store:
         """The store around the model in the folder ``base``."""
-        name = f"{base.name}-k{plot_layers}-window{window}"
+        name = f"{base_identity(base)}-k{plot_layers}-window{window}"
         if name not in self._opened:
             self._opened[name] = self._exits.enter_context(self._open(name, base, plot_layers, window))
         return self._opened[name]
