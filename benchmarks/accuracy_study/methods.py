@@ -26,8 +26,8 @@ DISTILLED = "distilled"
 LORA_RATES = (2e-3,)
 
 OTHER_DISTILLATIONS = ("distilled-domain", "distilled-upper", "distilled-complete")
-"""By what is trained: domain layers and merge alone, or merge and upper layers alone; and with every n-gram in
-the table, where the others leave some out."""
+"""By what is trained: domain layers and merge alone, or merge and upper layers alone; and with every n-gram
+in the table, where the others leave some out."""
 
 TableText = Literal["quarter", "half", "own", "all"]
 """Training text that a domain's table is built from: shares of the set's own, all of it, that of all sets."""
