@@ -1,8 +1,8 @@
 """The accuracy study carries out what is missing, and says of what is there what it is worth."""
 
 import pytest
+from accuracy_records import made_record
 from conftest import write_jsonl
-from test_accuracy_plan import made_record
 
 import benchmarks.accuracy as accuracy
 from benchmarks.accuracy_study.curves import curves

@@ -1,10 +1,11 @@
 """The accuracy study does what is missing, once, in order, and takes learning rates from the dev split."""
 
 import pytest
+from accuracy_records import made_record
 
 from benchmarks.accuracy_study.methods import ABLATIONS, MAIN_METHODS, PLAIN, FullFineTuning, Hierarchical
 from benchmarks.accuracy_study.plan import Plan, base_identity, expected_seconds, num_epochs, run_name
-from benchmarks.accuracy_study.records import LabelOutcomes, RunRecord, RunRecords
+from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.sets import ClassificationSet
 from hmi_engine.knowledge.examples import Example
 
@@ -16,22 +17,6 @@ DISTILLED = Hierarchical(3, "distilled")
 def made_set(name, num_train=320):
     examples = tuple(Example(f"text {number}", "ab"[number % 2], number) for number in range(num_train))
     return ClassificationSet(name, examples, examples[:4], examples[:4])
-
-
-def made_record(run, dev=0.5, **changes):
-    values = {
-        "set_name": run.labelled.name,
-        "method": run.method.slug,
-        "seed": run.seed,
-        "dev": dev,
-        "dev_by_epoch": (dev,),
-        "outcomes": LabelOutcomes(answers=(0, 1, 0, 1)),
-        "work": None,
-        "cpu_seconds": 7.0,
-        "settings": {},
-        "versions": {},
-    }
-    return RunRecord(**(values | changes))
 
 
 def made_plan(methods=(FULL, LOOKED_UP), sets=("one", "two"), **changes):
