@@ -13,6 +13,7 @@ from benchmarks.accuracy_study.stores import StudyStores
 from benchmarks.accuracy_study.tenants import train_and_serve
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.environment import installed_versions
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 
 __all__ = ["Execution"]
 
@@ -84,7 +85,7 @@ class Execution:
         )
         if isinstance(method, WholeBase):
             store = self.stores.store(base, plot_layers=0)
-            domain = self.stores.root(store)
+            domain = ROOT_DOMAIN
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)

@@ -11,7 +11,6 @@ from types import TracebackType
 from benchmarks.accuracy_study.methods import Hierarchical, TableText
 from benchmarks.accuracy_study.plan import base_identity
 from benchmarks.accuracy_study.sets import StudySet
-from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.store import Store
 
 __all__ = ["StudyStores", "table_texts"]
@@ -70,12 +69,6 @@ class StudyStores(AbstractContextManager["StudyStores"]):
                 plot_bytes="1GiB",
             )
         return name
-
-    @staticmethod
-    def root(store: Store) -> str:
-        """Name of the domain of a store without tables."""
-        assert ROOT_DOMAIN in store.domains
-        return ROOT_DOMAIN
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
