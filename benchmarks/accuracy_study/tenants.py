@@ -50,7 +50,7 @@ def train_and_serve(store: Store, domain: str, labelled: StudySet, settings: Tra
         dev_by_epoch=tuple(epoch.metrics[report.best_by] for epoch in report.history),
         outcomes=outcomes,
         cpu_seconds=time.process_time() - started,
-        work=None if plot is None else _work(store, plot),
+        work=_work(store, plot) if store.general.plot_layers and plot is not None else None,
     )
 
 
