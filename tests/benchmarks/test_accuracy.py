@@ -10,8 +10,8 @@ from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchica
 from benchmarks.accuracy_study.plan import Plan
 from benchmarks.accuracy_study.records import LabelOutcomes, RunRecords, TagOutcomes, Work
 from benchmarks.accuracy_study.report import StudyReport
-from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet
-from hmi_engine.demo.tasks import documentation_data
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet, demo_sets
+from hmi_engine.demo.tasks import DemoData, Task
 from hmi_engine.knowledge.examples import Example, TaggedExample
 
 FULL, LOOKED_UP = FullFineTuning(candidates=(1e-4,)), Hierarchical(3, PLAIN)
@@ -79,11 +79,16 @@ def test_the_built_in_tasks(tmp_path):
     assert (tmp_path / "out.json").exists()
 
 
-def test_a_distinct_development_split_of_the_built_in_tasks():
-    data = documentation_data(num_topics=1, background_words=0, max_train=60, max_test=30)
-    for labelled, task in zip(accuracy.demo_sets(data), data.tasks, strict=True):
-        assert {*labelled.train, *labelled.dev} == set(task.train) and not {*labelled.train} & {*labelled.dev}
-        assert labelled.test == task.test
+def test_built_in_tasks_get_a_development_split_of_their_own():
+    train, test = (
+        tuple(Example(f"{name} {number}", "ab"[number % 2]) for number in range(30))
+        for name in ("train", "test")
+    )
+    data = DemoData("made up", (), (Task("domain/kind", "domain", "which", train, test),))
+    (labelled,) = demo_sets(data)
+    assert labelled.name == "domain-kind" and labelled.test == test
+    assert len(labelled.dev) == 5 and {*labelled.train, *labelled.dev} == {*train}
+    assert not {*labelled.train} & {*labelled.dev}
 
 
 @pytest.fixture
@@ -130,12 +135,14 @@ def test_tables_of_what_is_there(study):
 
 def test_means_need_every_set(study):
     plan, records = study
-    for method, answers in ((FULL, (0, 1, 0, 1)), (LOOKED_UP, (0, 1, 0, 0))):
+    for name, right, wrong in (
+        ("labels", LabelOutcomes(answers=(0, 1, 0, 1)), LabelOutcomes(answers=(0, 1, 0, 0))),
+        ("tags", TagOutcomes(entities=((1, 1, 1),) * 4), TagOutcomes(entities=((1, 1, 1),) * 4)),
+    ):
+        assert StudyReport(plan, records).lost_points(LOOKED_UP) is None
         for seed in (0, 1):
-            assert StudyReport(plan, records).lost_points(method) is None
-            finish(plan, records, method, "labels", seed, LabelOutcomes(answers=answers))
-            tags = TagOutcomes(entities=((1, 1, 1),) * 4)
-            finish(plan, records, method, "tags", seed, tags)
+            finish(plan, records, FULL, name, seed, right)
+            finish(plan, records, LOOKED_UP, name, seed, wrong)
     report = StudyReport(plan, records)
     assert report.lost_points(LOOKED_UP).value == pytest.approx(12.5)
     assert report.hit_rates(LOOKED_UP) == [0.8, 0.8]
