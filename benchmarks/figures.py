@@ -52,7 +52,7 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
         elif curves[0].y_scale == "log":
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=min(0.0, *(min(curve.y) for curve in curves)))
         axes.set_xlabel(curves[0].x_label)
         axes.set_ylabel(curves[0].y_label)
         axes.grid(alpha=0.3)

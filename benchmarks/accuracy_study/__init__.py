@@ -1,0 +1,1 @@
+"""The accuracy study: sets, methods, the plan of runs, how they are carried out, and what they say."""

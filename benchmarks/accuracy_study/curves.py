@@ -1,0 +1,73 @@
+"""Curves of the accuracy study: points lost against full fine-tuning, by layers looked up and by hits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import mean
+
+from benchmarks.accuracy_study.methods import DISTILLED, PLAIN, Hierarchical, Method, WholeBase
+from benchmarks.accuracy_study.report import StudyReport
+from benchmarks.result import Curve
+
+__all__ = ["curves"]
+
+LOST = "points below full fine-tuning, mean of the sets"
+_BASES = {DISTILLED: "distilled", PLAIN: "undistilled"}
+
+
+def curves(report: StudyReport) -> list[Curve]:
+    """Those whose every point is measured on all sets."""
+    return [*_by_layers(report), *_by_hits(report)]
+
+
+def _by_layers(report: StudyReport) -> list[Curve]:
+    found = []
+    for base, name in _BASES.items():
+        own = [Hierarchical(plot_layers, base) for plot_layers in (2, 3, 4)]
+        found += [
+            _curve(report, f"{name}, back-off", own),
+            _curve(report, f"{name}, exact", [replace(method, miss="exact") for method in own]),
+        ]
+    whole = WholeBase()
+    found.append(_curve(report, whole.title, [whole] * 3))
+    return [curve for curve in found if curve is not None]
+
+
+def _curve(report: StudyReport, name: str, methods: Sequence[Method]) -> Curve | None:
+    lost = [report.lost_points(method) for method in methods]
+    values = [interval.value for interval in lost if interval is not None]
+    if len(values) < len(methods):
+        return None
+    return Curve(
+        figure="lost by layers looked up",
+        name=name,
+        x_label="layers looked up, % of all",
+        y_label=LOST,
+        x=(100 / 3, 50.0, 200 / 3),
+        y=tuple(values),
+        x_scale="linear",
+        y_unit="number",
+    )
+
+
+def _by_hits(report: StudyReport) -> list[Curve]:
+    found = []
+    for base, name in _BASES.items():
+        methods = [Hierarchical(3, base, table=table) for table in ("quarter", "half", "own", "all")]
+        lost = [report.lost_points(method) for method in methods]
+        values = [interval.value for interval in lost if interval is not None]
+        if len(values) == len(methods):
+            found.append(
+                Curve(
+                    figure="lost by hits",
+                    name=f"{name}, K = 3, back-off",
+                    x_label="bigrams found, %, mean of the sets",
+                    y_label=LOST,
+                    x=tuple(100 * mean(report.hit_rates(method)) for method in methods),
+                    y=tuple(values),
+                    x_scale="linear",
+                    y_unit="number",
+                )
+            )
+    return found

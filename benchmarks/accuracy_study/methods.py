@@ -1,0 +1,189 @@
+"""The methods that the accuracy study compares: how each makes a model, and its name in files and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from hmi_engine.knowledge.row_formats import RowFormat
+
+__all__ = [
+    "ABLATIONS",
+    "DISTILLED",
+    "MAIN_METHODS",
+    "PLAIN",
+    "FullFineTuning",
+    "Hierarchical",
+    "Method",
+    "TableText",
+    "WholeBase",
+]
+
+PLAIN = "plain"
+"""The base as it is, not distilled."""
+DISTILLED = "distilled"
+
+LORA_RATES = (2e-3,)
+
+OTHER_DISTILLATIONS = ("distilled-domain", "distilled-upper", "distilled-complete")
+"""By what is trained: domain layers and merge alone, or merge and upper layers alone; and with every n-gram
+in the table, where the others leave some out."""
+
+TableText = Literal["quarter", "half", "own", "all"]
+"""Training text that a domain's table is built from: shares of the set's own, all of it, that of all sets."""
+
+AdapterKind = Literal["bottleneck", "lora"]
+
+
+@dataclass(frozen=True)
+class FullFineTuning:
+    """Every weight of the base is trained."""
+
+    candidates: tuple[float, ...] = (1e-4, 5e-5)
+
+    @property
+    def slug(self) -> str:
+        """Name in files."""
+        return "full"
+
+    @property
+    def title(self) -> str:
+        """Name in tables."""
+        return "full fine-tuning"
+
+
+@dataclass(frozen=True)
+class WholeBase:
+    """Adapters on all layers of the frozen base, no table: K = 0.
+
+    Attributes:
+        library: whose training: this project's (``hmi``) or PEFT's (``peft``).
+        kind: of adapter.
+        rank: of the adapter.
+        candidates: learning rates; the development split of seed 0 chooses.
+    """
+
+    library: Literal["hmi", "peft"] = "hmi"
+    kind: AdapterKind = "bottleneck"
+    rank: int = 16
+    candidates: tuple[float, ...] = (5e-3,)
+
+    @property
+    def slug(self) -> str:
+        """Name in files."""
+        return f"k0-{self.library}-{self.kind}"
+
+    @property
+    def title(self) -> str:
+        """Name in tables."""
+        kinds = {"bottleneck": "bottleneck adapters", "lora": "LoRA"}
+        return f"{kinds[self.kind]} on the whole base{' (PEFT)' if self.library == 'peft' else ''}"
+
+
+@dataclass(frozen=True)
+class Hierarchical:
+    """Adapters on the upper layers; the layers below are looked up.
+
+    Attributes:
+        plot_layers: K.
+        base: ``plain``, or the name of a distilled form.
+        miss: how the tenant is trained and served where the table has no row.
+        table: what the table is built from.
+        window: width of the n-gram windows.
+        kind: of adapter.
+        rank: of the adapter.
+        layers: which upper layers get adapters; None for all of them.
+        min_count: n-grams that are seen less often in the table's text get no row.
+        row_format: of the table.
+        candidates: learning rates; the development split of seed 0 chooses.
+    """
+
+    plot_layers: int
+    base: str
+    miss: Literal["backoff", "exact"] = "backoff"
+    table: TableText = "own"
+    window: Literal[2, 3] = 2
+    kind: AdapterKind = "bottleneck"
+    rank: int = 16
+    layers: tuple[int, ...] | None = None
+    min_count: int = 2
+    row_format: RowFormat = "float16"
+    candidates: tuple[float, ...] = (5e-3,)
+
+    @property
+    def base_slug(self) -> str:
+        """Name of the base's folder: distillation is for a K and a width of windows."""
+        return self.base if self.base == PLAIN else f"{self.base}-k{self.plot_layers}-window{self.window}"
+
+    @property
+    def slug(self) -> str:
+        """Name in files: only what differs from the defaults is named."""
+        served = "exact" if self.miss == "exact" else f"backoff-{self.table}"
+        parts = [f"k{self.plot_layers}", self.base, served]
+        parts += [] if self.window == 2 else [f"window{self.window}"]
+        parts += [] if self.kind == "bottleneck" else [self.kind]
+        parts += [] if self.rank == 16 else [f"rank{self.rank}"]
+        parts += [] if self.layers is None else ["layers" + "".join(map(str, self.layers))]
+        parts += [] if self.min_count == 2 else [f"count{self.min_count}"]
+        parts += [] if self.row_format == "float16" else [self.row_format]
+        return "-".join(parts)
+
+    @property
+    def title(self) -> str:
+        """Name in tables."""
+        texts = {
+            "quarter": "table of a quarter of its training text",
+            "half": "table of half of its training text",
+            "own": "table of its training text",
+            "all": "table of all sets' training text",
+        }
+        base = "undistilled" if self.base == PLAIN else self.base
+        served = "exact" if self.miss == "exact" else f"back-off, {texts[self.table]}"
+        parts = [f"K = {self.plot_layers}", base, served]
+        parts += [] if self.window == 2 else [f"windows of {self.window}"]
+        parts += [] if self.kind == "bottleneck" else ["LoRA"]
+        parts += [] if self.rank == 16 else [f"rank {self.rank}"]
+        parts += [] if self.layers is None else ["adapters on layers " + ", ".join(map(str, self.layers))]
+        parts += [] if self.min_count == 2 else [f"n-grams seen {self.min_count} times"]
+        parts += [] if self.row_format == "float16" else [f"{self.row_format} rows"]
+        return ", ".join(parts)
+
+
+Method = FullFineTuning | WholeBase | Hierarchical
+
+
+def _main_methods() -> tuple[Method, ...]:
+    methods: list[Method] = [FullFineTuning(), WholeBase()]
+    for plot_layers in (3, 2, 4):
+        for base in (DISTILLED, PLAIN):
+            own = Hierarchical(plot_layers, base)
+            methods += [own, replace(own, miss="exact"), replace(own, table="all")]
+    for base in (DISTILLED, PLAIN):
+        methods += [Hierarchical(3, base, table="half"), Hierarchical(3, base, table="quarter")]
+    return tuple(methods)
+
+
+MAIN_METHODS = _main_methods()
+"""In the order of their value: the bar and what it is compared with first."""
+
+
+def _ablations() -> tuple[Method, ...]:
+    """Each changes one thing about K = 3, distilled, served by back-off from the set's own text."""
+    base = Hierarchical(3, DISTILLED)
+    return (
+        WholeBase(kind="lora", candidates=LORA_RATES),
+        WholeBase(library="peft", kind="lora", candidates=LORA_RATES),
+        replace(base, window=3),
+        replace(base, window=3, miss="exact"),
+        *(replace(base, base=name) for name in OTHER_DISTILLATIONS),
+        replace(base, layers=(5,)),
+        replace(base, layers=(4, 5)),
+        replace(base, rank=64),
+        replace(base, kind="lora", candidates=LORA_RATES),
+        replace(base, min_count=1),
+        replace(base, row_format="float32"),
+        replace(base, row_format="int8"),
+    )
+
+
+ABLATIONS = _ablations()

@@ -1,0 +1,176 @@
+"""Which runs the accuracy study consists of, in which order, and how long each is expected to take."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+
+from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchical, Method
+from benchmarks.accuracy_study.records import RunRecords
+from benchmarks.accuracy_study.sets import StudySet
+
+__all__ = [
+    "BATCH_SIZE",
+    "MAX_TOKENS",
+    "Plan",
+    "Run",
+    "base_identity",
+    "expected_seconds",
+    "num_epochs",
+    "run_name",
+]
+
+BATCH_SIZE = 32
+MAX_TOKENS = 64
+NUM_LAYERS = 6
+
+_TARGET_STEPS = 550
+_MIN_EPOCHS, _MAX_EPOCHS = 3, 10
+
+_FULL_STEP_SECONDS, _ADAPTER_STEP_SECONDS = 1.5, 0.9
+"""Of a step of 32 sequences of 64 tokens through six layers on one busy core, before any run has told."""
+
+
+def num_epochs(labelled: StudySet) -> int:
+    """Epochs of every method on one set: about 550 steps, at least 3 and at most 10 epochs."""
+    steps = -(-len(labelled.train) // BATCH_SIZE)
+    return max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TARGET_STEPS / steps)))
+
+
+@lru_cache
+def base_identity(folder: Path) -> str:
+    """Digest of a model's weights: a base that was distilled anew is another one."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method with one learning rate on one set with one seed."""
+
+    labelled: StudySet
+    method: Method
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its file, without the suffix."""
+        return run_name(self.labelled, self.method, self.learning_rate, self.seed)
+
+
+def run_name(labelled: StudySet, method: Method, learning_rate: float, seed: int) -> str:
+    """Name of a run's file, without the suffix."""
+    return f"{labelled.name}.{method.slug}-lr{learning_rate:g}.seed{seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs, and what of them can be done now.
+
+    Seed 0 tries every candidate of a method's learning rate; the other seeds take the one with the best
+    development score, so they wait for seed 0.
+
+    Attributes:
+        sets: the labelled sets.
+        methods: in the order of their value.
+        seeds: 0 and the following.
+        distilled: folder of distilled bases by name; None where there are none.
+        only: patterns of names of runs (``scierc.full-*``), of which any may match; empty for all.
+    """
+
+    sets: Sequence[StudySet]
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    distilled: Path | None
+    only: Sequence[str] = ()
+
+    def runs(self, records: RunRecords) -> list[Run]:
+        """Every run whose learning rate is known, first the ones that matter most: seed 0 of all sets."""
+        runs = [*self._first_seed(), *self._other_seeds(records)]
+        return [run for run in runs if self._is_wanted(run.name)]
+
+    def _first_seed(self) -> Iterator[Run]:
+        for method in self.methods:
+            for learning_rate in method.candidates:
+                for labelled in self.sets:
+                    yield Run(labelled, method, learning_rate, self.seeds[0])
+
+    def _other_seeds(self, records: RunRecords) -> Iterator[Run]:
+        for method in self.methods:
+            for labelled in self.sets:
+                chosen = self.chosen_rate(labelled, method, records)
+                if chosen is not None:
+                    yield from (Run(labelled, method, chosen, seed) for seed in self.seeds[1:])
+
+    def chosen_rate(self, labelled: StudySet, method: Method, records: RunRecords) -> float | None:
+        """The learning rate with the best development score of seed 0; None while one of them is missing."""
+        names = {rate: run_name(labelled, method, rate, self.seeds[0]) for rate in method.candidates}
+        if not all(name in records for name in names.values()):
+            return None
+        return max(names, key=lambda rate: records[names[rate]].dev)
+
+    def finished(self, labelled: StudySet, method: Method, records: RunRecords) -> list[str]:
+        """Names of the finished runs of the chosen learning rate, by seed."""
+        chosen = self.chosen_rate(labelled, method, records)
+        if chosen is None:
+            return []
+        names = [run_name(labelled, method, chosen, seed) for seed in self.seeds]
+        return [name for name in names if name in records]
+
+    def base_folder(self, method: Method) -> Path | None:
+        """Folder of the distilled base that a method needs; None for the base as it is."""
+        if not isinstance(method, Hierarchical) or method.base == PLAIN:
+            return None
+        return (self.distilled or Path()) / method.base_slug
+
+    def is_possible(self, run: Run) -> bool:
+        """Whether the base that a run needs is there."""
+        folder = self.base_folder(run.method)
+        return folder is None or (self.distilled is not None and folder.is_dir())
+
+    def next_run(self, records: RunRecords) -> Run | None:
+        """The first run that is possible and not done."""
+        runs = (run for run in self.runs(records) if not self.is_done(run, records) and self.is_possible(run))
+        return next(runs, None)
+
+    def is_done(self, run: Run, records: RunRecords) -> bool:
+        """Whether a run is finished, with the very base that is there now if it needs a distilled one."""
+        if run.name not in records:
+            return False
+        folder = self.base_folder(run.method)
+        return folder is None or not folder.is_dir() or records[run.name].base == base_identity(folder)
+
+    def _is_wanted(self, name: str) -> bool:
+        return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+
+
+def expected_seconds(run: Run, records: RunRecords) -> float:
+    """The median of what the same method or one of its kind took on the set, or else an estimate."""
+    known = [
+        record.cpu_seconds for record in records.values() if _costs_alike(record.set_name, record.method, run)
+    ]
+    return median(known) if known else _estimated_seconds(run)
+
+
+def _costs_alike(set_name: str, slug: str, run: Run) -> bool:
+    """Methods cost alike if they train the same layers of the same set; the first part of a slug says so."""
+    return (
+        set_name == run.labelled.name
+        and slug.split("-", maxsplit=1)[0] == run.method.slug.split("-", maxsplit=1)[0]
+    )
+
+
+def _estimated_seconds(run: Run) -> float:
+    steps = num_epochs(run.labelled) * -(-len(run.labelled.train) // BATCH_SIZE)
+    if isinstance(run.method, FullFineTuning):
+        return steps * _FULL_STEP_SECONDS
+    plot_layers = run.method.plot_layers if isinstance(run.method, Hierarchical) else 0
+    return steps * _ADAPTER_STEP_SECONDS * (1 - plot_layers / NUM_LAYERS)

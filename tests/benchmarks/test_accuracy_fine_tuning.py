@@ -1,0 +1,41 @@
+"""Full fine-tuning learns what can be learned, and its scores are seqeval's and scikit-learn's."""
+
+from itertools import pairwise
+
+import pytest
+
+from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
+from benchmarks.accuracy_study.scores import score
+from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet
+from hmi_engine.knowledge.examples import Example, TaggedExample
+
+RECIPE = FineTuning(learning_rate=2e-3, epochs=4, batch_size=16, max_tokens=16)
+
+
+@pytest.fixture
+def texts(make_sentences):
+    return make_sentences(360, seed=3, longest=9)
+
+
+def test_a_classifier_learns_a_word(tiny_bert, texts):
+    examples = [
+        Example(text, "with" if "the" in text.split() else "without", line) for line, text in enumerate(texts)
+    ]
+    labelled = ClassificationSet("words", *map(tuple, (examples[:240], examples[240:300], examples[300:])))
+    outcome = fine_tune(tiny_bert, labelled, RECIPE, seed=0)
+    assert len(outcome.dev_by_epoch) == RECIPE.epochs
+    assert score("accuracy", outcome.outcomes.counts(labelled)) > 0.9
+
+
+def test_a_tagger_learns_words_in_long_sentences(tiny_bert, texts):
+    sentences = [_tagged(text + " " + other) for text, other in pairwise(texts)]
+    labelled = TaggingSet("words", *map(tuple, (sentences[:240], sentences[240:300], sentences[300:])))
+    outcome = fine_tune(tiny_bert, labelled, RECIPE, seed=0)
+    counts = outcome.outcomes.counts(labelled)
+    assert counts.shape == (len(labelled.test), 1, 3)
+    assert score("entity F1", counts) > 0.9
+
+
+def _tagged(text):
+    words = tuple(text.split())
+    return TaggedExample(words, tuple("B-ARTICLE" if word in ("the", "a") else "O" for word in words))

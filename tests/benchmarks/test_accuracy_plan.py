@@ -1,0 +1,113 @@
+"""The accuracy study does what is missing, once, in order, and takes learning rates from the dev split."""
+
+import pytest
+from accuracy_records import made_record
+
+from benchmarks.accuracy_study.methods import ABLATIONS, MAIN_METHODS, PLAIN, FullFineTuning, Hierarchical
+from benchmarks.accuracy_study.plan import Plan, base_identity, expected_seconds, num_epochs, run_name
+from benchmarks.accuracy_study.records import RunRecords
+from benchmarks.accuracy_study.sets import ClassificationSet
+from hmi_engine.knowledge.examples import Example
+
+FULL = FullFineTuning(candidates=(1e-4, 5e-5))
+LOOKED_UP = Hierarchical(3, PLAIN)
+DISTILLED = Hierarchical(3, "distilled")
+
+
+def made_set(name, num_train=320):
+    examples = tuple(Example(f"text {number}", "ab"[number % 2], number) for number in range(num_train))
+    return ClassificationSet(name, examples, examples[:4], examples[:4])
+
+
+def made_plan(methods=(FULL, LOOKED_UP), sets=("one", "two"), **changes):
+    fields = {"seeds": (0, 1), "distilled": None} | changes
+    return Plan(sets=[made_set(name) for name in sets], methods=methods, **fields)
+
+
+@pytest.fixture
+def records(tmp_path):
+    return RunRecords(tmp_path / "runs")
+
+
+def carry_out(plan, records, dev=lambda run: 0.5):
+    names = []
+    while (run := plan.next_run(records)) is not None:
+        records.add(run.name, made_record(run, dev(run)))
+        names.append(run.name)
+    return names
+
+
+def test_every_run_once_and_seed_0_first(records):
+    names = carry_out(made_plan(), records, dev=lambda run: 0.9 if run.learning_rate == 5e-5 else 0.5)
+    assert names == [
+        "one.full-lr0.0001.seed0",
+        "two.full-lr0.0001.seed0",
+        "one.full-lr5e-05.seed0",
+        "two.full-lr5e-05.seed0",
+        "one.k3-plain-backoff-own-lr0.005.seed0",
+        "two.k3-plain-backoff-own-lr0.005.seed0",
+        "one.full-lr5e-05.seed1",
+        "two.full-lr5e-05.seed1",
+        "one.k3-plain-backoff-own-lr0.005.seed1",
+        "two.k3-plain-backoff-own-lr0.005.seed1",
+    ]
+
+
+def test_a_later_process_goes_on(records, tmp_path):
+    plan = made_plan()
+    for _ in range(3):
+        run = plan.next_run(records)
+        records.add(run.name, made_record(run))
+    again = RunRecords(tmp_path / "runs")
+    assert sorted(again.values(), key=repr) == sorted(records.values(), key=repr)
+    assert len(carry_out(plan, again)) == 10 - 3
+    assert carry_out(plan, RunRecords(tmp_path / "runs")) == []
+
+
+def test_the_dev_split_chooses_the_learning_rate_of_each_set(records):
+    def dev(run):
+        return 0.9 if (run.labelled.name == "two") == (run.learning_rate == 5e-5) else 0.5
+
+    plan = made_plan(methods=(FULL,))
+    carry_out(plan, records, dev)
+    one, two = plan.sets
+    assert (plan.chosen_rate(one, FULL, records), plan.chosen_rate(two, FULL, records)) == (1e-4, 5e-5)
+    assert plan.finished(two, FULL, records) == [run_name(two, FULL, 5e-5, seed) for seed in (0, 1)]
+
+
+def test_patterns_leave_the_rest_out(records):
+    names = carry_out(made_plan(only=("two.full-*", "*.k3-*.seed0")), records)
+    assert len(names) == 2 + 1 + 2 and not any(name.startswith("one.full") for name in names)
+
+
+def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
+    plan = made_plan(methods=(DISTILLED,), sets=("one",), distilled=tmp_path)
+    assert plan.next_run(records) is None
+    assert len(plan.runs(records)) == 1
+    folder = tmp_path / "distilled-k3-window2"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    run = plan.next_run(records)
+    records.add(run.name, made_record(run, base="another distillation"))
+    assert plan.next_run(records) == run
+    records.add(run.name, made_record(run, base=base_identity(folder)))
+    assert plan.next_run(records).seed == 1
+    # Without the folder, what was measured with it still counts.
+    assert made_plan(methods=(DISTILLED,), sets=("one",)).is_done(run, records)
+
+
+def test_epochs_and_costs(records):
+    assert num_epochs(made_set("small", 320)) == 10
+    assert num_epochs(made_set("large", 7320)) == 3
+    plan = made_plan()
+    run = plan.next_run(records)
+    assert expected_seconds(run, records) == 10 * 10 * 1.5
+    records.add(run.name, made_record(run))
+    assert expected_seconds(run, records) == 7
+
+
+def test_methods_have_names_of_their_own():
+    methods = (*MAIN_METHODS, *ABLATIONS)
+    assert (
+        len({method.slug for method in methods}) == len({method.title for method in methods}) == len(methods)
+    )
