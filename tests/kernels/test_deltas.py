@@ -120,6 +120,7 @@ def delta_batches(
 
 SMALL = {
     "bottleneck": {"size": 5, "activations": [1, 4, 2, 3], "ranks": [[2, 3, 0, 1]]},
+    "SiLU": {"size": 3, "activations": [2, 2, 2, 2], "ranks": [[2, 3, 0, 1]]},
     "relu": {"size": 3, "activations": [0, 0, 0, 0], "ranks": [[2, 3, 0, 1]]},
     "LoRA": {"size": 4, "output_sizes": (3,), "ranks": [[2, 3, 0, 1]]},
     "two projections": {"size": 4, "output_sizes": (3, 5), "ranks": [[2, 0, 0, 1], [1, 3, 0, 0]]},
