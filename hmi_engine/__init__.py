@@ -8,9 +8,11 @@ from importlib.metadata import version
 
 from hmi_engine import errors
 from hmi_engine.async_engine import AsyncEngine
-from hmi_engine.construct.training import TrainedTenant, TrainingReport, TrainingSettings
+from hmi_engine.construct.model_card import ModelCard
+from hmi_engine.construct.training import SearchSpace, TrainedTenant, TrainingReport, TrainingSettings
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
+from hmi_engine.evaluation import Evaluation, evaluate_tenant
 from hmi_engine.knowledge.adapters import (
     Adapter,
     BiasBlock,
@@ -55,9 +57,11 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStatistics",
+    "Evaluation",
     "Example",
     "HmiError",
     "LoraBlock",
+    "ModelCard",
     "MultiLabelExample",
     "NewTenant",
     "PairExample",
@@ -68,6 +72,7 @@ __all__ = [
     "Response",
     "ScaleBlock",
     "ScoredPairExample",
+    "SearchSpace",
     "Site",
     "Store",
     "Tag",
@@ -80,6 +85,7 @@ __all__ = [
     "TrainingSettings",
     "Usage",
     "errors",
+    "evaluate_tenant",
     "random_adapter",
     "stream_examples",
     "stream_task_examples",

@@ -99,7 +99,7 @@ class CorpusError(HmiError):
 
 
 class TrainingDataError(HmiError, ValueError):
-    """Training examples are missing, unreadable or too few."""
+    """Examples to train on or to judge by are missing, malformed, of another task or too few."""
 
 
 class TrainingDivergedError(HmiError, ArithmeticError):

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.creation import create_store
 from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome, train_tenants
+from hmi_engine.construct.model_card import ModelCard, base_digest, make_card, read_card
 from hmi_engine.construct.training import (
+    SearchSpace,
     TrainedTenant,
     TrainingBase,
     TrainingProgress,
@@ -216,13 +218,15 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
         validation_examples: Sequence[AnyExample] = (),
         test_examples: Sequence[AnyExample] = (),
         settings: TrainingSettings | None = None,
+        search_space: SearchSpace | None = None,
         replace: bool = False,
         progress: TrainingProgress | None = None,
     ) -> TrainedTenant:
         """Trains an adapter and a head on examples of ``settings.task``, and adds the tenant.
 
         The base is frozen; rows are cross-fitted where the domain's table was built from the training text
-        (docs/training.md). The report is kept as the tenant's card.
+        (docs/training.md). The report is kept in the tenant's card
+        (:meth:`tenant_card`).
 
         Args:
             name: the tenant's name.
@@ -232,6 +236,7 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
             test_examples: those that choose nothing and are only scored at the end.
             settings: of the training; default: classification with bottlenecks.
+            search_space: learning rates and ranks to choose from first.
             replace: whether a tenant of this name may be replaced.
             progress: told about each stage.
 
@@ -253,6 +258,7 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             validation_examples=validation_examples,
             test_examples=test_examples,
             settings=settings or TrainingSettings(),
+            search_space=search_space,
             progress=progress,
         )
         self._add_trained(name, domain, trained, replace)
@@ -317,14 +323,25 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
 
     def _add_trained(self, name: str, domain: str, trained: TrainedTenant, replace: bool) -> None:
+        card = make_card(
+            name, domain, self.general, base_digest(self.catalog.general_files()), trained.report
+        )
         self.add_tenant(
             name,
             domain=domain,
             adapter=trained.adapter,
             head=trained.head,
             replace=replace,
-            card={"training": trained.report.model_dump(mode="json")},
+            card=card.model_dump(mode="json"),
         )
+
+    def tenant_card(self, name: str) -> ModelCard | None:
+        """What the training of a tenant was told and found; None where it was not trained here.
+
+        Raises:
+            UnknownTenantError.
+        """
+        return read_card(self.tenants[name])
 
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
         """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.table import Table
 
 from hmi_engine.cli.joint_training_command import train_many
@@ -18,31 +17,20 @@ from hmi_engine.cli.output import (
     console,
     print_json,
     print_json_list,
-    progress_bars,
     say,
     warn,
 )
-from hmi_engine.construct.training import TrainingSettings
-from hmi_engine.errors import CorpusError
+from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
+from hmi_engine.cli.training_commands import card, evaluate, train
 from hmi_engine.interop import PROBLEM_TYPES
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
-from hmi_engine.knowledge.corpus_examples import stream_examples
-from hmi_engine.knowledge.corpus_report import CorpusReport
-from hmi_engine.knowledge.examples import Example
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 
 app = typer.Typer(help="Tenants: adapters and heads.", no_args_is_help=True)
 app.command("train-many")(train_many)
 
-TenantName = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the tenant, such as acme/chemprot.", show_default=False)
-]
-DomainOption = Annotated[str, typer.Option(help="The tenant's domain.")]
 ROWS_OF_TEXT = 100
-ReplaceOption = Annotated[bool, typer.Option(help="Replace a tenant of this name.")]
-
-
 LabelsOption = Annotated[str | None, typer.Option(help="Names of the classes, separated by commas.")]
 ProblemOption = Annotated[
     str | None,
@@ -154,96 +142,9 @@ def export_tenant(
         say(f"wrote tenant {name} to {directory} in the format of {chosen}")
 
 
-@app.command()
-def train(
-    store: StorePath,
-    name: TenantName,
-    data: Annotated[Path, typer.Option(help='JSON lines: {"text": ..., "label": ...}.')],
-    test: Annotated[Path | None, typer.Option(help="Held-out JSON lines to report on.")] = None,
-    domain: DomainOption = ROOT_DOMAIN,
-    kind: Annotated[str, typer.Option(help="bottleneck or lora.")] = "bottleneck",
-    rank: Annotated[int, typer.Option(min=1, help="Width of the adapter.")] = 16,
-    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the data.")] = 10,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the kind's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per step.")] = 32,
-    max_tokens: Annotated[int, typer.Option(min=3, help="Longer texts are cut.")] = 128,
-    miss: Annotated[
-        str, typer.Option(help="Policy that it will be served with: backoff or exact.")
-    ] = "backoff",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same tenant.")] = 0,
-    text_field: Annotated[str, typer.Option(help="Field of the text.")] = "text",
-    label_field: Annotated[str, typer.Option(help="Field of the label.")] = "label",
-    replace: ReplaceOption = False,
-    as_json: AsJson = False,
-) -> None:
-    """Train an adapter and a head on labelled texts; the base stays as it is."""
-    settings = _settings(
-        kind=kind,
-        rank=rank,
-        max_epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        miss=miss,
-        seed=seed,
-    )
-    examples = _read_examples(data, text_field, label_field)
-    test_examples = _read_examples(test, text_field, label_field) if test else []
-    with Store.open(store) as opened, progress_bars() as progress:
-        trained = opened.train_tenant(
-            name,
-            examples,
-            domain=domain,
-            test_examples=test_examples,
-            settings=settings,
-            replace=replace,
-            progress=progress,
-        )
-        info = opened.tenants[name]
-    if as_json:
-        print_json(trained.report.model_dump(mode="json") | {"bytes": info.bytes})
-        return
-    _print_report(name, trained.report, info.bytes)
-
-
-def _settings(**fields: Any) -> TrainingSettings:
-    try:
-        return TrainingSettings(**fields)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = "--" + str(problem["loc"][0]).replace("max_epochs", "epochs").replace("_", "-")
-        raise typer.BadParameter(problem["msg"], param_hint=option) from error
-
-
-def _read_examples(path: Path, text_field: str, label_field: str) -> list[Example]:
-    report = CorpusReport()
-    examples = list(stream_examples(path, text_field, label_field, report=report))
-    for bad in report.bad_lines[:5]:
-        warn(f"left out: {bad}")
-    if not examples:
-        raise CorpusError(
-            f'{path} holds no example; each line is {{"{text_field}": ..., "{label_field}": ...}}'
-        )
-    return examples
-
-
-def _print_report(name: str, report: Any, num_bytes: int) -> None:
-    table = Table("split", "texts", "accuracy", "macro-F1", "majority class", title=name)
-    for split, scores in (("validation", report.validation), ("test", report.test)):
-        if scores is not None:
-            table.add_row(
-                split,
-                str(scores.num_examples),
-                f"{scores.accuracy:.1%}",
-                f"{scores.macro_f1:.1%}",
-                f"{scores.majority_accuracy:.1%}",
-            )
-    console.print(table)
-    console.print(
-        f"{report.num_parameters} parameters, {format_bytes(num_bytes)}, trained in {report.seconds:.0f} s",
-        markup=False,
-        highlight=False,
-    )
+app.command()(train)
+app.command()(evaluate)
+app.command()(card)
 
 
 @app.command("list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from hmi_engine.construct.training_data import Split, TaskData
 from hmi_engine.construct.training_loop import FitResult, TrainingTask, fit
 from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import Metrics, check_metric_libraries
+from hmi_engine.construct.training_search import SearchSpace, search
 from hmi_engine.construct.training_settings import (
     Epoch,
+    SearchReport,
     TrainingProgress,
     TrainingReport,
     TrainingSettings,
@@ -35,6 +38,7 @@ __all__ = [
     "Epoch",
     "Metrics",
     "PreparedTraining",
+    "SearchSpace",
     "TrainedTenant",
     "TrainingBase",
     "TrainingProgress",
@@ -64,6 +68,7 @@ def train_tenant(
     validation_examples: Sequence[AnyExample] = (),
     test_examples: Sequence[AnyExample] = (),
     settings: TrainingSettings,
+    search_space: SearchSpace | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainedTenant:
     """Trains an adapter and a head for one domain, under the miss policy that will serve it.
@@ -83,6 +88,8 @@ def train_tenant(
         validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
         test_examples: those that choose nothing and are only scored at the end.
         settings: see :class:`TrainingSettings`.
+        search_space: learning rates and ranks to choose from before the training; None to take those of
+            ``settings``.
         progress: told about each stage.
 
     Raises:
@@ -97,7 +104,9 @@ def train_tenant(
     """
     base = TrainingBase(general, model, encoder, plots, domain, progress)
     prepared = base.prepare(examples, validation_examples, test_examples, settings)
-    result = fit(prepared.task, prepared.tenant, settings, prepared.generator, progress)
+    if search_space is not None:
+        prepared = prepared.searched(search_space)
+    result = fit(prepared.task, prepared.tenant, prepared.settings, prepared.generator, progress)
     return prepared.finish(result)
 
 
@@ -131,7 +140,7 @@ class TrainingBase:
         test_data = session.encode(test_examples) if test_examples else None
         generator = torch.Generator().manual_seed(settings.seed)
         split = session.split(data, len(examples), generator)
-        tenant = session.new_tenant(generator)
+        tenant = session.new_tenant(settings, generator)
         task = TrainingTask(session.cache(data, tenant), data, split, objective)
         return PreparedTraining(session, task, tenant, generator, test_data, started)
 
@@ -147,6 +156,7 @@ class PreparedTraining:
         generator: orders the batches; has drawn the split and the parameters.
         test_data: what it is to be tested on.
         started: when that began, by ``time.perf_counter``.
+        trials: of the search that chose the settings, if there was one.
     """
 
     session: _Session
@@ -155,11 +165,25 @@ class PreparedTraining:
     generator: torch.Generator
     test_data: TaskData | None
     started: float
+    trials: SearchReport | None = None
 
     @property
     def settings(self) -> TrainingSettings:
-        """As they were given."""
+        """As they were given, or as a search found them."""
         return self.session.settings
+
+    def searched(self, space: SearchSpace) -> PreparedTraining:
+        """The same with the settings that a search finds best."""
+        session = self.session
+        settings, trials = search(
+            self.task, session.new_tenant, session.settings, space, session.base.progress
+        )
+        return dataclasses.replace(
+            self,
+            session=dataclasses.replace(session, settings=settings),
+            tenant=session.new_tenant(settings, self.generator),
+            trials=trials,
+        )
 
     def finish(self, result: FitResult) -> TrainedTenant:
         """Judges the tenant, which was fitted, and makes copies to store and serve.
@@ -194,6 +218,7 @@ class PreparedTraining:
             data_sha256=task.data.sha256,
             test_sha256=None if test_data is None else test_data.sha256,
             settings=session.settings,
+            search=self.trials,
         )
         return TrainedTenant(*trained, report)
 
@@ -215,8 +240,8 @@ class _Session:
             return Split(tuple(range(num_examples)), tuple(range(num_examples, len(data))))
         return self.objective.split(data, self.settings.validation_fraction, generator)
 
-    def new_tenant(self, generator: torch.Generator) -> TrainableTenant:
-        settings, general = self.settings, self.base.general
+    def new_tenant(self, settings: TrainingSettings, generator: torch.Generator) -> TrainableTenant:
+        general = self.base.general
         adapter = TrainableAdapter(
             general,
             kind=settings.block_kind,

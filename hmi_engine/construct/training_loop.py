@@ -156,7 +156,8 @@ def fit(
                 losses.append(loss)
                 if progress is not None:
                     progress(stage, optimizer.steps, total, _shown(losses, course.history))
-            epoch = _validate(task, tenant, sum(losses) / len(losses))
+            with memory_advice(settings, "validation"):
+                epoch = _validate(task, tenant, sum(losses) / len(losses))
         except TrainingDivergedError as error:
             if course.best_epoch < 0:
                 raise

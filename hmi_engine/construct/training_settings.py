@@ -16,9 +16,11 @@ __all__ = [
     "DEFAULT_LEARNING_RATES",
     "AdapterKind",
     "Epoch",
+    "SearchReport",
     "TrainingProgress",
     "TrainingReport",
     "TrainingSettings",
+    "Trial",
 ]
 
 AdapterKind = Literal["bottleneck", "seq_bn", "double_seq_bn", "lora", "ia3", "bitfit"]
@@ -39,7 +41,8 @@ class TrainingProgress(Protocol):
         """Called after each piece of a stage.
 
         Args:
-            stage: ``"caching hidden states"`` (in texts) or ``"training"`` (in steps).
+            stage: ``"caching hidden states"`` (in texts), ``"searching"`` (in trials) or ``"training"`` (in
+                steps).
             done: how much of the stage is done; early stopping may end it before ``total``.
             total: how much there is.
             metrics: in training, ``loss``, and after the first epoch the task's figures on the validation
@@ -154,6 +157,33 @@ class Epoch(BaseModel):
     metrics: dict[str, float]
 
 
+class Trial(BaseModel):
+    """A candidate of a search, trained for ``steps`` in one of its rounds.
+
+    ``value`` is the figure by which the best is chosen, on the validation split, as is the loss; both are
+    None where the training's loss became infinite or NaN.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    round: int
+    learning_rate: float
+    rank: int
+    steps: int
+    value: float | None = None
+    validation_loss: float | None = None
+
+
+class SearchReport(BaseModel):
+    """Every trial of a search that had ``budget_steps`` in all, judged by the figure ``best_by``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    best_by: str
+    budget_steps: int
+    trials: tuple[Trial, ...]
+
+
 class TrainingReport(BaseModel):
     """What was trained, on what, and how well it does.
 
@@ -174,7 +204,8 @@ class TrainingReport(BaseModel):
         test_hit_rates: of the test examples; those that the domain's corpus holds are cross-fitted too.
         data_sha256: digest of the examples in their order, those of a validation set after the others.
         test_sha256: digest of the test examples.
-        settings: as they were given, or as a search found them.
+        settings: as they were given, with the learning rate and rank that a search found.
+        search: its trials; None where there was none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -196,3 +227,4 @@ class TrainingReport(BaseModel):
     data_sha256: str
     test_sha256: str | None
     settings: TrainingSettings
+    search: SearchReport | None = None

@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 import hmi_kernels
+from hmi_engine.versions import PACKAGES, Versions, installed_versions
 
 __all__ = ["PACKAGES", "Machine", "Versions", "describe_machine", "installed_versions"]
-
-PACKAGES = (
-    "duckdb",
-    "faiss-cpu",
-    "hmi",
-    "numba",
-    "numpy",
-    "peft",
-    "ray",
-    "safetensors",
-    "tokenizers",
-    "torch",
-    "transformers",
-    "triton",
-    "zstandard",
-)
-"""What takes part in what is computed, or is measured beside it."""
-
-
-class Versions(BaseModel):
-    """Version of Python, and of each installed package that took part."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    python: str
-    packages: dict[str, str]
 
 
 class Machine(BaseModel):
@@ -54,20 +28,6 @@ class Machine(BaseModel):
     memory_bytes: int
     device: str
     system: str
-
-
-def installed_versions() -> Versions:
-    """Versions of what is installed here."""
-    found = {package: _version(package) for package in PACKAGES}
-    present = {package: number for package, number in found.items() if number is not None}
-    return Versions(python=platform.python_version(), packages=present)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def describe_machine() -> Machine:

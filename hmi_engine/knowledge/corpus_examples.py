@@ -130,26 +130,31 @@ class _Parser:
             return TaggedExample(_accept_all(words, reading), tuple(tags), number)
         if self.task == "embedding":
             return self._pair(number, found, reading)
-        text = self._text(found, self.text_field, reading)
+        text = self._text(found, self.text_field)
         if self.task == "classification":
-            return Example(text, self._label(number, found), number)
+            label = self._label(number, found)
+            return Example(reading.accept(text), label, number)
         if self.task == "multi_label":
-            return MultiLabelExample(text, self._labels(found), number)
-        return RegressionExample(text, self._number(found, self.label_field), number)
+            labels = self._labels(found)
+            return MultiLabelExample(reading.accept(text), labels, number)
+        value = self._number(found, self.label_field)
+        return RegressionExample(reading.accept(text), value, number)
 
     def _pair(self, number: int, found: dict[str, Any], reading: Reading) -> AnyExample:
         if "score" in found:
-            first, second = (self._text(found, name, reading) for name in ("first", "second"))
-            return ScoredPairExample(first, second, self._number(found, "score"), number)
-        anchor, positive = (self._text(found, name, reading) for name in ("anchor", "positive"))
+            first, second = (self._text(found, name) for name in ("first", "second"))
+            score = self._number(found, "score")
+            return ScoredPairExample(reading.accept(first), reading.accept(second), score, number)
+        anchor, positive = (self._text(found, name) for name in ("anchor", "positive"))
         has_negative = found.get("negative") not in (None, "")
-        negative = self._text(found, "negative", reading) if has_negative else None
-        return PairExample(anchor, positive, negative, number)
+        negative = reading.accept(self._text(found, "negative")) if has_negative else None
+        return PairExample(reading.accept(anchor), reading.accept(positive), negative, number)
 
-    def _text(self, found: dict[str, Any], name: str, reading: Reading) -> str:
+    def _text(self, found: dict[str, Any], name: str) -> str:
         if fault := text_fault(found, name):
             raise _NoExampleError(fault)
-        return reading.accept(found[name])
+        text: str = found[name]
+        return text
 
     def _label(self, number: int, found: dict[str, Any]) -> str:
         label = found.get(self.label_field)

@@ -1,0 +1,276 @@
+"""``hmi tenant train``, ``evaluate`` and ``card``: making tenants from examples, and judging them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.table import Table
+
+from hmi_engine.cli.output import (
+    AsJson,
+    StorePath,
+    checked_choice,
+    console,
+    print_json,
+    progress_bars,
+    say,
+    warn,
+)
+from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
+from hmi_engine.construct.model_card_text import card_markdown, figure
+from hmi_engine.construct.training import Metrics, SearchSpace, TrainingReport, TrainingSettings
+from hmi_engine.construct.training_settings import ADAPTER_KINDS
+from hmi_engine.engine import Engine
+from hmi_engine.errors import CorpusError
+from hmi_engine.evaluation import evaluate_tenant, task_of
+from hmi_engine.knowledge.catalog import ROOT_DOMAIN
+from hmi_engine.knowledge.corpus_examples import stream_task_examples
+from hmi_engine.knowledge.corpus_files import EXAMPLE_FORMATS, ExampleFormat
+from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.knowledge.examples import TASKS, AnyExample, Task
+from hmi_engine.knowledge.sizes import format_bytes
+from hmi_engine.store import Store
+
+__all__ = ["card", "evaluate", "train"]
+
+_FEW_LINES = 5
+
+FormatOption = Annotated[
+    str | None,
+    typer.Option("--format", help=f"{', '.join(EXAMPLE_FORMATS)}; default: told from the files' names."),
+]
+TextFieldOption = Annotated[str, typer.Option(help="Field or column of the text.")]
+LabelFieldOption = Annotated[str, typer.Option(help="Field or column of the label.")]
+
+
+def train(
+    store: StorePath,
+    name: TenantName,
+    data: Annotated[Path, typer.Option(help='Examples, such as JSON lines {"text": ..., "label": ...}.')],
+    validation: Annotated[
+        Path | None, typer.Option(help="Examples that choose the best epoch; default: a share of the data.")
+    ] = None,
+    test: Annotated[Path | None, typer.Option(help="Held-out examples to report on.")] = None,
+    task: Annotated[str, typer.Option(help=f"What is learned: {', '.join(TASKS)}.")] = "classification",
+    domain: DomainOption = ROOT_DOMAIN,
+    kind: Annotated[str, typer.Option(help=f"Of adapter: {', '.join(ADAPTER_KINDS)}.")] = "bottleneck",
+    rank: Annotated[int, typer.Option(min=1, help="Width of the adapter.")] = 16,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA: its output is times this over the rank; default: times 2.")
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Over the rank's square root instead.")] = False,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the data.")] = 10,
+    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs without gain.")] = 2,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the kind's own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=3, help="Longer texts are cut.")] = 128,
+    pooling: Annotated[
+        str | None, typer.Option(help="What the head reads of a text: cls or mean; default: the task's.")
+    ] = None,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Make rare labels count as much as frequent ones.")
+    ] = False,
+    label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all labels.")] = 0.0,
+    miss: Annotated[
+        str, typer.Option(help="Policy that it will be served with: backoff or exact.")
+    ] = "backoff",
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="First choose learning rate and rank by the validation examples."),
+    ] = False,
+    search_rates: Annotated[
+        str | None, typer.Option(help="Learning rates to search, with commas; default: 0.3, 1 and 3 times.")
+    ] = None,
+    search_ranks: Annotated[str, typer.Option(help="Ranks to search, with commas.")] = "8,16,32",
+    search_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the search in all; default: those of two trainings.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tenant.")] = 0,
+    file_format: FormatOption = None,
+    text_field: TextFieldOption = "text",
+    label_field: LabelFieldOption = "label",
+    replace: ReplaceOption = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter and a head on examples; the base stays as it is."""
+    settings = _settings(
+        task=checked_choice(task, TASKS, "--task"),
+        kind=checked_choice(kind, ADAPTER_KINDS, "--kind"),
+        rank=rank,
+        lora_alpha=lora_alpha,
+        use_rslora=rslora,
+        max_epochs=epochs,
+        patience=patience,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        pooling=pooling,
+        class_weights="balanced" if balanced else None,
+        label_smoothing=label_smoothing,
+        miss=miss,
+        seed=seed,
+    )
+    space = _search_space(settings, search_rates, search_ranks, search_steps) if search else None
+    files = _ExampleFiles(settings.task, file_format, text_field, label_field)
+    examples, validation_examples, test_examples = (
+        files.read(path) if path else [] for path in (data, validation, test)
+    )
+    with Store.open(store) as opened, progress_bars() as progress:
+        trained = opened.train_tenant(
+            name,
+            examples,
+            domain=domain,
+            validation_examples=validation_examples,
+            test_examples=test_examples,
+            settings=settings,
+            search_space=space,
+            replace=replace,
+            progress=progress,
+        )
+        info = opened.tenants[name]
+    _warn_of(trained.report)
+    if as_json:
+        print_json(trained.report.model_dump(mode="json") | {"bytes": info.bytes})
+    else:
+        _print_report(name, trained.report, info.bytes)
+
+
+def evaluate(
+    store: StorePath,
+    name: TenantName,
+    data: Annotated[Path, typer.Option(help="Examples of the tenant's task.")],
+    miss: Annotated[str, typer.Option(help="Policy to serve with: backoff, exact or budget.")] = "backoff",
+    seed: Annotated[int, typer.Option(help="Of the intervals' resamples.")] = 0,
+    file_format: FormatOption = None,
+    text_field: TextFieldOption = "text",
+    label_field: LabelFieldOption = "label",
+    as_json: AsJson = False,
+) -> None:
+    """Ask a tenant, trained here or elsewhere, about examples, and compare its answers."""
+    policy = checked_choice(miss, ("backoff", "exact", "budget"), "--miss")
+    with Store.open(store, read_only=True) as opened:
+        task = task_of(opened.load_tenant(name)[1])
+        examples = _ExampleFiles(task, file_format, text_field, label_field).read(data)
+        with Engine(opened, miss=policy) as engine, progress_bars() as progress:
+            evaluation = evaluate_tenant(engine, name, examples, seed=seed, progress=progress)
+    if evaluation.num_cut:
+        warn(f"{evaluation.num_cut} texts were cut to the model's positions")
+    if as_json:
+        print_json(evaluation.model_dump(mode="json"))
+    else:
+        console.print(_figures(name, {data.name: evaluation.metrics}))
+
+
+def card(store: StorePath, name: TenantName, as_json: AsJson = False) -> None:
+    """Print what a tenant was made from and how well it does, as Markdown."""
+    with Store.open(store, read_only=True) as opened:
+        info, found = opened.tenants[name], opened.tenant_card(name)
+    if as_json:
+        print_json(info.card if found is None else found.model_dump(mode="json"))
+    elif found is None:
+        say(f"{name} was not trained here; --json prints what its entry says, and evaluate judges it")
+    else:
+        say(card_markdown(found).rstrip())
+
+
+class _ExampleFiles:
+    """How a command's files of examples are read."""
+
+    def __init__(self, task: Task, file_format: str | None, text_field: str, label_field: str) -> None:
+        self._task, self._text_field, self._label_field = task, text_field, label_field
+        self._format: ExampleFormat | None = None
+        if file_format is not None:
+            self._format = checked_choice(file_format, EXAMPLE_FORMATS, "--format")
+
+    def read(self, path: Path) -> list[AnyExample]:
+        """Warns of the first lines that are left out; raises :class:`CorpusError` where none is left."""
+        report = CorpusReport()
+        examples = list(
+            stream_task_examples(
+                path,
+                self._task,
+                text_field=self._text_field,
+                label_field=self._label_field,
+                file_format=self._format,
+                report=report,
+            )
+        )
+        for bad in report.bad_lines[:_FEW_LINES]:
+            warn(f"left out: {bad}")
+        if report.num_bad_lines > _FEW_LINES:
+            warn(f"left out {report.num_bad_lines} lines in all")
+        if not examples:
+            raise CorpusError(
+                f"{path} holds no {self._task} example; are the task, the format and the fields "
+                f"{self._text_field!r} and {self._label_field!r} right?"
+            )
+        return examples
+
+
+def _settings(**fields: Any) -> TrainingSettings:
+    try:
+        return TrainingSettings(**fields)
+    except ValidationError as error:
+        raise _bad_option(error) from error
+
+
+def _search_space(
+    settings: TrainingSettings, rates: str | None, ranks: str, steps: int | None
+) -> SearchSpace:
+    try:
+        space = SearchSpace(
+            learning_rates=None if rates is None else tuple(map(float, rates.split(","))),
+            ranks=tuple(map(int, ranks.split(","))),
+            budget_steps=steps,
+        )
+        space.candidates(settings)
+    except ValidationError as error:
+        raise _bad_option(error) from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--search-rates, --search-ranks") from error
+    return space
+
+
+_OPTIONS = {"max_epochs": "--epochs", "use_rslora": "--rslora", "class_weights": "--balanced"}
+
+
+def _bad_option(error: ValidationError) -> typer.BadParameter:
+    problem = error.errors()[0]
+    field = str(problem["loc"][0]) if problem["loc"] else ""
+    option = _OPTIONS.get(field, "--" + field.replace("_", "-")) if field else None
+    return typer.BadParameter(problem["msg"], param_hint=option)
+
+
+def _warn_of(report: TrainingReport) -> None:
+    if cut := report.num_cut + report.test_num_cut:
+        warn(f"{cut} texts were cut to {report.settings.max_tokens} tokens; --max-tokens sets how many")
+    if report.divergence:
+        warn(f"the training ended early, and its best epoch was kept: {report.divergence}")
+
+
+def _print_report(name: str, report: TrainingReport, num_bytes: int) -> None:
+    splits = {"validation": report.validation}
+    if report.test is not None:
+        splits["test"] = report.test
+    console.print(_figures(name, splits))
+    chosen = (
+        f"learning rate {report.settings.peak_learning_rate:g} and rank {report.settings.rank} of "
+        f"{len(report.search.trials)} trials, "
+        if report.search
+        else ""
+    )
+    say(
+        f"{chosen}{report.num_parameters} parameters, {format_bytes(num_bytes)}, trained in "
+        f"{report.seconds:.0f} s; hmi tenant card shows everything"
+    )
+
+
+def _figures(name: str, splits: dict[str, Metrics]) -> Table:
+    """Figures by row, splits by column."""
+    table = Table("figure", *(f"{split} ({m.num_examples})" for split, m in splits.items()), title=name)
+    for row in dict.fromkeys(name for metrics in splits.values() for name in metrics.values):
+        table.add_row(row, *(figure(m, row) if row in m.values else "" for m in splits.values()))
+    return table

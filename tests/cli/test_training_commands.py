@@ -1,0 +1,111 @@
+"""``hmi tenant train``, ``evaluate`` and ``card`` as a person types them."""
+
+import json
+
+import pytest
+from cli.command_line import hmi
+from conftest import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def made(tiny_bert, tmp_path_factory, corpus):
+    """A store without domain layers, and a file of examples."""
+    folder = tmp_path_factory.mktemp("cli")
+    created = hmi("init", folder / "store", "--general", tiny_bert, "--plot-layers", 0)
+    assert created.returncode == 0, created.stderr
+    write_jsonl(folder / "data.jsonl", [{"text": text, "label": label_of(text)} for text in corpus[:80]])
+    return folder
+
+
+def label_of(text):
+    return "cells" if len(text.split()) > 8 else "none"
+
+
+def train(made, name, *options, data="data.jsonl"):
+    return hmi("tenant", "train", made / "store", name, "--data", made / data, "--epochs", 1, *options)
+
+
+def test_train_card_evaluate(made):
+    options = ["--kind", "lora", "--lora-alpha", 8, "--rslora", "--balanced", "--label-smoothing", 0.1]
+    search = ["--search", "--search-rates", "1e-3,1e-2", "--search-ranks", 4, "--search-steps", 4]
+    done = train(made, "a", *options, *search, "--test", made / "data.jsonl", "--max-tokens", 12, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["settings"]["rank"] == 4 and report["settings"]["class_weights"] == "balanced"
+    assert len(report["search"]["trials"]) == 2
+    assert f"{report['num_cut'] + report['test_num_cut']} texts were cut to 12 tokens" in done.stderr
+
+    card = json.loads(hmi("tenant", "card", made / "store", "a", "--json").stdout)
+    assert card["training"]["test"] == report["test"]
+    text = hmi("tenant", "card", made / "store", "a").stdout
+    assert text.startswith("# a\n") and report["data_sha256"] in text
+
+    done = hmi("tenant", "evaluate", made / "store", "a", "--data", made / "data.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["task"] == "classification" and found["metrics"]["num_examples"] == 80
+    assert set(found["metrics"]["intervals"]) == {"accuracy", "macro_f1"}
+    shown = hmi("tenant", "evaluate", made / "store", "a", "--data", made / "data.jsonl").stdout
+    assert "macro_f1" in shown and " to " in shown
+
+
+def test_words_from_a_file_of_any_name(made, corpus):
+    lines = "\n\n".join(
+        "\n".join(f"{word} {'B-x' if word == 'cell' else 'O'}" for word in text.split()) for text in corpus
+    )
+    (made / "words.txt").write_text(lines)
+    options = ["--task", "token_classification", "--format", "conll"]
+    refused = train(made, "w", *options[:2], data="words.txt")
+    assert refused.returncode == 2 and "must be given" in refused.stderr
+    options += ["--validation", made / "words.txt"]
+    done = train(made, "w", *options, "--json", data="words.txt")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["best_by"] == "entity_f1"
+    evaluate = ["tenant", "evaluate", made / "store", "w", "--data", made / "words.txt", "--format", "conll"]
+    found = json.loads(hmi(*evaluate, "--json").stdout)["metrics"]["values"]
+    assert found["entity_f1"] == pytest.approx(json.loads(done.stdout)["validation"]["values"]["entity_f1"])
+
+
+def test_a_tenant_from_elsewhere_has_no_card(made):
+    from hmi_engine import Adapter, ClassificationHead, Store
+
+    with Store.open(made / "store") as store:
+        import torch
+
+        head = ClassificationHead(("cells", "none"), torch.randn(2, 32), torch.zeros(2), "cls")
+        store.add_tenant("b", domain="general", adapter=Adapter({}), head=head, card={"from": "elsewhere"})
+    assert "not trained here" in hmi("tenant", "card", made / "store", "b").stdout
+    assert json.loads(hmi("tenant", "card", made / "store", "b", "--json").stdout) == {"from": "elsewhere"}
+    done = hmi("tenant", "evaluate", made / "store", "b", "--data", made / "data.jsonl", "--json")
+    assert 0 <= json.loads(done.stdout)["metrics"]["values"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kind", "prefix"], "--kind"),
+        (["--task", "translation"], "--task"),
+        (["--format", "xml"], "--format"),
+        (["--label-smoothing", 2], "--label-smoothing"),
+        (["--rslora"], "lora_alpha"),
+        (["--pooling", "max"], "--pooling"),
+        (["--search", "--search-rates", "fast"], "--search-rates"),
+        (["--search", "--search-ranks", "0"], "--rank"),
+        (["--label-field", "class"], "holds no classification example"),
+        (["--task", "regression"], "holds no regression example"),
+        (["--validation", "missing.jsonl"], "missing.jsonl"),
+    ],
+)
+def test_options_that_do_not_fit(made, options, message):
+    done = train(made, "c", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "c" not in [
+        tenant["name"] for tenant in json.loads(hmi("tenant", "list", made / "store", "--json").stdout)
+    ]
+
+
+def test_odd_quoting_names_the_line(made):
+    (made / "odd.csv").write_text('text,label\nfine,a\n"he said "no"",b\n')
+    done = train(made, "c", data="odd.csv")
+    assert done.returncode == 2 and "odd.csv:3" in done.stderr and "quotation mark" in done.stderr
