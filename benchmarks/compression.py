@@ -265,7 +265,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             "model": PACKAGE,
             "sets": [texts.name for texts in subject.sets],
             "training_texts": [len(texts.train) for texts in subject.sets],
-            "held_out_texts": [len(texts.test.texts) for texts in subject.sets],
+            "held_out_texts": [len(texts.test) for texts in subject.sets],
             "rows": len(subject.table.rows),
             "seeds": plan.seeds,
             **recipe,

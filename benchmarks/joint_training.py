@@ -69,6 +69,8 @@ Job = Callable[[], list[float]]
 def _read(arguments: Arguments) -> DemoData:
     if arguments.data is not None:
         return folder_data(arguments.data, max_train=10**9, max_test=10**9)[0]
+    if arguments.quick:
+        return documentation_data(num_topics=1, background_words=0)
     return documentation_data(background_words=0, max_train=10**9)
 
 

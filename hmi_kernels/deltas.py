@@ -231,10 +231,16 @@ def _scaled(gradient: Tensor, slot_scales: Tensor, token_slots: Tensor, has_slot
     return torch.where(has_slot, gradient * scales, 0).to(gradient.dtype)
 
 
+def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    # aten's own cannot be differentiated again.
+    sigmoid = torch.sigmoid(x)
+    return gradient * sigmoid * (1 + x * (1 - sigmoid))
+
+
 _FUNCTIONS = {
     "relu": (torch.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
     "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
-    "silu": (functional.silu, torch.ops.aten.silu_backward),
+    "silu": (functional.silu, _silu_backward),
     "gelu_tanh": (
         lambda x: functional.gelu(x, approximate="tanh"),
         lambda g, x: torch.ops.aten.gelu_backward(g, x, approximate="tanh"),
@@ -245,13 +251,10 @@ _FUNCTIONS = {
 
 def _activation_backward(before: Tensor, gradient: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Activated values and the gradient before them; numbers int32 [T, 1] are places in ``ACTIVATIONS``."""
-    # Which activations a batch has is known without waiting only where there is nothing to wait for.
-    used = torch.unique(numbers).tolist() if numbers.device.type == "cpu" else range(len(ACTIVATIONS))
+    # All of them: which ones a batch has could be known only by waiting for it, and they are thin.
     activated, result = before, gradient
-    for number in used:
-        function, backward = _FUNCTIONS[ACTIVATIONS[number]]
-        if len(used) == 1:
-            return function(before), backward(gradient, before)
+    for number, name in enumerate(ACTIVATIONS):
+        function, backward = _FUNCTIONS[name]
         is_this = numbers == number
         activated = torch.where(is_this, function(before), activated)
         result = torch.where(is_this, backward(gradient, before), result)

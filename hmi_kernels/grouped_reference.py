@@ -7,6 +7,7 @@ that is what the formulas of :mod:`hmi_kernels.products` and :mod:`hmi_kernels.d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -77,7 +78,10 @@ def grouped_lora(
 ) -> None:
     """One projection and one segment after the other; ``max_rank`` is a hint to kernels."""
     in_size = hidden_states.shape[1]
-    columns = output.split(list(output_sizes or output.shape[1:]), dim=1)
+    sizes_of_columns = list(output_sizes or output.shape[1:])
+    starts = accumulate(sizes_of_columns[:-1], initial=0)
+    # Not split: autograd lets no one change one of several views that were made together.
+    columns = [output.narrow(1, start, size) for start, size in zip(starts, sizes_of_columns, strict=True)]
     tables = [table.view(len(columns), -1) for table in (slot_offsets, slot_ranks, slot_scales)]
     work = []
     for projection, offsets, ranks, scales in zip(columns, *tables, strict=True):

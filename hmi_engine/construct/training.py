@@ -156,7 +156,7 @@ class PreparedTraining:
         generator: orders the batches; has drawn the split and the parameters.
         test_data: what it is to be tested on.
         started: when that began, by ``time.perf_counter``.
-        trials: what a search tried to find the settings.
+        trials: of the search that chose the settings, if there was one.
     """
 
     session: _Session
@@ -169,15 +169,11 @@ class PreparedTraining:
 
     @property
     def settings(self) -> TrainingSettings:
-        """As they were given, or found by a search."""
+        """As they were given, or as a search found them."""
         return self.session.settings
 
     def searched(self, space: SearchSpace) -> PreparedTraining:
-        """The same with the best settings of ``space``, and new parameters.
-
-        Raises:
-            TrainingDivergedError: the loss of every candidate became infinite or NaN.
-        """
+        """The same with the settings that a search finds best."""
         session = self.session
         settings, trials = search(
             self.task, session.new_tenant, session.settings, space, session.base.progress

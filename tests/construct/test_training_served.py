@@ -115,19 +115,21 @@ def best_constant(task, examples):
 
 
 @pytest.mark.parametrize(
-    ("task", "figure"),
+    ("task", "figure", "recipe"),
     [
-        ("multi_label", "micro_f1"),
-        ("token_classification", "entity_f1"),
-        ("regression", "r2"),
-        ("embedding", "retrieval_accuracy"),
+        ("multi_label", "micro_f1", {"learning_rate": 2e-2, "pooling": "mean", "class_weights": "balanced"}),
+        ("token_classification", "entity_f1", {}),
+        ("regression", "r2", {}),
+        ("embedding", "retrieval_accuracy", {}),
     ],
+    ids=str,
 )
-def test_every_task_learns_what_can_be_learned(make_store, topic_examples, task, figure):
+def test_every_task_learns_what_can_be_learned(make_store, topic_examples, task, figure, recipe):
     store = make_store()
     examples = [MAKE[task](example) for example in topic_examples(360, seed=1)]
     new = [MAKE[task](example) for example in topic_examples(60, seed=2)]
-    settings = TrainingSettings(task=task, rank=8, max_epochs=12, learning_rate=5e-3)
+    recipe = {"rank": 8, "max_epochs": 12, "learning_rate": 5e-3} | recipe
+    settings = TrainingSettings(task=task, **recipe)
     trained = store.train_tenant("t", examples, domain="general", test_examples=new, settings=settings)
     low, _ = trained.report.test.intervals[figure]
     assert low > best_constant(task, new)
