@@ -233,4 +233,5 @@ def _window_attention(projected: Tensor, width: int, num_heads: int) -> Tensor:
         attended: Tensor = values[1] + weights * (values[0] - values[1])
         return attended.view(-1, size)
     scores = torch.stack([(queries * key).sum(-1, keepdim=True) for key in keys]) * scale
-    return (scores.softmax(0) * values[:, None]).sum(0).view(-1, size)
+    context: Tensor = (scores.softmax(0) * values[:, None]).sum(0)
+    return context.view(-1, size)
