@@ -15,7 +15,7 @@ from hmi_engine.knowledge.atomic import atomic_write, storage_error
 __all__ = ["StateCache", "reserve_file"]
 
 
-def reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:  # type: ignore[type-arg]
+def reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """Opens a float16 file of this shape for writing, and makes it if it is missing or has another size.
 
     Raises:

@@ -69,7 +69,7 @@ class Checkpoint:
         tensors = {
             f"student.{name}": tensor.detach().cpu().contiguous()
             for part in ("domain", "merge", "upper")
-            for name, tensor in student.parts(part)  # type: ignore[arg-type]
+            for name, tensor in student.parts(part)
         }
         for number, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
@@ -115,7 +115,7 @@ class Checkpoint:
 
     def _restore(self, student: Student, tensors: dict[str, Tensor]) -> None:
         for part in ("domain", "merge", "upper"):
-            for name, parameter in student.parts(part):  # type: ignore[arg-type]
+            for name, parameter in student.parts(part):
                 found = tensors.get(f"student.{name}")
                 if found is None or found.shape != parameter.shape or found.dtype != parameter.dtype:
                     raise CheckpointError(

@@ -32,7 +32,7 @@ class CorpusRows:
     def __init__(self, student: Student, window: int, device: torch.device) -> None:
         self._student, self._window, self._device = student, window, device
         self._windows = self._tokens = np.empty(0, dtype=np.int64)
-        self._rows: np.memmap | None = None  # type: ignore[type-arg]
+        self._rows: np.memmap | None = None
 
     def fill(
         self,

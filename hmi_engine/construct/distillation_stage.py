@@ -152,7 +152,8 @@ class StageTrainer:
         stage = self._stage
         for part in stage.trainable:
             rate = stage.merge_learning_rate if part == "merge" else stage.learning_rate
-            matrices, vectors = [], []
+            matrices: list[nn.Parameter] = []
+            vectors: list[nn.Parameter] = []
             for _, parameter in student.parts(part):
                 parameter.requires_grad_(True)
                 (matrices if parameter.dim() > 1 and part != "merge" else vectors).append(parameter)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from transformers import BertModel
     from transformers.models.bert.modeling_bert import BertLayer
 
-__all__ = ["DenseShape", "Merge", "Student", "embed_tokens", "load_bert", "run_layers", "value_relations"]
+__all__ = [
+    "DenseShape",
+    "Merge",
+    "Student",
+    "embed_tokens",
+    "encoder_layers",
+    "load_bert",
+    "run_layers",
+    "value_relations",
+]
 
 
 def load_bert(directory: Path) -> BertModel:
@@ -32,7 +41,13 @@ def load_bert(directory: Path) -> BertModel:
     from transformers import BertModel
 
     model: BertModel = BertModel.from_pretrained(directory, use_safetensors=True, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
+
+
+def encoder_layers(bert: BertModel) -> list[BertLayer]:
+    """All layers of a base model."""
+    return cast("list[BertLayer]", list(bert.encoder.layer))
 
 
 class DenseShape:
@@ -97,12 +112,12 @@ class Student(nn.Module):
     @property
     def domain_layers(self) -> Sequence[BertLayer]:
         """Layers 0 to K-1."""
-        return list(self.bert.encoder.layer)[: self.plot_layers]
+        return encoder_layers(self.bert)[: self.plot_layers]
 
     @property
     def upper_layers(self) -> Sequence[BertLayer]:
         """Layers K to N-1."""
-        return list(self.bert.encoder.layer)[self.plot_layers :]
+        return encoder_layers(self.bert)[self.plot_layers :]
 
     def parts(self, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of a part."""
@@ -180,7 +195,8 @@ def value_relations(layer: BertLayer, hidden_states: Tensor, dense: DenseShape) 
     if dense.mask is not None:
         scores = scores.masked_fill(~dense.mask, torch.finfo(scores.dtype).min)
     relations = scores.log_softmax(-1).transpose(1, 2)
-    return dense.pack(relations.flatten(2)).unflatten(1, (_num_heads(layer), -1))
+    packed: Tensor = dense.pack(relations.flatten(2))
+    return packed.view(len(packed), _num_heads(layer), -1)
 
 
 def _num_heads(layer: BertLayer) -> int:
@@ -214,7 +230,8 @@ def _window_attention(projected: Tensor, width: int, num_heads: int) -> Tensor:
     scale = queries.shape[-1] ** -0.5
     if width == 2:  # the softmax over two is the sigmoid of their difference
         weights = ((queries * (keys[0] - keys[1])).sum(-1, keepdim=True) * scale).sigmoid()
-        return (values[1] + weights * (values[0] - values[1])).view(-1, size)
+        attended: Tensor = values[1] + weights * (values[0] - values[1])
+        return attended.view(-1, size)
     scores = torch.stack([(queries * key).sum(-1, keepdim=True) for key in keys]) * scale
-    weights = scores.softmax(0)
-    return sum(weight * value for weight, value in zip(weights, values, strict=True)).view(-1, size)
+    context: Tensor = (scores.softmax(0) * values[:, None]).sum(0)
+    return context.view(-1, size)

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmi_engine.construct.distillation_cache import StateCache
 from hmi_engine.construct.distillation_corpus import DistillationBatch
-from hmi_engine.construct.distillation_student import DenseShape, embed_tokens, run_layers, value_relations
+from hmi_engine.construct.distillation_student import (
+    DenseShape,
+    embed_tokens,
+    encoder_layers,
+    run_layers,
+    value_relations,
+)
 
 if TYPE_CHECKING:
     from transformers import BertModel
@@ -23,8 +29,9 @@ class Teacher:
 
     def __init__(self, bert: BertModel, plot_layers: int, device: torch.device) -> None:
         """Takes the model over: its weights no longer follow gradients."""
-        self._bert = bert.to(device).requires_grad_(False)
-        self._layers = list(bert.encoder.layer)
+        self._bert = bert.requires_grad_(False)
+        nn.Module.to(bert, device)
+        self._layers = encoder_layers(bert)
         self._plot_layers, self._device = plot_layers, device
         self.hidden_size = int(bert.config.hidden_size)
         self.num_upper_layers = len(self._layers) - plot_layers
