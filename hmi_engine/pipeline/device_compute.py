@@ -50,8 +50,8 @@ class DeviceCompute:
     """Runs batches on the three streams of a device; as many may be in flight as there are slots.
 
     ``copy`` brings inputs, as it brings adapters; ``gather`` brings PLOT rows and merges them, when the
-    inputs are there; ``compute`` runs each layer when its input and the adapters of this layer are there, then
-    the heads, and copies what they gave back. A batch's slot, tables and tenants are given to nobody else
+    inputs are there; ``compute`` runs each layer when its input and its own adapters are there, then the
+    heads, and copies what they gave back. A batch's slot, tables and tenants are given to nobody else
     before its results are on the host.
     """
 
@@ -68,6 +68,7 @@ class DeviceCompute:
         clock: StageClock,
     ) -> None:
         """Takes no memory yet; ``model`` lies on the device of ``streams``."""
+        streams.synchronize()  # some of the model's weights were put together on another stream
         self._general = general
         self._model = model
         self._streams = streams
@@ -173,10 +174,11 @@ class DeviceCompute:
         hmi_kernels.raise_faults(self._streams.device.index or 0)
         finished: Outputs = []
         for output in outputs:
-            if not isinstance(output, HmiError):
-                own, values = values.tensor_split([output.values.numel()])
-                output = replace(output, values=own.clone().view(output.values.shape))
-            finished.append(output)
+            if isinstance(output, HmiError):
+                finished.append(output)
+                continue
+            own, values = values.tensor_split([output.values.numel()])
+            finished.append(replace(output, values=own.clone().view(output.values.shape)))
         return finished
 
 

@@ -1,4 +1,4 @@
-"""A device made of the CPU whose work runs late: what a missing event or a slot reused too early does is seen.
+"""A device made of the CPU whose work runs late: a missing event or a slot reused too early is seen.
 
 Whatever torch does inside ``on(stream)`` is not run but queued, kernels of ours included; its new tensors are
 full of NaN until it is. Queues run when the host waits for an event, and a little now and then before, in an
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hmi_engine.memory.streams import STREAM_NAMES
@@ -105,7 +105,7 @@ class DeferredStreams:
         (chosen,) = self._random.choices(runnable, [self._weights[name] for name in runnable])
         work = self._queues[chosen].popleft()
         if not isinstance(work, _Event):
-            with torch.no_grad():
+            with torch.no_grad(), _disable_current_modes():  # also if some `on` is being put together
                 work()
             self.num_run += 1
         return True

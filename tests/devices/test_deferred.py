@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
-import torch
-from devices.deferred_streams import DeferredStreams
 
 import hmi_engine as hmi
+from devices.deferred_streams import DeferredStreams
+from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.streams import Arrival
 from hmi_engine.models import linear
@@ -16,7 +16,7 @@ from hmi_engine.pipeline.device_buffers import SlotRing, StagedBuffer
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.step import BatchRunner
 
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +43,33 @@ def deferred_engine(store, monkeypatch):
 @pytest.fixture
 def expected(store, mixed_requests):
     """Requests, and what the CPU answers."""
-    requests = mixed_requests(40)
+    requests = mixed_requests(30)
     with hmi.Engine(store, record_traffic=False) as engine:
         return requests, engine.run(requests)
 
 
-def memory_of(store, tenants):
-    """A device budget whose arena holds so many of the largest tenants."""
-    return 2 * tenants * (max(info.bytes for info in store.tenants.values()) + 4096)
+def memory_for(store, share):
+    """A device budget whose arena holds this share of all tenants."""
+    return 2 * int(share * sum(AdapterArena.allocated_bytes(t.bytes // 4) for t in store.tenants.values()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("depth", "tenants"), [(1, 100), (2, 6), (3, 9), (4, 100)])
-def test_every_order_gives_the_same_answers(store, expected, deferred_engine, same, seed, depth, tenants):
+@pytest.mark.parametrize(("depth", "share"), [(1, 2), (2, 0.5), (3, 2), (4, 0.6)])
+def test_every_order_gives_the_same_answers(store, expected, deferred_engine, same, seed, depth, share):
     requests, wanted = expected
-    budget = memory_of(store, tenants)
-    with deferred_engine(seed, pipeline_depth=depth, device_memory=budget) as engine:
+    with deferred_engine(seed, pipeline_depth=depth, device_memory=memory_for(store, share)) as engine:
         same(engine.run(requests), wanted)
         same(engine.run(requests[::-1]), wanted[::-1])
         statistics = engine.stats()
     assert statistics.batches > 4
-    assert (statistics.adapters["evictions"] > 0) == (tenants < 12)
+    assert (statistics.adapters["evictions"] > 0) == (share < 1)
     assert statistics.stages.keys() >= {"send", "finish"}
 
 
 @pytest.mark.parametrize("miss", ["exact", "budget"])
-@pytest.mark.parametrize("seed", SEEDS[:3])
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferred_engine, same, miss, seed):
-    requests = mixed_requests(25, seed=4)
+    requests = mixed_requests(15, seed=4)
     with hmi.Engine(store, miss=miss, record_traffic=False, max_batch_tokens=60) as engine:
         wanted = [engine.run(requests), engine.run(requests)]
     with deferred_engine(seed, miss=miss, device_memory="64MiB") as engine:
@@ -79,9 +78,9 @@ def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferr
         assert engine.stats().plot["windows_computed"] > 0
 
 
-@pytest.mark.parametrize("seed", SEEDS[:3])
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_rows_that_do_not_fit_are_sent_for_each_batch(
-    store, expected, deferred_engine, same, seed, monkeypatch
+    expected, deferred_engine, same, seed, monkeypatch
 ):
     requests, wanted = expected
     monkeypatch.setattr(DeviceRows, "_whole", lambda self, table: None)
@@ -237,7 +236,7 @@ def test_each_mistake_is_seen(store, expected, deferred_engine, same, monkeypatc
     mistake(monkeypatch)
     for seed in range(12):
         try:
-            options = {"pipeline_depth": 3, "device_memory": memory_of(store, 9)}
+            options = {"pipeline_depth": 3, "device_memory": memory_for(store, 0.5)}
             with deferred_engine(seed, **options) as engine:
                 same(engine.run(requests), wanted)
                 same(engine.run(requests[::-1]), wanted[::-1])
