@@ -19,7 +19,7 @@ import hmi_kernels
 __all__ = ["Arrival", "CudaStreams", "DeviceStreams", "HostStreams", "StreamEvent", "StreamName"]
 
 StreamName = Literal["copy", "gather", "compute"]
-"""``copy``: adapters and inputs from the host; ``gather``: PLOT rows and their merge; ``compute``: layers."""
+"""``copy``: adapters; ``gather``: a batch's inputs and PLOT rows, and their merge; ``compute``: layers."""
 
 STREAM_NAMES: tuple[StreamName, ...] = ("copy", "gather", "compute")
 

@@ -79,9 +79,7 @@ def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferr
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
-def test_rows_that_do_not_fit_are_sent_for_each_batch(
-    expected, deferred_engine, same, seed, monkeypatch
-):
+def test_rows_that_do_not_fit_are_sent_for_each_batch(expected, deferred_engine, same, seed, monkeypatch):
     requests, wanted = expected
     monkeypatch.setattr(DeviceRows, "_whole", lambda self, table: None)
     with deferred_engine(seed, pipeline_depth=3, device_memory="64MiB") as engine:
@@ -140,14 +138,15 @@ def forget_heads(monkeypatch):
     monkeypatch.setattr(Arrival, "everything", property(lambda arrival: _over(), lambda arrival, event: None))
 
 
-def forget_rows(monkeypatch):
-    """The first layer does not wait for the merge."""
-    drop_waits(monkeypatch, lambda stream, waits: stream == "compute" and waits % 2 == 1)
+def forget_inputs(monkeypatch):
+    """The first layer does not wait for token ids and the merge."""
+    launch = DeviceCompute.launch
 
+    def at_once(computer, searched):
+        searched.sent.ready = _over()
+        return launch(computer, searched)
 
-def forget_inputs_of_the_merge(monkeypatch):
-    """The merge does not wait for token ids and references."""
-    drop_waits(monkeypatch, lambda stream, waits: stream == "gather")
+    monkeypatch.setattr(DeviceCompute, "launch", at_once)
 
 
 def forget_results(monkeypatch):
@@ -199,30 +198,10 @@ def _over():
     return Over()
 
 
-def drop_waits(monkeypatch, is_dropped):
-    """``is_dropped(stream, n)``: of the n-th wait of a stream, counted within a launch or a send."""
-    wait, counts = DeferredStreams.wait, {}
-
-    def some(streams, stream, event):
-        counts[stream] = counts.get(stream, -1) + 1
-        if not is_dropped(stream, counts[stream]):
-            wait(streams, stream, event)
-
-    monkeypatch.setattr(DeferredStreams, "wait", some)
-    launch = DeviceCompute.launch
-
-    def counted(computer, searched):
-        counts.pop("compute", None)
-        return launch(computer, searched)
-
-    monkeypatch.setattr(DeviceCompute, "launch", counted)
-
-
 MISTAKES = [
     forget_layers,
     forget_heads,
-    forget_rows,
-    forget_inputs_of_the_merge,
+    forget_inputs,
     forget_results,
     reuse_slots_early,
     release_tenants_early,
