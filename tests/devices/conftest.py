@@ -1,4 +1,4 @@
-"""What tests of engines on devices share: a store with tenants of all kinds, and the comparison of answers."""
+"""What tests of engines on devices share: a store with tenants of all kinds, and how answers compare."""
 
 from __future__ import annotations
 

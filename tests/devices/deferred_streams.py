@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hmi_engine.memory.streams import STREAM_NAMES
 
-__all__ = ["DeferredStreams"]
+__all__ = ["DeferredStreams", "ForgottenEvent"]
 
 
 class _Event:
@@ -39,6 +39,19 @@ class _Event:
 
     def synchronize(self) -> None:
         self._streams.run_until(lambda: self.has_run)
+
+
+class ForgottenEvent(_Event):
+    """Who waits for it goes on at once; for deliberate mistakes."""
+
+    def __init__(self) -> None:
+        self.has_run = True
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
 
 
 class DeferredStreams:

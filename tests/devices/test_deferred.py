@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
 
 import pytest
 
 import hmi_engine as hmi
-from devices.deferred_streams import DeferredStreams
+from devices.deferred_streams import DeferredStreams, ForgottenEvent
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.streams import Arrival
@@ -128,14 +129,29 @@ def test_a_failing_batch_leaves_its_slot_and_its_tenants_alone_until_the_device_
         same(engine.run(requests), wanted)
 
 
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_many_callers_are_answered(store, expected, same, monkeypatch, seed):
+    requests, wanted = expected
+    streams = DeferredStreams(seed)
+    monkeypatch.setattr("hmi_engine.serving_core.open_streams", lambda name: streams)
+
+    async def ask():
+        options = {"pipeline_depth": 3, "max_batch_tokens": 60, "device_memory": memory_for(store, 0.5)}
+        async with hmi.AsyncEngine(store, record_traffic=False, **options) as engine:
+            return await asyncio.gather(*(engine.submit(request) for request in requests))
+
+    same(asyncio.run(ask()), wanted)
+
+
 def forget_layers(monkeypatch):
     """Layers do not wait for their adapters."""
     monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
 
 
 def forget_heads(monkeypatch):
-    """Heads do not wait for their parameters: the arrival's last event is taken for one that is over."""
-    monkeypatch.setattr(Arrival, "everything", property(lambda arrival: _over(), lambda arrival, event: None))
+    """Heads do not wait for their parameters."""
+    nothing = property(lambda arrival: ForgottenEvent(), lambda arrival, event: None)
+    monkeypatch.setattr(Arrival, "everything", nothing, raising=False)
 
 
 def forget_inputs(monkeypatch):
@@ -143,7 +159,7 @@ def forget_inputs(monkeypatch):
     launch = DeviceCompute.launch
 
     def at_once(computer, searched):
-        searched.sent.ready = _over()
+        searched.sent.ready = ForgottenEvent()
         return launch(computer, searched)
 
     monkeypatch.setattr(DeviceCompute, "launch", at_once)
@@ -155,7 +171,9 @@ def forget_results(monkeypatch):
     monkeypatch.setattr(
         DeviceCompute,
         "_finish",
-        lambda computer, sent, outputs, values, computed: finish(computer, sent, outputs, values, _over()),
+        lambda computer, sent, outputs, values, computed: finish(
+            computer, sent, outputs, values, ForgottenEvent()
+        ),
     )
 
 
@@ -183,19 +201,6 @@ def release_tenants_early(monkeypatch):
         return result
 
     monkeypatch.setattr(BatchRunner, "compute", early)
-
-
-def _over():
-    class Over:
-        has_run = True
-
-        def query(self):
-            return True
-
-        def synchronize(self):
-            pass
-
-    return Over()
 
 
 MISTAKES = [

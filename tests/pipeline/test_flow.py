@@ -76,7 +76,7 @@ def run(stages, source, depth, stop_after=None):
 
 
 class OnDevice(Recorded):
-    """Stages whose device computes beside the host: what a batch holds, it holds until its result is there."""
+    """Stages whose device computes beside the host: what a batch holds, it holds until its result is."""
 
     is_asynchronous = True
 
