@@ -35,7 +35,8 @@ class EngineOptions:
         exact_budget: ``miss="budget"``: most windows computed per token of a batch, 0 to 1.
         max_batch_tokens: most tokens computed at once.
         pipeline_depth: most batches in flight: while one is computed, the adapters of those after it are
-            read and their n-grams searched. 1 does one thing after another.
+            read and their n-grams searched. 1 does one thing after another; a GPU wants 3, so that it has its
+            next batch when it ends one.
         read_timeout: seconds after which a read that has not ended fails the requests that need it.
         overlay_memory: budget for the rows of windows computed in traffic, which later batches find.
         record_traffic: whether to count the n-grams that requests ask for and to keep them in the store for

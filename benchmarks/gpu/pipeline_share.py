@@ -55,13 +55,14 @@ def measure_pipeline(platform: Platform, *, is_quick: bool) -> tuple[Quantity, .
     Raises AssertionError where depths answer differently.
     """
     plan = DRY if platform.is_dry else QUICK if is_quick else FULL
-    with tempfile.TemporaryDirectory(prefix="hmi-gpu-pipeline-") as folder:
-        with _store(Path(folder) / "store", plan) as store, _engines(store, platform, plan) as engines:
-            requests = _requests(plan)
-            _check_equal(engines, requests)
-            if platform.is_dry:
-                return ()
-            return _shares(engines, requests, plan)
+    with (
+        tempfile.TemporaryDirectory(prefix="hmi-gpu-pipeline-") as folder,
+        _store(Path(folder) / "store", plan) as store,
+        _engines(store, platform, plan) as engines,
+    ):
+        requests = _requests(plan)
+        _check_equal(engines, requests)
+        return () if platform.is_dry else _shares(engines, requests, plan)
 
 
 def _shares(engines: Mapping[str, Engine], requests: list[Request], plan: _Plan) -> tuple[Quantity, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby, islice
-
 from typing import Protocol
 
 import torch

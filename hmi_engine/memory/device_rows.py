@@ -1,4 +1,4 @@
-"""PLOT rows for a device: tables that fit into its memory lie there, of the others a batch's rows are sent."""
+"""PLOT rows for a device: tables that fit into its memory lie there, of others a batch's rows are sent."""
 
 from __future__ import annotations
 

@@ -153,12 +153,14 @@ class HostTier:
             end = 0
             for layer, (start, end) in each.layout.layer_spans.items():
                 pieces[layer].append((each.destination[start:end], block[start:end]))
-            heads.append((each.destination[end:], block[end:]))
+            if end < len(block):
+                heads.append((each.destination[end:], block[end:]))
         events: dict[int, StreamEvent] = {}
         for layer in sorted(pieces):
             self._streams.copy(*zip(*pieces[layer], strict=True))
             events[layer] = self._streams.record("copy")
-        self._streams.copy(*zip(*heads, strict=True))
+        if heads:
+            self._streams.copy(*zip(*heads, strict=True))
         return Arrival(events, self._streams.record("copy"))
 
     def _too_large(self, wanted: WantedParameters) -> OverloadedError:

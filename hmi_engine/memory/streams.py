@@ -1,4 +1,4 @@
-"""Where a device's work is put, and in what order it runs: a stream for copies, one to gather, one to compute.
+"""Where a device's work is put, and in what order it runs: streams to copy, to gather and to compute.
 
 All that touches a device's memory stands in ``with streams.on(name)``; what a host prepares for it, outside.
 Work of one stream runs in the order in which it was put there, beside that of the others, and some time after
@@ -19,7 +19,7 @@ import hmi_kernels
 __all__ = ["Arrival", "CudaStreams", "DeviceStreams", "HostStreams", "StreamEvent", "StreamName"]
 
 StreamName = Literal["copy", "gather", "compute"]
-"""``copy``: adapters and inputs from the host; ``gather``: PLOT rows, and their merge; ``compute``: layers."""
+"""``copy``: adapters; ``gather``: a batch's inputs and PLOT rows, and their merge; ``compute``: layers."""
 
 STREAM_NAMES: tuple[StreamName, ...] = ("copy", "gather", "compute")
 
@@ -54,7 +54,7 @@ class DeviceStreams(Protocol):
         """Puts copies on the stream ``copy``: contiguous tensors of equal sizes, here and in host memory."""
 
     def synchronize(self) -> None:
-        """Waits until all streams have run."""
+        """Waits until all that was put on the device has run."""
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Host memory that is copied from and to the device beside other work: uint8 [num_bytes]."""
@@ -139,9 +139,8 @@ class CudaStreams:
                 destination.copy_(source, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Waits for each stream."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        """Waits for the device: for torch's own stream too."""
+        torch.cuda.synchronize(self.device)
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Page-locked memory of torch's."""
@@ -149,7 +148,7 @@ class CudaStreams:
 
 
 class Arrival:
-    """When the parameters that one batch of copies brings are on the device: layer by layer, then the heads."""
+    """When the parameters that one batch of copies brings are on the device: by layer, then the heads."""
 
     def __init__(self, layers: Mapping[int, StreamEvent] | None, everything: StreamEvent) -> None:
         """Of events that the adapters of a layer have come, by its index, and that everything has.

@@ -73,7 +73,7 @@ class BatchCompute(Protocol):
         """Puts on its way to the device what the batch needs; nothing of ``searched`` changes from now on."""
 
     def launch(self, searched: SearchedBatch) -> Callable[[], Outputs]:
-        """Starts to compute a batch that was sent; the result waits for what its heads gave, in host memory."""
+        """Starts to compute a batch that was sent; the result waits for what heads give, in host memory."""
 
     def release(self, searched: SearchedBatch) -> None:
         """Lets go of a batch's memory, after its results or without; waits if the device still uses it."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hmi_engine.memory.streams import DeviceStreams, StreamName
+from hmi_engine.memory.streams import DeviceStreams
 
 __all__ = ["BatchSlot", "SlotRing", "StagedBuffer"]
 
@@ -25,10 +25,9 @@ class StagedBuffer:
     It grows to what the largest batch needs, and then stays. Not thread-safe.
     """
 
-    def __init__(self, streams: DeviceStreams, stream: StreamName) -> None:
-        """Copies on a stream; has no memory yet."""
+    def __init__(self, streams: DeviceStreams) -> None:
+        """Has no memory yet."""
         self._streams = streams
-        self._stream = stream
         self._host = self._device = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
@@ -52,8 +51,8 @@ class StagedBuffer:
         ]
 
     def send(self) -> None:
-        """Puts the copy of all that was laid out on the stream."""
-        with self._streams.on(self._stream):
+        """Puts the copy of all that was laid out on the stream ``gather``."""
+        with self._streams.on("gather"):
             self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
 
     def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -76,14 +75,16 @@ class BatchSlot:
     """What one batch in flight needs.
 
     Attributes:
-        inputs: token ids, offsets, row references, tables of its adapters; on the stream ``copy``.
-        rows: PLOT rows that do not lie on the device; on the stream ``gather``.
+        inputs: token ids, offsets, row references, tables of its adapters.
+        rows: PLOT rows that do not lie on the device.
+
+    Both go by the stream ``gather``: by ``copy`` they would come after the adapters of all layers.
     """
 
     def __init__(self, streams: DeviceStreams) -> None:
         """Memory is taken when batches need it."""
-        self.inputs = StagedBuffer(streams, "copy")
-        self.rows = StagedBuffer(streams, "gather")
+        self.inputs = StagedBuffer(streams)
+        self.rows = StagedBuffer(streams)
         self._streams = streams
         self._results = torch.empty(0)
 

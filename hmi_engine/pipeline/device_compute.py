@@ -32,7 +32,7 @@ class _Sent:
     """A batch in flight: its slot, and what of it is on the device or on its way there.
 
     ``merge`` and ``hidden_states`` (the input of the first upper layer) are None where nothing is looked up.
-    ``ready`` are the events after which a layer can run, but for its adapters.
+    After ``ready`` a layer can run, but for its adapters.
     """
 
     slot: BatchSlot
@@ -41,18 +41,17 @@ class _Sent:
     readout: Readout | None
     adapters: AdapterBatch
     merge: MergeInputs | None
-    hidden_states: Tensor | None
-    ready: list[StreamEvent]
+    hidden_states: Tensor | None = None
+    ready: StreamEvent | None = None
     is_finished: bool = False
 
 
 class DeviceCompute:
     """Runs batches on the three streams of a device; as many may be in flight as there are slots.
 
-    ``copy`` brings inputs, as it brings adapters; ``gather`` brings PLOT rows and merges them, when the
-    inputs are there; ``compute`` runs each layer when its input and the adapters of this layer are there, then
-    the heads, and copies what they gave back. A batch's slot, tables and tenants are given to nobody else
-    before its results are on the host.
+    ``copy`` brings adapters; ``gather`` brings inputs and PLOT rows, and merges the rows; ``compute`` runs
+    each layer when its input and its own adapters are there, then the heads, and copies what they gave back.
+    A batch's slot, tables and tenants are given to nobody else before its results are on the host.
     """
 
     is_asynchronous = True
@@ -68,6 +67,7 @@ class DeviceCompute:
         clock: StageClock,
     ) -> None:
         """Takes no memory yet; ``model`` lies on the device of ``streams``."""
+        streams.synchronize()  # some of the model's weights were put together on another stream
         self._general = general
         self._model = model
         self._streams = streams
@@ -86,16 +86,15 @@ class DeviceCompute:
             raise
         if sent.merge is not None:
             slot.rows.send()
-            self._streams.wait("gather", sent.ready[0])
             with self._streams.on("gather"):
                 sent.hidden_states = merge_rows(self._model, sent.merge, window=self._general.window)
-            sent.ready.append(self._streams.record("gather"))
+        sent.ready = self._streams.record("gather")
 
     def launch(self, searched: SearchedBatch) -> Callable[[], Outputs]:
         """Puts layers and heads on the stream; the result waits until the device has run them."""
         sent: _Sent = searched.sent
-        for event in sent.ready:
-            self._streams.wait("compute", event)
+        assert sent.ready is not None  # it was sent
+        self._streams.wait("compute", sent.ready)
         with self._streams.on("compute"):
             if sent.hidden_states is None:
                 sent.hidden_states = self._model.embed(sent.sequences.input_ids, sent.positions)
@@ -142,7 +141,6 @@ class DeviceCompute:
                 ]
             )
         )
-        ready = [self._streams.record("copy")]
         sequences = PackedSequences(next(tensors), next(tensors), sequences.lengths)
         positions = next(tensors)
         if readout is not None:
@@ -155,7 +153,7 @@ class DeviceCompute:
                 references=next(tensors),
                 unigrams_of_sequences=next(tensors),
             )
-        return _Sent(slot, sequences, positions, readout, adapters, merge, None, ready)
+        return _Sent(slot, sequences, positions, readout, adapters, merge)
 
     def _before_layer(self, arrivals: Sequence[Arrival], index: int) -> AbstractContextManager[None]:
         """Lets the stream wait for the layer's adapters; the trace shows how long the host is busy."""
@@ -173,10 +171,11 @@ class DeviceCompute:
         hmi_kernels.raise_faults(self._streams.device.index or 0)
         finished: Outputs = []
         for output in outputs:
-            if not isinstance(output, HmiError):
-                own, values = values.tensor_split([output.values.numel()])
-                output = replace(output, values=own.clone().view(output.values.shape))
-            finished.append(output)
+            if isinstance(output, HmiError):
+                finished.append(output)
+                continue
+            own, values = values.tensor_split([output.values.numel()])
+            finished.append(replace(output, values=own.clone().view(output.values.shape)))
         return finished
 
 

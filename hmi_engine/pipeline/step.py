@@ -210,7 +210,9 @@ class BatchRunner:
         try:
             if prepared.searched is not None:
                 for index, output in zip(
-                    prepared.searched.served, self._wait(prepared, outputs), strict=False
+                    prepared.searched.served,
+                    self._wait(prepared, outputs),
+                    strict=False,  # a batch that failed has none
                 ):
                     prepared.outputs[index] = output
         except Exception as error:

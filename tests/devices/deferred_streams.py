@@ -1,4 +1,4 @@
-"""A device made of the CPU whose work runs late: what a missing event or a slot reused too early does is seen.
+"""A device made of the CPU whose work runs late: a missing event or a slot reused too early is seen.
 
 Whatever torch does inside ``on(stream)`` is not run but queued, kernels of ours included; its new tensors are
 full of NaN until it is. Queues run when the host waits for an event, and a little now and then before, in an
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hmi_engine.memory.streams import STREAM_NAMES
 
-__all__ = ["DeferredStreams"]
+__all__ = ["DeferredStreams", "ForgottenEvent"]
 
 
 class _Event:
@@ -39,6 +39,19 @@ class _Event:
 
     def synchronize(self) -> None:
         self._streams.run_until(lambda: self.has_run)
+
+
+class ForgottenEvent(_Event):
+    """Who waits for it goes on at once; for deliberate mistakes."""
+
+    def __init__(self) -> None:
+        self.has_run = True
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
 
 
 class DeferredStreams:
@@ -105,7 +118,7 @@ class DeferredStreams:
         (chosen,) = self._random.choices(runnable, [self._weights[name] for name in runnable])
         work = self._queues[chosen].popleft()
         if not isinstance(work, _Event):
-            with torch.no_grad():
+            with torch.no_grad(), _disable_current_modes():  # also if some `on` is being put together
                 work()
             self.num_run += 1
         return True

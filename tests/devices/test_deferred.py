@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import contextmanager
 
 import pytest
-import torch
-from devices.deferred_streams import DeferredStreams
 
 import hmi_engine as hmi
+from devices.deferred_streams import DeferredStreams, ForgottenEvent
+from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.streams import Arrival
 from hmi_engine.models import linear
@@ -16,7 +17,7 @@ from hmi_engine.pipeline.device_buffers import SlotRing, StagedBuffer
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.step import BatchRunner
 
-SEEDS = range(6)
+SEEDS = range(4)
 
 
 @pytest.fixture(autouse=True)
@@ -43,34 +44,33 @@ def deferred_engine(store, monkeypatch):
 @pytest.fixture
 def expected(store, mixed_requests):
     """Requests, and what the CPU answers."""
-    requests = mixed_requests(40)
+    requests = mixed_requests(30)
     with hmi.Engine(store, record_traffic=False) as engine:
         return requests, engine.run(requests)
 
 
-def memory_of(store, tenants):
-    """A device budget whose arena holds so many of the largest tenants."""
-    return 2 * tenants * (max(info.bytes for info in store.tenants.values()) + 4096)
+def memory_for(store, share):
+    """A device budget whose arena holds this share of all tenants."""
+    return 2 * int(share * sum(AdapterArena.allocated_bytes(t.bytes // 4) for t in store.tenants.values()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("depth", "tenants"), [(1, 100), (2, 6), (3, 9), (4, 100)])
-def test_every_order_gives_the_same_answers(store, expected, deferred_engine, same, seed, depth, tenants):
+@pytest.mark.parametrize(("depth", "share"), [(1, 2), (2, 0.5), (3, 2), (4, 0.6)])
+def test_every_order_gives_the_same_answers(store, expected, deferred_engine, same, seed, depth, share):
     requests, wanted = expected
-    budget = memory_of(store, tenants)
-    with deferred_engine(seed, pipeline_depth=depth, device_memory=budget) as engine:
+    with deferred_engine(seed, pipeline_depth=depth, device_memory=memory_for(store, share)) as engine:
         same(engine.run(requests), wanted)
         same(engine.run(requests[::-1]), wanted[::-1])
         statistics = engine.stats()
     assert statistics.batches > 4
-    assert (statistics.adapters["evictions"] > 0) == (tenants < 12)
+    assert (statistics.adapters["evictions"] > 0) == (share < 1)
     assert statistics.stages.keys() >= {"send", "finish"}
 
 
 @pytest.mark.parametrize("miss", ["exact", "budget"])
-@pytest.mark.parametrize("seed", SEEDS[:3])
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferred_engine, same, miss, seed):
-    requests = mixed_requests(25, seed=4)
+    requests = mixed_requests(15, seed=4)
     with hmi.Engine(store, miss=miss, record_traffic=False, max_batch_tokens=60) as engine:
         wanted = [engine.run(requests), engine.run(requests)]
     with deferred_engine(seed, miss=miss, device_memory="64MiB") as engine:
@@ -79,10 +79,8 @@ def test_windows_that_are_missing_are_computed_too(store, mixed_requests, deferr
         assert engine.stats().plot["windows_computed"] > 0
 
 
-@pytest.mark.parametrize("seed", SEEDS[:3])
-def test_rows_that_do_not_fit_are_sent_for_each_batch(
-    store, expected, deferred_engine, same, seed, monkeypatch
-):
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_rows_that_do_not_fit_are_sent_for_each_batch(expected, deferred_engine, same, seed, monkeypatch):
     requests, wanted = expected
     monkeypatch.setattr(DeviceRows, "_whole", lambda self, table: None)
     with deferred_engine(seed, pipeline_depth=3, device_memory="64MiB") as engine:
@@ -131,24 +129,40 @@ def test_a_failing_batch_leaves_its_slot_and_its_tenants_alone_until_the_device_
         same(engine.run(requests), wanted)
 
 
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_many_callers_are_answered(store, expected, same, monkeypatch, seed):
+    requests, wanted = expected
+    streams = DeferredStreams(seed)
+    monkeypatch.setattr("hmi_engine.serving_core.open_streams", lambda name: streams)
+
+    async def ask():
+        options = {"pipeline_depth": 3, "max_batch_tokens": 60, "device_memory": memory_for(store, 0.5)}
+        async with hmi.AsyncEngine(store, record_traffic=False, **options) as engine:
+            return await asyncio.gather(*(engine.submit(request) for request in requests))
+
+    same(asyncio.run(ask()), wanted)
+
+
 def forget_layers(monkeypatch):
     """Layers do not wait for their adapters."""
     monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
 
 
 def forget_heads(monkeypatch):
-    """Heads do not wait for their parameters: the arrival's last event is taken for one that is over."""
-    monkeypatch.setattr(Arrival, "everything", property(lambda arrival: _over(), lambda arrival, event: None))
+    """Heads do not wait for their parameters."""
+    nothing = property(lambda arrival: ForgottenEvent(), lambda arrival, event: None)
+    monkeypatch.setattr(Arrival, "everything", nothing, raising=False)
 
 
-def forget_rows(monkeypatch):
-    """The first layer does not wait for the merge."""
-    drop_waits(monkeypatch, lambda stream, waits: stream == "compute" and waits % 2 == 1)
+def forget_inputs(monkeypatch):
+    """The first layer does not wait for token ids and the merge."""
+    launch = DeviceCompute.launch
 
+    def at_once(computer, searched):
+        searched.sent.ready = ForgottenEvent()
+        return launch(computer, searched)
 
-def forget_inputs_of_the_merge(monkeypatch):
-    """The merge does not wait for token ids and references."""
-    drop_waits(monkeypatch, lambda stream, waits: stream == "gather")
+    monkeypatch.setattr(DeviceCompute, "launch", at_once)
 
 
 def forget_results(monkeypatch):
@@ -157,7 +171,9 @@ def forget_results(monkeypatch):
     monkeypatch.setattr(
         DeviceCompute,
         "_finish",
-        lambda computer, sent, outputs, values, computed: finish(computer, sent, outputs, values, _over()),
+        lambda computer, sent, outputs, values, computed: finish(
+            computer, sent, outputs, values, ForgottenEvent()
+        ),
     )
 
 
@@ -187,43 +203,10 @@ def release_tenants_early(monkeypatch):
     monkeypatch.setattr(BatchRunner, "compute", early)
 
 
-def _over():
-    class Over:
-        has_run = True
-
-        def query(self):
-            return True
-
-        def synchronize(self):
-            pass
-
-    return Over()
-
-
-def drop_waits(monkeypatch, is_dropped):
-    """``is_dropped(stream, n)``: of the n-th wait of a stream, counted within a launch or a send."""
-    wait, counts = DeferredStreams.wait, {}
-
-    def some(streams, stream, event):
-        counts[stream] = counts.get(stream, -1) + 1
-        if not is_dropped(stream, counts[stream]):
-            wait(streams, stream, event)
-
-    monkeypatch.setattr(DeferredStreams, "wait", some)
-    launch = DeviceCompute.launch
-
-    def counted(computer, searched):
-        counts.pop("compute", None)
-        return launch(computer, searched)
-
-    monkeypatch.setattr(DeviceCompute, "launch", counted)
-
-
 MISTAKES = [
     forget_layers,
     forget_heads,
-    forget_rows,
-    forget_inputs_of_the_merge,
+    forget_inputs,
     forget_results,
     reuse_slots_early,
     release_tenants_early,
@@ -237,7 +220,7 @@ def test_each_mistake_is_seen(store, expected, deferred_engine, same, monkeypatc
     mistake(monkeypatch)
     for seed in range(12):
         try:
-            options = {"pipeline_depth": 3, "device_memory": memory_of(store, 9)}
+            options = {"pipeline_depth": 3, "device_memory": memory_for(store, 0.5)}
             with deferred_engine(seed, **options) as engine:
                 same(engine.run(requests), wanted)
                 same(engine.run(requests[::-1]), wanted[::-1])

@@ -44,7 +44,7 @@ def test_auto_is_the_gpu_if_it_can_be_used(machine):
 
 def test_a_gpu_that_cannot_be_used_is_an_error_that_says_why(machine):
     machine(gpus=1, cuda="compiled without CUDA", triton="triton is not installed")
-    with pytest.raises(DeviceUnavailableError, match="compiled without CUDA.*triton is not installed"):
+    with pytest.raises(DeviceUnavailableError, match=r"compiled without CUDA.*triton is not installed"):
         open_streams("cuda")
     machine(gpus=2)
     with pytest.raises(DeviceUnavailableError, match=r"cuda:2.*cuda:0 to cuda:1"):

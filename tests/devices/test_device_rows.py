@@ -22,8 +22,11 @@ def lay_out(shapes):
 @pytest.fixture(params=[None, "int8"], ids=["floats", "int8"])
 def domain(request, store, corpus):
     """A domain whose rows are of a format, below one whose rows are floats."""
-    store.add_domain("own", corpus[:100] + ["results show"] * 9, parent="words", row_format=request.param)
-    return "own"
+    name = f"own-{request.param}"
+    if name not in store.domains:
+        own = corpus[:100] + ["results show"] * 9
+        store.add_domain(name, own, parent="words", row_format=request.param)
+    return name
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 30])

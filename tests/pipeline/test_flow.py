@@ -75,29 +75,58 @@ def run(stages, source, depth, stop_after=None):
         flow.close()
 
 
+class OnDevice(Recorded):
+    """Stages whose device computes beside the host: what a batch holds, it holds until its result is."""
+
+    is_asynchronous = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.events = []
+
+    def compute(self, prepared):
+        time.sleep(next(self.delays))
+        if prepared == self.fail_compute:
+            raise ZeroDivisionError(prepared)
+        self.events.append(("launch", prepared))
+
+        def result():
+            time.sleep(next(self.delays))
+            with self.lock:
+                self.in_flight -= 1
+            self.events.append(("finish", prepared))
+            self.computed.append(prepared)
+            return prepared * 10
+
+        return result
+
+
 delays = st.lists(st.floats(0, 0.002), max_size=5)
 
 
-@given(st.integers(0, 12), st.integers(1, 5), delays, st.lists(st.booleans(), max_size=4))
-def test_results_in_order_whatever_the_depth_and_the_timing(count, depth, delays, pauses):
-    stages = Recorded(delays)
+kinds = st.sampled_from([Recorded, OnDevice])
+
+
+@given(kinds, st.integers(0, 12), st.integers(1, 5), delays, st.lists(st.booleans(), max_size=4))
+def test_results_in_order_whatever_the_depth_and_the_timing(kind, count, depth, delays, pauses):
+    stages = kind(delays)
     assert run(stages, Numbers(count, pauses), depth) == [10 * number for number in range(count)]
     assert stages.prepared == stages.computed == list(range(count)) and not stages.discarded
     assert stages.most_in_flight <= depth
 
 
-@given(st.integers(1, 12), st.integers(1, 5), delays, st.integers(0, 12))
-def test_who_stops_early_leaves_nothing_in_flight(count, depth, delays, stop_after):
-    stages, source = Recorded(delays), Numbers(count)
+@given(kinds, st.integers(1, 12), st.integers(1, 5), delays, st.integers(0, 12))
+def test_who_stops_early_leaves_nothing_in_flight(kind, count, depth, delays, stop_after):
+    stages, source = kind(delays), Numbers(count)
     results = run(stages, source, depth, stop_after)
     assert results == [10 * number for number in range(min(count, stop_after))]
     assert sorted(stages.computed + stages.discarded) == stages.prepared
     assert source.taken <= stop_after + depth
 
 
-@given(st.integers(1, 5), st.integers(0, 6), st.booleans(), delays)
-def test_an_error_ends_the_flow_and_nothing_stays_held(depth, failing, in_prepare, delays):
-    stages = Recorded(
+@given(kinds, st.integers(1, 5), st.integers(0, 6), st.booleans(), delays)
+def test_an_error_ends_the_flow_and_nothing_stays_held(kind, depth, failing, in_prepare, delays):
+    stages = kind(
         delays, fail_prepare=failing if in_prepare else None, fail_compute=None if in_prepare else failing
     )
     with pytest.raises(ZeroDivisionError):
@@ -121,6 +150,22 @@ def test_the_next_batch_is_prepared_while_one_is_computed():
             return super().compute(prepared)
 
     assert run(Meeting(), Numbers(6), 2) == [0, 10, 20, 30, 40, 50]
+
+
+def test_a_device_gets_the_next_batch_before_the_host_waits_for_results():
+    """If it is prepared, as it is with three in flight: two for the device, one on its way to it."""
+
+    class Meeting(OnDevice):
+        def compute(self, prepared):
+            flow._thread().submit(int).result(30)  # what was to be prepared before is
+            return super().compute(prepared)
+
+    stages = Meeting()
+    flow = Flow(stages, depth=3)
+    assert list(flow.run(Numbers(6))) == [0, 10, 20, 30, 40, 50]
+    flow.close()
+    for number in range(5):
+        assert stages.events.index(("launch", number + 1)) < stages.events.index(("finish", number))
 
 
 def test_a_single_batch_needs_no_thread():
