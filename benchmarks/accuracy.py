@@ -155,18 +155,23 @@ def _say(what: str) -> None:
 
 
 def _list(options: Options) -> None:
-    """Prints every run that can be told now: done, possible, or waiting for a base."""
-    plan, records, left = _plan(options), RunRecords(options.runs or Path("no runs yet")), 0.0
+    """Prints every run that can be told now, and the hours that are left by what they wait for."""
+    plan, records = _plan(options), RunRecords(options.runs or Path("no runs yet"))
+    possible, waiting = 0.0, 0.0
     for run in plan.runs(records):
+        seconds = expected_seconds(run, records)
         if plan.is_done(run, records):
             state = f"done, dev {records[run.name].dev:.3f}, {records[run.name].cpu_seconds:.0f} s"
         elif plan.is_possible(run):
-            seconds = expected_seconds(run, records)
-            state, left = f"about {seconds:.0f} s", left + seconds
+            state, possible = f"about {seconds:.0f} s", possible + seconds
         else:
-            state = "waits for its distilled base"
+            state, waiting = "waits for its distilled base", waiting + seconds
         print(f"{run.name}: {state}")
-    print(f"about {left / 3600:.1f} hours left, without runs that wait for a base or for a learning rate")
+    undecided = sum(expected_seconds(run, records) for run in plan.undecided(records))
+    print(
+        f"hours of one core left: about {possible / 3600:.1f}, {undecided / 3600:.1f} when learning rates "
+        f"are chosen, {waiting / 3600:.1f} when distilled bases are there"
+    )
 
 
 def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:

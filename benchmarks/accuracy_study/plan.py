@@ -110,8 +110,20 @@ class Plan:
                 if chosen is not None:
                     yield from (Run(labelled, method, chosen, seed) for seed in self.seeds[1:])
 
+    def undecided(self, records: RunRecords) -> list[Run]:
+        """The other seeds' runs whose learning rate is not chosen yet, as if it were the first candidate."""
+        return [
+            Run(labelled, method, method.candidates[0], seed)
+            for method in self.methods
+            for labelled in self.sets
+            if self.chosen_rate(labelled, method, records) is None
+            for seed in self.seeds[1:]
+        ]
+
     def chosen_rate(self, labelled: StudySet, method: Method, records: RunRecords) -> float | None:
-        """The learning rate with the best development score of seed 0; None while one of them is missing."""
+        """The learning rate with the best development score of seed 0; None while one has to be measured."""
+        if len(method.candidates) == 1:
+            return method.candidates[0]
         names = {rate: run_name(labelled, method, rate, self.seeds[0]) for rate in method.candidates}
         if not all(name in records for name in names.values()):
             return None

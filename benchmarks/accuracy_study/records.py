@@ -123,30 +123,29 @@ class RunRecord(_Frozen):
 
 
 class RunRecords:
-    """The records in a folder, by the names of their runs."""
+    """The records in a folder, by the names of their runs; another process may add to them."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads what is there.
-
-        Raises pydantic's ValidationError for a file of another format.
-        """
+        """Takes a folder that may be missing."""
         self._folder = folder
-        self._records = {
-            path.stem: RunRecord.model_validate_json(path.read_bytes())
-            for path in sorted(folder.glob("*.json"))
-        }
+        self._read: dict[str, RunRecord] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the run ``name`` is finished."""
-        return name in self._records
+        return name in self._read or self._path(name).exists()
 
     def __getitem__(self, name: str) -> RunRecord:
-        """The record of run ``name``."""
-        return self._records[name]
+        """The record of run ``name``.
+
+        Raises OSError if there is none, pydantic's ValidationError for a file of another format.
+        """
+        if name not in self._read:
+            self._read[name] = RunRecord.model_validate_json(self._path(name).read_bytes())
+        return self._read[name]
 
     def values(self) -> list[RunRecord]:
-        """All of them."""
-        return list(self._records.values())
+        """All of them, by name."""
+        return [self[path.stem] for path in sorted(self._folder.glob("*.json"))]
 
     def add(self, name: str, record: RunRecord) -> None:
         """Keeps a record, atomically."""
@@ -155,5 +154,8 @@ class RunRecords:
             partial.write_text(record.model_dump_json() + "\n")
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._folder / f"{name}.json", write)
-        self._records[name] = record
+        atomic_write(self._path(name), write)
+        self._read[name] = record
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"

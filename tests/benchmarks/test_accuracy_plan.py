@@ -59,7 +59,7 @@ def test_a_later_process_goes_on(records, tmp_path):
         run = plan.next_run(records)
         records.add(run.name, made_record(run))
     again = RunRecords(tmp_path / "runs")
-    assert sorted(again.values(), key=repr) == sorted(records.values(), key=repr)
+    assert again.values() == records.values() and len(again.values()) == 3
     assert len(carry_out(plan, again)) == 10 - 3
     assert carry_out(plan, RunRecords(tmp_path / "runs")) == []
 
@@ -75,6 +75,13 @@ def test_the_dev_split_chooses_the_learning_rate_of_each_set(records):
     assert plan.finished(two, FULL, records) == [run_name(two, FULL, 5e-5, seed) for seed in (0, 1)]
 
 
+def test_seeds_that_wait_for_a_learning_rate(records):
+    plan = made_plan(sets=("one",))
+    assert [run.name for run in plan.undecided(records)] == ["one.full-lr0.0001.seed1"]
+    carry_out(plan, records)
+    assert plan.undecided(records) == []
+
+
 def test_patterns_leave_the_rest_out(records):
     names = carry_out(made_plan(only=("two.full-*", "*.k3-*.seed0")), records)
     assert len(names) == 2 + 1 + 2 and not any(name.startswith("one.full") for name in names)
@@ -83,7 +90,7 @@ def test_patterns_leave_the_rest_out(records):
 def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
     plan = made_plan(methods=(DISTILLED,), sets=("one",), distilled=tmp_path)
     assert plan.next_run(records) is None
-    assert len(plan.runs(records)) == 1
+    assert len(plan.runs(records)) == 2
     folder = tmp_path / "distilled-k3-window2"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
