@@ -7,7 +7,7 @@ it makes the thin inner states anew, and is made of :func:`hmi_kernels.grouped_p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -237,7 +237,7 @@ def _silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient * sigmoid * (1 + x * (1 - sigmoid))
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "relu": (torch.relu, lambda g, x: torch.ops.aten.threshold_backward(g, x, 0)),
     "gelu": (functional.gelu, torch.ops.aten.gelu_backward),
     "silu": (functional.silu, _silu_backward),

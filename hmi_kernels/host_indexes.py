@@ -135,13 +135,16 @@ def check_matrices_on_host(
         return
     parts = (table.offsets, table.rows, table.columns)
     is_whole = all(part.device != device for part in parts)
+    slot_offsets, slot_rows, slot_columns = (part.data_ptr() if is_whole else 0 for part in parts)
     native.check_matrices(
         batch.segment_offsets.data_ptr(),
         batch.segment_slots.data_ptr(),
         batch.segment_slots.shape[0],
         batch.inputs.shape[0],
         table.offsets.shape[0],
-        *(part.data_ptr() if is_whole else 0 for part in parts),
+        slot_offsets,
+        slot_rows,
+        slot_columns,
         table.arena_size,
         *table.most,
         table.multiple,

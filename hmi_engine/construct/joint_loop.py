@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -277,7 +278,7 @@ def _validate(company: _Company, stack: StackedTenants, ended: Sequence[_Learner
         for piece, outputs in zip(run, company.predict(run), strict=True):
             found[piece.learner.slot].append(outputs)
     for learner in ended:
-        learner.add_epoch(torch.cat(found[learner.slot]), lambda slot=learner.slot: stack.save(slot))
+        learner.add_epoch(torch.cat(found[learner.slot]), partial(stack.save, learner.slot))
 
 
 def _shown(learners: Sequence[_Learner]) -> dict[str, float]:

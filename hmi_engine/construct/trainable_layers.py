@@ -50,8 +50,9 @@ class Adapters(Protocol):
 class TokenBatch(Protocol):
     """Sequences, whose tokens are rows in some order."""
 
-    halfway: bool
-    """Whether the rows are those that :meth:`TrainableLayers.start` made, [T, 2H], or inputs, [T, H]."""
+    @property
+    def halfway(self) -> bool:
+        """Whether the rows are those that :meth:`TrainableLayers.start` made, [T, 2H], or inputs, [T, H]."""
 
     def rows(self) -> Tensor:
         """One row for each token."""
@@ -98,7 +99,7 @@ class DenseBatch:
 
     def first_rows(self, rows: Tensor) -> Tensor:
         """See :class:`TokenBatch`."""
-        return rows.unflatten(0, (len(self.lengths), -1))[:, 0]
+        return self._by_sequence(rows)[:, 0]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
         """See :class:`TokenBatch`."""
@@ -112,11 +113,14 @@ class DenseBatch:
         """See :class:`TokenBatch`."""
         if reading == "cls":
             return rows
-        x = rows.unflatten(0, (len(self.lengths), -1))
+        x = self._by_sequence(rows)
         if reading == "mean":
             return (x * self.present()[:, :, None]).sum(1) / self.lengths[:, None]
         assert words is not None
         return x[words.sequences, words.places]
+
+    def _by_sequence(self, rows: Tensor) -> Tensor:
+        return rows.view(len(self.lengths), -1, rows.shape[-1])
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -247,7 +251,7 @@ class TrainableLayers:
     def start(self, batch: DenseBatch) -> Tensor:
         """What of the first layer no parameter changes, float32 [B, L, 2H]."""
         states = torch.cat(self._layers[0].start(batch.rows(), batch, first_only=False), dim=-1)
-        return states.unflatten(0, (len(batch.lengths), -1))
+        return states.view(len(batch.lengths), -1, states.shape[-1])
 
     def finish(self, states: Tensor) -> Tensor:
         """The first layer's result [T, H] from what :meth:`start` gave, as rows [T, 2H]."""
