@@ -47,7 +47,8 @@ NOTES = (
     "mixed kinds and ranks; all are in memory. `latency_target={latency_target:g}`, 2 batches in flight.",
     "Capacity: what it answers with {concurrency} requests always open. Open loop: the arrivals of a Poisson "
     "process, drawn beforehand, are sent at their times whatever the engine does; a latency counts from when "
-    "its request was due. Each repetition measures capacity anew, and offers its loads in another order.",
+    "its request was due. Capacity is measured anew right before each run of the open loop, because the "
+    "machine's speed drifts; each repetition offers the loads in another order.",
     "An answer within {deadline:g} s is good. Requests are sent with `timeout={timeout:g}`, and what "
     "{queue_seconds:g} s of capacity answer may be queued, as an operator with that deadline would set it. "
     "Goodput: good answers a second, over capacity.",
@@ -75,7 +76,7 @@ class Plan:
 
 
 QUICK = Plan(24, (0.5, 1.2), 12, (0.8,), 1.5, 1.5, 1.5, 1, 1 << 20)
-FULL = Plan(1_000, (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2), 100, (0.8, 1.2), 8.0, 12.0, 20.0, 3, 64 << 20)
+FULL = Plan(1_000, (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2), 100, (0.8, 1.2), 5.0, 12.0, 20.0, 3, 64 << 20)
 
 
 @dataclass
@@ -116,9 +117,9 @@ class _Bench:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """Points by load, and the capacity of each repetition."""
+    """Points by load, and the capacity right before each of them, in requests a second."""
 
-    capacities: list[float]
+    capacities: dict[float, list[float]]
     points: dict[float, list[LoadPoint]]
 
     def summary(self, load: float) -> Summary:
@@ -129,7 +130,7 @@ class OpenLoop:
         """Over capacity, the mean of the repetitions."""
         shares = [
             summarise([point.sample], DEADLINE).goodput / capacity
-            for point, capacity in zip(self.points[load], self.capacities, strict=True)
+            for point, capacity in zip(self.points[load], self.capacities[load], strict=True)
         ]
         return float(np.mean(shares))
 
@@ -139,17 +140,16 @@ def measure_open(bench: _Bench) -> OpenLoop:
     plan = bench.plan
     popularity = zipf_popularity(plan.tenants, 1.0)
     free = bench.open()
-    limited: AsyncEngine | None = None
-    found = OpenLoop([], {load: [] for load in plan.loads})
-    bench.warm(free, popularity)
+    found = OpenLoop({load: [] for load in plan.loads}, {load: [] for load in plan.loads})
+    capacity = bench.warm(free, popularity)
+    limited = bench.open(queue_limits(capacity))
+    run_open(limited, bench.fleet, popularity, rate=capacity / 2, seconds=2.0, seed=901)
     for repetition in range(plan.repetitions):
-        capacity = bench.capacity(f"open-{repetition}-capacity", free, popularity, 1000 + repetition)
-        found.capacities.append(capacity)
-        if limited is None:
-            limited = bench.open(queue_limits(capacity))
-            run_open(limited, bench.fleet, popularity, rate=capacity / 2, seconds=2.0, seed=901)
         for place in np.random.default_rng(repetition).permutation(len(plan.loads)).tolist():
-            load = plan.loads[place]
+            load, seed = plan.loads[place], 100 * repetition + place
+            name = f"open-{repetition}-{load:g}"
+            capacity = bench.capacity(f"{name}-capacity", free, popularity, 1000 + seed)
+            found.capacities[load].append(capacity)
             work = partial(
                 run_open,
                 limited,
@@ -157,9 +157,9 @@ def measure_open(bench: _Bench) -> OpenLoop:
                 popularity,
                 rate=load * capacity,
                 seconds=plan.open_seconds,
-                seed=100 * repetition + place,
+                seed=seed,
             )
-            found.points[load].append(bench.steps.take(f"open-{repetition}-{load:g}", LoadPoint, work))
+            found.points[load].append(bench.steps.take(name, LoadPoint, work))
     return found
 
 
@@ -338,11 +338,12 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             found = measure_open(_Bench(plan, fleet, steps, stack))
         with ExitStack() as stack:
             mixed = measure_mixed(_Bench(plan, fleet, steps, stack))
+    capacities = [rate for rates in found.capacities.values() for rate in rates]
     capacity = System.of(
         "HMI",
         f"AsyncEngine, {CONCURRENCY} requests always open",
-        [plan.capacity_seconds] * len(found.capacities),
-        [rate * plan.capacity_seconds for rate in found.capacities],
+        [plan.capacity_seconds] * len(capacities),
+        [rate * plan.capacity_seconds for rate in capacities],
         "requests",
     )
     steps.forget()
