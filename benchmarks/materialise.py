@@ -96,7 +96,7 @@ def _measure_window(
 ) -> tuple[Case, float]:
     plans = _plans(store, window, texts, plan.num_rows)
     transformers_logging.set_verbosity_error()  # the layers above K are left out on purpose
-    peer = BertModel.from_pretrained(store.layout.general, num_hidden_layers=PLOT_LAYERS).eval()
+    peer = BertModel.from_pretrained(store.general_folder, num_hidden_layers=PLOT_LAYERS).eval()
     with _built(store, plans["float16"], "before") as table:
         error = float((_peer_rows(peer, store, plans["float16"])[:] - table.rows.float()).abs().max())
         systems: dict[str, Callable[[int], object]] = {PEER: lambda _: _write_peer_rows(peer, store, plans)}

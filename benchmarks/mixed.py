@@ -215,7 +215,7 @@ def _mixed_case(bench: _Bench) -> tuple[list[Case], list[Quantity]]:
 
 
 def _mixed_peers(bench: _Bench, engines: Mapping[str, Engine]) -> list[Peer]:
-    base, encoder = bench.half.layout.general, bench.half.encoder
+    base, encoder = bench.half.general_folder, bench.half.encoder
     backoff_plain, no_plot = bench.engine(bench.half, "backoff"), bench.engine(bench.plain, "backoff")
     no_plot_plain = bench.engine(bench.plain, "backoff")
     torch_note = "the same with plain torch linear"

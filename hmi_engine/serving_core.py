@@ -144,7 +144,7 @@ class ServingCore:
         general = self.store.general
         return DeviceCompute(
             general,
-            HierarchicalBert.load(self.store.layout.general, general.plot_layers, self.streams.device),
+            HierarchicalBert.load(self.store.general_folder, general.plot_layers, self.streams.device),
             self.streams,
             DeviceRows(self.streams, device_bytes - self.residency.arena.capacity_bytes),
             batches_in_flight=self.options.pipeline_depth,

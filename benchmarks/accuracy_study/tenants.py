@@ -113,7 +113,7 @@ class _Tagging:
     name: Task = "token_classification"
 
     def __init__(self, store: Store, labelled: TaggingSet, max_tokens: int) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(store.layout.general)
+        self._tokenizer = AutoTokenizer.from_pretrained(store.general_folder)
         self._max_tokens, self._labelled = max_tokens, labelled
         self.train, self.dev = (
             [piece for sentence in self._cut(split) for piece in sentence]

@@ -86,7 +86,7 @@ def compare(
 
 
 def _peers(store: Store, backoff: Engine, exact: Engine) -> list[Peer]:
-    base, encoder = store.layout.general, store.encoder
+    base, encoder = store.general_folder, store.encoder
     return [
         HmiPeer(
             backoff, name=HMI_BACKOFF, description="lowest half of the layers looked up; misses left out"

@@ -157,7 +157,7 @@ def _result(
         num_layers=store.general.num_layers,
         plot_layers=store.general.plot_layers,
         window=store.general.window,
-        model_bytes=(store.layout.general / "model.safetensors").stat().st_size,
+        model_bytes=(store.general_folder / "model.safetensors").stat().st_size,
         store_bytes=sum(path.stat().st_size for path in files),
         num_random_tenants=len(random_tenants),
         random_tenant_bytes=sum(info.bytes for info in random_tenants),
