@@ -19,6 +19,7 @@ def run_dry(name: str, output: Path, *options: str) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path: Path) -> None:
     result = run_dry("bench", tmp_path / "bench.json", "--quick")
     assert result["dry"] and not result["failures"] and not result["left_out"]

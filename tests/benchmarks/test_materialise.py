@@ -11,6 +11,7 @@ materialise = pytest.importorskip("benchmarks.materialise", reason=REASON)
 read_results = pytest.importorskip("benchmarks.result", reason=REASON).read_results
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_runs(tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(materialise, "packaged_model", lambda: tiny_bert)
     monkeypatch.setattr(materialise, "QUICK", materialise._Plan(num_rows=300, repetitions=2))

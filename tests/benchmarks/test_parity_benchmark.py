@@ -8,6 +8,7 @@ from benchmarks.report import render
 from benchmarks.result import read_results
 
 
+@pytest.mark.slow
 def test_a_quick_run_is_rendered(tmp_path):
     parity.main(["--quick", "--out", str(tmp_path / "results" / "parity.json")])
     (result,) = read_results(tmp_path / "results")

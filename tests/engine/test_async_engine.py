@@ -257,10 +257,10 @@ def test_a_latency_target_makes_batches_smaller(store, fleet, monkeypatch):
     """Compute that takes 1 ms a token and a target of 0.15 s: some 50 tokens, when that has been learnt."""
     compute, sizes = BatchRunner._compute, []
 
-    def slow(runner, searched, outputs):
+    def slow(runner, searched):
         sizes.append(searched.sequences.num_tokens)
         time.sleep(0.001 * sizes[-1])
-        return compute(runner, searched, outputs)
+        return compute(runner, searched)
 
     monkeypatch.setattr(BatchRunner, "_compute", slow)
     requests = [hmi.Request(fleet[n % 12], text="the cell binds a gene") for n in range(120)]

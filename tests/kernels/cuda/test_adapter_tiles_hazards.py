@@ -205,6 +205,7 @@ def test_ends_of_arena_and_of_ranks() -> None:
         driver.raise_faults()
 
 
+@pytest.mark.slow
 def test_every_barrier_is_needed() -> None:
     """Rings of two, three and four stages; depth split over warps and not; layer norm with and without."""
     cases = [hazard(name) for name in HAZARDS]
