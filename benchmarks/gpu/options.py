@@ -15,6 +15,7 @@ __all__ = ["RESULTS", "ROOT", "Options", "prepare_environment", "read_options"]
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("benchmarks") / "results" / "gpu"
 DRY_RESULTS = Path("build") / "gpu"
+SECONDS = 7 * 60
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Options:
         output: where the JSON goes.
         is_dry: on the CPU, without measuring.
         is_quick: few shapes and repetitions.
+        seconds: what would begin later is left out.
         command: how to repeat the run.
     """
 
     output: Path
     is_dry: bool
     is_quick: bool
+    seconds: float
     command: str
 
 
@@ -41,10 +44,13 @@ def read_options(name: str, description: str, argv: Sequence[str] | None) -> Opt
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--dry", action="store_true", help="on the CPU by emulator and interpreter")
     parser.add_argument("--quick", action="store_true", help="the least that still runs everything")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="begin nothing after so long (%(default)s)"
+    )
     options = parser.parse_args(argv)
     default = (DRY_RESULTS if options.dry else RESULTS) / f"{name}.json"
     command = shlex.join(["python", "-m", f"benchmarks.gpu.{name}", *argv])
-    return Options(options.output or default, options.dry, options.quick, command)
+    return Options(options.output or default, options.dry, options.quick, options.seconds, command)
 
 
 def prepare_environment(*, is_dry: bool) -> None:

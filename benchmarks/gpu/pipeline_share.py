@@ -7,18 +7,12 @@ pipeline saves of that time, over what the steps before compute took there, is w
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from benchmarks.gpu.platform import Platform
 from benchmarks.result import Quantity
-from benchmarks.tenant_fleet import fleet_tenants, tenant_name
-from hmi_engine.demo.base_model import packaged_model
 from hmi_engine.demo.timing import interleave, median
 from hmi_engine.engine import Engine
 from hmi_engine.memory.arena import AdapterArena
@@ -29,43 +23,34 @@ __all__ = ["measure_pipeline"]
 
 DEPTHS = (1, 2, 4)
 STEPS_BEFORE = ("fetch", "search", "send")
-DOMAIN = "numbers"
-VOCABULARY = 2000
 
 
 @dataclass(frozen=True)
-class _Plan:
+class PipelinePlan:
+    """How much is asked; ``tenants_in_memory`` of ``tenants`` find room in the device's arena."""
+
     tenants: int
     requests: int
-    words: int
     batch_tokens: int
     tenants_in_memory: int
-    plot_layers: int
     repetitions: int
 
 
-FULL = _Plan(1024, 1024, 40, 4096, 400, 3, 7)
-QUICK = _Plan(256, 256, 40, 2048, 200, 3, 3)
-DRY = _Plan(12, 12, 5, 30, 8, 0, 1)
-
-
-def measure_pipeline(platform: Platform, *, is_quick: bool) -> tuple[Quantity, ...]:
+def measure_pipeline(
+    store: Store, requests: list[Request], platform: Platform, plan: PipelinePlan
+) -> tuple[Quantity, ...]:
     """The hidden share at each depth; in dry runs the same engines answer on the CPU, and nothing is told.
 
     Raises AssertionError where depths answer differently.
     """
-    plan = DRY if platform.is_dry else QUICK if is_quick else FULL
-    with (
-        tempfile.TemporaryDirectory(prefix="hmi-gpu-pipeline-") as folder,
-        _store(Path(folder) / "store", plan) as store,
-        _engines(store, platform, plan) as engines,
-    ):
-        requests = _requests(plan)
+    with _engines(store, platform, plan) as engines:
         _check_equal(engines, requests)
         return () if platform.is_dry else _shares(engines, requests, plan)
 
 
-def _shares(engines: Mapping[str, Engine], requests: list[Request], plan: _Plan) -> tuple[Quantity, ...]:
+def _shares(
+    engines: Mapping[str, Engine], requests: list[Request], plan: PipelinePlan
+) -> tuple[Quantity, ...]:
     before = _seconds_before(engines["1"])
     seconds = interleave(
         {depth: lambda _, engine=engine: engine.run(requests) for depth, engine in engines.items()},
@@ -74,14 +59,24 @@ def _shares(engines: Mapping[str, Engine], requests: list[Request], plan: _Plan)
     )
     steps = (_seconds_before(engines["1"]) - before) / plan.repetitions
     alone = median(seconds["1"])
-    return tuple(
-        Quantity(
-            name=f"fetching, searching and sending hidden, {depth} batches in flight",
-            value=(alone - median(seconds[depth])) / steps,
-            unit="share",
-        )
-        for depth in engines
-        if depth != "1"
+    deeper = {depth: median(seconds[depth]) for depth in engines if depth != "1"}
+    return (
+        Quantity(name="fetching, searching and sending, one batch in flight", value=1e3 * steps, unit="ms"),
+        Quantity(name="all of it, one batch in flight", value=1e3 * alone, unit="ms"),
+        *(
+            Quantity(
+                name=f"fetching, searching and sending hidden, {depth} batches in flight",
+                value=(alone - taken) / steps,
+                unit="share",
+            )
+            for depth, taken in deeper.items()
+        ),
+        *(
+            Quantity(
+                name=f"throughput over one, {depth} batches in flight", value=alone / taken, unit="times"
+            )
+            for depth, taken in deeper.items()
+        ),
     )
 
 
@@ -92,18 +87,7 @@ def _seconds_before(engine: Engine) -> float:
 
 
 @contextmanager
-def _store(path: Path, plan: _Plan) -> Iterator[Store]:
-    with Store.create(path, general=str(packaged_model()), plot_layers=plan.plot_layers) as store:
-        domain = "general"
-        if plan.plot_layers:
-            store.add_domain(DOMAIN, _texts(4 * plan.requests, plan, seed=1))
-            domain = DOMAIN
-        store.add_tenants(fleet_tenants(store.general, domain, range(plan.tenants)))
-        yield store
-
-
-@contextmanager
-def _engines(store: Store, platform: Platform, plan: _Plan) -> Iterator[dict[str, Engine]]:
+def _engines(store: Store, platform: Platform, plan: PipelinePlan) -> Iterator[dict[str, Engine]]:
     """An engine for each depth, by its name; each with memory of its own."""
     largest = max(AdapterArena.allocated_bytes(info.bytes // 4) for info in store.tenants.values())
     arena = plan.tenants_in_memory * largest
@@ -125,19 +109,6 @@ def _engines(store: Store, platform: Platform, plan: _Plan) -> Iterator[dict[str
             )
             for depth in DEPTHS
         }
-
-
-def _requests(plan: _Plan) -> list[Request]:
-    texts = _texts(plan.requests, plan, seed=2)
-    return [Request(tenant_name(number % plan.tenants), text=text) for number, text in enumerate(texts)]
-
-
-def _texts(count: int, plan: _Plan, seed: int) -> list[str]:
-    """Numbers below 2,000 as words, drawn by Zipf's law."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = 1.0 / torch.arange(1, VOCABULARY + 1)
-    draws = torch.multinomial(weights, count * plan.words, replacement=True, generator=generator)
-    return [" ".join(map(str, draw.tolist())) for draw in draws.view(count, plan.words)]
 
 
 def _check_equal(engines: Mapping[str, Engine], requests: list[Request]) -> None:

@@ -113,11 +113,14 @@ def describe_device(chosen: Platform) -> Device | None:
 
 
 def current_commit() -> str:
-    """The checkout's commit, with ``-changed`` if files differ from it; ``unknown`` outside of git."""
+    """The checkout's commit, with ``-changed`` if files differ from it.
+
+    A copy that has left git behind takes what ``HMI_COMMIT`` says, else ``unknown``.
+    """
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
-        return "unknown"
+        return os.environ.get("HMI_COMMIT", "unknown")
     status = subprocess.run(
         [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False
     )

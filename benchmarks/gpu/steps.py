@@ -84,7 +84,10 @@ def check_steps(*, is_dry: bool) -> list[CheckStep]:
     ]
     if not is_dry:
         triton = CheckStep(
-            "triton tests", "Do the Triton kernels' tests pass?", 420, lambda: _pytest(TRITON_TESTS)
+            "triton tests",
+            "Do the Triton kernels' tests pass?",
+            420,
+            lambda: _pytest(TRITON_TESTS, processes=4),
         )
         steps.insert(0, triton)
     return steps
@@ -147,15 +150,18 @@ def _last_line(output: str) -> str:
     return next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
 
 
-def _pytest(tests: tuple[str, ...]) -> Program:
-    """The tests in a pytest of their own, on the GPU if there is one."""
+def _pytest(tests: tuple[str, ...], processes: int = 0) -> Program:
+    """The tests in a pytest of their own, on the GPU if there is one.
+
+    More processes share it: worth it only where most of the time goes into compiling.
+    """
     report = Path(tempfile.mkdtemp(prefix="hmi-gpu-check-")) / "tests.xml"
     command = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
-        "-n0",  # one process: they would share one GPU
+        f"-n{processes}",
         "--tb=short",
         "-p",
         "no:cacheprovider",

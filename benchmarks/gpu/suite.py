@@ -15,7 +15,6 @@ from benchmarks.gpu.adapter_problem import AdapterShape, Kind
 from benchmarks.gpu.contest import Bench, Planned
 from benchmarks.gpu.copy_contests import copy_contests, measure_overlap
 from benchmarks.gpu.options import Options
-from benchmarks.gpu.pipeline_share import measure_pipeline
 from benchmarks.gpu.platform import Platform, choose_platform, current_commit, describe_device
 from benchmarks.gpu.plot_contests import plot_contests
 from benchmarks.gpu.result import BenchResult, GpuCase, Peaks
@@ -27,8 +26,6 @@ from hmi_engine.demo.environment import describe_machine, installed_versions
 
 __all__ = ["measure"]
 
-SECONDS = 7 * 60
-"""Cases that would begin later are left out."""
 REPETITIONS = 25
 QUICK_REPETITIONS = 5
 FIRST_SHAPES = 6
@@ -81,18 +78,13 @@ def _run(
     return cases, left_out
 
 
-def _quantities(bench: Bench, is_quick: bool) -> tuple[Quantity, ...]:
-    """What copies and compute have in common, and what an engine hides; without a GPU nothing is measured."""
-    measured: list[Quantity] = []
-    for name, measure_one in (
-        ("overlap of copies and compute", lambda: measure_overlap(bench.platform)),
-        ("the engine's pipeline", lambda: measure_pipeline(bench.platform, is_quick=is_quick)),
-    ):
-        try:
-            measured += measure_one()
-        except Exception as failure:
-            bench.failures.append(f"{name}: {type(failure).__name__}: {failure}")
-    return tuple(measured)
+def _quantities(bench: Bench) -> tuple[Quantity, ...]:
+    """What copies and compute have in common; without a GPU nothing is measured."""
+    try:
+        return measure_overlap(bench.platform)
+    except Exception as failure:
+        bench.failures.append(f"overlap of copies and compute: {type(failure).__name__}: {failure}")
+        return ()
 
 
 def _line(case: GpuCase) -> str:
@@ -135,9 +127,9 @@ def measure(options: Options, console: Console) -> BenchResult:
             timer = DeviceTimer(platform.device, repetitions=repetitions)
         bench = Bench(platform, timer, None if peaks is None else peaks.measured())
         plan = _plan(platform, timer, options.is_quick)
-        cases, left_out = _run(bench, plan, started + SECONDS, console)
+        cases, left_out = _run(bench, plan, started + options.seconds, console)
     with platform.own_stream():
-        quantities = _quantities(bench, options.is_quick)
+        quantities = _quantities(bench)
     return BenchResult(
         command=options.command,
         commit=current_commit(),

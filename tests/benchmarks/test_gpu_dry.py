@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from emulator.harness import emulated
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +40,18 @@ def test_benchmark(tmp_path: Path) -> None:
 
 
 def test_quick_check(tmp_path: Path) -> None:
+    with emulated("plain"):  # compiled here, if nobody has yet: that takes longer than steps may
+        pass
     result = run_dry("check", tmp_path / "check.json", "--quick")
     outcomes = {step["name"]: step["outcome"] for step in result["steps"]}
     assert outcomes == {"memory": "passed", "streams": "passed"}
+
+
+@pytest.mark.slow
+def test_serving(tmp_path: Path) -> None:
+    result = run_dry("serving", tmp_path / "serving.json")
+    [case] = result["cases"]
+    assert len(case["systems"]) == 6 and not result["quantities"]
 
 
 @pytest.mark.slow

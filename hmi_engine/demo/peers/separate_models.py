@@ -45,7 +45,8 @@ class OneModelPerTenant(TransformersPeer):
             self._models: dict[str, BertForSequenceClassification] = {}
             for tenant in copies:
                 adapted = PeftModel.from_pretrained(_copy(base), tenant.directory)
-                self._models[tenant.name] = adapted.merge_and_unload().eval().requires_grad_(False)
+                merged = adapted.merge_and_unload().eval().requires_grad_(False)
+                self._models[tenant.name] = merged.to(self._device)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         yield from by_tenant(requests)

@@ -37,9 +37,17 @@ class TransformersPeer(ABC):
     name: str
     description: str
 
-    def __init__(self, base: Path, encoder: TextEncoder, *, max_sequences: int = 32) -> None:
+    def __init__(
+        self,
+        base: Path,
+        encoder: TextEncoder,
+        *,
+        max_sequences: int = 32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """``base`` is a transformers folder of the base, ``encoder`` the tokenizer, the same for all."""
         self.max_sequences = max_sequences
+        self._device = device
         self._base = base
         self._encoder = encoder
         self._labels: dict[str, tuple[str, ...]] = {}
@@ -59,7 +67,7 @@ class TransformersPeer(ABC):
             group.sort(key=lambda index: len(token_ids[index]))
             for start in range(0, len(group), self.max_sequences):
                 members = group[start : start + self.max_sequences]
-                input_ids, mask = _pad([token_ids[index] for index in members])
+                input_ids, mask = _pad([token_ids[index] for index in members], self._device)
                 logits = self._logits([requests[index].tenant for index in members], input_ids, mask)
                 for index, row in zip(members, logits.softmax(dim=-1).tolist(), strict=True):
                     responses[index] = self._respond(requests[index], row, len(token_ids[index]))
@@ -98,13 +106,13 @@ def by_tenant(requests: Sequence[Request]) -> Iterator[list[int]]:
     yield from groups.values()
 
 
-def _pad(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _pad(sequences: list[list[int]], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor | None]:
     longest = max(map(len, sequences))
-    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences]).to(device)
     if all(len(ids) == longest for ids in sequences):
         return input_ids, None
     lengths = torch.tensor([len(ids) for ids in sequences])
-    return input_ids, (torch.arange(longest) < lengths[:, None]).long()
+    return input_ids, (torch.arange(longest) < lengths[:, None]).long().to(device)
 
 
 def tune(
