@@ -78,13 +78,23 @@ cuda::AdapterPlan plan_adapter(int64_t num_tokens, int64_t num_segments, int32_t
       {num_tokens, num_segments, input_size, total_output_size, num_projections, max_rank, has_layer_norm});
 }
 
+const char* name_of_kernel(const cuda::AdapterPlan& plan) {
+  switch (plan.kernel) {
+    case cuda::AdapterKernel::kTiles:
+      return "tiles";
+    case cuda::AdapterKernel::kSlices:
+      return "slices";
+    default:
+      return "gemv";
+  }
+}
+
 }  // namespace
 
 void define_cuda_adapters(py::module_& m) {
   using cuda::AdapterPlan;
   py::class_<AdapterPlan>(m, "AdapterPlan")
-      .def_property_readonly(
-          "kernel", [](const AdapterPlan& plan) { return plan.kernel == cuda::AdapterKernel::kTiles ? "tiles" : "gemv"; })
+      .def_property_readonly("kernel", &name_of_kernel)
       .def_readonly("tile_rows", &AdapterPlan::tile_rows)
       .def_readonly("num_stages", &AdapterPlan::num_stages)
       .def_readonly("rank_class", &AdapterPlan::rank_class)

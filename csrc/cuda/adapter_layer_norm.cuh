@@ -65,8 +65,68 @@ __device__ __forceinline__ void normalize_columns(const Block<Element, TileType>
   }
 }
 
+// A warp has whole rows of up to 1,024 columns in registers, one after the other: shared memory is read once.
+constexpr int kMaxUnitsOfLane = 4;
+
+template <class Element, class TileType>
+__device__ __forceinline__ void normalize_narrow_rows(const Block<Element, TileType>& block) {
+  constexpr int kUnits = 1 << TileType::kLogChunkUnits;
+  const int size = block.arguments.output_sizes[0], units = size / kUnitElements;
+  const int lane = threadIdx.x % kWarpSize;
+  uint4 weight[kMaxUnitsOfLane], bias[kMaxUnitsOfLane];
+#pragma unroll
+  for (int u = 0; u < kMaxUnitsOfLane; ++u) {
+    const int unit = lane + u * kWarpSize;
+    if (unit >= units) break;
+    weight[u] = load16(static_cast<const Element*>(block.arguments.layer_norm_weight) + unit * kUnitElements);
+    bias[u] = load16(static_cast<const Element*>(block.arguments.layer_norm_bias) + unit * kUnitElements);
+  }
+  for (int row = threadIdx.x / kWarpSize; row < block.work.rows; row += TileType::kWarps) {
+    float values[kMaxUnitsOfLane][kUnitElements], sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int u = 0; u < kMaxUnitsOfLane; ++u) {
+      const int unit = lane + u * kWarpSize;
+      if (unit >= units) break;
+      const SwizzledTile columns = block.finished(unit / kUnits * TileType::kChunk);
+      const Vector16<Element> own = unpack<Element>(load_unit(columns.unit(row, unit % kUnits)));
+#pragma unroll
+      for (int i = 0; i < kUnitElements; ++i) sum += values[u][i] = to_float(own.elements[i]);
+    }
+    const float mean = warp_sum(sum) / static_cast<float>(size);
+#pragma unroll
+    for (int u = 0; u < kMaxUnitsOfLane; ++u) {
+      if (lane + u * kWarpSize >= units) break;
+#pragma unroll
+      for (int i = 0; i < kUnitElements; ++i) {
+        values[u][i] -= mean;
+        squares += values[u][i] * values[u][i];
+      }
+    }
+    const float deviation =
+        rsqrtf(warp_sum(squares) / static_cast<float>(size) + block.arguments.layer_norm_epsilon);
+#pragma unroll
+    for (int u = 0; u < kMaxUnitsOfLane; ++u) {
+      const int unit = lane + u * kWarpSize;
+      if (unit >= units) break;
+      const Vector16<Element> scale = unpack<Element>(weight[u]), shift = unpack<Element>(bias[u]);
+      Vector16<Element> normal;
+#pragma unroll
+      for (int i = 0; i < kUnitElements; ++i) {
+        normal.elements[i] = from_float<Element>(values[u][i] * deviation * to_float(scale.elements[i]) +
+                                                 to_float(shift.elements[i]));
+      }
+      store16(block.outputs + row * block.arguments.output_stride + unit * kUnitElements, pack(normal));
+    }
+  }
+}
+
 template <class Element, class TileType>
 __device__ __forceinline__ void normalize_rows(const Block<Element, TileType>& block) {
+  if (block.arguments.output_sizes[0] <= kMaxUnitsOfLane * kWarpSize * kUnitElements) {
+    __syncthreads();
+    normalize_narrow_rows(block);
+    return;
+  }
   float2* statistics = reinterpret_cast<float2*>(block.shared + block.memory.statistics);
   __syncthreads();
   measure_rows(block, statistics);

@@ -23,11 +23,11 @@ struct AdapterShape {
   bool has_layer_norm;
 };
 
-enum class AdapterKernel : int32_t { kTiles, kGemv };
+enum class AdapterKernel : int32_t { kTiles, kGemv, kSlices };
 
 struct AdapterPlan {
   AdapterKernel kernel;
-  // kTiles: tensor cores, one block for tile_rows tokens of a segment.
+  // kTiles and kSlices: tensor cores, one block for tile_rows tokens of a segment.
   int32_t tile_rows;    // 16, 32 or 64
   int32_t num_stages;   // of the cp.async ring
   int32_t blocks_per_multiprocessor;  // on sm_80, as intended
@@ -42,10 +42,11 @@ struct AdapterPlan {
   int64_t workspace_elements;  // float32
 };
 
-// Tiles, or GEMV if a segment has kMaxGemvTokens tokens or fewer on average.
+// Slices if the ranks are few and fit, else tiles; GEMV if a segment has kMaxGemvTokens tokens or fewer on average.
 constexpr int64_t kMaxGemvTokens = 4;
 AdapterPlan plan_adapter(const AdapterShape& shape);
 AdapterPlan plan_tiles(const AdapterShape& shape);  // tile_rows 0: beyond the limits above, cannot be launched
+AdapterPlan plan_slices(const AdapterShape& shape);  // tile_rows 0: beyond its limits
 AdapterPlan plan_gemv(const AdapterShape& shape);  // adapter_plan_gemv.cpp
 
 }  // namespace hmi::cuda

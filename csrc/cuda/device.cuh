@@ -55,6 +55,22 @@ __device__ __forceinline__ void ldmatrix_x2_transposed(unsigned (&to)[2], const 
                : "memory");
 }
 
+// The opposite of ldmatrix_x4: the same lanes hold the same elements and give the same addresses.
+__device__ __forceinline__ void stmatrix_x4(void* shared, const unsigned (&from)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(shared)),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
+#else
+  const unsigned lane = threadIdx.x % 32, own = shared_address(shared);
+#pragma unroll
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    const unsigned row = __shfl_sync(0xffffffffu, own, matrix * 8 + lane / 4);
+    asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(row + lane % 4 * 4), "r"(from[matrix]) : "memory");
+  }
+#endif
+}
+
 // sums[16x8] += a[16x16] @ b[16x8], a row-major, b column-major; the layouts of PTX ISA "mma.m16n8k16".
 template <class Element>
 __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {

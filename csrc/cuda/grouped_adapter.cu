@@ -3,6 +3,7 @@
 
 #include "cuda/adapter_plan.h"
 #include "cuda/grouped_adapter_gemv.h"
+#include "cuda/grouped_adapter_slices.h"
 #include "cuda/grouped_adapter_tiles.h"
 
 namespace hmi::cuda {
@@ -21,8 +22,14 @@ AdapterShape shape_of(const GroupedAdapterArguments& arguments) {
 cudaError_t grouped_adapter(const GroupedAdapterArguments& arguments, cudaStream_t stream) {
   if (arguments.num_tokens == 0 || arguments.num_segments == 0) return cudaSuccess;
   const AdapterPlan plan = plan_adapter(shape_of(arguments));
-  return plan.kernel == AdapterKernel::kTiles ? launch_adapter_tiles(arguments, plan, stream)
-                                              : launch_adapter_gemv(arguments, plan, stream);
+  switch (plan.kernel) {
+    case AdapterKernel::kSlices:
+      return launch_adapter_slices(arguments, plan, stream);
+    case AdapterKernel::kTiles:
+      return launch_adapter_tiles(arguments, plan, stream);
+    default:
+      return launch_adapter_gemv(arguments, plan, stream);
+  }
 }
 
 }  // namespace hmi::cuda

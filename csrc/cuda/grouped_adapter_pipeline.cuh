@@ -50,16 +50,19 @@ struct TileWork {
   TileProjection<Element> projections[kMaxProjections];
 };
 
-// Called by the first warp.
+__device__ __forceinline__ SegmentTile find_tile(const GroupedAdapterArguments& arguments, int tile_rows) {
+  return find_segment_tile(arguments.segment_offsets, arguments.num_segments, arguments.num_tokens, blockIdx.x,
+                           tile_rows, arguments.fault, arguments.segment_slots);
+}
+
+// Called by one thread.
 template <class Element>
-__device__ __forceinline__ void find_work(const GroupedAdapterArguments& arguments, int tile_rows,
-                                          TileWork<Element>& work) {
-  const SegmentTile tile = find_segment_tile(arguments.segment_offsets, arguments.num_segments, arguments.num_tokens,
-                                             blockIdx.x, tile_rows, arguments.fault);
-  if (threadIdx.x != 0) return;
+__device__ __forceinline__ void describe_work(const GroupedAdapterArguments& arguments, const SegmentTile& tile,
+                                              TileWork<Element>& work) {
   work.row = tile.row;
   work.rows = 0;
   if (tile.segment < 0) return;
+  const Segment segment{tile.segment, 0, 0, tile.slot};
   int inner_begin = 0, output_begin = 0;
   unsigned half_groups = 0;
   bool is_faulty = false;
@@ -67,7 +70,7 @@ __device__ __forceinline__ void find_work(const GroupedAdapterArguments& argumen
   for (int p = 0; p < kMaxProjections; ++p) {
     if (p >= arguments.num_projections) break;
     AdapterSlot<Element> slot;
-    is_faulty |= load_slot(arguments, tile.segment, p, slot) == SlotState::kFaulty;
+    is_faulty |= load_slot(arguments, segment, p, slot) == SlotState::kFaulty;
     work.projections[p] = {slot.down, slot.up,      slot.up_bias, slot.scale,
                            slot.rank, inner_begin, output_begin, arguments.output_sizes[p]};
     if (p == 0) {
@@ -244,12 +247,21 @@ class ChunkLoader {
 
 // Waits for the oldest of num_stages - 1 chunks under way, for all threads; after it the stage used before is free.
 __device__ __forceinline__ void wait_for_chunk(int num_stages) {
-  if (num_stages == 2) {
-    cp_async_wait<0>();
-  } else if (num_stages == 3) {
-    cp_async_wait<1>();
-  } else {
-    cp_async_wait<2>();
+  switch (num_stages) {
+    case 2:
+      cp_async_wait<0>();
+      break;
+    case 3:
+      cp_async_wait<1>();
+      break;
+    case 4:
+      cp_async_wait<2>();
+      break;
+    case 6:
+      cp_async_wait<4>();
+      break;
+    default:
+      cp_async_wait<6>();
   }
   __syncthreads();
 }

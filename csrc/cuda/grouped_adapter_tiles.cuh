@@ -265,7 +265,10 @@ __global__ void __launch_bounds__(TileType::kThreads, TileType::shape().min_bloc
     adapter_tiles_kernel(const GroupedAdapterArguments arguments, int num_stages) {
   HMI_DYNAMIC_SHARED(shared);
   HMI_SHARED(TileWork<Element>, work);
-  if (threadIdx.x < kWarpSize) find_work(arguments, TileType::kRows, work);
+  if (threadIdx.x < kWarpSize) {
+    const SegmentTile tile = find_tile(arguments, TileType::kRows);
+    if (threadIdx.x == 0) describe_work(arguments, tile, work);
+  }
   __syncthreads();
   if (work.rows == 0) return;
   const int layer_norm_size = arguments.layer_norm_weight != nullptr ? arguments.output_sizes[0] : 0;

@@ -51,19 +51,28 @@ struct alignas(4) Pair {
 };
 
 template <class Element>
-__device__ __forceinline__ float2 load_pair(const unsigned char* bytes) {
-  unsigned word = *reinterpret_cast<const unsigned*>(bytes);
+__device__ __forceinline__ float2 unpack_pair(unsigned word) {
   Pair<Element> pair;
   __builtin_memcpy(&pair, &word, sizeof(pair));
   return {to_float(pair.elements[0]), to_float(pair.elements[1])};
 }
 
 template <class Element>
-__device__ __forceinline__ void store_pair(unsigned char* bytes, float first, float second) {
+__device__ __forceinline__ unsigned pack_pair(float first, float second) {
   const Pair<Element> pair{{from_float<Element>(first), from_float<Element>(second)}};
   unsigned word;
   __builtin_memcpy(&word, &pair, sizeof(pair));
-  *reinterpret_cast<unsigned*>(bytes) = word;
+  return word;
+}
+
+template <class Element>
+__device__ __forceinline__ float2 load_pair(const unsigned char* bytes) {
+  return unpack_pair<Element>(*reinterpret_cast<const unsigned*>(bytes));
+}
+
+template <class Element>
+__device__ __forceinline__ void store_pair(unsigned char* bytes, float first, float second) {
+  *reinterpret_cast<unsigned*>(bytes) = pack_pair<Element>(first, second);
 }
 
 __device__ __forceinline__ uint4 load_unit(const unsigned char* bytes) {

@@ -68,11 +68,12 @@ def _traffic_row(shape: Bottleneck | Lora) -> TrafficRow:
         plan = case.plan()
         case.run()
         launches = counters()
-    if plan.kernel != "tiles" or plan.tile_rows != shape.tile_rows:
+    if plan.kernel == "tiles" and plan.tile_rows != shape.tile_rows:
         raise ValueError(f"{shape} has {plan.kernel} of {plan.tile_rows} rows: change its tile_rows")
-    tiles = -(-shape.tokens // shape.tile_rows)
+    tiles = -(-shape.tokens // plan.tile_rows)
+    blocks = f"{tiles} {plan.kernel} of {plan.tile_rows} rows each"
     return TrafficRow(
-        f"{_name(shape)}; {SEGMENTS} x {shape.tokens} tokens, {tiles} x {shape.tile_rows} rows each",
+        f"{_name(shape)}; {SEGMENTS} x {shape.tokens} tokens, {blocks}",
         len(launches),
         sum(launch.block_bytes for launch in launches),
         _least_bytes(case, tiles),

@@ -52,6 +52,14 @@ inline void ldmatrix_x2_transposed(unsigned (&to)[2], const void* shared, Place 
   emulator::load_matrices(to, 2, true, shared, place);
 }
 
+inline void stmatrix_x4(void* shared, const unsigned (&from)[4], Place place = Place::here()) {
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    unsigned char* row = __shfl_sync(0xffffffffu, static_cast<unsigned char*>(shared), matrix * 8 + lane / 4, 32, place);
+    *reinterpret_cast<unsigned*>(row + lane % 4 * 4) = from[matrix];
+  }
+}
+
 template <class Element>
 void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2], Place place = Place::here()) {
   if constexpr (std::is_same_v<Element, __half>) {
