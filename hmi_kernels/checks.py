@@ -31,9 +31,9 @@ def require_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> None:
     """Raises TypeError on another dtype, ValueError on another shape (None: any size) or gaps in memory."""
-    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    if tensor.dtype not in dtypes or not tensor.is_contiguous() or not _has_shape(tensor, shape):
-        _refuse(name, tensor, dtypes, shape)
+    is_type = tensor.dtype in dtype if isinstance(dtype, tuple) else tensor.dtype is dtype
+    if not is_type or not tensor.is_contiguous() or not _has_shape(tensor, shape):
+        _refuse(name, tensor, dtype if isinstance(dtype, tuple) else (dtype,), shape)
 
 
 def require_rows(
@@ -57,6 +57,8 @@ def require_rows(
 
 def _has_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     actual = tensor.shape
+    if actual == shape:
+        return True
     if len(actual) != len(shape):
         return False
     # Not all(...): for every tensor of every call its generator takes longer than the comparisons.

@@ -25,10 +25,8 @@ def misaligned_start(name: str, tensor: Tensor) -> str:
 
 def misaligned(name: str, tensor: Tensor) -> str:
     """Why the tensor's rows cannot be read 16 bytes at a time, "" if they can."""
-    if tensor.data_ptr() % 16:
-        return misaligned_start(name, tensor)
-    if tensor.dim() == 1:
-        return ""
+    if (reason := misaligned_start(name, tensor)) or tensor.dim() == 1:
+        return reason
     num_rows, num_columns = tensor.shape
     if num_columns % SIZE_MULTIPLE:
         return f"{name} must have a multiple of {SIZE_MULTIPLE} columns, not {num_columns}"
