@@ -26,6 +26,8 @@ def tuned_launch(
     choice = _choices.get((kernel, key))
     if choice is None:
         kernel[grid](*arguments, **constants)
-        _choices[kernel, key] = kernel.best_config.all_kwargs()
+        # Not there where a tuner was made to compile only, as for GPUs that the machine lacks.
+        if (chosen := getattr(kernel, "best_config", None)) is not None:
+            _choices[kernel, key] = chosen.all_kwargs()
     else:
         kernel.fn[grid](*arguments, **constants, **choice)
