@@ -170,10 +170,12 @@ class BottleneckArguments(NamedTuple):
     max_rank: int | None = None
 
 
-def _check_shared(arguments: LoraArguments | BottleneckArguments) -> None:
+def _check_shared(arguments: LoraArguments | BottleneckArguments, *, is_square: bool) -> None:
     output, hidden_states = arguments.output, arguments.hidden_states
     require_rows("output", output, (None, None), GROUPED_TYPES)
-    require_rows("hidden_states", hidden_states, (output.shape[0], None), (output.dtype,))
+    num_tokens, output_size = output.shape
+    shape = (num_tokens, output_size if is_square else None)
+    require_rows("hidden_states", hidden_states, shape, (output.dtype,))
     require_no_overlap(output, hidden_states)
     require_vector("arena", arguments.arena, output.dtype)
     require_vector("segment_slots", arguments.segment_slots, torch.int32)
@@ -184,7 +186,7 @@ def _check_shared(arguments: LoraArguments | BottleneckArguments) -> None:
 
 
 def _check_lora(arguments: LoraArguments) -> None:
-    _check_shared(arguments)
+    _check_shared(arguments, is_square=False)
     sizes = arguments.output_sizes
     _check_slots(arguments, (len(sizes), None) if sizes else (None,))
     if not sizes:
@@ -198,17 +200,16 @@ def _check_lora(arguments: LoraArguments) -> None:
 
 def _check_slots(arguments: LoraArguments | BottleneckArguments, shape: tuple[int | None, ...]) -> None:
     require_tensor("slot_offsets", arguments.slot_offsets, torch.int64, shape)
-    shape = tuple(arguments.slot_offsets.shape)
+    shape = arguments.slot_offsets.shape
     require_tensor("slot_ranks", arguments.slot_ranks, torch.int32, shape)
     require_tensor("slot_scales", arguments.slot_scales, torch.float32, shape)
 
 
 def _check_bottleneck(arguments: BottleneckArguments) -> None:
-    _check_shared(arguments)
+    _check_shared(arguments, is_square=True)
     _check_slots(arguments, (None,))
     output, weight, bias = arguments.output, arguments.layer_norm_weight, arguments.layer_norm_bias
-    num_tokens, hidden_size = output.shape
-    require_rows("hidden_states", arguments.hidden_states, (num_tokens, hidden_size), (output.dtype,))
+    hidden_size = output.shape[1]
     num_slots = arguments.slot_offsets.shape[0]
     require_vector("slot_activations", arguments.slot_activations, torch.int32, num_slots)
     if (weight is None) != (bias is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Container
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import NamedTuple
 
@@ -58,7 +58,6 @@ class _Choice:
 
 
 _chosen = "auto"
-_automatic: dict[str, tuple[str, ...]] = {}
 
 
 def use_backend(name: str) -> _Choice:
@@ -78,30 +77,36 @@ def use_backend(name: str) -> _Choice:
     return _Choice(previous)
 
 
-def candidates(device_type: str, implemented: Container[str]) -> tuple[str, ...]:
+def candidates(device_type: str, implemented: frozenset[str]) -> tuple[str, ...]:
     """The backends to try for tensors on this kind of device, in order, of those that are implemented.
 
     Raises ValueError if the chosen one cannot work on such tensors.
     """
-    if _chosen == "reference":
+    return _candidates(_chosen, device_type, implemented, driver.is_emulated())
+
+
+# What can be used does not change while a process runs, and asking it takes longer than a small op.
+@lru_cache(maxsize=256)
+def _candidates(
+    chosen: str, device_type: str, implemented: frozenset[str], is_emulated: bool
+) -> tuple[str, ...]:
+    if chosen == "reference":
         return ("reference",)
-    if _chosen != "auto" and _chosen in implemented:
-        _require_device(_chosen, device_type)
-        return (_chosen,)
+    if chosen != "auto" and chosen in implemented:
+        _require_device(chosen, device_type, is_emulated)
+        return (chosen,)
     return tuple(name for name in _automatic_order(device_type) if name in implemented or name == "reference")
 
 
+@cache
 def _automatic_order(device_type: str) -> tuple[str, ...]:
-    # What can be used does not change while a process runs, and asking it takes longer than a small op.
-    if device_type not in _automatic:
-        order = ("cpu", "reference") if device_type == "cpu" else ("cuda", "triton", "reference")
-        status = backends()
-        _automatic[device_type] = tuple(name for name in order if status[name].available)
-    return _automatic[device_type]
+    order = ("cpu", "reference") if device_type == "cpu" else ("cuda", "triton", "reference")
+    status = backends()
+    return tuple(name for name in order if status[name].available)
 
 
-def _require_device(backend: str, device_type: str) -> None:
-    works_on_cpu = {"cpu": True, "cuda": driver.is_emulated(), "triton": is_triton_interpreted()}[backend]
+def _require_device(backend: str, device_type: str, is_emulated: bool) -> None:
+    works_on_cpu = {"cpu": True, "cuda": is_emulated, "triton": is_triton_interpreted()}[backend]
     works_on_gpu = backend != "cpu" and not works_on_cpu
     if not (works_on_cpu if device_type == "cpu" else works_on_gpu):
         raise ValueError(
@@ -114,7 +119,7 @@ def active_backend(device_type: str = "cpu") -> str:
 
     Raises ValueError if the chosen one cannot work on such tensors.
     """
-    return candidates(device_type, BACKEND_NAMES)[0]
+    return candidates(device_type, frozenset(BACKEND_NAMES))[0]
 
 
 use_backend(setting("HMI_BACKEND"))

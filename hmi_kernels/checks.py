@@ -31,9 +31,9 @@ def require_tensor(
     name: str, tensor: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: tuple[int | None, ...]
 ) -> None:
     """Raises TypeError on another dtype, ValueError on another shape (None: any size) or gaps in memory."""
-    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    if tensor.dtype not in dtypes or not tensor.is_contiguous() or not _has_shape(tensor, shape):
-        _refuse(name, tensor, dtypes, shape)
+    is_type = tensor.dtype in dtype if isinstance(dtype, tuple) else tensor.dtype is dtype
+    if not is_type or not tensor.is_contiguous() or not _has_shape(tensor, shape):
+        _refuse(name, tensor, dtype if isinstance(dtype, tuple) else (dtype,), shape)
 
 
 def require_rows(
@@ -57,9 +57,15 @@ def require_rows(
 
 def _has_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     actual = tensor.shape
-    return len(actual) == len(shape) and all(
-        want is None or have == want for have, want in zip(actual, shape, strict=True)
-    )
+    if actual == shape:
+        return True
+    if len(actual) != len(shape):
+        return False
+    # Not all(...): for every tensor of every call its generator takes longer than the comparisons.
+    for have, want in zip(actual, shape, strict=True):  # noqa: SIM110
+        if want is not None and have != want:
+            return False
+    return True
 
 
 def _refuse(
@@ -95,14 +101,13 @@ def require_order(order: int) -> None:
 
 def require_no_overlap(output: Tensor, hidden_states: Tensor) -> None:
     """Raises ValueError if the address ranges of the two matrices meet."""
-    if output.numel() == 0 or hidden_states.numel() == 0:
-        return
-    first, second = _address_range(output), _address_range(hidden_states)
-    if first[0] < second[1] and second[0] < first[1]:
+    first, second = output.data_ptr(), hidden_states.data_ptr()
+    do_meet = first < second + _extent(hidden_states) and second < first + _extent(output)
+    if do_meet and output.numel() and hidden_states.numel():
         raise ValueError("output and hidden_states share memory: the op reads one while it writes the other")
 
 
-def _address_range(matrix: Tensor) -> tuple[int, int]:
-    start = matrix.data_ptr()
+def _extent(matrix: Tensor) -> int:
+    """Bytes from the first element to the last."""
     num_rows, num_columns = matrix.shape
-    return start, start + ((num_rows - 1) * matrix.stride(0) + num_columns) * matrix.element_size()
+    return ((num_rows - 1) * matrix.stride()[0] + num_columns) * matrix.element_size()

@@ -15,6 +15,7 @@ __all__ = [
     "check_matrices_on_host",
     "check_on_host",
     "check_values",
+    "has_segments_on_host",
     "on_device",
 ]
 
@@ -29,6 +30,11 @@ class SlotTable(NamedTuple):
     arena_size: int
     per_rank: int
     fixed: int
+
+
+def has_segments_on_host(device: torch.device, segment_offsets: Tensor, segment_slots: Tensor) -> bool:
+    """Whether :func:`check_on_host` has something to check."""
+    return device not in (segment_offsets.device, segment_slots.device)
 
 
 def check_on_host(
@@ -46,7 +52,7 @@ def check_on_host(
     What lies on the device is for the kernels to check. ``multiple`` (of ranks and offsets) and ``max_rank``
     are what the backend asks for beyond that blocks lie in the arena.
     """
-    if device in (segment_offsets.device, segment_slots.device):
+    if not has_segments_on_host(device, segment_offsets, segment_slots):
         return
     parts = (table.offsets, table.ranks, table.activations)
     is_whole = all(part is None or part.device != device for part in parts)

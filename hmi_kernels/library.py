@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,11 +36,14 @@ class Implementation(NamedTuple):
 def implemented_in(module: str, name: str) -> Implementation:
     """``module.name`` and ``module.<name>_refuses``, imported when first asked: for optional backends."""
 
+    imported = cache(lambda: import_module(module))
+    name_of_refuses = f"{name}_refuses"
+
     def run(arguments: Any) -> Any:
-        return getattr(import_module(module), name)(arguments)
+        return getattr(imported(), name)(arguments)
 
     def refuses(arguments: Any) -> str:
-        return str(getattr(import_module(module), f"{name}_refuses")(arguments))
+        return str(getattr(imported(), name_of_refuses)(arguments))
 
     return Implementation(run, refuses)
 
@@ -62,6 +66,7 @@ def define(
     ``may_be_on_host`` may lie in host memory while the others lie on a device.
     """
     name = schema.split("(", maxsplit=1)[0]
+    implemented = frozenset(implementations)
 
     def run(device_type: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         gathered = arguments(*args, **kwargs)
@@ -69,7 +74,7 @@ def define(
             _require_one_device(gathered, may_be_on_host)
         check(gathered)
         reasons = []
-        for backend in candidates(device_type, implementations):
+        for backend in candidates(device_type, implemented):
             if backend == "reference":
                 return reference(*args, **kwargs)
             implementation = implementations[backend]
@@ -115,6 +120,15 @@ def _tensors(arguments: tuple[Any, ...], names: Iterator[str]) -> Iterator[Tenso
 
 
 def _require_one_device(arguments: Any, may_be_on_host: tuple[str, ...]) -> None:
+    # Mostly all are on one, and then nothing has to be named.
+    found_devices = set()
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found_devices.add(value.device)
+        elif isinstance(value, list):
+            found_devices.update([item.device for item in value if isinstance(item, Tensor)])
+    if len(found_devices) < 2:
+        return
     bound = (name for name in arguments._fields if name not in may_be_on_host)
     devices = {str(tensor.device) for tensor in _tensors(arguments, bound)}
     free = {str(tensor.device) for tensor in _tensors(arguments, iter(may_be_on_host))} - {"cpu"}

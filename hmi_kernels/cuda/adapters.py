@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hmi_kernels.cuda import driver
 from hmi_kernels.cuda.segments import MAX_RANK, SIZE_MULTIPLE, misaligned, too_many
-from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
+from hmi_kernels.host_indexes import SlotTable, check_on_host, has_segments_on_host, on_device
 from hmi_kernels.library import Implementation
 
 if TYPE_CHECKING:
@@ -48,8 +49,11 @@ def _refuses(arguments: BottleneckArguments | LoraArguments) -> str:
         return f"output must be torch.float16 or torch.bfloat16, not {output.dtype}"
     if excess := too_many(output.shape[0], arguments.segment_slots.shape[0]):
         return excess
-    named = (("output", output), ("hidden_states", hidden_states), ("arena", arguments.arena))
-    return next((reason for name, tensor in named if (reason := misaligned(name, tensor))), "")
+    return (
+        misaligned("output", output)
+        or misaligned("hidden_states", hidden_states)
+        or misaligned("arena", arguments.arena)
+    )
 
 
 def _bottleneck_refuses(arguments: BottleneckArguments) -> str:
@@ -57,17 +61,17 @@ def _bottleneck_refuses(arguments: BottleneckArguments) -> str:
     smallest, largest = HIDDEN_SIZES
     if not smallest <= hidden_size <= largest:
         return f"output must have {smallest} to {largest} columns, not {hidden_size}"
-    norms = (arguments.layer_norm_weight, arguments.layer_norm_bias)
-    if any(norm is not None and norm.data_ptr() % 16 for norm in norms):
+    if _address(arguments.layer_norm_weight) % 16 or _address(arguments.layer_norm_bias) % 16:
         return "layer_norm_weight and layer_norm_bias must start at multiples of 16 bytes"
     return _refuses(arguments)
 
 
 def _lora_refuses(arguments: LoraArguments) -> str:
     sizes = arguments.output_sizes or (arguments.output.shape[1],)
-    for name, size in (("hidden_states", arguments.hidden_states.shape[1]), *(("output", s) for s in sizes)):
-        smallest, largest = LORA_SIZES
+    smallest, largest = LORA_SIZES
+    for place, size in enumerate((arguments.hidden_states.shape[1], *sizes)):
         if not smallest <= size <= largest or size % SIZE_MULTIPLE:
+            name = "output" if place else "hidden_states"
             return (
                 f"{name} must have {smallest} to {largest} columns, a multiple of {SIZE_MULTIPLE}, not {size}"
             )
@@ -84,22 +88,28 @@ def _max_rank(arguments: BottleneckArguments | LoraArguments) -> int:
 
 
 def _bottleneck(arguments: BottleneckArguments) -> None:
-    hidden_size, tables = arguments.output.shape[1], (arguments.slot_offsets, arguments.slot_ranks)
-    sizes = (arguments.arena.shape[0], 2 * hidden_size + 1, hidden_size)
-    table = SlotTable(*tables, arguments.slot_activations, *sizes)
-    _check_on_host(arguments, table)
+    hidden_size = arguments.output.shape[1]
+    if has_segments_on_host(arguments.output.device, arguments.segment_offsets, arguments.segment_slots):
+        tables = (arguments.slot_offsets, arguments.slot_ranks, arguments.slot_activations)
+        table = SlotTable(*tables, arguments.arena.shape[0], 2 * hidden_size + 1, hidden_size)
+        _check_on_host(arguments, table)
     norms = (arguments.layer_norm_weight, arguments.layer_norm_bias)
     _launch(arguments, [hidden_size], arguments.slot_activations, norms, arguments.layer_norm_eps)
 
 
 def _lora(arguments: LoraArguments) -> None:
+    sizes = list(arguments.output_sizes) or [arguments.output.shape[1]]
+    if has_segments_on_host(arguments.output.device, arguments.segment_offsets, arguments.segment_slots):
+        _check_projections_on_host(arguments, sizes)
+    _launch(arguments, sizes, None, (None, None), 0.0)
+
+
+def _check_projections_on_host(arguments: LoraArguments, sizes: list[int]) -> None:
     input_size, arena_size = arguments.hidden_states.shape[1], arguments.arena.shape[0]
-    sizes = list(arguments.output_sizes or arguments.output.shape[1:])
     offsets, ranks = (table.view(len(sizes), -1) for table in (arguments.slot_offsets, arguments.slot_ranks))
     for p, size in enumerate(sizes):
         table = SlotTable(offsets[p], ranks[p], None, arena_size, input_size + size, 0)
         _check_on_host(arguments, table)
-    _launch(arguments, sizes, None, (None, None), 0.0)
 
 
 def _check_on_host(arguments: BottleneckArguments | LoraArguments, table: SlotTable) -> None:
@@ -126,19 +136,16 @@ def _launch(
     num_segments, num_slots = arguments.segment_slots.shape[0], arguments.slot_offsets.shape[-1]
     if num_tokens == 0 or num_segments == 0:
         return
-    max_rank = _max_rank(arguments)
-    offsets, slots, slot_offsets, slot_ranks, slot_scales = (
-        on_device(index, output.device)
-        for index in (
-            arguments.segment_offsets,
-            arguments.segment_slots,
-            arguments.slot_offsets,
-            arguments.slot_ranks,
-            arguments.slot_scales,
-        )
-    )
-    activations = None if slot_activations is None else on_device(slot_activations, output.device)
-    plan = driver.module().plan_adapter(
+    max_rank, device = _max_rank(arguments), output.device
+    offsets = on_device(arguments.segment_offsets, device)
+    slots = on_device(arguments.segment_slots, device)
+    slot_offsets = on_device(arguments.slot_offsets, device)
+    slot_ranks = on_device(arguments.slot_ranks, device)
+    slot_scales = on_device(arguments.slot_scales, device)
+    activations = None if slot_activations is None else on_device(slot_activations, device)
+    num_elements = _workspace_elements(
+        driver.module(),
+        device.index,
         num_tokens,
         num_segments,
         input_size,
@@ -147,15 +154,15 @@ def _launch(
         max_rank,
         layer_norm[0] is not None,
     )
-    workspace = output.new_empty(plan.workspace_elements, dtype=torch.float32)
+    workspace = output.new_empty(num_elements, dtype=torch.float32) if num_elements else None
     with driver.launch_on(output) as launch:
         driver.module().grouped_adapter(
             driver.DATA_TYPES[output.dtype],
             output.data_ptr(),
-            output.stride(0),
+            output.stride()[0],
             output_sizes,
             hidden_states.data_ptr(),
-            hidden_states.stride(0),
+            hidden_states.stride()[0],
             num_tokens,
             input_size,
             arena.data_ptr(),
@@ -172,10 +179,16 @@ def _launch(
             _address(layer_norm[0]),
             _address(layer_norm[1]),
             layer_norm_eps,
-            workspace.data_ptr(),
+            _address(workspace),
             launch.fault,
             launch.stream,
         )
+
+
+@lru_cache(maxsize=1024)
+def _workspace_elements(functions: Any, device: int | None, *shape: int) -> int:
+    """Of a call of that shape; the device is part of the key, as the functions may look at it."""
+    return int(functions.plan_adapter(*shape).workspace_elements)
 
 
 def _address(tensor: Tensor | None) -> int:

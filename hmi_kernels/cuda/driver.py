@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class _Module(NamedTuple):
 
 _module = _Module(None if native_reason else getattr(native, "cuda", None), False)
 _fault_words: dict[int, tuple[ctypes.c_uint64, int]] = {}
+_NO_FAULTS = (ctypes.c_uint64(0), 0)
 
 
 def reason() -> str:
@@ -79,26 +81,55 @@ def use_module(functions: Any) -> Iterator[None]:
         _module, _fault_words = previous
 
 
-class Launch(NamedTuple):
-    """What every launch is given: addresses."""
+class Launch:
+    """For a with-statement, within which the device is current; holds what every launch is given: addresses.
 
-    stream: int
-    fault: int
+    A class, as a generator's context takes as long as a launch.
+    """
+
+    __slots__ = ("_device", "fault", "stream")
+
+    def __init__(self, index: int) -> None:
+        self._device: torch.cuda.device | None = None
+        if _module.is_emulated:
+            self.stream = 0
+        else:
+            self.stream = _current_stream(index)
+            if torch.cuda.current_device() != index:
+                self._device = torch.cuda.device(index)
+        if index not in _fault_words:
+            with self:
+                _allocate_fault_word(index)
+        self.fault = _fault_words[index][1]
+
+    def __enter__(self) -> Launch:
+        if self._device is not None:
+            self._device.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._device is not None:
+            self._device.__exit__(kind, error, trace)
 
 
-@contextlib.contextmanager
-def launch_on(tensor: Tensor) -> Iterator[Launch]:
+def launch_on(tensor: Tensor) -> Launch:
     """Makes the tensor's device current and gives its current stream and fault word.
 
     Raises ValueError if an earlier call on this device was given values out of bounds.
     """
     index = tensor.device.index or 0
     raise_faults(index)
-    if _module.is_emulated:
-        yield Launch(0, _fault_word(index)[1])
-        return
-    with torch.cuda.device(index):
-        yield Launch(torch.cuda.current_stream(index).cuda_stream, _fault_word(index)[1])
+    return Launch(index)
+
+
+def _public_current_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# What Triton and torch's own compiler ask too: the public way makes an object for each call.
+_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _public_current_stream)
 
 
 def raise_faults(device: int = 0) -> None:
@@ -108,17 +139,13 @@ def raise_faults(device: int = 0) -> None:
     as it was (no memory out of bounds is read or written) and report it here. The ops call this first;
     call it after synchronizing to learn of the last ones. Of several faults one is told.
     """
-    if device not in _fault_words:
-        return
-    word, _ = _fault_words[device]
+    word, _ = _fault_words.get(device, _NO_FAULTS)
     if value := word.value:
         word.value = 0
         what = _FAULTS[value >> 48].format(value & ((1 << 48) - 1))
         raise ValueError(f"in an earlier call on cuda:{device} {what}; nothing was computed for it")
 
 
-def _fault_word(device: int) -> tuple[ctypes.c_uint64, int]:
-    if device not in _fault_words:
-        address, device_address = _module.functions.allocate_fault_word()
-        _fault_words[device] = (ctypes.c_uint64.from_address(address), device_address)
-    return _fault_words[device]
+def _allocate_fault_word(device: int) -> None:
+    address, device_address = _module.functions.allocate_fault_word()
+    _fault_words[device] = (ctypes.c_uint64.from_address(address), device_address)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,7 @@ def _lookup_refuses(arguments: LookupArguments) -> str:
         return f"indexes must be at most {MAX_INDEXES}, not {len(arguments.indexes)}"
     if arguments.input_ids.shape[0] > _MAX_TOKENS:
         return f"input_ids must be fewer than 2^31, not {arguments.input_ids.shape[0]}"
-    return _misaligned((f"indexes[{i}]", index) for i, index in enumerate(arguments.indexes))
+    return _misaligned("indexes", arguments.indexes)
 
 
 def _lookup(arguments: LookupArguments) -> Tensor:
@@ -69,15 +69,21 @@ def _merge_refuses(arguments: MergeArguments) -> str:
     ):
         if len(tables) > MAX_TABLES:
             return f"{name} must be at most {MAX_TABLES}, not {len(tables)}"
-    on_host = [*_numbered("row_tables", arguments.row_tables), *_numbered("row_scales", arguments.row_scales)]
-    on_host += _numbered("unigram_tables", arguments.unigram_tables)
-    on_host += _numbered("codebooks", arguments.codebooks)
-    on_device = [
-        ("position_embeddings", arguments.position_embeddings),
-        ("layer_norm_weight", arguments.layer_norm_weight),
-        ("layer_norm_bias", arguments.layer_norm_bias),
-    ]
-    return _pageable(on_host) or _misaligned([*on_host, *on_device])
+    may_be_on_host = (
+        ("row_tables", arguments.row_tables),
+        ("row_scales", arguments.row_scales),
+        ("unigram_tables", arguments.unigram_tables),
+        ("codebooks", arguments.codebooks),
+    )
+    for reason_of in (_pageable, _misaligned):
+        for name, tensors in may_be_on_host:
+            if reason := reason_of(name, tensors):
+                return reason
+    return (
+        misaligned_start("position_embeddings", arguments.position_embeddings)
+        or misaligned_start("layer_norm_weight", arguments.layer_norm_weight)
+        or misaligned_start("layer_norm_bias", arguments.layer_norm_bias)
+    )
 
 
 def _merge(arguments: MergeArguments) -> Tensor:
@@ -124,22 +130,21 @@ def _device_address(tensor: Tensor) -> int:
     return int(driver.module().device_pointer(tensor.data_ptr()))
 
 
-def _numbered(name: str, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    return [(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)]
-
-
-def _pageable(named: Iterable[tuple[str, Tensor]]) -> str:
-    for name, tensor in named:
+def _pageable(name: str, tensors: Sequence[Tensor]) -> str:
+    for i, tensor in enumerate(tensors):
         is_readable = tensor.is_cuda or driver.is_emulated() or tensor.numel() == 0 or tensor.is_pinned()
         if not is_readable:
-            return f"{name} lies in pageable host memory: pin it (Tensor.pin_memory) or move it to the device"
+            return (
+                f"{name}[{i}] lies in pageable host memory: "
+                "pin it (Tensor.pin_memory) or move it to the device"
+            )
     return ""
 
 
-def _misaligned(named: Iterable[tuple[str, Tensor]]) -> str:
-    for name, tensor in named:
-        if reason := misaligned_start(name, tensor):
-            return reason
+def _misaligned(name: str, tensors: Sequence[Tensor]) -> str:
+    for i, tensor in enumerate(tensors):
+        if tensor.data_ptr() % 16:
+            return misaligned_start(f"{name}[{i}]", tensor)
     return ""
 
 

@@ -27,8 +27,9 @@ def misaligned(name: str, tensor: Tensor) -> str:
     """Why the tensor's rows cannot be read 16 bytes at a time, "" if they can."""
     if (reason := misaligned_start(name, tensor)) or tensor.dim() == 1:
         return reason
-    if tensor.shape[1] % SIZE_MULTIPLE:
-        return f"{name} must have a multiple of {SIZE_MULTIPLE} columns, not {tensor.shape[1]}"
-    if tensor.shape[0] > 1 and tensor.stride(0) % SIZE_MULTIPLE:
-        return f"rows of {name} must be a multiple of {SIZE_MULTIPLE} elements apart, not {tensor.stride(0)}"
+    num_rows, num_columns = tensor.shape
+    if num_columns % SIZE_MULTIPLE:
+        return f"{name} must have a multiple of {SIZE_MULTIPLE} columns, not {num_columns}"
+    if num_rows > 1 and (stride := tensor.stride()[0]) % SIZE_MULTIPLE:
+        return f"rows of {name} must be a multiple of {SIZE_MULTIPLE} elements apart, not {stride}"
     return ""

@@ -8,7 +8,7 @@ import torch
 
 from hmi_kernels.cuda import driver
 from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned, too_many
-from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
+from hmi_kernels.host_indexes import SlotTable, check_on_host, has_segments_on_host, on_device
 from hmi_kernels.library import Implementation
 
 if TYPE_CHECKING:
@@ -25,18 +25,20 @@ def _refuses(arguments: VectorArguments) -> str:
 
 
 def _run(arguments: VectorArguments, *, is_scale: bool) -> None:
-    rows, arena, *indexes = arguments
+    rows, arena = arguments.rows, arguments.arena
     num_tokens, hidden_size = rows.shape
-    table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
-    offsets, slots = arguments.segment_offsets, arguments.segment_slots
-    check_on_host(rows.device, offsets, slots, num_tokens, table, multiple=SIZE_MULTIPLE)
-    offsets, slots, slot_offsets = (on_device(index, rows.device) for index in indexes)
+    device, offsets, slots = rows.device, arguments.segment_offsets, arguments.segment_slots
+    if has_segments_on_host(device, offsets, slots):
+        table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
+        check_on_host(device, offsets, slots, num_tokens, table, multiple=SIZE_MULTIPLE)
+    offsets, slots = on_device(offsets, device), on_device(slots, device)
+    slot_offsets = on_device(arguments.slot_offsets, device)
     with driver.launch_on(rows) as launch:
         driver.module().grouped_vector(
             is_scale,
             driver.DATA_TYPES[rows.dtype],
             rows.data_ptr(),
-            rows.stride(0),
+            rows.stride()[0],
             num_tokens,
             hidden_size,
             arena.data_ptr(),

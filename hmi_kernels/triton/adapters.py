@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
+from hmi_kernels.host_indexes import SlotTable, check_on_host, has_segments_on_host, on_device
 from hmi_kernels.triton.adapter_kernel import adapter_kernel
 from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalize_segments
 from hmi_kernels.triton.segments import num_segment_tiles
+from hmi_kernels.triton.tuned import tuned_launch
 
 if TYPE_CHECKING:
     from hmi_kernels.adapters import BottleneckArguments, LoraArguments
@@ -51,7 +54,8 @@ class AdapterCall(NamedTuple):
 def grouped_bottleneck(arguments: BottleneckArguments) -> None:
     """See :func:`hmi_kernels.grouped_bottleneck`."""
     hidden_size = arguments.output.shape[1]
-    _check_on_host(arguments, arguments.slot_activations, 0, 2 * hidden_size + 1, hidden_size)
+    if has_segments_on_host(arguments.output.device, arguments.segment_offsets, arguments.segment_slots):
+        _check_on_host(arguments, arguments.slot_activations, 0, 2 * hidden_size + 1, hidden_size)
     weight, bias = arguments.layer_norm_weight, arguments.layer_norm_bias
     with torch.cuda.device_of(arguments.output):
         call = _call(arguments, arguments.slot_activations, (hidden_size,))
@@ -63,8 +67,9 @@ def grouped_bottleneck(arguments: BottleneckArguments) -> None:
 def grouped_lora(arguments: LoraArguments) -> None:
     """See :func:`hmi_kernels.grouped_lora`."""
     output_sizes = tuple(arguments.output_sizes) or (arguments.output.shape[1],)
-    for projection, size in enumerate(output_sizes):
-        _check_on_host(arguments, None, projection, arguments.hidden_states.shape[1] + size, 0)
+    if has_segments_on_host(arguments.output.device, arguments.segment_offsets, arguments.segment_slots):
+        for projection, size in enumerate(output_sizes):
+            _check_on_host(arguments, None, projection, arguments.hidden_states.shape[1] + size, 0)
     with torch.cuda.device_of(arguments.output):
         _launch(_call(arguments, None, output_sizes))
 
@@ -137,15 +142,21 @@ def _launch(call: AdapterCall) -> None:
     input_size, num_slots = call.hidden_states.shape[1], call.slot_offsets.shape[-1]
     if 0 in (num_tokens, num_columns, num_segments, num_slots, call.max_rank):
         return
-    strides = (call.output.stride(0), call.hidden_states.stride(0))
-    is_even = all(size % UNIT == 0 for size in (input_size, *strides, *call.output_sizes))
+    strides = (call.output.stride()[0], call.hidden_states.stride()[0])
+    is_even = gcd(UNIT, input_size, *strides, *call.output_sizes) == UNIT
     rank_block = max(16, triton.next_power_of_2(call.max_rank))
     tokens_per_segment = triton.next_power_of_2(triton.cdiv(num_tokens, num_segments))
+
+    tokens_class = min(128, max(16, tokens_per_segment))
+    is_bottleneck, unit = int(call.slot_activations is not None), UNIT if is_even else 1
 
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
         return num_segment_tiles(num_tokens, num_segments, chosen["tile_rows"]), len(call.output_sizes)
 
-    adapter_kernel[grid](
+    tuned_launch(
+        adapter_kernel,
+        grid,
+        (tokens_class, input_size, call.output_sizes, is_bottleneck, rank_block, unit, call.output.dtype),
         call.output,
         strides[0],
         call.hidden_states,
@@ -162,15 +173,16 @@ def _launch(call: AdapterCall) -> None:
         call.slot_scales,
         num_slots,
         call.max_rank,
-        min(128, max(16, tokens_per_segment)),
+        tokens_class,
         input_size=input_size,
         output_sizes=call.output_sizes,
-        is_bottleneck=int(call.slot_activations is not None),
+        is_bottleneck=is_bottleneck,
         rank_block=rank_block,
         chunk=_chunk(rank_block * call.output.element_size()),
-        unit=UNIT if is_even else 1,
+        unit=unit,
     )
 
 
+@cache
 def _chunk(bytes_of_ranks: int) -> int:
     return max((least, chunk) for least, chunk in CHUNKS.items() if least <= bytes_of_ranks)[1]

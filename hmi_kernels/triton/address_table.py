@@ -24,12 +24,13 @@ def address_table(tables: Sequence[tuple[int, ...]], device: torch.device) -> Te
     """int64 [tables, 4] on the device: up to four words (addresses, sizes, codes) of each table."""
     words_per_table = int(WORDS_PER_TABLE)
     table = torch.empty(len(tables), words_per_table, dtype=torch.int64, device=device)
-    padded = ([*words, 0, 0, 0, 0][:words_per_table] for words in tables)
-    words = list(itertools.chain.from_iterable(padded))
+    padding = (0,) * words_per_table
+    words = list(itertools.chain.from_iterable((*of, *padding)[:words_per_table] for of in tables))
     for first in range(0, len(words), _WORDS_PER_LAUNCH):
         part = words[first : first + _WORDS_PER_LAUNCH]
-        padding = [0] * (_WORDS_PER_LAUNCH - len(part))
-        _store_words[(1,)](table.view(-1)[first:], len(part), *part, *padding, num_warps=1)
+        rest = [0] * (_WORDS_PER_LAUNCH - len(part))
+        place = table[first // words_per_table :] if first else table
+        _store_words[(1,)](place, len(part), *part, *rest, num_warps=1)
     return table
 
 

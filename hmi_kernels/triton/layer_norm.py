@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import triton
@@ -23,6 +24,7 @@ ROW_TILES = {1: (8, 4), 512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 8
 """(rows, warps) of a program that holds rows, by the least row size. Not tuned: sums hang on the warps."""
 
 
+@cache
 def row_tile(row_size: int) -> tuple[int, int]:
     """Of :data:`ROW_TILES`."""
     return max((least, tile) for least, tile in ROW_TILES.items() if least <= row_size)[1]

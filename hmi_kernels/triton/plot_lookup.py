@@ -17,6 +17,7 @@ from hmi_kernels.reference import BITS_PER_SLOT, MAX_TOKEN_ID, ROW_BITS
 from hmi_kernels.settings import is_triton_interpreted
 from hmi_kernels.triton.address_table import WORDS_PER_TABLE, address_table
 from hmi_kernels.triton.segments import last_at_most
+from hmi_kernels.triton.tuned import tuned_launch
 
 if TYPE_CHECKING:
     from hmi_kernels.plot import LookupArguments
@@ -48,11 +49,16 @@ def plot_lookup(arguments: LookupArguments) -> Tensor:
     shifts = (65 - index.shape[0].bit_length() for index in arguments.indexes)
     words = [(i.data_ptr(), i.shape[0], shift) for i, shift in zip(arguments.indexes, shifts, strict=True)]
 
+    tokens_class = triton.next_power_of_2(num_tokens)
+
     def grid(chosen: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(num_tokens, chosen["block"]),)
 
     with torch.cuda.device_of(input_ids):
-        _lookup_kernel[grid](
+        tuned_launch(
+            _lookup_kernel,
+            grid,
+            (tokens_class, window),
             references,
             input_ids,
             num_tokens,
@@ -62,7 +68,7 @@ def plot_lookup(arguments: LookupArguments) -> Tensor:
             len(words),
             chains,
             chains.shape[1],
-            triton.next_power_of_2(num_tokens),
+            tokens_class,
             window=window,
         )
     return references

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hmi_kernels.host_indexes import SlotTable, check_on_host, on_device
+from hmi_kernels.host_indexes import SlotTable, check_on_host, has_segments_on_host, on_device
 from hmi_kernels.settings import is_triton_interpreted
 from hmi_kernels.triton.language import rounded
 from hmi_kernels.triton.segments import find_segment_tile, num_segment_tiles
+from hmi_kernels.triton.tuned import tuned_launch
 
 if TYPE_CHECKING:
     from hmi_kernels.vectors import VectorArguments
@@ -51,10 +52,13 @@ grouped_bias_refuses = grouped_scale_refuses
 def _launch(arguments: VectorArguments, *, is_scale: bool) -> None:
     rows, arena, *indexes = arguments
     (num_tokens, hidden_size), num_segments = rows.shape, arguments.segment_slots.shape[0]
-    table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
-    check_on_host(rows.device, arguments.segment_offsets, arguments.segment_slots, num_tokens, table)
+    if has_segments_on_host(rows.device, arguments.segment_offsets, arguments.segment_slots):
+        table = SlotTable(arguments.slot_offsets, None, None, arena.shape[0], 0, hidden_size)
+        check_on_host(rows.device, arguments.segment_offsets, arguments.segment_slots, num_tokens, table)
     if 0 in (num_tokens, hidden_size, num_segments, arguments.slot_offsets.shape[0]):
         return
+
+    tokens_class = min(32, triton.next_power_of_2(triton.cdiv(num_tokens, num_segments)))
 
     def grid(chosen: dict[str, Any]) -> tuple[int, int]:
         tiles = num_segment_tiles(num_tokens, num_segments, chosen["tile_rows"])
@@ -62,7 +66,10 @@ def _launch(arguments: VectorArguments, *, is_scale: bool) -> None:
 
     with torch.cuda.device_of(rows):
         segment_offsets, segment_slots, slot_offsets = (on_device(index, rows.device) for index in indexes)
-        _vector_kernel[grid](
+        tuned_launch(
+            _vector_kernel,
+            grid,
+            (tokens_class, hidden_size, is_scale, rows.dtype),
             rows,
             rows.stride(0),
             num_tokens,
@@ -73,7 +80,7 @@ def _launch(arguments: VectorArguments, *, is_scale: bool) -> None:
             num_segments,
             slot_offsets,
             slot_offsets.shape[0],
-            min(32, triton.next_power_of_2(triton.cdiv(num_tokens, num_segments))),
+            tokens_class,
             hidden_size=hidden_size,
             is_scale=is_scale,
         )
