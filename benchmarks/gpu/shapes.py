@@ -14,13 +14,18 @@ __all__ = ["adapter_shapes", "has_slow_peers"]
 HALF, BFLOAT = torch.float16, torch.bfloat16
 MIXED = (8, 16, 64)
 PREFILL, MANY, DECODE, FEW, LONG = (64,) * 32, (8,) * 256, (1,) * 1024, (1,) * 32, (512,) * 8
+BATCH, STEADY = (64,) * 128, (64,) * 512
+"""The largest batch that an engine forms by default, 8,192 tokens; and what keeps a GPU busy for long."""
 RAGGED = tuple(max(1, 620 // (place + 1)) for place in range(32))
 """As requests come: few long, many short; 2,500 tokens."""
 
 _FIRST: tuple[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], ...] = (
     (768, (16,), PREFILL, HALF),
-    (768, (16,), PREFILL, BFLOAT),
+    (768, (16,), BATCH, HALF),
+    (768, (16,), STEADY, HALF),
     (768, (16,), DECODE, HALF),
+    (768, (64,), BATCH, BFLOAT),
+    (768, (16,), PREFILL, BFLOAT),
     (768, (16,), DECODE, BFLOAT),
     (768, (16,), FEW, HALF),
     (768, (16,), MANY, HALF),

@@ -28,7 +28,7 @@ __all__ = ["measure"]
 
 REPETITIONS = 25
 QUICK_REPETITIONS = 5
-FIRST_SHAPES = 6
+FIRST_SHAPES = 5
 """Of each adapter family, before the other families come."""
 NOTES = (
     "A time is that of one call on the device, by events: its operands were not in the cache, its launches "
