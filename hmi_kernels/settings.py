@@ -3,6 +3,8 @@
 - ``HMI_BACKEND``: ``auto`` (default), ``cuda``, ``triton``, ``cpu`` or ``reference``.
 - ``HMI_SIMD``: ``auto`` (default), ``portable``, ``avx2`` or ``avx512``: the level of the CPU kernels.
 - ``HMI_THREADS``: ``auto`` (default), ``pool`` or ``openmp``: whose threads the CPU kernels run on.
+- ``HMI_TRITON_TUNE``: ``0`` (default; ``auto`` is the same) or ``1``: whether Triton kernels of the ops that
+  serve try their configurations on each new shape, which takes seconds; else they take the first.
 - ``TRITON_INTERPRET`` (Triton's own): 1 runs the Triton kernels on the CPU, for tests.
 """
 
@@ -16,6 +18,7 @@ _CHOICES = {
     "HMI_BACKEND": ("auto", *BACKEND_NAMES),
     "HMI_SIMD": ("auto", "portable", "avx2", "avx512"),
     "HMI_THREADS": ("auto", "pool", "openmp"),
+    "HMI_TRITON_TUNE": ("auto", "0", "1"),
 }
 
 

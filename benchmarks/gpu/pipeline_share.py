@@ -101,7 +101,7 @@ def _engines(store: Store, platform: Platform, plan: PipelinePlan) -> Iterator[d
                     store,
                     device=device,
                     device_memory=budget,
-                    host_memory="4GiB",
+                    host_memory="1GiB",
                     max_batch_tokens=plan.batch_tokens,
                     pipeline_depth=depth,
                     record_traffic=False,

@@ -63,7 +63,7 @@ class _Plan:
 
 
 FULL = _Plan(32, 1024, 40, 9, 96 << 20, PipelinePlan(1024, 1024, 4096, 400, 7))
-QUICK = _Plan(32, 256, 40, 3, 16 << 20, PipelinePlan(256, 256, 2048, 200, 3))
+QUICK = _Plan(16, 512, 40, 5, 16 << 20, PipelinePlan(256, 256, 2048, 100, 3))
 DRY = _Plan(2, 4, 5, 1, 1 << 20, PipelinePlan(12, 12, 30, 8, 1))
 
 

@@ -65,7 +65,12 @@ def check_steps(*, is_dry: bool) -> list[CheckStep]:
 
     tests = "a selection of the kernels' tests" if is_dry else "all tests of the CUDA kernels"
     steps = [
-        CheckStep("tests", f"Do {tests} pass?", 210, lambda: _pytest(DRY_TESTS if is_dry else DEVICE_TESTS)),
+        CheckStep(
+            "tests",
+            f"Do {tests} pass?",
+            210,
+            lambda: _pytest(DRY_TESTS) if is_dry else _pytest(DEVICE_TESTS, processes=6),
+        ),
         *(
             CheckStep(tool, f"Does {what} find nothing?", 150, _sanitizer(tool, is_dry=is_dry))
             for tool, what in (("memcheck", "a watch on every access"), ("racecheck", "a watch for races"))
@@ -153,7 +158,7 @@ def _last_line(output: str) -> str:
 def _pytest(tests: tuple[str, ...], processes: int = 0) -> Program:
     """The tests in a pytest of their own, on the GPU if there is one.
 
-    More processes share it: worth it only where most of the time goes into compiling.
+    More processes share it: worth it where most of the time goes into compiling, or into small calls.
     """
     report = Path(tempfile.mkdtemp(prefix="hmi-gpu-check-")) / "tests.xml"
     command = [

@@ -1,9 +1,15 @@
-"""Launches of autotuned kernels: Triton's tuner is asked once for a shape, then its choice is known here."""
+"""Launches of kernels of several configurations: Triton's tuner is asked once for a shape, if at all.
+
+A server cannot stand still for seconds whenever a shape is new: only with ``HMI_TRITON_TUNE=1`` is anything
+tried, else the first configuration is taken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from hmi_kernels.settings import setting
 
 __all__ = ["tuned_launch"]
 
@@ -24,6 +30,8 @@ def tuned_launch(
     launch. Dtypes that follow from another one's need not be in ours.
     """
     choice = _choices.get((kernel, key))
+    if choice is None and setting("HMI_TRITON_TUNE") != "1":
+        choice = _choices[kernel, key] = kernel.configs[0].all_kwargs()
     if choice is None:
         kernel[grid](*arguments, **constants)
         # Not there where a tuner was made to compile only, as for GPUs that the machine lacks.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["HMI_TRITON_TUNE"] = "1"
 
 import torch
 import triton
