@@ -41,17 +41,17 @@ def traffic_table(rows: Sequence[TrafficRow]) -> str:
 def tile_table() -> str:
     """What plan_adapter chooses for large batches, by rank; Markdown."""
     lines = [
-        "| ranks together | layer norm | rows a tile | stages | shared bytes a block | blocks an SM, sm_80 |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| ranks together | layer norm | kernel | rows | stages | shared bytes a block | blocks an SM, sm_80 |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     with emulated() as module:
         for rank, (norm, size, lengths) in itertools.product(RANKS, TILE_SHAPES):
             for tokens in lengths:
                 segments = 8 * 108
                 plan = module.plan_adapter(tokens * segments, segments, size, size, 1, rank, norm is not None)
-                chosen = f"{plan.tile_rows} | {plan.num_stages} | {plan.shared_bytes:,}"
+                chosen = f"{plan.kernel} | {plan.tile_rows} | {plan.num_stages} | {plan.shared_bytes:,}"
                 lines.append(f"| {rank} | {norm or 'no'} | {chosen} | {plan.blocks_per_multiprocessor} |")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))  # slices have as many rows whatever a segment's length
 
 
 def gemv_plan_table() -> str:
