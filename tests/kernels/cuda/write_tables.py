@@ -41,7 +41,7 @@ def traffic_table(rows: Sequence[TrafficRow]) -> str:
 def tile_table() -> str:
     """What plan_adapter chooses for large batches, by rank; Markdown."""
     lines = [
-        "| ranks together | layer norm | kernel | rows | stages | shared bytes a block | blocks an SM, sm_80 |",
+        "| ranks together | layer norm | kernel | rows | stages | shared bytes | blocks an SM, sm_80 |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     with emulated() as module:
