@@ -69,7 +69,7 @@ struct SliceRow {
   int32_t rank_class;
   int32_t num_stages;
 };
-constexpr SliceRow kSlices[] = {{16, 3}, {16, 2}, {32, 3}, {32, 2}, {64, 2}};
+constexpr SliceRow kSlices[] = {{16, 3}, {16, 2}, {32, 2}, {64, 2}};
 
 const TileRow* find_row(int32_t columns, int32_t layer_norm_size, int64_t tokens) {
   return std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& row) {

@@ -101,7 +101,7 @@ constexpr TileMemory slice_memory(int rank_class, int num_stages, int layer_norm
 }
 
 // Every shape that is compiled: rank class, stages.
-#define HMI_ADAPTER_SLICES(X) X(16, 3) X(16, 2) X(32, 3) X(32, 2) X(64, 2)
+#define HMI_ADAPTER_SLICES(X) X(16, 3) X(16, 2) X(32, 2) X(64, 2)
 
 // The inner columns of all projections side by side, each padded to a whole tensor tile.
 constexpr int inner_columns(int max_rank, int num_projections) {

@@ -271,7 +271,7 @@ def test_plans_fit_every_device(
 ) -> None:
     shape = (num_tokens, num_segments, input_size, sum(output_sizes), len(output_sizes), max_rank)
     plan = driver.module().plan_adapter(*shape, False)
-    if plan.kernel == "tiles":
+    if plan.kernel != "gemv":
         return
     assert plan.shared_bytes <= 81 * 1024  # two blocks on a multiprocessor of sm_80
     assert 1 <= plan.splits <= max(1, input_size // 64)
