@@ -263,8 +263,8 @@ def _compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtyp
         return streams.preferred_dtype
     if options.dtype != "float32" and not streams.is_asynchronous:
         raise ValueError(
-            f"dtype is {options.dtype!r}, but the engine computes on the CPU, in float32: leave dtype out, or "
-            "choose a GPU by device"
+            f"dtype is {options.dtype!r}, but the engine computes on the CPU, in float32: leave dtype out, "
+            "or choose a GPU by device"
         )
     dtype: torch.dtype = getattr(torch, options.dtype)
     return dtype

@@ -43,7 +43,7 @@ class _Copy(NamedTuple):
 class ConvertedLayout(TenantLayout):
     """A tenant in an arena of 16 bits: ``data_bytes`` there, offsets of blocks in its elements.
 
-    Ranks are padded with zeros, which change no result, so that the kernels for a GPU take all of them. Of the
+    Ranks are padded with zeros, which change no result: the kernels for a GPU then take all of them. Of the
     head, which is small, every float32 stays as it is, in two elements: its offsets are those of a float32
     view.
 

@@ -32,8 +32,8 @@ def has_packed_matmul() -> bool:
 class SharedLinear:
     """``y = activation(x @ weight.T + bias)``; weight [out, in], bias [out], of one dtype.
 
-    Under ``torch.no_grad`` on a CPU, of float32, the product runs on a reordered copy of the weight, made at first use;
-    with gradients it runs through ``torch.nn.functional.linear``.
+    Under ``torch.no_grad`` on a CPU, of float32, the product runs on a reordered copy of the weight, made at
+    first use; otherwise it runs through ``torch.nn.functional.linear``.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
