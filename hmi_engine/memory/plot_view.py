@@ -260,7 +260,7 @@ class PlotView(AbstractContextManager["PlotView"]):
         domains: Sequence[str],
         references: torch.Tensor,
     ) -> torch.Tensor:
-        """Adds up the rows, the position and the merge's LayerNorm: layer K's input [T, H], of the model's dtype."""
+        """Adds up the rows, the position and the merge's LayerNorm: layer K's input [T, H], of its dtype."""
         inputs = self.merge_inputs(sequences, domains, references)
         return merge_rows(model, inputs, window=self._general.window)
 
