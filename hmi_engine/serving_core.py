@@ -15,7 +15,6 @@ import hmi_kernels
 from hmi_engine.errors import HmiError, MissPolicyWarning, ReadOnlyStoreError
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
-from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_choice import open_streams
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.plots import PlotLibrary
@@ -100,9 +99,11 @@ class ServingCore:
         self.clock = StageClock(self.trace)
         self.statistics = EngineStatistics()
         self.streams = open_streams(options.device)
+        self._dtype = _compute_dtype(options, self.streams)
         device_bytes = _device_bytes(options, self.streams)
-        self.residency = _open_residency(store, options, self.streams, device_bytes)
-        store.catalog.arena_bytes[self] = self.residency.arena.capacity_bytes
+        self.residency = _open_residency(store, options, self.streams, device_bytes, self._dtype)
+        # In bytes of float32, in which the catalog reckons.
+        store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
         self.residency.load_pinned(store.tenants.pinned())
         self.plots: PlotLibrary | None = None
         if store.general.plot_layers:
@@ -144,7 +145,9 @@ class ServingCore:
         general = self.store.general
         return DeviceCompute(
             general,
-            HierarchicalBert.load(self.store.general_folder, general.plot_layers, self.streams.device),
+            HierarchicalBert.load(
+                self.store.general_folder, general.plot_layers, self.streams.device, self._dtype
+            ),
             self.streams,
             DeviceRows(self.streams, device_bytes - self.residency.arena.capacity_bytes),
             batches_in_flight=self.options.pipeline_depth,
@@ -170,14 +173,13 @@ class ServingCore:
         with self.clock.working("tokenise", self.statistics.batches):
             return admit(requests, self.store.tenants, self.store.encoder)
 
-    @staticmethod
-    def describe(admitted: AdmittedRequest) -> WaitingBatch:
+    def describe(self, admitted: AdmittedRequest) -> WaitingBatch:
         """What a request asks of a batch."""
         tenant = admitted.tenant
         return WaitingBatch(
             weights_key=digest_of(tenant),
             num_tokens=len(admitted.encoded.input_ids),
-            adapter_bytes=AdapterArena.allocated_bytes(tenant.bytes // 4),
+            adapter_bytes=self.residency.expected_bytes(tenant),
         )
 
     def respond(
@@ -255,6 +257,19 @@ def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
     return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
 
 
+def _compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
+    """What the device computes in; raises ValueError if it does not compute in what was asked for."""
+    if options.dtype == "auto":
+        return streams.preferred_dtype
+    if options.dtype != "float32" and not streams.is_asynchronous:
+        raise ValueError(
+            f"dtype is {options.dtype!r}, but the engine computes on the CPU, in float32: leave dtype out, "
+            "or choose a GPU by device"
+        )
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
 def _device_bytes(options: EngineOptions, streams: DeviceStreams) -> int:
     """The budget in the memory with which the device computes."""
     if options.device_memory != "auto":
@@ -265,7 +280,7 @@ def _device_bytes(options: EngineOptions, streams: DeviceStreams) -> int:
 
 
 def _open_residency(
-    store: Store, options: EngineOptions, streams: DeviceStreams, device_bytes: int
+    store: Store, options: EngineOptions, streams: DeviceStreams, device_bytes: int, dtype: torch.dtype
 ) -> AdapterResidency:
     host_bytes: int | None = parse_bytes(options.host_memory)
     arena_bytes = device_bytes
@@ -282,4 +297,5 @@ def _open_residency(
         streams=streams,
         batches_in_flight=options.pipeline_depth,
         read_timeout=options.read_timeout,
+        dtype=dtype,
     )

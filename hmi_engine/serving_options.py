@@ -10,7 +10,10 @@ from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
 from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.step import MissPolicy
 
-__all__ = ["MAX_PIPELINE_DEPTH", "EngineOptions"]
+__all__ = ["DTYPES", "MAX_PIPELINE_DEPTH", "EngineOptions"]
+
+DTYPES = ("float32", "float16", "bfloat16")
+"""Names of what an engine may compute in, beside ``"auto"``."""
 
 MAX_PIPELINE_DEPTH = 8
 """More gains nothing that a machine could compute with, and memory is shared by the batches in flight."""
@@ -24,7 +27,9 @@ class EngineOptions:
         device: ``"cpu"``, ``"cuda"`` (torch's current GPU), ``"cuda:1"``, or ``"auto"``: the GPU, if there is
             one that can be used.
         backend: kernels: ``"auto"``, ``"cpu"`` (on the CPU) or ``"reference"`` (plain torch, slow).
-        dtype: ``"auto"`` or ``"float32"``.
+        dtype: what a GPU computes in and holds adapters in: ``"float32"``, ``"float16"``, ``"bfloat16"``, or
+            ``"auto"``: bfloat16 where the GPU has it, else float16. The CPU computes in float32: there it is
+            ``"auto"`` or ``"float32"``. Heads are float32 everywhere.
         device_memory: budget for adapters where the device computes with them, in bytes or as ``"512MiB"``,
             before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is one tier, of
             ``host_memory``. On a GPU half of it is for PLOT tables, and ``"auto"`` is half of what is free.
@@ -77,7 +82,7 @@ class EngineOptions:
         if not is_device_name(self.device):
             raise ValueError(f"device is {self.device!r}; this release knows {DEVICE_NAMES}")
         _check_option("backend", self.backend, ("auto", "cpu", "reference"))
-        _check_option("dtype", self.dtype, ("auto", "float32"))
+        _check_option("dtype", self.dtype, ("auto", *DTYPES))
         _check_option("miss", self.miss, ("backoff", "exact", "budget"))
         if not 0 <= self.exact_budget <= 1:
             raise ValueError(f"exact_budget is {self.exact_budget}, must be 0 to 1 windows per token")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import NamedTuple
 
 import torch
@@ -9,11 +11,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmi_kernels import reference
-from hmi_kernels.checks import require_rows, require_vector
+from hmi_kernels.checks import COMPUTE_TYPES, require_rows, require_vector
 from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 
-__all__ = ["attend_jagged", "packed_attention"]
+__all__ = ["attend_jagged", "attend_packed", "packed_attention"]
+
+FLASH_HEAD_SIZES = (8, 256)
+"""Columns per head that torch's kernel for packed rows takes: multiples of the first, up to the second."""
+_FLASH_CAPABILITY = 8
+"""GPUs before Ampere have no kernel for packed sequences, and torch before 2.10 no name for it."""
+_FLASH_MODULE = "torch.nn.attention.varlen"
 
 
 def packed_attention(
@@ -34,9 +42,10 @@ def packed_attention(
     A query's result depends neither on other queries nor on the number of threads, bit for bit.
 
     Args:
-        query: float32 [queries, hidden]; rows may lie apart (a column slice of a wider tensor).
-        key: float32 [keys, hidden], likewise.
-        value: float32 [keys, hidden], likewise.
+        query: [queries, hidden] of float32, or on a GPU and in the reference float16 or bfloat16; rows may
+            lie apart (a column slice of a wider tensor).
+        key: [keys, hidden] of the same dtype, likewise.
+        value: likewise.
         query_offsets: int64 [sequences + 1], first 0, last ``queries``. Fewer queries than keys are those
             whose results somebody reads.
         key_offsets: int64 [sequences + 1], first 0, last ``keys``.
@@ -45,7 +54,7 @@ def packed_attention(
             has to be waited for. On a GPU offsets are not checked; torch's own kernels attend there.
 
     Returns:
-        float32 [queries, hidden].
+        [queries, hidden] of that dtype. Sums are made in float32.
 
     Raises TypeError or ValueError on arguments of another kind or out of bounds.
     """
@@ -66,10 +75,11 @@ class _Arguments(NamedTuple):
 
 
 def _check(arguments: _Arguments) -> None:
-    require_rows("query", arguments.query, (None, None))
+    require_rows("query", arguments.query, (None, None), COMPUTE_TYPES)
+    dtypes = (arguments.query.dtype,)
     num_keys, hidden_size = arguments.key.shape[0], arguments.query.shape[1]
-    require_rows("key", arguments.key, (num_keys, hidden_size))
-    require_rows("value", arguments.value, (num_keys, hidden_size))
+    require_rows("key", arguments.key, (num_keys, hidden_size), dtypes)
+    require_rows("value", arguments.value, (num_keys, hidden_size), dtypes)
     require_vector("query_offsets", arguments.query_offsets, torch.int64)
     num_offsets = arguments.query_offsets.shape[0]
     if num_offsets == 0:
@@ -80,7 +90,12 @@ def _check(arguments: _Arguments) -> None:
 
 
 def _make_output(arguments: _Arguments) -> Tensor:
-    return torch.empty(arguments.query.shape, dtype=torch.float32, device=arguments.query.device)
+    return arguments.query.new_empty(arguments.query.shape)
+
+
+def _cpu_refuses(arguments: _Arguments) -> str:
+    dtype = arguments.query.dtype
+    return "" if dtype is torch.float32 else f"query must be torch.float32, not {dtype}"
 
 
 def _run_on_cpu(arguments: _Arguments) -> Tensor:
@@ -107,16 +122,48 @@ def _run_on_cpu(arguments: _Arguments) -> Tensor:
     return output
 
 
-def attend_jagged(arguments: _Arguments) -> Tensor:
-    """By torch's attention over jagged tensors, which on a GPU is one kernel, float32 included.
-
-    torch's ``varlen_attn``, which needs no nested tensors, is for 16-bit types only.
-    """
-    query, key, value, query_offsets, key_offsets, num_heads, max_length = arguments
+def attend_packed(arguments: _Arguments) -> Tensor:
+    """By torch's kernel for packed sequences where it can, else by :func:`attend_jagged`."""
+    query, key, value, query_offsets, key_offsets, num_heads, _ = arguments
+    head_size = query.shape[1] // num_heads
+    is_flash_type = query.dtype is not torch.float32 and _has_flash(query.device)
+    if not is_flash_type or head_size % FLASH_HEAD_SIZES[0] or head_size > FLASH_HEAD_SIZES[1]:
+        return attend_jagged(arguments)
     if query.shape[0] == 0:
         return _make_output(arguments)
-    if max_length is None:
-        max_length = int(torch.maximum(query_offsets.diff().amax(), key_offsets.diff().amax()))
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (rows.unflatten(1, (num_heads, head_size)) for rows in (query, key, value))
+    longest = _max_length(arguments)
+    attended = varlen_attn(q, k, v, query_offsets.int(), key_offsets.int(), longest, longest)
+    assert isinstance(attended, Tensor)  # nothing else was asked for
+    return attended.flatten(1)
+
+
+@functools.cache
+def _has_flash(device: torch.device) -> bool:
+    if device.type != "cuda" or importlib.util.find_spec(_FLASH_MODULE) is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= _FLASH_CAPABILITY
+
+
+def _max_length(arguments: _Arguments) -> int:
+    if arguments.max_length is not None:
+        return arguments.max_length
+    lengths = arguments.query_offsets.diff().amax(), arguments.key_offsets.diff().amax()
+    return int(torch.maximum(*lengths))
+
+
+def attend_jagged(arguments: _Arguments) -> Tensor:
+    """By torch's attention over jagged tensors, which on a GPU is one kernel, of float32 too.
+
+    The host is busy for longer than with ``varlen_attn``, which needs no nested tensors, but takes 16 bits
+    only.
+    """
+    query, key, value, query_offsets, key_offsets, num_heads, _ = arguments
+    if query.shape[0] == 0:
+        return _make_output(arguments)
+    max_length = _max_length(arguments)
 
     def by_head(rows: Tensor, offsets: Tensor) -> Tensor:
         heads = rows.contiguous().unflatten(1, (num_heads, -1))
@@ -135,9 +182,9 @@ _packed_attention = define(
     arguments=_Arguments,
     check=_check,
     implementations={
-        "cuda": Implementation(attend_jagged),
-        "triton": Implementation(attend_jagged),
-        "cpu": Implementation(_run_on_cpu),
+        "cuda": Implementation(attend_packed),
+        "triton": Implementation(attend_packed),
+        "cpu": Implementation(_run_on_cpu, _cpu_refuses),
     },
     reference=reference.packed_attention,
     fake=_make_output,

@@ -353,7 +353,7 @@ def packed_attention(
         if first_query < last_query and first_key == last_key:
             raise ValueError("a sequence has queries but no keys to attend to")
         q, k, v = (
-            part.unflatten(1, (num_heads, head_size)).transpose(0, 1)
+            part.float().unflatten(1, (num_heads, head_size)).transpose(0, 1)
             for part in (query[first_query:last_query], key[first_key:last_key], value[first_key:last_key])
         )
         weights = (q @ k.transpose(1, 2) * head_size**-0.5).softmax(dim=-1)

@@ -17,7 +17,7 @@ from hmi_engine.errors import InvalidRequestError
 from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
 from hmi_engine.pipeline.step import MissPolicy
 from hmi_engine.request import Request, Response
-from hmi_engine.serving_options import MAX_PIPELINE_DEPTH
+from hmi_engine.serving_options import DTYPES, MAX_PIPELINE_DEPTH
 from hmi_engine.store import Store
 
 _FIELDS = ("tenant", "text", "input_ids", "long_text", "id")
@@ -40,6 +40,12 @@ def run(
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Most tokens computed at once.")] = 8192,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, or auto: the GPU, if there is one that can be used.")
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What a GPU computes in: float32, float16, bfloat16, or auto: 16 bits. CPU: float32."
+        ),
     ] = "auto",
     host_memory: Annotated[str, typer.Option(help="Budget for adapters in host memory.")] = "2GiB",
     device_memory: Annotated[
@@ -70,6 +76,7 @@ def run(
         Engine(
             opened,
             device=_checked_device(device),
+            dtype=checked_choice(dtype, ("auto", *DTYPES), "--dtype"),
             miss=policy,
             exact_budget=exact_budget,
             max_batch_tokens=max_batch_tokens,

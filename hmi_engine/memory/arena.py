@@ -12,41 +12,50 @@ from hmi_engine.memory.streams import DeviceStreams, HostStreams
 
 __all__ = ["AdapterArena"]
 
-_GRANULE = 1024  # elements; whole pages, so that a load never shares a page with another tenant's slot
+_GRANULE = 1024  # elements; of float32 whole pages, so that a load never shares one with another tenant
 
 
 class AdapterArena:
-    """A float32 block with best-fit allocation; what lies in pieces can be slid together.
+    """A block of one dtype with best-fit allocation; what lies in pieces can be slid together.
 
     The operating system gives pages as tenants arrive, so an unused capacity costs nothing. Not thread-safe.
     """
 
-    def __init__(self, capacity_bytes: int, streams: DeviceStreams | None = None) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        streams: DeviceStreams | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """On the device of ``streams``, whose stream ``copy`` does all that is done here; default the CPU."""
-        granules = capacity_bytes // (_GRANULE * 4)
+        granules = capacity_bytes // (_GRANULE * dtype.itemsize)
         self._streams = streams or HostStreams()
-        self.memory = torch.empty(granules * _GRANULE, dtype=torch.float32, device=self._streams.device)
+        self.memory = torch.empty(granules * _GRANULE, dtype=dtype, device=self._streams.device)
         self._ranges = RangeAllocator(granules)
 
     @property
     def capacity_bytes(self) -> int:
         """Size of the block."""
-        return self.memory.numel() * 4
+        return self.memory.nbytes
 
     @property
     def used_bytes(self) -> int:
         """Bytes in allocated ranges."""
-        return self._ranges.used * _GRANULE * 4
+        return self._ranges.used * _GRANULE * self.memory.itemsize
 
     @property
     def free_bytes(self) -> int:
         """Bytes in free ranges, which may lie apart."""
-        return self._ranges.free * _GRANULE * 4
+        return self._ranges.free * _GRANULE * self.memory.itemsize
+
+    def bytes_of(self, num_elements: int) -> int:
+        """Bytes that an allocation of ``num_elements`` takes here."""
+        return self.allocated_bytes(num_elements, self.memory.dtype)
 
     @staticmethod
-    def allocated_bytes(num_elements: int) -> int:
-        """Bytes that an allocation of ``num_elements`` takes."""
-        return _granules(num_elements) * _GRANULE * 4
+    def allocated_bytes(num_elements: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes that an allocation of ``num_elements`` takes in an arena of this dtype."""
+        return _granules(num_elements) * _GRANULE * dtype.itemsize
 
     def allocate(self, num_elements: int) -> int | None:
         """Element offset of a free range, or None where no range is long enough."""
@@ -84,7 +93,7 @@ class AdapterArena:
     def close(self) -> None:
         """Gives the memory back; nothing can be allocated any more."""
         self._streams.synchronize()
-        self.memory = torch.empty(0, dtype=torch.float32, device=self.memory.device)
+        self.memory = torch.empty(0, dtype=self.memory.dtype, device=self.memory.device)
         self._ranges = RangeAllocator(0)
 
 

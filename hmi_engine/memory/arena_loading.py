@@ -132,7 +132,7 @@ class ArenaLoader:
         if isinstance(layout, HmiError):
             raise layout
         arena = self.placement.arena
-        size = arena.allocated_bytes(layout.num_elements)
+        size = arena.bytes_of(layout.num_elements)
         if size > arena.capacity_bytes:
             raise OverloadedError(
                 f"tenant {info.name!r} needs {size} bytes, more than all adapter memory, "

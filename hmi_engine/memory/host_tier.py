@@ -116,7 +116,7 @@ class HostTier:
     def _take_block(self, num_elements: int) -> Tensor | None:
         while True:
             try:
-                return self._pool.empty(num_elements)
+                return self._pool.empty(num_elements, self._reader.dtype)
             except (hmi_kernels.PoolExhaustedError, hmi_kernels.CudaError):
                 hmi_kernels.wait_for_copies()  # which keep memory of tenants that were evicted before
                 victim = self._queue.evict()

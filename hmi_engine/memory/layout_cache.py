@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 
 from hmi_engine.knowledge.tenant_file import TenantLayout
+from hmi_engine.memory.parameter_format import ConvertedLayout
 
 __all__ = ["LayoutCache"]
 
@@ -14,6 +15,7 @@ _DIGEST_BYTES = 500
 _LAYOUT_BYTES = 2500
 _BLOCK_BYTES = 900
 _TENSOR_BYTES = 500
+_COPY_BYTES = 300
 
 
 class LayoutCache:
@@ -68,4 +70,10 @@ class LayoutCache:
 
 
 def _size(layout: TenantLayout) -> int:
-    return _LAYOUT_BYTES + _BLOCK_BYTES * len(layout.blocks) + _TENSOR_BYTES * len(layout.head.tensors)
+    copies = len(layout.copies) if isinstance(layout, ConvertedLayout) else 0
+    return (
+        _LAYOUT_BYTES
+        + _COPY_BYTES * copies
+        + _BLOCK_BYTES * len(layout.blocks)
+        + _TENSOR_BYTES * len(layout.head.tensors)
+    )

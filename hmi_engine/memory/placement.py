@@ -32,6 +32,7 @@ class PlacedTenant:
         info: the catalog's record of the generation that lies there.
         layout: of its file.
         offset: first element in the arena; changes when it is moved.
+        size: bytes that it takes of the arena.
         is_pinned: whether it stays though nobody uses it.
         slot: its number in the tables; None until its parameters are there.
         users: how many batches use it: more than none, and it neither leaves nor moves.
@@ -42,6 +43,7 @@ class PlacedTenant:
     info: TenantInfo
     layout: TenantLayout
     offset: int
+    size: int
     is_pinned: bool
     slot: int | None = None
     users: int = 0
@@ -53,18 +55,13 @@ class PlacedTenant:
         """What it is known by."""
         return digest_of(self.info)
 
-    @property
-    def size(self) -> int:
-        """Bytes that it takes of the arena."""
-        return AdapterArena.allocated_bytes(self.layout.num_elements)
-
 
 class Placement:
     """The arena, the slots, and who has them. Decides nothing about who leaves; not thread-safe."""
 
-    def __init__(self, arena_bytes: int, streams: DeviceStreams) -> None:
+    def __init__(self, arena_bytes: int, streams: DeviceStreams, dtype: torch.dtype) -> None:
         self._streams = streams
-        self.arena = AdapterArena(arena_bytes, streams)
+        self.arena = AdapterArena(arena_bytes, streams, dtype)
         self.slots = SlotTables()
         self.moves = 0
         self.bytes_moved = 0
@@ -98,7 +95,8 @@ class Placement:
             offset = self.arena.allocate(size)
         if offset is None:
             return None
-        placed = self._by_offset[offset] = PlacedTenant(info, layout, offset, info.pinned)
+        placed = PlacedTenant(info, layout, offset, self.arena.bytes_of(size), info.pinned)
+        self._by_offset[offset] = placed
         return placed
 
     def publish(self, placed: PlacedTenant) -> None:
@@ -117,7 +115,7 @@ class Placement:
         self.arena.release(placed.offset)
 
     def parameters(self, placed: PlacedTenant) -> torch.Tensor:
-        """Float32 [n]: the data section of its file."""
+        """The arena's elements [n] that it has: those of its layout."""
         return self.arena.memory[placed.offset : placed.offset + placed.layout.num_elements]
 
     def close(self) -> None:
@@ -127,7 +125,7 @@ class Placement:
         self.arena.close()
 
     def _bring_together(self, num_elements: int, most: float) -> bool:
-        if self.arena.free_bytes < self.arena.allocated_bytes(num_elements):
+        if self.arena.free_bytes < self.arena.bytes_of(num_elements):
             return False
         fixed = [offset for offset, placed in self._by_offset.items() if placed.users]
         offsets = self.arena.slide(num_elements, fixed, most=most)

@@ -260,7 +260,7 @@ class PlotView(AbstractContextManager["PlotView"]):
         domains: Sequence[str],
         references: torch.Tensor,
     ) -> torch.Tensor:
-        """Adds up the rows, the position and the merge's LayerNorm: the input of layer K, float32 [T, H]."""
+        """Adds up the rows, the position and the merge's LayerNorm: layer K's input [T, H], of its dtype."""
         inputs = self.merge_inputs(sequences, domains, references)
         return merge_rows(model, inputs, window=self._general.window)
 
@@ -304,7 +304,7 @@ _NO_INDEX = torch.zeros(2, 2, dtype=torch.int64)
 
 
 def merge_rows(model: HierarchicalBert, inputs: MergeInputs, *, window: int) -> torch.Tensor:
-    """The input of layer K, float32 [T, H], where model and inputs are: see :meth:`PlotView.merge`."""
+    """The input of layer K, [T, H], where model and inputs are: see :meth:`PlotView.merge`."""
     return hmi_kernels.plot_merge(
         inputs.input_ids,
         inputs.offsets,

@@ -9,6 +9,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import cast
 
+import torch
+
 from hmi_engine.errors import (
     EngineClosedError,
     HmiError,
@@ -23,6 +25,7 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.arena_loading import ArenaLoader, LoadResults, NoRoomError
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.host_tier import HostTier
+from hmi_engine.memory.parameter_format import padded_rank
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
 from hmi_engine.memory.resident_tenant import ResidentTenant
@@ -94,6 +97,7 @@ class AdapterResidency:
         streams: DeviceStreams | None = None,
         batches_in_flight: int = 1,
         read_timeout: float = DEFAULT_READ_TIMEOUT,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Loads nothing yet.
 
@@ -106,13 +110,15 @@ class AdapterResidency:
             streams: of the device on which the arena lies; default the CPU. A GPU needs ``host_bytes``.
             batches_in_flight: how many batches' tenants are held at a time.
             read_timeout: seconds after which a read that has not ended fails its tenant.
+            dtype: of the arena; other than float32 only with ``host_bytes``, where files are converted.
         """
+        assert host_bytes is not None or dtype is torch.float32
         streams = streams or HostStreams()
         self._catalog = catalog
-        self._reader = TenantReader(layout, general, read_timeout=read_timeout)
+        self._reader = TenantReader(layout, general, read_timeout=read_timeout, dtype=dtype)
         self._host = None if host_bytes is None else HostTier(self._reader, host_bytes, streams)
         self._source: ParameterSource = self._host or self._reader
-        self._placement = Placement(arena_bytes, streams)
+        self._placement = Placement(arena_bytes, streams, dtype)
         self.arena = self._placement.arena
         self.slots = self._placement.slots
         self._residents: dict[Digest, ResidentTenant] = {}
@@ -167,6 +173,14 @@ class AdapterResidency:
         """Counts of the host tier, None where there is none."""
         with self._lock:
             return None if self._host is None else replace(self._host.statistics)
+
+    def expected_bytes(self, tenant: TenantInfo) -> int:
+        """What a tenant will take of the arena, as far as its record tells; rather more than less."""
+        as_float32 = self.arena.allocated_bytes(tenant.bytes // 4)
+        if self._reader.dtype is torch.float32 or not tenant.rank:
+            return as_float32
+        # Half as much, but for the head; and a small rank becomes a multiple of what it was.
+        return max(as_float32, as_float32 * padded_rank(tenant.rank) // tenant.rank // 2)
 
     @property
     def batch_bytes(self) -> int:
@@ -263,7 +277,7 @@ class AdapterResidency:
         """
         with self._loading:
             layouts = [each for each in self._reader.layouts(tenants) if not isinstance(each, HmiError)]
-            needed = sum(self.arena.allocated_bytes(layout.num_elements) for layout in layouts)
+            needed = sum(self.arena.bytes_of(layout.num_elements) for layout in layouts)
             if needed > self.arena.capacity_bytes:
                 raise OverloadedError(
                     f"the {len(tenants)} pinned tenants need {needed} bytes, more than all adapter memory, "

@@ -23,7 +23,7 @@ class ResidentTenant:
         slot: number that the grouped kernels use.
         places: (layer, site) of its blocks.
         head: the head's settings.
-        parameters: float32 [n], the whole file's data: head and blocks.
+        parameters: elements [n] of the arena: blocks and head, the head in float32 whatever the arena's are.
         arena_offset: first element in the arena.
     """
 
@@ -36,5 +36,5 @@ class ResidentTenant:
 
     @functools.cached_property
     def output_head(self) -> Head:
-        """The head, its tensors views of ``parameters``."""
-        return self.head.build(self.parameters)
+        """The head, its tensors float32 views of ``parameters``."""
+        return self.head.build(self.parameters.view(torch.float32))

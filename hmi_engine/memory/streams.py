@@ -40,6 +40,8 @@ class DeviceStreams(Protocol):
     device: torch.device
     is_asynchronous: bool
     """Whether the host goes on before what it put on a stream has run."""
+    preferred_dtype: torch.dtype
+    """What engines compute in there unless they are told otherwise."""
 
     def on(self, stream: StreamName) -> AbstractContextManager[None]:
         """What the block does on the device is put on this stream."""
@@ -75,6 +77,7 @@ class HostStreams:
 
     device = torch.device("cpu")
     is_asynchronous = False
+    preferred_dtype = torch.float32
 
     def on(self, stream: StreamName) -> AbstractContextManager[None]:
         """Changes nothing."""
@@ -107,6 +110,10 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         """Makes them on ``cuda:<index>``."""
         self.device = device
+        with torch.cuda.device(device):
+            # Not where torch only emulates it, in float32 and slower than that.
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        self.preferred_dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self._streams = {name: torch.cuda.Stream(device) for name in STREAM_NAMES}
         # Without compiled CUDA kernels (Triton alone) there are no batches of copies.
         self._has_batches = hmi_kernels.backends()["cuda"].available

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.errors import HmiError, ReadTimeoutError, StoreCorruptError
+from hmi_engine.errors import HmiError, InvalidAdapterError, ReadTimeoutError, StoreCorruptError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout, parse_layout
 from hmi_engine.memory.eviction import Tickets
 from hmi_engine.memory.layout_cache import LayoutCache
+from hmi_engine.memory.parameter_format import ConvertedLayout, converted
 from hmi_engine.memory.streams import Arrival
 from hmi_kernels import FileReads
 
@@ -37,6 +38,8 @@ DEFAULT_READ_TIMEOUT = 30.0
 
 _LAYOUT_BYTES = 32 << 20
 _HEADER_BYTES = 16 << 10
+_STAGED_BYTES = 64 << 20
+"""Of float32 that are read at a time where they are converted: what that takes of host memory."""
 
 
 def digest_of(info: TenantInfo) -> Digest:
@@ -45,7 +48,7 @@ def digest_of(info: TenantInfo) -> Digest:
 
 
 class WantedParameters(NamedTuple):
-    """A tenant's data section, and the float32 [n] that shall hold it."""
+    """A tenant's parameters, and the elements [n] that shall hold them as the layout says."""
 
     info: TenantInfo
     layout: TenantLayout
@@ -91,6 +94,7 @@ class TenantReader:
         layout_bytes: int = _LAYOUT_BYTES,
         *,
         read_timeout: float = DEFAULT_READ_TIMEOUT,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Reads nothing yet.
 
@@ -99,7 +103,9 @@ class TenantReader:
             general: the base that tenants must fit.
             layout_bytes: budget for layouts of files that were read before.
             read_timeout: seconds after which reads that have not ended fail.
+            dtype: of the arena; other than float32, parameters are converted once they are read.
         """
+        self.dtype = dtype
         self._layout = layout
         self._general = general
         self._layouts = LayoutCache(layout_bytes)
@@ -110,7 +116,7 @@ class TenantReader:
         self.bytes_read = 0
 
     def layouts(self, infos: Sequence[TenantInfo]) -> list[TenantLayout | HmiError]:
-        """The checked layout of each tenant's file, or why it cannot be served."""
+        """Where each tenant's parameters lie in the arena, its file checked, or why it cannot be served."""
         found: dict[Digest, TenantLayout | HmiError] = {}
         unknown: list[TenantInfo] = []
         for info in infos:
@@ -153,23 +159,36 @@ class TenantReader:
             layout.check_fits(self._general, path)
         except HmiError as error:
             return error
-        return layout
+        return layout if self.dtype is torch.float32 else converted(layout)
 
     def load(self, wanted: Sequence[WantedParameters]) -> list[HmiError | None]:
         """Reads files at the same time, each into its destination, which must be in host memory."""
-        if not wanted:
-            return []
-        problems = self._read(
-            [each.info for each in wanted],
-            [each.layout.data_start for each in wanted],
-            [each.destination for each in wanted],
-            require_finite=True,
-        )
-        for each, problem in zip(wanted, problems, strict=True):
-            if problem is None:
+        return [problem for part in _parts(wanted) for problem in self._load_part(part)]
+
+    def _load_part(self, wanted: Sequence[WantedParameters]) -> list[HmiError | None]:
+        data = [
+            torch.empty(each.layout.file_elements)
+            if isinstance(each.layout, ConvertedLayout)
+            else each.destination
+            for each in wanted
+        ]
+        starts = [each.layout.data_start for each in wanted]
+        problems = self._read([each.info for each in wanted], starts, data, require_finite=True)
+        for number, each in enumerate(wanted):
+            if problems[number] is None:
                 self.files_read += 1
-                self.bytes_read += each.layout.data_bytes
+                self.bytes_read += data[number].nbytes
+                problems[number] = self._convert(each, data[number])
         return problems
+
+    def _convert(self, wanted: WantedParameters, data: Tensor) -> InvalidAdapterError | None:
+        layout = wanted.layout
+        if not isinstance(layout, ConvertedLayout) or layout.convert(data, wanted.destination):
+            return None
+        return InvalidAdapterError(
+            f"tenant {wanted.info.name!r} holds numbers that are too large for {self.dtype}; serve it with "
+            "dtype='float32', or 'bfloat16' where it was 'float16'"
+        )
 
     def _read(
         self,
@@ -220,6 +239,21 @@ class TenantReader:
 
     def close(self) -> None:
         """Does nothing."""
+
+
+def _parts(wanted: Sequence[WantedParameters]) -> Iterator[list[WantedParameters]]:
+    """As many at a time as may be staged: all where nothing is converted, and never less than one."""
+    part: list[WantedParameters] = []
+    num_bytes = 0
+    for each in wanted:
+        size = each.layout.file_elements * 4 if isinstance(each.layout, ConvertedLayout) else 0
+        if part and num_bytes + size > _STAGED_BYTES:
+            yield part
+            part, num_bytes = [], 0
+        part.append(each)
+        num_bytes += size
+    if part:
+        yield part
 
 
 def _explain(problem: OSError | EOFError | ValueError | None) -> StoreCorruptError | None:

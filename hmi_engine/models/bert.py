@@ -28,7 +28,8 @@ class HierarchicalBert:
     """The shared base of hBERT: embeddings, domain layers, merge parameters, upper layers and pooler.
 
     Method: "SkipBERT" (Wang et al., ACL 2022) and "HMI" (arXiv 2504.17449); see docs/architecture.md.
-    All tensors are float32 and shared by every tenant. Nothing here follows gradients:
+    All tensors are float32, or of 16 bits on a GPU, but for the pooler, which heads read in float32; every
+    tenant shares them. Nothing here follows gradients:
     training has its own layers (``hmi_engine.construct.trainable_layers``).
     """
 
@@ -52,15 +53,24 @@ class HierarchicalBert:
             self.pooler = SharedLinear(tensors["pooler.dense.weight"], tensors["pooler.dense.bias"])
 
     @classmethod
-    def load(cls, directory: Path, plot_layers: int, device: torch.device | str = "cpu") -> HierarchicalBert:
-        """Loads the ``general`` folder of a store onto a device.
+    def load(
+        cls,
+        directory: Path,
+        plot_layers: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> HierarchicalBert:
+        """Loads the ``general`` folder of a store onto a device, in ``dtype``.
 
         Raises:
             StoreCorruptError: a file is missing or damaged.
         """
         configuration = load_configuration(directory)
         tensors, merge = (
-            {name: tensor.to(device) for name, tensor in loaded.items()}
+            {
+                name: tensor.to(torch.float32 if name.startswith("pooler.") else dtype).to(device)
+                for name, tensor in loaded.items()
+            }
             for loaded in (load_bert_tensors(directory, configuration), load_merge(directory))
         )
         return cls(configuration, tensors, merge, plot_layers)

@@ -30,10 +30,10 @@ def has_packed_matmul() -> bool:
 
 
 class SharedLinear:
-    """``y = activation(x @ weight.T + bias)``; weight [out, in], bias [out], float32.
+    """``y = activation(x @ weight.T + bias)``; weight [out, in], bias [out], of one dtype.
 
-    Under ``torch.no_grad`` on a CPU the product runs on a reordered copy of the weight, made at first use;
-    with gradients it runs through ``torch.nn.functional.linear``.
+    Under ``torch.no_grad`` on a CPU, of float32, the product runs on a reordered copy of the weight, made at
+    first use; otherwise it runs through ``torch.nn.functional.linear``.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -48,7 +48,8 @@ class SharedLinear:
 
     def __call__(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
         """x [T, in] -> [T, out]; ``gelu`` applies the exact (erf) GELU in the same pass."""
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not has_packed_matmul():
+        is_float32_on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
+        if torch.is_grad_enabled() or not is_float32_on_cpu or not has_packed_matmul():
             y = functional.linear(x, self.weight, self.bias)
             return functional.gelu(y) if gelu else y
         if self._packed is None:

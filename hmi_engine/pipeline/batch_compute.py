@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -103,7 +103,12 @@ class HostCompute:
             around_layer=self._clock.around_layer,
         )
         outputs = read_out(searched.tenants, hidden_states.split(searched.rows_read), self._model)
-        return lambda: outputs
+        # Whoever keeps one embedding should not keep those of the whole batch.
+        own = [
+            output if isinstance(output, HmiError) else replace(output, values=output.values.clone())
+            for output in outputs
+        ]
+        return lambda: own
 
     def release(self, searched: SearchedBatch) -> None:
         """There is nothing to let go of."""

@@ -109,7 +109,7 @@ class DeviceCompute:
         for arrival in searched.arrivals:
             self._streams.wait("compute", arrival.everything)
         with self._streams.on("compute"):
-            parts = hidden_states.split(searched.rows_read)
+            parts = hidden_states.float().split(searched.rows_read)
             outputs = read_out(searched.tenants, parts, self._model)
             values = _copy_back([each for each in outputs if isinstance(each, HeadOutput)], sent.slot)
         return partial(self._finish, sent, outputs, values, self._streams.record("compute"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,9 +26,13 @@ from hmi_engine.models.heads import pool
 __all__ = ["HeadOutput", "apply_dense", "read_out"]
 
 
+_MOST_STACKED = 1 << 16
+"""Elements of a head's weight: larger ones cost more to lay beside each other than launches do."""
+
+
 @dataclass(frozen=True)
 class HeadOutput:
-    """Values of one sequence, on tensors of its own.
+    """Values of one sequence; they may share memory with those of others.
 
     Attributes:
         kind: the head's kind.
@@ -49,9 +54,52 @@ def read_out(
     """Applies each tenant's head to its sequence, float32 [n, H]; an error where the base lacks a pooler."""
     poolings = [tenant.head.pooling or "cls" for tenant in tenants]
     pooled = pool(hidden_states, poolings, model.pooler)
+    outputs: list[HeadOutput | HmiError | None] = [None] * len(tenants)
+    groups: defaultdict[_Shape, list[int]] = defaultdict(list)
+    for index, (tenant, states, vector) in enumerate(zip(tenants, hidden_states, pooled, strict=True)):
+        if isinstance(vector, HmiError):
+            outputs[index] = vector
+        elif (shape := _stackable(tenant)) is not None:
+            groups[shape].append(index)
+        else:
+            outputs[index] = _output(tenant, states, vector)
+    for members in groups.values():
+        rows = torch.stack([vector for i in members if isinstance(vector := pooled[i], torch.Tensor)])
+        together = _outputs_together([tenants[index] for index in members], rows)
+        for index, output in zip(members, together, strict=True):
+            outputs[index] = output
+    return [output for output in outputs if output is not None]
+
+
+_Shape = tuple[HeadKind, int, bool]
+
+
+def _stackable(tenant: ResidentTenant) -> _Shape | None:
+    """What heads have in common that a few kernels apply to all of their sequences; None for rare ones."""
+    head = tenant.output_head
+    if isinstance(head, EmbeddingHead):
+        return (head.kind, 0, head.normalize) if head.projection is None else None
+    if isinstance(head, TokenClassificationHead) or head.hidden or head.weight.numel() > _MOST_STACKED:
+        return None
+    return head.kind, len(head.labels), isinstance(head, ClassificationHead) and head.multi_label
+
+
+def _outputs_together(tenants: Sequence[ResidentTenant], pooled: torch.Tensor) -> list[HeadOutput]:
+    """The outputs of heads of one shape for vectors [n, H], one of each: a handful of launches on a GPU."""
+    kind, _, flag = _stackable(tenants[0]) or ("", 0, False)
+    heads = [tenant.output_head for tenant in tenants]
+    linear = [head for head in heads if not isinstance(head, EmbeddingHead)]
+    if not linear:
+        values = functional.normalize(pooled, dim=1) if flag else pooled
+    else:
+        weights = torch.stack([head.weight for head in linear])
+        biases = torch.stack([head.bias for head in linear])
+        values = torch.baddbmm(biases.unsqueeze(2), weights, pooled.unsqueeze(2)).squeeze(2)
+        if kind != "regression":
+            values = values.sigmoid() if flag else values.softmax(dim=1)
     return [
-        vector if isinstance(vector, HmiError) else _output(tenant, states, vector)
-        for tenant, states, vector in zip(tenants, hidden_states, pooled, strict=True)
+        HeadOutput(head.kind, head.labels, own, bool(linear) and flag)
+        for head, own in zip(heads, values.unbind(), strict=True)
     ]
 
 

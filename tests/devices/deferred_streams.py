@@ -59,6 +59,7 @@ class DeferredStreams:
 
     device = torch.device("cpu")
     is_asynchronous = True
+    preferred_dtype = torch.float32
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)

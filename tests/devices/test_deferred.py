@@ -18,6 +18,8 @@ from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.step import BatchRunner
 
 SEEDS = range(4)
+HALVES = [("float16", 5e-3), ("bfloat16", 3e-2)]
+"""Types, and what probabilities and elements of embeddings may be off."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,21 @@ def test_every_order_gives_the_same_answers(store, expected, deferred_engine, sa
     assert statistics.batches > 4
     assert (statistics.adapters["evictions"] > 0) == (share < 1)
     assert statistics.stages.keys() >= {"send", "finish"}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), HALVES)
+@pytest.mark.parametrize(("depth", "share"), [(1, 2), (3, 0.4)])
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_16_bits_answer_as_float32_does(
+    store, expected, deferred_engine, same, seed, depth, share, dtype, tolerance
+):
+    requests, wanted = expected
+    options = {"pipeline_depth": depth, "device_memory": memory_for(store, share)}
+    with deferred_engine(seed, dtype=dtype, **options) as engine:
+        same(engine.run(requests), wanted, tolerance)
+        same(engine.run(requests[::-1]), wanted[::-1], tolerance)
+        statistics = engine.stats()
+    assert (statistics.adapters["evictions"] > 0) == (share < 1)
 
 
 @pytest.mark.parametrize("miss", ["exact", "budget"])

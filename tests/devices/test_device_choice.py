@@ -64,3 +64,11 @@ def test_an_engine_says_that_there_is_no_gpu(store):
 def test_other_names_are_refused(store, name):
     with pytest.raises(ValueError, match="device is"):
         hmi.Engine(store, device=name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_the_cpu_computes_in_float32(store, dtype):
+    with pytest.raises(ValueError, match="dtype is"):
+        hmi.Engine(store, device="cpu", dtype=dtype)
+    with hmi.Engine(store, device="cpu", dtype="float32") as engine:
+        assert engine.run([]) == []

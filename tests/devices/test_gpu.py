@@ -27,7 +27,9 @@ def expected(store, mixed_requests):
 
 
 def engine_on_gpu(store, **options):
-    options = {"device": "cuda", "max_batch_tokens": 100, "device_memory": "64MiB"} | options
+    """In float32 unless the test says otherwise: what the tolerance is for."""
+    defaults = {"device": "cuda", "dtype": "float32", "max_batch_tokens": 100, "device_memory": "64MiB"}
+    options = defaults | options
     return hmi.Engine(store, record_traffic=False, **options)
 
 
@@ -51,6 +53,17 @@ def test_evictions_under_load(store, expected, same, depth):
         for _ in range(20):
             same(engine.run(requests), wanted, TOLERANCE)
         assert engine.stats().adapters["evictions"] > 100
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 3e-2), ("auto", 3e-2)])
+@pytest.mark.parametrize("share", [0.4, 2])
+def test_16_bits_answer_as_float32_does(store, expected, same, dtype, tolerance, share):
+    """With evictions, and ranks that are padded for the kernels."""
+    requests, wanted = expected
+    with engine_on_gpu(store, dtype=dtype, device_memory=int(2 * share * total_bytes(store))) as engine:
+        for _ in range(3):
+            same(engine.run(requests), wanted, tolerance)
+        assert (engine.stats().adapters["evictions"] > 0) == (share < 1)
 
 
 @pytest.mark.parametrize("miss", ["exact", "budget"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import hmi_kernels
-from hmi_kernels.attention import _Arguments, attend_jagged
+from hmi_kernels.attention import _Arguments, attend_jagged, attend_packed
 
 BACKENDS = ("cpu", "reference")
 
@@ -39,6 +39,20 @@ def test_equals_torch(head_size, lengths, implementation):
     torch.testing.assert_close(found, expected(query, key, value, lengths, lengths, 2), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_of_16_bits(dtype):
+    """The reference, which alone takes them on the CPU: rounded once, at the end."""
+    lengths = [17, 16, 1]
+    query, key, value = torch.randn(sum(lengths), 48).to(dtype).split(16, dim=1)
+    found = hmi_kernels.packed_attention(query, key, value, offsets(lengths), offsets(lengths), num_heads=2)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found, expected(query, key, value, lengths, lengths, 2).to(dtype))
+    with pytest.raises(TypeError, match="key must be"):
+        hmi_kernels.packed_attention(
+            query, key.float(), value, offsets(lengths), offsets(lengths), num_heads=2
+        )
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=6), st.integers(1, 3))
 def test_fewer_queries_than_keys(lengths, num_heads):
     query_lengths, key_lengths = [q for q, _ in lengths], [k for _, k in lengths]
@@ -61,7 +75,9 @@ def test_the_way_of_gpus_equals_torch(query_lengths, max_length):
     query = torch.randn(sum(query_lengths), 12)
     key, value = torch.randn(18, 24).split(12, dim=1)
     bounds = offsets(query_lengths), offsets(key_lengths)
-    found = attend_jagged(_Arguments(query, key, value, *bounds, 3, max_length))
+    arguments = _Arguments(query, key, value, *bounds, 3, max_length)
+    found = attend_jagged(arguments)
+    assert torch.equal(attend_packed(arguments), found), "float32 has no other kernel"
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected(query, key, value, query_lengths, key_lengths, 3))
     nothing = attend_jagged(_Arguments(query[:0], key[:0], value[:0], offsets([]), offsets([]), 3))
