@@ -90,9 +90,8 @@ def _seconds_before(engine: Engine) -> float:
 def _engines(store: Store, platform: Platform, plan: PipelinePlan) -> Iterator[dict[str, Engine]]:
     """An engine for each depth, by its name; each with memory of its own."""
     largest = max(AdapterArena.allocated_bytes(info.bytes // 4) for info in store.tenants.values())
-    arena = plan.tenants_in_memory * largest
-    # On a GPU half of the budget is for the tables, which shall fit.
-    budget = arena if platform.is_dry else 2 * max(arena, 256 << 20)
+    # On a GPU parameters have 16 bits, and half of the budget is for the tables, which shall fit.
+    budget = plan.tenants_in_memory * largest
     device = "cpu" if platform.is_dry else str(platform.device)
     with ExitStack() as stack:
         yield {
@@ -117,5 +116,5 @@ def _check_equal(engines: Mapping[str, Engine], requests: list[Request]) -> None
         for response, expected in zip(responses, answers["1"], strict=True):
             if response.error is not None:
                 raise response.error
-            if any(abs(response.scores[label] - score) > 1e-3 for label, score in expected.scores.items()):
+            if any(abs(response.scores[label] - score) > 1e-2 for label, score in expected.scores.items()):
                 raise AssertionError(f"{depth} batches in flight answer something else")

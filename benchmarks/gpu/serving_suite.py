@@ -24,6 +24,7 @@ from hmi_engine.demo.building import add_random_tenants
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.peers import HmiPeer, tune
 from hmi_engine.demo.peers.export import export_tenants
+from hmi_engine.demo.peers.interface import ServedTenant
 from hmi_engine.demo.peers.transformers_batch import TransformersPeer
 from hmi_engine.demo.tasks import Task
 from hmi_engine.demo.timing import interleave
@@ -42,10 +43,9 @@ HALF, PLAIN, MANY = "HMI, K = N/2", "HMI, K = 0", "HMI, K = N/2, 1,024 tenants"
 NOTES = (
     "The base has BERT-base's shape and random weights; so have tenants, LoRA of rank 16 on query and value "
     "of the upper half. Texts are numbers drawn by Zipf's law, none of them in the table's corpus.",
-    "All systems: the same texts, tokenizer (inside the timed part) and weights; float32, products in TF32 "
-    "(torch.set_float32_matmul_precision('high')).",
-    "The K = 0 engine and PEFT gave the same probabilities to 1e-3, in full float32, before anything was "
-    "timed. K = N/2 computes another function, for which HMI's tenants are trained.",
+    "All systems: the same texts, tokenizer (inside the timed part) and weights, in bfloat16.",
+    "The K = 0 engine and PEFT gave the same probabilities to 1e-3, in float32, before anything was timed. "
+    "K = N/2 computes another function, for which HMI's tenants are trained.",
     "PEFT's forward passes hold as many texts, sorted by length, as a search beforehand found fastest; so do "
     "those of one model per tenant.",
     "1,024 tenants: LoRA, bottlenecks, IA3 and BitFit of many ranks in turn, all resident.",
@@ -136,12 +136,14 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
         )
     ]
     device = "cpu" if platform.is_dry else str(platform.device)
+    dtype = torch.float32 if platform.is_dry else torch.bfloat16
+    served = export_tenants(half, names, folder / "exported")
+    _check(plain, served[:2], rounds[0], device)
     with ExitStack() as stack:
         engines: list[Engine] = []
 
         def engine(store: Store) -> Engine:
-            options = {"device_memory": "8GiB"} if device != "cpu" else {}
-            opened = Engine(store, device=device, pipeline_depth=3, record_traffic=False, **options)
+            opened = _engine(store, device, "auto")
             engines.append(stack.enter_context(opened))
             return opened
 
@@ -151,15 +153,12 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
             ),
             HmiPeer(engine(plain), name=PLAIN, description="every layer computed, three batches in flight"),
             *(
-                peer(plain.general_folder, plain.encoder, device=device)
+                peer(plain.general_folder, plain.encoder, device=device, dtype=dtype)
                 for peer in (PeftMixedBatch, PeftOneAtATime, OneModelPerTenant)
             ),
         ]
-        served = export_tenants(half, names, folder / "exported")
         for peer in peers:
             peer.prepare(served)
-        check_same_work(peers[1], peers[2], rounds[0])
-        torch.set_float32_matmul_precision("high")
         _tune(peers, rounds[0], plan)
         many = [
             [Request(_cold(number, plan), request.text) for number, request in enumerate(requests)]
@@ -194,6 +193,22 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
             ratios=ratios,
         )
     ]
+
+
+def _engine(store: Store, device: str, dtype: str) -> Engine:
+    options = {"device_memory": "8GiB"} if device != "cpu" else {}
+    return Engine(store, device=device, dtype=dtype, pipeline_depth=3, record_traffic=False, **options)
+
+
+def _check(store: Store, served: Sequence[ServedTenant], requests: Sequence[Request], device: str) -> None:
+    """Raises HmiError if the engine and PEFT differ where they compute the same, in float32."""
+    names = {tenant.name for tenant in served}
+    with _engine(store, device, "float32") as engine:
+        ours = HmiPeer(engine, name=PLAIN, description="")
+        theirs = PeftMixedBatch(store.general_folder, store.encoder, device=device)
+        theirs.prepare(served)
+        check_same_work(ours, theirs, [request for request in requests if request.tenant in names])
+        theirs.close()
 
 
 def _tune(peers: Sequence[Peer], requests: Sequence[Request], plan: _Plan) -> None:

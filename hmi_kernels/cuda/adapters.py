@@ -47,6 +47,8 @@ def _refuses(arguments: BottleneckArguments | LoraArguments) -> str:
     output, hidden_states = arguments.output, arguments.hidden_states
     if output.dtype not in (torch.float16, torch.bfloat16):
         return f"output must be torch.float16 or torch.bfloat16, not {output.dtype}"
+    if arguments.max_rank is not None and arguments.max_rank > MAX_RANK:
+        return f"max_rank must be at most {MAX_RANK}, not {arguments.max_rank}"
     if excess := too_many(output.shape[0], arguments.segment_slots.shape[0]):
         return excess
     return (

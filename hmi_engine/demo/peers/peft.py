@@ -47,7 +47,7 @@ class _PeftPeer(TransformersPeer):
                 self._model.load_adapter(
                     tenant.directory, adapter_name=self._adapter_names[tenant.name], low_cpu_mem_usage=True
                 )
-        self._model.eval().requires_grad_(False).to(self._device)
+        self._model.eval().requires_grad_(False).to(self._device, self._dtype)
 
     def close(self) -> None:
         """Gives the model back."""

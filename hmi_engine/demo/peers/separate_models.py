@@ -46,7 +46,7 @@ class OneModelPerTenant(TransformersPeer):
             for tenant in copies:
                 adapted = PeftModel.from_pretrained(_copy(base), tenant.directory)
                 merged = adapted.merge_and_unload().eval().requires_grad_(False)
-                self._models[tenant.name] = merged.to(self._device)
+                self._models[tenant.name] = merged.to(self._device, self._dtype)
 
     def _groups(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         yield from by_tenant(requests)

@@ -44,10 +44,12 @@ class TransformersPeer(ABC):
         *,
         max_sequences: int = 32,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """``base`` is a transformers folder of the base, ``encoder`` the tokenizer, the same for all."""
         self.max_sequences = max_sequences
         self._device = device
+        self._dtype = dtype
         self._base = base
         self._encoder = encoder
         self._labels: dict[str, tuple[str, ...]] = {}
@@ -69,7 +71,7 @@ class TransformersPeer(ABC):
                 members = group[start : start + self.max_sequences]
                 input_ids, mask = _pad([token_ids[index] for index in members], self._device)
                 logits = self._logits([requests[index].tenant for index in members], input_ids, mask)
-                for index, row in zip(members, logits.softmax(dim=-1).tolist(), strict=True):
+                for index, row in zip(members, logits.float().softmax(dim=-1).tolist(), strict=True):
                     responses[index] = self._respond(requests[index], row, len(token_ids[index]))
         return [response for response in responses if response is not None]
 
