@@ -47,11 +47,8 @@ struct TileMemory {
   int inner;         // [rows, inner columns]
   int partial_sums;  // float32: what the warps across the depth, but for the first, have summed
   int down_bias;
-  int statistics;  // mean and reciprocal deviation of each row; slices that keep rows: two sums of each, by warps
-  int layer_norm;  // slices that keep rows: weight, then bias
+  int statistics;  // mean and reciprocal deviation of each row
   int total;
-
-  constexpr bool keeps_rows() const { return layer_norm > statistics && total > layer_norm; }
 };
 
 // layer_norm_size: columns of a row, 0 without a layer norm.
@@ -75,28 +72,24 @@ constexpr TileMemory tile_memory(TileShape shape, int num_stages, int layer_norm
 constexpr int kSliceWarps = 4;
 constexpr int kSliceColumns = 64;
 
-// Rows that a layer norm follows are kept in registers where they fit: up to four slices a warp.
-constexpr int kMaxKeptSlices = 4;
+// Finished rows so wide have room for the partial sums at their end: until these are added, only first columns come.
+constexpr int kWideRows = 1024;
 
 constexpr TileMemory slice_memory(int rank_class, int num_stages, int layer_norm_size) {
   constexpr int rows = kTensorTile;
-  const bool keeps = layer_norm_size > 0 && layer_norm_size <= kMaxKeptSlices * kSliceWarps * kSliceColumns;
   const int partial_sums_bytes = kSliceWarps * rows * rank_class * int(sizeof(float));
   TileMemory memory{};
   memory.weights_bytes = kSliceColumns * rank_class * 2;
   memory.columns_bytes = rows * kSliceColumns * 2;
   memory.stage_bytes = round_up(memory.weights_bytes + memory.columns_bytes + kSliceColumns * 2, 128);
   memory.finished_rows = 0;
-  memory.ring = keeps ? 0 : rows * round_up(layer_norm_size, kSliceColumns) * 2;
-  const bool has_rows = memory.ring > 0;
+  memory.ring = rows * round_up(layer_norm_size, kSliceColumns) * 2;
+  const bool are_wide = layer_norm_size > kWideRows;
   memory.inner = memory.ring + kSliceWarps * num_stages * memory.stage_bytes;
   memory.down_bias = memory.inner + rows * rank_class * 2;
-  // Finished rows so wide have room for the sums at their end: until these are added, only the first columns come.
-  memory.partial_sums = has_rows ? memory.ring - partial_sums_bytes : memory.down_bias + rank_class * 2;
-  memory.statistics = memory.down_bias + rank_class * 2 + (has_rows ? 0 : partial_sums_bytes);
-  memory.layer_norm =
-      memory.statistics + (layer_norm_size > 0 ? rows * 2 * int(sizeof(float)) * (keeps ? kSliceWarps : 1) : 0);
-  memory.total = memory.layer_norm + (keeps ? 2 * layer_norm_size * 2 : 0);
+  memory.partial_sums = are_wide ? memory.ring - partial_sums_bytes : memory.down_bias + rank_class * 2;
+  memory.statistics = memory.down_bias + rank_class * 2 + (are_wide ? 0 : partial_sums_bytes);
+  memory.total = memory.statistics + (layer_norm_size > 0 ? rows * 2 * int(sizeof(float)) : 0);
   return memory;
 }
 

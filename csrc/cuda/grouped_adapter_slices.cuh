@@ -5,7 +5,7 @@
 //   inputs [rows, 64] --.                      outputs [rows, 64] --.
 //   down [64, ranks] ---+--> partial sums      up [ranks, 64] ------+--> + scale * (sums + bias) --> outputs
 //   (a warp's ring)          of four warps,    (same ring)          |    in place in the stage, or, if a layer norm
-//                            then inner [rows, ranks] in shared ----'    follows, kept until whole rows are known
+//                            then inner [rows, ranks] in shared ----'    follows, in rows kept until its end
 //
 // The first inputs are under way before it is known which adapter they meet. What a lane copies and multiplies lies at
 // the same places of every stage, so that these are computed once: on few ranks addresses take more time than products.
@@ -51,11 +51,9 @@ __device__ __forceinline__ int matrix_place() {
 }
 constexpr int kNextColumns = 32;
 
-// Walks over a warp's slices of output columns of the projections that change something; of the only one of a call
-// whose rows are kept in any case, as its rows are normalized.
+// Walks over a warp's slices of output columns of the projections that change something.
 template <class Element, class SliceType>
 struct SliceCursor {
-  bool keeps_rows;
   int projection = 0;
   int column = 0;
 
@@ -73,8 +71,8 @@ struct SliceCursor {
     return static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kChunk;
   }
   __device__ __forceinline__ void find(const TileWork<Element>& work, int num_projections) {
-    while (projection < num_projections && ((work.projections[projection].rank == 0 && !keeps_rows) ||
-                                            column >= work.projections[projection].output_size)) {
+    while (projection < num_projections &&
+           (work.projections[projection].rank == 0 || column >= work.projections[projection].output_size)) {
       ++projection;
       column = first_column();
     }
@@ -100,8 +98,7 @@ class SliceLoader {
   __device__ __forceinline__ explicit SliceLoader(const Block<Element, SliceType>& block)
       : block_(block),
         stages_(block.stage(static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kStages)),
-        depth_(static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kChunk),
-        outputs_{block.memory.keeps_rows()} {
+        depth_(static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kChunk) {
     const int lane = threadIdx.x % kWarpSize;
     inputs_ = block.inputs + lane / 8 * block.arguments.input_stride + lane % 8 * kUnitElements;
   }
@@ -130,7 +127,6 @@ class SliceLoader {
       down_pitch_ = projection.rank;
     }
     copy_down_bias();
-    if (block_.memory.keeps_rows()) copy_layer_norm();
 #pragma unroll
     for (int stage = 0; stage < SliceType::kStages - 1; ++stage) load_next(true);
   }
@@ -155,15 +151,6 @@ class SliceLoader {
     const int rank = threadIdx.x * kUnitElements;
     if (rank >= block_.work.projections[0].rank) return;
     cp_async16(block_.shared + block_.memory.down_bias + rank * sizeof(Element), block_.work.down_bias + rank);
-  }
-
-  __device__ __forceinline__ void copy_layer_norm() {
-    const int size = block_.arguments.output_sizes[0];
-    unsigned char* to = block_.shared + block_.memory.layer_norm;
-    for (int column = threadIdx.x * kUnitElements; column < size; column += SliceType::kThreads * kUnitElements) {
-      cp_async16(to + column * 2, static_cast<const Element*>(block_.arguments.layer_norm_weight) + column);
-      cp_async16(to + (size + column) * 2, static_cast<const Element*>(block_.arguments.layer_norm_bias) + column);
-    }
   }
 
   __device__ __forceinline__ unsigned char* stage(int number) const {
@@ -201,9 +188,8 @@ class SliceLoader {
     const int size = projection.output_size, column = outputs_.column + lane % 8 * kUnitElements;
     if (column >= size) return;
     unsigned char* weights = stage(stage_);
-    unsigned char* columns = block_.has_layer_norm() && !block_.memory.keeps_rows()
-                                 ? block_.finished(outputs_.column).bytes
-                                 : weights + block_.memory.weights_bytes;
+    unsigned char* columns = block_.has_layer_norm() ? block_.finished(outputs_.column).bytes
+                                                     : weights + block_.memory.weights_bytes;
     const int64_t stride = block_.arguments.output_stride;
     copy_slice<Element, SliceType>(columns, block_.outputs + projection.output_begin + row * stride + column, stride,
                                    block_.work.rows, true);
@@ -225,7 +211,7 @@ class SliceLoader {
   unsigned char* stages_;  // this warp's
   int stage_ = 0;
   int depth_;  // of this warp's next chunk of the first product
-  SliceCursor<Element, SliceType> outputs_;
+  SliceCursor<Element, SliceType> outputs_{};
   const Element* inputs_;
   // Of the down matrices this lane copies one unit of every so many rows.
   const Element* down_ = nullptr;
@@ -449,7 +435,7 @@ template <class Element, class SliceType>
 __device__ __forceinline__ void add_to_outputs_by_slices(const Block<Element, SliceType>& block,
                                                          SliceRing<Element, SliceType>& ring) {
   const int num_projections = block.arguments.num_projections;
-  SliceCursor<Element, SliceType> cursor{false};
+  SliceCursor<Element, SliceType> cursor{};
   for (cursor.begin(block.work, num_projections); cursor.projection < num_projections;
        cursor.advance(block.work, num_projections)) {
     unsigned char* stage = ring.next();
@@ -465,97 +451,6 @@ __device__ __forceinline__ void add_to_outputs_by_slices(const Block<Element, Sl
     store_slice<Element, SliceType>(outputs, block.outputs + projection.output_begin + cursor.column,
                                     block.arguments.output_stride, block.work.rows,
                                     projection.output_size - cursor.column);
-  }
-}
-
-// Sums over all columns of a lane's two rows, which a quad of each warp has parts of. `place` is for this sum alone.
-template <class SliceType>
-__device__ __forceinline__ void sum_over_rows(float (&sums)[2], float* place) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    sums[lower] += __shfl_xor_sync(kFullWarp, sums[lower], 1);
-    sums[lower] += __shfl_xor_sync(kFullWarp, sums[lower], 2);
-    if (lane % 4 == 0) place[warp * kTensorTile + lower * 8 + lane / 4] = sums[lower];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    sums[lower] = 0.0f;
-#pragma unroll
-    for (int other = 0; other < SliceType::kWarps; ++other) {
-      sums[lower] += place[other * kTensorTile + lower * 8 + lane / 4];
-    }
-  }
-}
-
-// Calls visit(values, column, lower) for the pairs that a lane keeps, while there are columns.
-template <class SliceType, class Visit>
-__device__ __forceinline__ void for_kept_pairs(SlicePairs<SliceType> (&kept)[kMaxKeptSlices], int size, Visit visit) {
-  const int first = static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kChunk;
-#pragma unroll
-  for (int s = 0; s < kMaxKeptSlices; ++s) {
-#pragma unroll
-    for (int unit = 0; unit < SliceType::kChunk / kUnitElements; ++unit) {
-      const int column = first + s * SliceType::kStride + unit * kUnitElements;
-      if (column >= size) break;
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) visit(kept[s].pairs[unit / 2][unit % 2 * 2 + lower], column, lower);
-    }
-  }
-}
-
-// Outputs and their layer norm, with rows in registers: in two passes, as the second sum is of small numbers.
-template <class Element, class SliceType>
-__device__ __forceinline__ void add_and_normalize(const Block<Element, SliceType>& block,
-                                                  SliceRing<Element, SliceType>& ring) {
-  const int first = static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kChunk;
-  const int size = block.arguments.output_sizes[0];
-  SlicePairs<SliceType> kept[kMaxKeptSlices];
-#pragma unroll
-  for (int s = 0; s < kMaxKeptSlices; ++s) {
-    if (first + s * SliceType::kStride >= size) break;
-    const unsigned char* stage = ring.next();
-    make_outputs(block, stage, stage + block.memory.weights_bytes, 0, kept[s]);
-  }
-  float* statistics = reinterpret_cast<float*>(block.shared + block.memory.statistics);
-  float means[2] = {}, squares[2] = {};
-  for_kept_pairs<SliceType>(kept, size, [&](unsigned pair, int, int lower) {
-    const float2 values = unpack_pair<Element>(pair);
-    means[lower] += values.x + values.y;
-  });
-  sum_over_rows<SliceType>(means, statistics);
-  means[0] /= static_cast<float>(size);
-  means[1] /= static_cast<float>(size);
-  for_kept_pairs<SliceType>(kept, size, [&](unsigned pair, int, int lower) {
-    const float2 values = unpack_pair<Element>(pair);
-    const float x = values.x - means[lower], y = values.y - means[lower];
-    squares[lower] += x * x + y * y;
-  });
-  sum_over_rows<SliceType>(squares, statistics + SliceType::kWarps * kTensorTile);
-  float deviations[2];
-#pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    deviations[lower] = rsqrtf(squares[lower] / static_cast<float>(size) + block.arguments.layer_norm_epsilon);
-  }
-  const unsigned char* weights = block.shared + block.memory.layer_norm + threadIdx.x % 4 * 4;
-  for_kept_pairs<SliceType>(kept, size, [&](unsigned& pair, int column, int lower) {
-    const float2 values = unpack_pair<Element>(pair);
-    const float2 weight = load_pair<Element>(weights + column * 2);
-    const float2 bias = load_pair<Element>(weights + (size + column) * 2);
-    pair = pack_pair<Element>((values.x - means[lower]) * deviations[lower] * weight.x + bias.x,
-                              (values.y - means[lower]) * deviations[lower] * weight.y + bias.y);
-  });
-#pragma unroll
-  for (int s = 0; s < kMaxKeptSlices; ++s) {
-    const int column = first + s * SliceType::kStride;
-    if (column >= size) break;
-    unsigned char* stage = ring.own(s % SliceType::kStages);
-    __syncwarp();
-    write_slice(stage, kept[s]);
-    __syncwarp();
-    store_slice<Element, SliceType>(stage, block.outputs + column, block.arguments.output_stride, block.work.rows,
-                                    size - column);
   }
 }
 
@@ -579,8 +474,7 @@ __global__ void __launch_bounds__(SliceType::kThreads, 4)
   loader.load_inputs_ahead(tile.rows);
   if (threadIdx.x == 0) describe_work(arguments, tile, work);
   __syncthreads();
-  const bool keeps_rows = block.memory.keeps_rows();
-  if (work.rows == 0 || (work.inner_columns == 0 && !keeps_rows)) {  // nobody reads the inputs
+  if (work.rows == 0 || work.inner_columns == 0) {  // nobody reads the inputs
     cp_async_commit();
     cp_async_wait<0>();
     if (work.rows == 0) return;
@@ -589,7 +483,6 @@ __global__ void __launch_bounds__(SliceType::kThreads, 4)
     loader.begin();
     SliceRing<Element, SliceType> ring{block, loader};
     make_inner(block, ring);
-    if (keeps_rows) return add_and_normalize(block, ring);
     add_to_outputs_by_slices(block, ring);
   }
   if (block.has_layer_norm()) normalize_rows(block);

@@ -70,7 +70,7 @@ def test_every_tile_with_layer_norm(dtype: torch.dtype, rank_class: int, rows: i
 @pytest.mark.parametrize("rank_class", [16, 32, 64])
 @pytest.mark.parametrize("has_layer_norm", [False, True])
 def test_every_slice(dtype: torch.dtype, rank_class: int, has_layer_norm: bool) -> None:
-    """Few ranks: each warp for itself, with or without rows that it keeps for a layer norm."""
+    """Few ranks: each warp for itself."""
     ranks = [rank_class, 8, rank_class - 8, 0]
     case = bottleneck(ranks, num_tokens=150, dtype=dtype, has_layer_norm=has_layer_norm)
     plan = case.plan()
@@ -89,10 +89,8 @@ def test_every_slice(dtype: torch.dtype, rank_class: int, has_layer_norm: bool) 
         (4096, 64, "tiles", 2),
     ],
 )
-def test_layer_norm_beyond_what_registers_keep(
-    hidden_size: int, rank: int, kernel: str, num_stages: int
-) -> None:
-    """Wider rows lie in shared memory, beside rings that are shorter; the widest leave no room for slices."""
+def test_layer_norm_of_slices(hidden_size: int, rank: int, kernel: str, num_stages: int) -> None:
+    """Beside wider rows rings are shorter; the widest leave no room for slices."""
     case = bottleneck(
         [rank, 0], hidden_size=hidden_size, lengths=[5, 18, 3], slots=[0, 0, 1], has_layer_norm=True
     )
