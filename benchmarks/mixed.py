@@ -83,17 +83,19 @@ class PlainLinearPeer(HmiPeer):
             return super().run(requests)
 
 
-def check_same_work(ours: Peer, theirs: Peer, requests: Sequence[Request]) -> None:
+def check_same_work(
+    ours: Peer, theirs: Peer, requests: Sequence[Request], *, tolerance: float = TOLERANCE
+) -> None:
     """Makes sure that two systems give the same probabilities, so that their times compare.
 
     Raises:
-        HmiError: they do not, within ``TOLERANCE``; nothing should be measured then.
+        HmiError: they do not, within ``tolerance``; nothing should be measured then.
     """
     for request, mine, other in zip(requests, ours.run(requests), theirs.run(requests), strict=True):
         if mine.error is not None:
             raise mine.error
         gap = max(abs(mine.scores[label] - other.scores[label]) for label in other.scores)
-        if gap > TOLERANCE or mine.scores.keys() != other.scores.keys():
+        if gap > tolerance or mine.scores.keys() != other.scores.keys():
             raise HmiError(
                 f"{ours.name} and {theirs.name} differ by {gap:.1e} on tenant {request.tenant}: "
                 "they do not do the same work"

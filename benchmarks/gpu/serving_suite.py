@@ -38,13 +38,15 @@ __all__ = ["measure"]
 QUESTION = "How fast is a whole engine on this GPU, from text to answers, beside what people use today?"
 DOMAIN = "numbers"
 PREFIX = "mixed"
+TOLERANCE = 5e-3
+"""Of probabilities in float32: 2e-3 was seen on an H200, where products are summed in other orders."""
 RANK = 16
 HALF, PLAIN, MANY = "HMI, K = N/2", "HMI, K = 0", "HMI, K = N/2, 1,024 tenants"
 NOTES = (
     "The base has BERT-base's shape and random weights; so have tenants, LoRA of rank 16 on query and value "
     "of the upper half. Texts are numbers drawn by Zipf's law, none of them in the table's corpus.",
     "All systems: the same texts, tokenizer (inside the timed part) and weights, in bfloat16.",
-    "The K = 0 engine and PEFT gave the same probabilities to 1e-3, in float32, before anything was timed. "
+    "The K = 0 engine and PEFT gave the same probabilities to 5e-3, in float32, before anything was timed. "
     "K = N/2 computes another function, for which HMI's tenants are trained.",
     "PEFT's forward passes hold as many texts, sorted by length, as a search beforehand found fastest; so do "
     "those of one model per tenant.",
@@ -207,7 +209,9 @@ def _check(store: Store, served: Sequence[ServedTenant], requests: Sequence[Requ
         ours = HmiPeer(engine, name=PLAIN, description="")
         theirs = PeftMixedBatch(store.general_folder, store.encoder, device=device)
         theirs.prepare(served)
-        check_same_work(ours, theirs, [request for request in requests if request.tenant in names])
+        check_same_work(
+            ours, theirs, [request for request in requests if request.tenant in names], tolerance=TOLERANCE
+        )
         theirs.close()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -56,26 +58,23 @@ def _plan(platform: Platform, timer: DeviceTimer | None, is_quick: bool) -> list
     return [*adapters(first), *others, *adapters(rest)]
 
 
-def _run(
-    bench: Bench, plan: Sequence[Planned], ends_at: float, console: Console
-) -> tuple[list[GpuCase], list[str]]:
-    """Runs case after case until the time is over; returns what was found, and the names of what was not run.
+def _run(bench: Bench, plan: Sequence[Planned], ends_at: float, console: Console, found: _Found) -> None:
+    """Runs case after case until the time is over.
 
     A case that cannot be set up (too little memory, say) is told as a failure; the others go on.
     """
-    cases, left_out = [], []
     with Progress(console=console, transient=True) as progress:
         for planned in progress.track(plan, description="cases"):
             if time.monotonic() > ends_at:
-                left_out.append(planned.name)
+                found.left_out.append(planned.name)
                 continue
             try:
-                cases.append(bench.run(planned.make()))
+                found.cases.append(bench.run(planned.make()))
             except Exception as failure:
                 bench.failures.append(f"{planned.name}: {type(failure).__name__}: {failure}")
             else:
-                console.print(_line(cases[-1]), highlight=False)
-    return cases, left_out
+                console.print(_line(found.cases[-1]), highlight=False)
+                found.save()
 
 
 def _quantities(bench: Bench) -> tuple[Quantity, ...]:
@@ -116,7 +115,7 @@ def _peaks(platform: Platform) -> Peaks | None:
 
 
 def measure(options: Options, console: Console) -> BenchResult:
-    """Runs every case for which there is time."""
+    """Runs every case for which there is time; what was found so far is written after each of them."""
     started = time.monotonic()
     platform = choose_platform(is_dry=options.is_dry)
     with platform.backend("cuda"), platform.own_stream(), torch.inference_mode():
@@ -126,10 +125,15 @@ def measure(options: Options, console: Console) -> BenchResult:
             repetitions = QUICK_REPETITIONS if options.is_quick else REPETITIONS
             timer = DeviceTimer(platform.device, repetitions=repetitions)
         bench = Bench(platform, timer, None if peaks is None else peaks.measured())
-        plan = _plan(platform, timer, options.is_quick)
-        cases, left_out = _run(bench, plan, started + options.seconds, console)
+        found = _Found(bench, options.output, _about(options, platform, peaks))
+        _run(bench, _plan(platform, timer, options.is_quick), started + options.seconds, console, found)
     with platform.own_stream():
-        quantities = _quantities(bench)
+        found.quantities = _quantities(bench)
+    return found.result()
+
+
+def _about(options: Options, platform: Platform, peaks: Peaks | None) -> BenchResult:
+    """A result without cases."""
     return BenchResult(
         command=options.command,
         commit=current_commit(),
@@ -140,8 +144,33 @@ def measure(options: Options, console: Console) -> BenchResult:
         versions=installed_versions(),
         peaks=peaks,
         notes=NOTES,
-        cases=tuple(cases),
-        quantities=quantities,
-        left_out=tuple(left_out),
-        failures=tuple(bench.failures),
+        cases=(),
+        left_out=(),
+        failures=(),
     )
+
+
+@dataclass
+class _Found:
+    """What was found so far."""
+
+    bench: Bench
+    output: Path
+    about: BenchResult
+    cases: list[GpuCase] = field(default_factory=list)
+    quantities: tuple[Quantity, ...] = ()
+    left_out: list[str] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Whoever lends a GPU for minutes may take it back at any time."""
+        self.result().write(self.output)
+
+    def result(self) -> BenchResult:
+        return self.about.model_copy(
+            update={
+                "cases": tuple(self.cases),
+                "quantities": self.quantities,
+                "left_out": tuple(self.left_out),
+                "failures": tuple(self.bench.failures),
+            }
+        )

@@ -156,10 +156,10 @@ def test_auto_follows_its_table(device: Device, pool: PinnedPool) -> None:
     stream = device.stream()
     assert chosen(device, [100], stream, pool) == "loop"
     assert chosen(device, [1 << 20] * 2, stream, pool) == "batch"
-    assert chosen(device, [4096] * 8, stream, pool) == "kernel"
-    assert chosen(device, [1 << 18] * 8, stream, pool) == "batch"
-    # What cannot be used is not chosen.
-    assert chosen(device, [4096] * 8, stream, pool, misaligned=True) == "batch"
+    assert chosen(device, [4096] * 8, stream, pool) == "batch"
+    # What cannot be used is not chosen: the legacy default stream takes no batches.
+    assert chosen(device, [4096] * 8, 0, pool) == "kernel"
+    assert chosen(device, [4096] * 8, 0, pool, misaligned=True) == "loop"
     assert chosen(device, [1 << 18] * 8, 0, pool) == "loop"
     device.fail_next("cudaDriverGetVersion", "invalid value", count=2)
     assert chosen(device, [1 << 18] * 8, 0, pool) == "loop"

@@ -123,6 +123,24 @@ def test_layer_norm_of_wide_rows(hidden_size: int, rank: int) -> None:
     check(bottleneck([rank], hidden_size=hidden_size, lengths=[5], slots=[0], has_layer_norm=True))
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "tokens", "has_layer_norm", "num_stages"),
+    [
+        (768, 64, True, 3),
+        (768, 256, True, 3),
+        (768, 1024, True, 2),
+        (384, 256, True, 2),
+        (768, 1024, False, 3),
+    ],
+)
+def test_rings_are_as_long_as_costs_no_round(
+    hidden_size: int, tokens: int, has_layer_norm: bool, num_stages: int
+) -> None:
+    """For 32 segments on 132 multiprocessors; an H200 was fastest so."""
+    plan = driver.module().plan_adapter(32 * tokens, 32, hidden_size, hidden_size, 1, 16, has_layer_norm)
+    assert (plan.kernel, plan.num_stages) == ("slices", num_stages)
+
+
 QKV_RANKS = [[8, 16, 0, 8], [16, 8, 24, 0], [8, 8, 16, 48]]
 
 
