@@ -20,7 +20,7 @@ from benchmarks.gpu.result import (
 __all__ = ["gpu_section"]
 
 TITLE = "## How fast are the kernels on a GPU?"
-NOTHING = "No GPU figure has been measured yet."
+NOTHING = "No GPU run has ended in full yet; what a shorter one has measured is in [gpu.md](gpu.md)."
 READY = (
     "`make gpu-check` and `make gpu-bench` are ready for a machine with a GPU; without one they run dry: on "
     "the CPU, by emulator and interpreter, timing nothing."
