@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,12 +131,7 @@ def _cold(number: int, plan: _Plan) -> str:
 
 def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, plan: _Plan) -> list[Case]:
     names = [name for name in half.tenants if name.startswith(f"{PREFIX}/")]
-    rounds = [
-        [Request(names[number % len(names)], text) for number, text in enumerate(texts)]
-        for texts in (
-            number_texts(plan.requests, plan.words, seed=10 + r) for r in range(plan.repetitions + 2)
-        )
-    ]
+    rounds = _rounds(names, plan)
     device = "cpu" if platform.is_dry else str(platform.device)
     dtype = torch.float32 if platform.is_dry else torch.bfloat16
     served = export_tenants(half, names, folder / "exported")
@@ -178,10 +173,7 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
         timed[MANY] = on_round(fleet.run, many)
         seconds = interleave(timed, plan.repetitions, warm_up=1)
         stages = {name: each.stats().stages for name, each in zip((HALF, PLAIN, MANY), engines, strict=True)}
-    work = [float(plan.requests)] * plan.repetitions
-    descriptions = {peer.name: peer.description for peer in peers} | {MANY: "each text of another tenant"}
-    systems = {name: System.of(name, descriptions[name], seconds[name], work, "texts") for name in timed}
-    ratios = tuple(Ratio.of(systems[HALF], system) for name, system in systems.items() if name != HALF)
+    systems = _systems(peers, seconds, plan)
     return [
         Case(
             name=f"{plan.tenants} tenants mixed, {plan.requests} texts a call",
@@ -192,9 +184,24 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
                 "stages": stages,
             },
             systems=tuple(systems.values()),
-            ratios=ratios,
+            ratios=tuple(Ratio.of(systems[HALF], each) for name, each in systems.items() if name != HALF),
         )
     ]
+
+
+def _rounds(names: Sequence[str], plan: _Plan) -> list[list[Request]]:
+    """New texts for each repetition, for warming up and for the search before; tenants in turn."""
+    rounds = []
+    for number in range(plan.repetitions + 2):
+        texts = number_texts(plan.requests, plan.words, seed=10 + number)
+        rounds.append([Request(names[place % len(names)], text) for place, text in enumerate(texts)])
+    return rounds
+
+
+def _systems(peers: Sequence[Peer], seconds: Mapping[str, Sequence[float]], plan: _Plan) -> dict[str, System]:
+    work = [float(plan.requests)] * plan.repetitions
+    descriptions = {peer.name: peer.description for peer in peers} | {MANY: "each text of another tenant"}
+    return {name: System.of(name, descriptions[name], seconds[name], work, "texts") for name in seconds}
 
 
 def _engine(store: Store, device: str, dtype: str) -> Engine:

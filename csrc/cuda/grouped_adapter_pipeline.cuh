@@ -162,6 +162,15 @@ __device__ __forceinline__ void copy_columns(const SwizzledTile& to, const Eleme
   }
 }
 
+// A part of the first group of copies.
+template <class Element, class TileType>
+__device__ __forceinline__ void copy_down_bias(const Block<Element, TileType>& block) {
+  if (block.work.down_bias == nullptr) return;
+  const int rank = threadIdx.x * kUnitElements;
+  if (rank >= block.work.projections[0].rank) return;
+  cp_async16(block.shared + block.memory.down_bias + rank * sizeof(Element), block.work.down_bias + rank);
+}
+
 template <class Element, class TileType>
 class ChunkLoader {
  public:
@@ -178,7 +187,7 @@ class ChunkLoader {
       down_ = projection.down + rank;
       down_pitch_ = projection.rank;
     }
-    copy_down_bias();
+    copy_down_bias(block);
   }
 
   // Starts the copies of the next chunk into the stage that was used longest ago. One group of copies in any case, so
@@ -196,13 +205,6 @@ class ChunkLoader {
   }
 
  private:
-  __device__ __forceinline__ void copy_down_bias() {
-    if (block_.work.down_bias == nullptr) return;
-    const int rank = threadIdx.x * kUnitElements;
-    if (rank >= block_.work.projections[0].rank) return;
-    cp_async16(block_.shared + block_.memory.down_bias + rank * sizeof(Element), block_.work.down_bias + rank);
-  }
-
   __device__ __forceinline__ void load_down() {
     const int input_size = block_.arguments.input_size;
     copy_columns<Element, TileType, true>(block_.columns(stage_), block_.inputs, block_.arguments.input_stride,
@@ -247,21 +249,12 @@ class ChunkLoader {
 
 // Waits for the oldest of num_stages - 1 chunks under way, for all threads; after it the stage used before is free.
 __device__ __forceinline__ void wait_for_chunk(int num_stages) {
-  switch (num_stages) {
-    case 2:
-      cp_async_wait<0>();
-      break;
-    case 3:
-      cp_async_wait<1>();
-      break;
-    case 4:
-      cp_async_wait<2>();
-      break;
-    case 6:
-      cp_async_wait<4>();
-      break;
-    default:
-      cp_async_wait<6>();
+  if (num_stages == 2) {
+    cp_async_wait<0>();
+  } else if (num_stages == 3) {
+    cp_async_wait<1>();
+  } else {
+    cp_async_wait<2>();
   }
   __syncthreads();
 }

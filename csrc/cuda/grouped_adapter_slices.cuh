@@ -126,7 +126,7 @@ class SliceLoader {
       down_ = projection.down + rank + int64_t{depth_ + lane / kUnits} * projection.rank;
       down_pitch_ = projection.rank;
     }
-    copy_down_bias();
+    copy_down_bias(block_);
 #pragma unroll
     for (int stage = 0; stage < SliceType::kStages - 1; ++stage) load_next(true);
   }
@@ -146,13 +146,6 @@ class SliceLoader {
   }
 
  private:
-  __device__ __forceinline__ void copy_down_bias() {
-    if (block_.work.down_bias == nullptr) return;
-    const int rank = threadIdx.x * kUnitElements;
-    if (rank >= block_.work.projections[0].rank) return;
-    cp_async16(block_.shared + block_.memory.down_bias + rank * sizeof(Element), block_.work.down_bias + rank);
-  }
-
   __device__ __forceinline__ unsigned char* stage(int number) const {
     return stages_ + number * block_.memory.stage_bytes;
   }
@@ -389,12 +382,9 @@ struct SliceRing {
   __device__ __forceinline__ unsigned char* next() {
     wait_for_slice<SliceType>();
     loader.load_next();
-    unsigned char* stage = own(number);
+    unsigned char* stage = block.stage(static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kStages + number);
     number = number + 1 == SliceType::kStages ? 0 : number + 1;
     return stage;
-  }
-  __device__ __forceinline__ unsigned char* own(int stage) const {
-    return block.stage(static_cast<int>(threadIdx.x) / kWarpSize * SliceType::kStages + stage);
   }
 };
 

@@ -63,9 +63,9 @@ def read_out(
             groups[shape].append(index)
         else:
             outputs[index] = _output(tenant, states, vector)
-    for members in groups.values():
+    for shape, members in groups.items():
         rows = torch.stack([vector for i in members if isinstance(vector := pooled[i], torch.Tensor)])
-        together = _outputs_together([tenants[index] for index in members], rows)
+        together = _outputs_together(shape, [tenants[index] for index in members], rows)
         for index, output in zip(members, together, strict=True):
             outputs[index] = output
     return [output for output in outputs if output is not None]
@@ -84,9 +84,11 @@ def _stackable(tenant: ResidentTenant) -> _Shape | None:
     return head.kind, len(head.labels), isinstance(head, ClassificationHead) and head.multi_label
 
 
-def _outputs_together(tenants: Sequence[ResidentTenant], pooled: torch.Tensor) -> list[HeadOutput]:
+def _outputs_together(
+    shape: _Shape, tenants: Sequence[ResidentTenant], pooled: torch.Tensor
+) -> list[HeadOutput]:
     """The outputs of heads of one shape for vectors [n, H], one of each: a handful of launches on a GPU."""
-    kind, _, flag = _stackable(tenants[0]) or ("", 0, False)
+    kind, _, flag = shape
     heads = [tenant.output_head for tenant in tenants]
     linear = [head for head in heads if not isinstance(head, EmbeddingHead)]
     if not linear:
