@@ -88,6 +88,57 @@ def packed_attention(
     head_size: int,
     num_threads: int,
 ) -> None: ...
+def causal_lookup(
+    windows: int,
+    num_tokens: int,
+    indexes: list[tuple[int, int]],
+    chains: int,
+    num_chains: int,
+    chain_width: int,
+    token_chains: int,
+    references: int,
+    num_threads: int,
+) -> None: ...
+def causal_merge(
+    input_ids: int,
+    positions: int,
+    references: int,
+    num_tokens: int,
+    row_tables: list[tuple[int, int, int, int, int, int]],
+    unigram_tables: list[tuple[int, int, int, int, int, int]],
+    token_unigram_tables: int,
+    position_embeddings: int,
+    num_positions: int,
+    layer_norm_weight: int,
+    layer_norm_bias: int,
+    layer_norm_eps: float,
+    hidden_size: int,
+    output: int,
+    num_threads: int,
+) -> None: ...
+def paged_attention(
+    query: int,
+    query_stride: int,
+    key: int,
+    key_stride: int,
+    value: int,
+    value_stride: int,
+    output: int,
+    output_stride: int,
+    key_cache: int,
+    value_cache: int,
+    num_blocks: int,
+    block_size: int,
+    block_tables: int,
+    table_width: int,
+    query_offsets: int,
+    context_lengths: int,
+    num_sequences: int,
+    num_queries: int,
+    num_heads: int,
+    head_size: int,
+    num_threads: int,
+) -> None: ...
 
 class NgramCounter:
     def __init__(self, order: int) -> None: ...

@@ -1,4 +1,4 @@
-"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters, packed attention, copies.
+"""Kernels of HMI: n-gram counts, PLOT look-up and merge, grouped adapters, attention, copies.
 
 They know tensors, and nothing of tenants. Every op is registered with ``torch.library`` as ``hmi::<name>``
 and runs on the backend that :func:`use_backend` or ``HMI_BACKEND`` chooses; ``hmi_kernels.reference`` is
@@ -9,6 +9,7 @@ and :func:`start_reads` fills it from files.
 from hmi_kernels.adapters import ACTIVATIONS, grouped_bottleneck, grouped_lora
 from hmi_kernels.attention import packed_attention
 from hmi_kernels.backends import BackendStatus, active_backend, backends, use_backend
+from hmi_kernels.causal import causal_lookup, causal_merge
 from hmi_kernels.copies import COPY_METHODS, CopyEvent, copy_batch_async, wait_for_copies
 from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
@@ -18,6 +19,7 @@ from hmi_kernels.file_reads import FileReads, PendingRead, set_read_latency, sta
 from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
+from hmi_kernels.paged import paged_attention
 from hmi_kernels.pinned_pool import PinnedPool
 from hmi_kernels.plot import plot_lookup, plot_merge
 from hmi_kernels.plot_index import plot_index_build, plot_index_find, plot_index_insert
@@ -45,6 +47,8 @@ __all__ = [
     "active_backend",
     "backends",
     "build_info",
+    "causal_lookup",
+    "causal_merge",
     "check_adapter_shape",
     "copy_batch_async",
     "count_ngrams",
@@ -59,6 +63,7 @@ __all__ = [
     "ngram_keys",
     "ngram_tokens",
     "packed_attention",
+    "paged_attention",
     "plot_index_build",
     "plot_index_find",
     "plot_index_insert",

@@ -17,7 +17,7 @@ from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
 from hmi_kernels.row_tables import require_row_tables
 
-__all__ = ["plot_lookup", "plot_merge"]
+__all__ = ["PIECE_SIZES", "native_row_table", "native_row_tables", "plot_lookup", "plot_merge"]
 
 PIECE_SIZES = (4, 8)
 """Elements that a code can stand for, but in the reference, which takes any."""
@@ -245,8 +245,8 @@ def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
         arguments.sequence_offsets.data_ptr(),
         arguments.sequence_offsets.shape[0] - 1,
         arguments.references.data_ptr(),
-        _native_row_tables(arguments),
-        [_native_table(table) for table in arguments.unigram_tables],
+        native_row_tables(arguments.row_tables, arguments.row_scales, arguments.codebooks),
+        [native_row_table(table) for table in arguments.unigram_tables],
         arguments.sequence_unigram_tables.data_ptr(),
         arguments.position_embeddings.data_ptr(),
         num_positions,
@@ -261,21 +261,24 @@ def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
     return output
 
 
-def _native_row_tables(arguments: MergeArguments) -> list[NativeTable]:
+def native_row_tables(
+    tables: Sequence[Tensor], scales: Sequence[Tensor], codebooks: Sequence[Tensor]
+) -> list[NativeTable]:
     """Each with its scales or its codebooks, if it has some."""
     return [
-        _native_table(
+        native_row_table(
             table,
-            scales=arguments.row_scales[i] if table.dtype is torch.int8 else None,
-            codebooks=arguments.codebooks[i] if table.dtype is torch.uint8 else None,
+            scales=scales[i] if table.dtype is torch.int8 else None,
+            codebooks=codebooks[i] if table.dtype is torch.uint8 else None,
         )
-        for i, table in enumerate(arguments.row_tables)
+        for i, table in enumerate(tables)
     ]
 
 
-def _native_table(
+def native_row_table(
     table: Tensor, scales: Tensor | None = None, codebooks: Tensor | None = None
 ) -> NativeTable:
+    """A table as the compiled module takes it."""
     return (
         table.data_ptr(),
         table.shape[0],

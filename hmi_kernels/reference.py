@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hmi_kernels.decoding_reference import causal_references, causal_rows, paged_attention
 from hmi_kernels.grouped_reference import (
     ACTIVATIONS,
     grouped_bias,
@@ -31,6 +32,8 @@ __all__ = [
     "ACTIVATIONS",
     "MAX_TOKEN_ID",
     "ROW_BITS",
+    "causal_lookup",
+    "causal_merge",
     "count_ngrams",
     "grouped_bias",
     "grouped_bottleneck",
@@ -42,6 +45,7 @@ __all__ = [
     "grouped_weight_gradient",
     "mix_key",
     "packed_attention",
+    "paged_attention",
     "plot_index_build",
     "plot_index_find",
     "plot_index_insert",
@@ -305,6 +309,46 @@ def _unigram_rows(
         found = _take(content, ids, slot)
         rows = rows.index_put((here.nonzero().squeeze(1),), found)
     return rows
+
+
+def causal_lookup(windows: Tensor, indexes: list[Tensor], chains: Tensor, token_chains: Tensor) -> Tensor:
+    """Searches all tables for all windows, then picks by the chains."""
+    if bool((windows > MAX_TOKEN_ID).any()):
+        raise ValueError(f"windows must hold token ids up to {MAX_TOKEN_ID}")
+    if bool(((chains < -1) | (chains >= len(indexes))).any()):
+        raise ValueError(f"chains must hold -1..{len(indexes) - 1}, as there are {len(indexes)} indexes")
+    if bool(((token_chains < 0) | (token_chains >= chains.shape[0])).any()):
+        raise ValueError(f"token_chains must hold 0..{chains.shape[0] - 1}")
+    of_tokens = chains[token_chains]
+    return causal_references(windows, lambda wanted: _search(indexes, of_tokens, _keys(*wanted.unbind(1))))
+
+
+def causal_merge(
+    input_ids: Tensor,
+    positions: Tensor,
+    references: Tensor,
+    row_tables: list[Tensor],
+    unigram_tables: list[Tensor],
+    token_unigram_tables: Tensor,
+    position_embeddings: Tensor,
+    layer_norm_weight: Tensor,
+    layer_norm_bias: Tensor,
+    *,
+    layer_norm_eps: float,
+    row_scales: Sequence[Tensor] = (),
+    codebooks: Sequence[Tensor] = (),
+) -> Tensor:
+    """Gathers one row for each token: of its window, of its last two tokens, or its own."""
+    if bool(((token_unigram_tables < 0) | (token_unigram_tables >= len(unigram_tables))).any()):
+        raise ValueError(f"token_unigram_tables must hold 0..{len(unigram_tables) - 1}")
+    whole, shorter = references.unbind(1)
+    chosen = torch.where(whole == -1, shorter, whole)
+    tables = _RowTables(row_tables, row_scales, codebooks)
+    rows = _gather(tables, chosen, 0, position_embeddings.shape[1])
+    rows = rows + _unigram_rows(unigram_tables, token_unigram_tables, input_ids, chosen < 0, 0)
+    return causal_rows(
+        rows, positions, position_embeddings, layer_norm_weight, layer_norm_bias, layer_norm_eps
+    )
 
 
 def _keys(slot0: Tensor, slot1: Tensor, slot2: Tensor) -> Tensor:

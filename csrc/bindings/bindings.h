@@ -22,6 +22,7 @@ T* pointer(Address address) {
 void define_pool(py::module_& m);        // pool.cpp
 void define_pool_types(py::module_& m);  // pool.cpp; does nothing the second time
 void define_sketch(py::module_& m);      // sketch.cpp
+void define_decoding(py::module_& m);    // decoding.cpp
 void define_files(py::module_& m);       // files.cpp
 
 // _C.cuda, if CUDA is compiled; the emulator of the tests makes a module of the same functions.

@@ -1,5 +1,5 @@
 // The module _C: the settings and the CPU kernels, which check every value themselves.
-#include "bindings/bindings.h"
+#include "bindings/row_tables.h"
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "cpu/grouped_adapter.h"
@@ -15,24 +15,8 @@
 namespace hmi::bindings {
 namespace {
 
-hmi::PlotIndex plot_index(Address slots, int64_t capacity) {
-  return hmi::PlotIndex(pointer<hmi::IndexSlot>(slots), capacity);
-}
-
 hmi::PackedSequences packed(Address input_ids, int64_t num_tokens, Address offsets, int64_t num_sequences) {
   return {pointer<const int32_t>(input_ids), pointer<const int64_t>(offsets), num_sequences, num_tokens};
-}
-
-// (address, rows, number of its DataType, address of its scales or 0, of its codebooks or 0, elements of their pieces)
-using NumberedTable = std::tuple<Address, int64_t, int, Address, Address, int>;
-
-std::vector<hmi::RowTable> row_tables(const std::vector<NumberedTable>& tables) {
-  std::vector<hmi::RowTable> converted;
-  for (const auto& [address, num_rows, type, scales, codebooks, piece_size] : tables) {
-    converted.push_back({pointer<const void>(address), num_rows, static_cast<hmi::DataType>(type),
-                         pointer<const float>(scales), pointer<const uint16_t>(codebooks), piece_size});
-  }
-  return converted;
 }
 
 void plot_index_build(Address index, int64_t capacity, Address keys, int64_t count) {
@@ -49,10 +33,9 @@ void plot_index_find(Address index, int64_t capacity, Address keys, Address rows
 }
 
 void plot_lookup(Address input_ids, int64_t num_tokens, Address sequence_offsets, int64_t num_sequences,
-                 const std::vector<std::pair<Address, int64_t>>& indexes, Address chains, int64_t chain_width,
-                 int window, Address references, int num_threads) {
-  std::vector<hmi::PlotIndex> converted;
-  for (const auto& [slots, capacity] : indexes) converted.push_back(plot_index(slots, capacity));
+                 const std::vector<NumberedIndex>& indexes, Address chains, int64_t chain_width, int window,
+                 Address references, int num_threads) {
+  const std::vector<hmi::PlotIndex> converted = plot_indexes(indexes);
   hmi::plot_lookup({packed(input_ids, num_tokens, sequence_offsets, num_sequences), converted,
                     pointer<const int32_t>(chains), chain_width, window, pointer<int64_t>(references)},
                    num_threads);
@@ -312,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
   define_counter(m);
   define_pool(m);
   define_sketch(m);
+  define_decoding(m);
   define_files(m);
 #if HMI_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda");

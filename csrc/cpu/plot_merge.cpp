@@ -66,24 +66,11 @@ class MergeRange {
                         a_.layer_norm_bias, a_.layer_norm_epsilon, a_.hidden_size, a_.output + t * a_.hidden_size});
   }
 
-  int64_t row_bytes(DataType type, int piece_size) const {
-    switch (type) {
-      case DataType::kFloat32:
-        return a_.hidden_size * 4;
-      case DataType::kInt8:
-        return a_.hidden_size;
-      case DataType::kCode:
-        return a_.hidden_size / piece_size;
-      default:
-        return a_.hidden_size * 2;
-    }
-  }
-
   // NOTE: inlined by force, as GCC takes a function that only prefetches for one without effect and drops the call.
   [[gnu::always_inline]] void prefetch(const TokenSources& from) const noexcept {
     for (int i = 0; i < from.count; ++i) {
       const char* row = static_cast<const char*>(from.sources[i].row);
-      const int64_t bytes = row_bytes(from.sources[i].type, from.sources[i].piece_size);
+      const int64_t bytes = row_bytes(from.sources[i].type, from.sources[i].piece_size, a_.hidden_size);
       for (int64_t at = 0; at < std::min(bytes, kPrefetchedBytes); at += kCacheLine) __builtin_prefetch(row + at);
     }
   }
@@ -147,11 +134,7 @@ class MergeRange {
   }
 
   void push(TokenSources& to, const RowTable& table, int64_t index, int slot) const noexcept {
-    const char* row = static_cast<const char*>(table.data) + index * row_bytes(table.type, table.piece_size);
-    const float scale = table.scales == nullptr ? 1.0f : table.scales[index];
-    const uint16_t* codebook =
-        table.codebooks == nullptr ? nullptr : table.codebooks + slot * a_.hidden_size * kCodebookSize;
-    to.sources[to.count++] = {row, table.type, scale, codebook, table.piece_size};
+    to.sources[to.count++] = row_source(table, index, slot, a_.hidden_size);
   }
 
   const PlotMergeArguments& a_;

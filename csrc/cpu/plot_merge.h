@@ -4,25 +4,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/data_type.h"
 #include "common/packed_sequences.h"
+#include "cpu/row_table.h"
 
 namespace hmi {
 
 // Each token has so many unigram rows. For window 3 they are numbered like the slots of windows, for window 2 so:
 constexpr int kUnigramSlots = 3;
 enum UnigramSlot { kAlone, kBesideLeftMask, kBesideRightMask };
-
-struct RowTable {
-  const void* data;
-  int64_t num_rows;
-  DataType type;        // kFloat32, kFloat16, kInt8 or kCode
-  const float* scales;  // [num_rows, window] for int8: a row is scale * int8, with a scale for each slot; else null
-  // For kCode halves [window, hidden_size / piece_size, 256, piece_size]: code m of a slot tells which of 256 pieces
-  // stands at elements m * piece_size and on; a row then has hidden_size / piece_size codes a slot. Else null.
-  const uint16_t* codebooks;
-  int piece_size;  // 4 or 8
-};
 
 struct PlotMergeArguments {
   PackedSequences sequences;

@@ -38,7 +38,24 @@ def op_calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     matrices = (torch.tensor([3]), int32([6]), int32([4]))
     sides = (torch.randn(5, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True))
     per_projection = tuple(table[None] for table in (*slots, torch.ones(1)))
+    causal = hmi_kernels.causal_lookup(int32([[1, 2, -1], [3, -1, -1]]), [index], chains[:1], int32([0, 0]))
+    caches = torch.zeros(3, 2, 3, 4), torch.zeros(3, 2, 4, 3)
+    blocks = int32([[2], [0]]), offsets, torch.tensor([4, 2])
     return {
+        "causal_lookup": ((int32([[1, 2, -1], [3, -1, -1]]), [index], chains[:1], int32([0, 0])), {}),
+        "causal_merge": (
+            (
+                int32([2, 3]),
+                torch.tensor([1, 0]),
+                causal,
+                [torch.randn(2, 1, 6)],
+                [torch.randn(4, 1, 6)],
+                int32([0, 0]),
+                *norm,
+            ),
+            {"layer_norm_eps": 1e-5, "row_scales": [], "codebooks": []},
+        ),
+        "paged_attention": ((*rows, *caches, *blocks), {}),
         "packed_attention": ((*rows, offsets, offsets), {"num_heads": 2}),
         "count_ngrams": ((ids, offsets), {"order": 2}),
         "plot_index_build": ((keys,), {}),
