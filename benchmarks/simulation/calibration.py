@@ -58,6 +58,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
     stages = {
         name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in _STAGES
     }
+    # With all rounds as they come: a stolen moment is one of many observations, and outliers weigh little.
     compute_cores = _observe_batches(fleet, stages, rounds)
     fits = {name: costs.coefficients for name, costs in stages.items()}
     assert all(fit is not None for fit in fits.values())
