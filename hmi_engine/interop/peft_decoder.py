@@ -132,7 +132,8 @@ def _cut(
             f"{folder.file.path}: {name} is for {tensor.shape[-1] if tensor.dim() else 0} outputs, expected "
             f"{sum(widths)} ({', '.join(sites)})"
         )
-    return tensor.split(widths, dim=-1)
+    parts: tuple[torch.Tensor, ...] = tensor.split(widths, dim=-1)
+    return parts
 
 
 def _add_bias(

@@ -83,8 +83,8 @@ class Gpt2Block:
     def _inner(self, normalized: torch.Tensor, at: AdapterPlaces) -> torch.Tensor:
         """The feed-forward network's inner state [T, inner], after the activation.
 
-        Never in one pass with the product: that rounds otherwise, and a tenant whose neighbors have blocks there
-        would get other bits than alone.
+        Never in one pass with the product: that rounds otherwise, and a tenant whose neighbors have blocks
+        there would get other bits than alone.
         """
         inner = self.ffn_up(normalized)
         at.after_linear("ffn_up", inner, normalized)
