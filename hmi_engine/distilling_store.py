@@ -86,6 +86,7 @@ class DistillingStore(DomainStore):
             MissingDependencyError: ``accelerate`` is not installed.
         """
         self._check_writable()
+        _ = self.model  # an encoder
         chosen = settings or DistillationSettings()
         layers = None
         if export is not None:

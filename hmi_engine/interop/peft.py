@@ -144,6 +144,9 @@ def _add_biases(
         if not bool(vector.ne(0).any()):
             continue
         if place is not None:
+            before = blocks.get((place.layer, BIAS_SITES[place.rest]))  # of lora_bias=True
+            if isinstance(before, BiasBlock):
+                vector = vector + before.vector
             blocks[place.layer, BIAS_SITES[place.rest]] = BiasBlock(vector)
         elif lower_layers == "drop":
             dropped.append(name)

@@ -287,6 +287,13 @@ def test_what_a_base_cannot_do_is_refused(tiny_gpt2, tiny_bert, tmp_path: Path, 
             _ = store.model
         with pytest.raises(hmi.errors.DeviceUnavailableError):
             hmi.Engine(store, device="cuda")
+        with pytest.raises(hmi.errors.UnsupportedModelError, match="encoders"):
+            store.distill(["a text"])
+        with pytest.raises(hmi.errors.UnsupportedModelError, match="encoders"):
+            examples = [hmi.Example("a", "x"), hmi.Example("b", "y")] * 20
+            store.train_tenant("x", examples, domain="news")
+        with pytest.raises(hmi.errors.UnsupportedModelError, match="Ray"):
+            store.add_domain("other", ["a text"], ray="auto")
     with hmi.Store.create(tmp_path / "b", general=tiny_bert, plot_layers=0) as store:
         with pytest.raises(hmi.errors.InvalidHeadError, match="encoder"):
             store.add_tenant("x", domain="general", adapter=hmi.Adapter({}), head=hmi.GenerationHead())
