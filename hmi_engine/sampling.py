@@ -80,9 +80,9 @@ class Sampling:
             _check_integer("seed", self.seed, least=None)
         _check_number("temperature", self.temperature, 0.0, math.inf)
         _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            raise InvalidRequestError("top_p and repetition_penalty must be above 0; 1 turns them off")
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.top_p == 0:
+            raise InvalidRequestError("top_p must be above 0; 1 turns it off")
         if self.is_greedy and (self.top_k is not None or self.top_p < 1 or self.seed is not None):
             raise InvalidRequestError(
                 "temperature 0 takes the likeliest token and draws nothing: leave top_k, top_p and seed out, "

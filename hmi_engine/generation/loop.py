@@ -78,14 +78,14 @@ class GenerationLoop:
             pool: of the cache's blocks.
             finish: is told of the ends.
             max_step_tokens: most tokens of a step.
-            max_running: most sequences that hold blocks.
+            max_running: most sequences that hold blocks; no more than a step has tokens.
         """
         self._runner = runner
         self._block_size = cache.block_size
         self._pool = pool
         self._finish = finish
         self._max_step_tokens = max_step_tokens
-        self._max_running = max_running
+        self._max_running = min(max_running, max_step_tokens)  # each text gets a token in each step
         self._waiting: deque[DecoderSequence] = deque()
         self._running: list[DecoderSequence] = []  # in the order in which they came
         self._statistics = GenerationStatistics(blocks=pool.num_blocks)

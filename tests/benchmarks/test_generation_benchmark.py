@@ -29,6 +29,7 @@ def test_quick_run(tmp_path: Path) -> None:
     half, whole = (value for name, value in quantities.items() if name.startswith("keys and values"))
     assert half == whole / 2
     assert all(math.isfinite(row[1]) and row[1] > 0 for row in result.tables[0].rows)
+    (tmp_path / "figures").mkdir()
     page = render([result], tmp_path / "figures", relative_to=tmp_path)
     assert generation.MIXED in page and "--quick" in page
 

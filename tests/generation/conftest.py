@@ -12,8 +12,8 @@ def byte_tokenizer() -> Tokenizer:
     generator = random.Random(0)
     # Characters that share first bytes, or last ones, so often that letters are joined with parts of them.
     faces = [chr(0x1F600 + number) for number in range(14)]
-    accented = [bytes([first, 0xA9]).decode() for first in range(0xC3, 0xCB)]
-    characters = [*"aaaaaaaaaaaabbb  日", *["abba", "aab"] * 3, *faces, *accented]
+    accented = [bytes([first, 0xA9]).decode() for first in range(0xC3, 0xD0)]
+    characters = [*"aaaaaaaaaaaabbb  日", "abba", "abba", "aab", *faces, *accented]
     texts = ["".join(generator.choices(characters, k=20)) for _ in range(200)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -49,9 +49,17 @@ class CacheRunner:
         self.max_running = max_running
         self.failing_steps = set()
         self.num_steps = 0
+        self.problems = []
         self.first_steps = {}
 
     def run(self, scheduled):
+        try:
+            return self.computed(scheduled)
+        except AssertionError as error:
+            self.problems.append(error)  # the loop takes it for a failure of a step
+            raise
+
+    def computed(self, scheduled):
         self.check(scheduled)
         self.num_steps += 1
         for each in scheduled:
@@ -162,6 +170,7 @@ class World:
         }
         preempted = self.loop.statistics.preemptions
         is_busy = self.loop.step()
+        assert self.runner.problems == []
         assert is_busy or not self.alive, "while something is left, something is computed"
         stayed = [
             sequence
@@ -171,6 +180,8 @@ class World:
         statistics = self.loop.statistics
         assert len(stayed) <= statistics.preemptions - preempted
         assert len(self.loop) == len(self.alive) == statistics.running + statistics.waiting
+        are_running = [bool(sequence.blocks) for sequence in self.alive]
+        assert are_running == sorted(are_running, reverse=True), "who came first is never behind"
         held = {block for sequence in self.alive for block in sequence.blocks}
         assert self.pool.num_held == statistics.blocks_held == len(held)
         return is_busy
