@@ -78,6 +78,9 @@ PEFT_CASES = {
     "LoRA and biases of its modules (lora_only)": PeftCase(
         LoraConfig, {"r": 3, "target_modules": ["query", "intermediate.dense"], "bias": "lora_only"}
     ),
+    "LoRA with biases and trained ones": PeftCase(
+        LoraConfig, {"r": 3, "target_modules": ["value"], "bias": "lora_only", "lora_bias": True}
+    ),
     "LoRA and all biases": PeftCase(LoraConfig, {"r": 3, "target_modules": ["value"], "bias": "all"}),
     "LoRA on all linear layers and the pooler": PeftCase(
         LoraConfig, {"r": 3, "target_modules": "all-linear"}

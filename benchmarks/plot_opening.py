@@ -84,6 +84,7 @@ def measure_large_table(
 
 def _metadata(corpus_tokens: int) -> PlotMetadata:
     return PlotMetadata(
+        family="bert",
         window=2,
         plot_layers=3,
         hidden_size=HIDDEN_SIZE,

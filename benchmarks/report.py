@@ -30,6 +30,8 @@ ORDER = (
     "pipeline",
     "load",
     "simulate",
+    "generation",
+    "perplexity",
     "residency",
     "tenant_store",
     "accuracy",

@@ -36,7 +36,8 @@ NOTES = (
     "The check: costs of the stages are measured on this machine, one batch at a time, and fitted with the "
     "engine's cost model; what is left of a loop without a pipeline is taken for queueing. With these the "
     "simulation predicts runs that it has not seen: the same requests at the same times, other depths and "
-    "loads, cold tenants. Stages that run at a time share the processor's cores. A measured run whose host "
+    "loads, cold tenants. Stages that run at a time share the processor's cores, and lose what was measured "
+    "beside that. A measured run whose host "
     "took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one that "
     "lost least is taken.",
     "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open; a disk of "
@@ -231,6 +232,11 @@ def _quantities(agreements: Sequence[Agreement], calibration: Calibration) -> li
             unit="share",
         ),
         Quantity(name="cores that compute keeps busy", value=calibration.compute_cores, unit="cores"),
+        Quantity(
+            name="slowdown of compute beside another thread, over what sharing cores explains",
+            value=calibration.contention,
+            unit="times",
+        ),
     ]
 
 

@@ -13,6 +13,7 @@ from hmi_engine.construct.training import SearchSpace, TrainedTenant, TrainingRe
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
 from hmi_engine.evaluation import Evaluation, evaluate_tenant
+from hmi_engine.generation.sequence import TextPiece
 from hmi_engine.knowledge.adapters import (
     Adapter,
     BiasBlock,
@@ -36,10 +37,12 @@ from hmi_engine.knowledge.heads import (
     ClassificationHead,
     DenseLayer,
     EmbeddingHead,
+    GenerationHead,
     RegressionHead,
     TokenClassificationHead,
 )
 from hmi_engine.request import Request, Response, Tag, Timing, Usage
+from hmi_engine.sampling import Sampling
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
@@ -59,6 +62,7 @@ __all__ = [
     "EngineStatistics",
     "Evaluation",
     "Example",
+    "GenerationHead",
     "HmiError",
     "LoraBlock",
     "ModelCard",
@@ -70,6 +74,7 @@ __all__ = [
     "RegressionHead",
     "Request",
     "Response",
+    "Sampling",
     "ScaleBlock",
     "ScoredPairExample",
     "SearchSpace",
@@ -78,6 +83,7 @@ __all__ = [
     "Tag",
     "TaggedExample",
     "TenantLimits",
+    "TextPiece",
     "Timing",
     "TokenClassificationHead",
     "TrainedTenant",

@@ -6,11 +6,15 @@ import asyncio
 import atexit
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
+from hmi_engine.errors import InvalidRequestError
+from hmi_engine.generation.core import DecoderCore
+from hmi_engine.generation.sequence import TextPiece
+from hmi_engine.generation.service import DecoderService
 from hmi_engine.request import Request, Response
 from hmi_engine.request_queue import RequestQueue
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
@@ -59,14 +63,23 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         if latency_target is not None and latency_target <= 0:
             raise ValueError(f"latency_target is {latency_target}, must be above 0 seconds")
         self.store = store
-        self._core = ServingCore(store, EngineOptions(**options), self._look_ahead)
-        self._queue = RequestQueue(
-            self._core,
-            latency_target=latency_target,
-            limits=queue_limits or QueueLimits(),
-            tenant_limits=tenant_limits,
-        )
-        self._threads = ServingThreads(self._core, self._queue)
+        limits, checked = queue_limits or QueueLimits(), EngineOptions(**options)
+        self._core: ServingCore | DecoderCore
+        self._queue: RequestQueue | DecoderService
+        self._threads: ServingThreads | DecoderService
+        if store.general.is_causal:
+            if latency_target is not None:
+                raise ValueError("latency_target is for encoders; decoders have max_step_tokens")
+            self._core = DecoderCore(store, checked)
+            self._queue = self._threads = DecoderService(
+                self._core, limits=limits, tenant_limits=tenant_limits
+            )
+        else:
+            self._core = ServingCore(store, checked, self._look_ahead)
+            self._queue = RequestQueue(
+                self._core, latency_target=latency_target, limits=limits, tenant_limits=tenant_limits
+            )
+            self._threads = ServingThreads(self._core, self._queue)
         atexit.register(self._threads.stop)
 
     async def submit(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Response:
@@ -98,7 +111,65 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         """
         return self._queue.put(request, priority=priority, timeout=timeout)
 
-    async def stream(
+    @overload
+    def stream(self, requests: Request, *, priority: int = 0) -> AsyncIterator[TextPiece | Response]: ...
+
+    @overload
+    def stream(
+        self,
+        requests: Iterable[Request] | AsyncIterable[Request],
+        *,
+        at_a_time: int = _STREAMED_AHEAD,
+        priority: int = 0,
+    ) -> AsyncIterator[Response]: ...
+
+    def stream(
+        self,
+        requests: Request | Iterable[Request] | AsyncIterable[Request],
+        *,
+        at_a_time: int = _STREAMED_AHEAD,
+        priority: int = 0,
+    ) -> AsyncIterator[TextPiece | Response] | AsyncIterator[Response]:
+        """Yields what is there as soon as it is: of one request its text, of many their responses.
+
+        Of one request to a generation head: each :class:`TextPiece` as it comes, and at last the response.
+        Who stops early cancels it, and what it holds is free within a step.
+
+        Of many requests the responses as they are done; see :meth:`stream_responses`.
+        """
+        if isinstance(requests, Request):
+            return self.stream_text(requests, priority=priority)
+        return self.stream_responses(requests, at_a_time=at_a_time, priority=priority)
+
+    async def stream_text(
+        self, request: Request, *, priority: int = 0
+    ) -> AsyncIterator[TextPiece | Response]:
+        """Yields the pieces of a text as they come, and at last the response; raises as :meth:`submit`.
+
+        Raises:
+            InvalidRequestError: the store's models are encoders.
+        """
+        if not isinstance(self._queue, DecoderService):
+            raise InvalidRequestError(
+                f"{self.store.layout.root} is a store of encoders, which generate no text"
+            )
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[TextPiece | None] = asyncio.Queue()
+
+        def tell(piece: TextPiece | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody listens any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        future = self._queue.put(request, priority=priority, emit=tell)
+        future.add_done_callback(lambda _: tell(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield future.result()
+        finally:
+            future.cancel()
+
+    async def stream_responses(
         self,
         requests: Iterable[Request] | AsyncIterable[Request],
         *,
@@ -134,7 +205,8 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         return await asyncio.to_thread(self._core.residency.prefetch, infos)
 
     def _look_ahead(self) -> None:
-        self._queue.look_ahead()
+        if isinstance(self._queue, RequestQueue):
+            self._queue.look_ahead()
 
     def stats(self) -> EngineStatistics:
         """Counts since the engine started, and what the stages cost (``costs``)."""

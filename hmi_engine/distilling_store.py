@@ -35,7 +35,7 @@ from hmi_engine.models.loading import import_bert, load_bert_tensors, load_confi
 
 __all__ = ["DistillingStore"]
 
-_OF_THE_BASE = ("model", "encoder", "domain_layers", "_base_tensors")
+_OF_THE_BASE = ("any_model", "encoder", "domain_layers", "_base_tensors")
 """What a store has loaded of its base model."""
 
 
@@ -86,6 +86,7 @@ class DistillingStore(DomainStore):
             MissingDependencyError: ``accelerate`` is not installed.
         """
         self._check_writable()
+        _ = self.model  # an encoder
         chosen = settings or DistillationSettings()
         layers = None
         if export is not None:

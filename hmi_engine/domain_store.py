@@ -41,6 +41,8 @@ from hmi_engine.knowledge.traffic_file import TrafficCounts, read_traffic
 from hmi_engine.memory.domain_layers import DomainLayerLibrary
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.domain_layers import checked_domain_layers, load_domain_layers
+from hmi_engine.models.families import HierarchicalModel, load_model
+from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.models.tokenization import TextEncoder
 
 __all__ = ["DEFAULT_MAX_PROMOTIONS", "DomainStore", "DomainUpdate"]
@@ -91,10 +93,33 @@ class DomainStore:
         return self.catalog.domains
 
     @functools.cached_property
-    def model(self) -> HierarchicalBert:
-        """The base model, loaded at first use; raises :class:`GeneralChangedError` if it is gone."""
+    def any_model(self) -> HierarchicalModel:
+        """The base model of whatever architecture; raises :class:`GeneralChangedError` if it is gone."""
         self.catalog.check_general(self.general)
-        return HierarchicalBert.load(self.general_folder, self.general.plot_layers)
+        return load_model(self.general_folder, self.general.plot_layers, is_causal=self.general.is_causal)
+
+    @property
+    def model(self) -> HierarchicalBert:
+        """The base model, an encoder, loaded at first use.
+
+        Raises:
+            GeneralChangedError: it is gone.
+            UnsupportedModelError: it is a decoder.
+        """
+        if isinstance(self.any_model, HierarchicalBert):
+            return self.any_model
+        raise UnsupportedModelError(
+            f"{self.layout.root} is a store of decoders ({self.general.source}); this is for encoders alone"
+        )
+
+    @property
+    def decoder(self) -> HierarchicalGpt2:
+        """The base model, a decoder, loaded at first use; raises as :attr:`model`, for an encoder."""
+        if isinstance(self.any_model, HierarchicalGpt2):
+            return self.any_model
+        raise UnsupportedModelError(
+            f"{self.layout.root} is a store of encoders ({self.general.source}); this is for decoders alone"
+        )
 
     @functools.cached_property
     def encoder(self) -> TextEncoder:
@@ -105,7 +130,7 @@ class DomainStore:
     @functools.cached_property
     def domain_layers(self) -> DomainLayerLibrary:
         """The domain layers by identity, loaded at first use."""
-        return DomainLayerLibrary(self.catalog, self.model, self.general)
+        return DomainLayerLibrary(self.catalog, self.any_model, self.general)
 
     def add_domain(
         self,
@@ -163,6 +188,8 @@ class DomainStore:
             raise DomainExistsError(
                 f"domain {name!r} is in {self.layout.root} already; remove it first, or update it"
             )
+        if ray is not None and self.general.is_causal:
+            raise UnsupportedModelError("Ray builds the domains of encoders alone; leave it out")
         identity = self.domains[parent].layer_identity
         settings = self._settings(plot_bytes, row_format, min_count)
         source = CorpusSource(

@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from hmi_engine.errors import EngineClosedError, HmiError
+from hmi_engine.generation.batch_run import run_requests
+from hmi_engine.generation.core import DecoderCore
 from hmi_engine.pipeline.admission import AdmittedRequest
 from hmi_engine.pipeline.step import BatchItem
 from hmi_engine.request import Request, Response
@@ -39,7 +41,12 @@ class Engine(AbstractContextManager["Engine"]):
             OverloadedError: the pinned tenants take more than the budget.
         """
         self.store = store
-        self._core = ServingCore(store, EngineOptions(**options))
+        checked = EngineOptions(**options)
+        self._core: ServingCore | DecoderCore
+        if store.general.is_causal:
+            self._core = DecoderCore(store, checked)
+        else:
+            self._core = ServingCore(store, checked)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -54,21 +61,27 @@ class Engine(AbstractContextManager["Engine"]):
         Raises:
             EngineClosedError: the engine is closed.
         """
-        with self._lock, self._core.use_backend():
+        with self._lock:
             self._check_open()
-            started = time.perf_counter()
-            responses: list[Response | None] = [None] * len(requests)
-            queue = []
-            for index, result in enumerate(self._core.admit(requests)):
-                if isinstance(result, HmiError):
-                    responses[index] = Response.failed(requests[index], result)
-                else:
-                    queue.append((index, result))
-            self._core.warn_of_mismatches((item.tenant for _, item in queue), stacklevel=2)
-            self._run_queue(queue, responses, started)
-            if self._core.traffic is not None:
-                self._core.traffic.save_if_due()
-            return self._finish(responses)
+            if isinstance(self._core, DecoderCore):
+                return run_requests(self._core, requests)
+            with self._core.use_backend():
+                return self._run(self._core, requests)
+
+    def _run(self, core: ServingCore, requests: Sequence[Request]) -> list[Response]:
+        started = time.perf_counter()
+        responses: list[Response | None] = [None] * len(requests)
+        queue = []
+        for index, result in enumerate(core.admit(requests)):
+            if isinstance(result, HmiError):
+                responses[index] = Response.failed(requests[index], result)
+            else:
+                queue.append((index, result))
+        core.warn_of_mismatches((item.tenant for _, item in queue), stacklevel=3)
+        self._run_queue(core, queue, responses, started)
+        if core.traffic is not None:
+            core.traffic.save_if_due()
+        return _finish(core, responses)
 
     def prefetch(self, tenants: Sequence[str]) -> int:
         """Loads tenants into memory ahead of their requests, as far as there is room; beside :meth:`run` too.
@@ -114,39 +127,45 @@ class Engine(AbstractContextManager["Engine"]):
             raise EngineClosedError("the engine is closed; open another one on the store")
 
     def _run_queue(
-        self, queue: list[tuple[int, AdmittedRequest]], responses: list[Response | None], started: float
+        self,
+        core: ServingCore,
+        queue: list[tuple[int, AdmittedRequest]],
+        responses: list[Response | None],
+        started: float,
     ) -> None:
         """Answers what was admitted, batch by batch; memory knows from the start what all of them need."""
-        batches = self._batches([item for _, item in queue])
+        batches = _batches(core, [item for _, item in queue])
         tenants = [[queue[number][1].tenant for number in batch] for batch in batches]
-        waiting = deque(self._core.residency.expect(tenants))
-        results = self._core.flow.run(_Given([[queue[number][1] for number in batch] for batch in batches]))
+        waiting = deque(core.residency.expect(tenants))
+        results = core.flow.run(_Given([[queue[number][1] for number in batch] for batch in batches]))
         try:
             for batch, result in zip(batches, results, strict=True):
                 admitted = [queue[number][1] for number in batch]
-                answered = self._core.respond(admitted, result, [started] * len(admitted))
+                answered = core.respond(admitted, result, [started] * len(admitted))
                 for number, response in zip(batch, answered, strict=True):
                     responses[queue[number][0]] = response
-                self._core.residency.release(waiting.popleft())
+                core.residency.release(waiting.popleft())
         finally:
             results.close()
-            self._core.residency.release(*waiting)
+            core.residency.release(*waiting)
 
-    def _batches(self, queue: list[AdmittedRequest]) -> list[list[int]]:
-        described = [QueuedSequence(*self._core.describe(item)) for item in queue]
-        return list(
-            form_batches(
-                described,
-                max_batch_tokens=self._core.options.max_batch_tokens,
-                max_adapter_bytes=self._core.residency.batch_bytes,
-            )
+
+def _batches(core: ServingCore, queue: list[AdmittedRequest]) -> list[list[int]]:
+    described = [QueuedSequence(*core.describe(item)) for item in queue]
+    return list(
+        form_batches(
+            described,
+            max_batch_tokens=core.options.max_batch_tokens,
+            max_adapter_bytes=core.residency.batch_bytes,
         )
+    )
 
-    def _finish(self, responses: list[Response | None]) -> list[Response]:
-        finished = [response for response in responses if response is not None]
-        self._core.statistics.requests += len(finished)
-        self._core.statistics.errors += sum(response.error is not None for response in finished)
-        return finished
+
+def _finish(core: ServingCore, responses: list[Response | None]) -> list[Response]:
+    finished = [response for response in responses if response is not None]
+    core.statistics.requests += len(finished)
+    core.statistics.errors += sum(response.error is not None for response in finished)
+    return finished
 
 
 class _Given:

@@ -25,7 +25,7 @@ from hmi_engine.construct.training_metrics import (
     measure_tags,
 )
 from hmi_engine.engine import Engine
-from hmi_engine.errors import TrainingDataError
+from hmi_engine.errors import InvalidHeadError, TrainingDataError
 from hmi_engine.knowledge.examples import (
     AnyExample,
     Example,
@@ -36,7 +36,7 @@ from hmi_engine.knowledge.examples import (
     TaggedExample,
     Task,
 )
-from hmi_engine.knowledge.heads import ClassificationHead, Head
+from hmi_engine.knowledge.heads import ClassificationHead, GenerationHead, Head
 from hmi_engine.request import Request, Response
 
 __all__ = ["Evaluation", "evaluate_tenant", "task_of"]
@@ -70,6 +70,8 @@ def task_of(head: Head) -> Task:
     """The task whose examples judge a head."""
     if isinstance(head, ClassificationHead) and head.multi_label:
         return "multi_label"
+    if isinstance(head, GenerationHead):
+        raise InvalidHeadError("texts of a generation head are not judged by examples")
     return head.kind
 
 

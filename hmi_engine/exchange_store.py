@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hmi_engine.distilling_store import DistillingStore
-from hmi_engine.errors import InvalidHeadError
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop import (
     ImportedTenant,
     LowerLayers,
@@ -26,6 +26,7 @@ from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.knowledge.changes import NewTenant, save_tenants
 from hmi_engine.knowledge.heads import Head
+from hmi_engine.models.gpt2_loading import load_gpt2_configuration, load_gpt2_tensors
 from hmi_engine.models.loading import load_bert_tensors, load_configuration
 
 __all__ = ["ExchangeStore"]
@@ -96,6 +97,7 @@ class ExchangeStore(DistillingStore):
     ) -> ImportedTenant:
         """Adds a tenant from a folder that PEFT saved (LoRA, IA3, trained biases; a classifier).
 
+        For a decoder: of ``GPT2LMHeadModel``, which then generates, or ``GPT2ForSequenceClassification``.
         Arguments and errors are those of :meth:`import_adapter`. PEFT keeps neither the names of the classes
         nor a ``problem_type``.
         """
@@ -108,10 +110,9 @@ class ExchangeStore(DistillingStore):
             problem_type=problem_type,
             lower_layers=lower_layers,
         )
-        way_out = "save it with PEFT's modules_to_save=['classifier'], or pass head="
-        return self._add_imported(
-            imported, tenant, domain, f"{directory} has no classifier: {way_out}", replace
-        )
+        name = "score" if self.general.is_causal else "classifier"
+        way_out = f"save it with PEFT's modules_to_save=['{name}'], or pass head="
+        return self._add_imported(imported, tenant, domain, f"{directory} has no {name}: {way_out}", replace)
 
     def import_adapterhub(
         self,
@@ -130,6 +131,7 @@ class ExchangeStore(DistillingStore):
         That is a bottleneck adapter, LoRA, IA3 or a union of these, and a head (``save_adapter`` with
         ``use_safetensors=True``). Arguments and errors are those of :meth:`import_adapter`.
         """
+        self._check_encoder("AdapterHub's format", "import a PEFT folder (import_peft)")
         imported = read_adapterhub(
             directory,
             self.general,
@@ -168,6 +170,7 @@ class ExchangeStore(DistillingStore):
             UnknownTenantError: no such tenant.
             InvalidAdapterError, InvalidHeadError: what one PEFT folder cannot express, with the way out.
         """
+        self._check_encoder("export to PEFT's format", "keep the folder that the tenant was imported from")
         adapter, head = self.load_tenant(name)
         write_peft(
             directory,
@@ -190,11 +193,20 @@ class ExchangeStore(DistillingStore):
             UnknownTenantError: no such tenant.
             InvalidAdapterError, InvalidHeadError: what such a folder cannot express, with the way out.
         """
+        self._check_encoder("AdapterHub's format", "keep the folder that the tenant was imported from")
         adapter, head = self.load_tenant(name)
         write_adapterhub(
             directory, adapter, head if with_head else None, self.general, base_model=self.general.source
         )
 
+    def _check_encoder(self, feature: str, way_out: str) -> None:
+        if self.general.is_causal:
+            raise InvalidAdapterError(
+                f"{feature} is for encoders, and {self.general.source} is a decoder: {way_out}"
+            )
+
     @functools.cached_property
     def _base_tensors(self) -> dict[str, torch.Tensor]:
+        if self.general.is_causal:
+            return load_gpt2_tensors(self.general_folder, load_gpt2_configuration(self.general_folder))
         return load_bert_tensors(self.general_folder, load_configuration(self.general_folder))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hmi_engine.errors import HmiError, InvalidRequestError
+from hmi_engine.sampling import Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "Response", "Tag", "Timing", "Usage"]
 
-ResponseKind = Literal["classification", "token_classification", "embedding", "regression", "error"]
+_GREEDY = Sampling()
+
+ResponseKind = Literal[
+    "classification", "token_classification", "embedding", "regression", "generation", "error"
+]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Request:
         long_text: what to do with more tokens than the model has positions: ``"truncate"`` (the response's
             ``usage.truncated`` says so) or ``"error"``.
         id: carried to the response as it is.
+        sampling: how a tenant with a generation head generates; others don't look at it.
     """
 
     tenant: str
@@ -35,6 +41,7 @@ class Request:
     input_ids: Sequence[int] | None = None
     long_text: Literal["truncate", "error"] = "truncate"
     id: Any = None
+    sampling: Sampling = _GREEDY
 
     def check(self) -> None:
         """Checks the request by itself.
@@ -53,6 +60,9 @@ class Request:
             raise InvalidRequestError("input_ids is empty; it holds at least one token")
         if self.long_text not in ("truncate", "error"):
             raise InvalidRequestError(f"long_text is 'truncate' or 'error', found {self.long_text!r}")
+        if not isinstance(self.sampling, Sampling):
+            raise InvalidRequestError(f"sampling must be a Sampling, found {type(self.sampling).__name__}")
+        self.sampling.check()
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,16 @@ class Tag:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens computed for a request, and whether its text was cut to the model's positions."""
+    """Tokens of a request, and whether its text was cut to the model's positions.
+
+    ``generated_tokens`` are those of a generated text, which ``tokens`` does not count; ``reused_tokens``
+    those of the prompt whose keys and values were in the cache.
+    """
 
     tokens: int = 0
     truncated: bool = False
+    generated_tokens: int = 0
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,10 @@ class Response:
         scores: classification: label -> probability; regression: name -> number.
         tags: token classification: one tag per word.
         embedding: float32 numpy [H], or as long as the head's projection is wide.
+        text: generation: what follows the prompt, up to a stop string.
+        token_ids: generation: its tokens, those of a stop string included.
+        logprobs: generation: their log-probabilities, where the request asked for them.
+        finish_reason: generation: ``"stop"`` or ``"length"``.
         usage: tokens and truncation.
         timing: seconds spent.
         error: an :class:`~hmi_engine.errors.HmiError`, or None.
@@ -105,6 +125,10 @@ class Response:
     scores: dict[str, float] = field(default_factory=dict)
     tags: tuple[Tag, ...] = ()
     embedding: npt.NDArray[np.float32] | None = None
+    text: str | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: str | None = None
     usage: Usage = Usage()
     timing: Timing = Timing()
     error: HmiError | None = None
@@ -131,5 +155,13 @@ class Response:
             result["tags"] = [vars(tag) for tag in self.tags]
         if self.embedding is not None:
             result["embedding"] = self.embedding.tolist()
-        result["usage"] = vars(self.usage)
+        if self.kind == "generation":
+            result |= {"text": self.text, "finish_reason": self.finish_reason}
+            if self.logprobs:
+                result |= {"token_ids": list(self.token_ids), "logprobs": list(self.logprobs)}
+        result["usage"] = {
+            name: value
+            for name, value in vars(self.usage).items()
+            if self.kind == "generation" or name in ("tokens", "truncated")
+        }
         return result

@@ -34,7 +34,7 @@ from hmi_engine.request import Request, Response, Timing
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
 
-__all__ = ["BatchFlow", "EngineStatistics", "ServingCore", "WaitingBatch"]
+__all__ = ["BatchFlow", "EngineStatistics", "ServingCore", "WaitingBatch", "open_plots", "open_residency"]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class EngineStatistics:
     hold the fields of ``PlotStatistics`` (tokens, windows) and ``ResidencyStatistics`` (tenants, bytes);
     ``host_adapters`` those of ``HostStatistics``, or None where host memory is no tier of its own;
     ``traffic`` and ``updates`` those of ``TrafficStatistics`` and ``UpdateStatistics``, or None where the
-    engine does neither.
+    engine does neither. ``generation`` holds those of ``GenerationStatistics``, None but for decoders.
     """
 
     requests: int = 0
@@ -67,6 +67,7 @@ class EngineStatistics:
     host_adapters: dict[str, int] | None = None
     traffic: dict[str, int | float | str | None] | None = None
     updates: dict[str, int | str | None] | None = None
+    generation: dict[str, int] | None = None
 
 
 class WaitingBatch(NamedTuple):
@@ -101,19 +102,11 @@ class ServingCore:
         self.streams = open_streams(options.device)
         self._dtype = _compute_dtype(options, self.streams)
         device_bytes = _device_bytes(options, self.streams)
-        self.residency = _open_residency(store, options, self.streams, device_bytes, self._dtype)
+        self.residency = open_residency(store, options, self.streams, device_bytes, self._dtype)
         # In bytes of float32, in which the catalog reckons.
         store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
         self.residency.load_pinned(store.tenants.pinned())
-        self.plots: PlotLibrary | None = None
-        if store.general.plot_layers:
-            self.plots = PlotLibrary(
-                store.layout,
-                store.catalog,
-                store.general,
-                overlay_bytes=parse_bytes(options.overlay_memory),
-                domain_layers=store.domain_layers,
-            )
+        self.plots = open_plots(store, options)
         self.traffic: TrafficSaver | None = None
         if self.plots is not None and options.record_traffic and not store.catalog.read_only:
             self.traffic = TrafficSaver(
@@ -279,9 +272,23 @@ def _device_bytes(options: EngineOptions, streams: DeviceStreams) -> int:
     return parse_bytes(options.host_memory)
 
 
-def _open_residency(
+def open_plots(store: Store, options: EngineOptions) -> PlotLibrary | None:
+    """The tables of a store; None where no layers are looked up."""
+    if not store.general.plot_layers:
+        return None
+    return PlotLibrary(
+        store.layout,
+        store.catalog,
+        store.general,
+        overlay_bytes=parse_bytes(options.overlay_memory),
+        domain_layers=store.domain_layers,
+    )
+
+
+def open_residency(
     store: Store, options: EngineOptions, streams: DeviceStreams, device_bytes: int, dtype: torch.dtype
 ) -> AdapterResidency:
+    """The memory for a store's tenants, where a device computes with ``device_bytes`` of it in ``dtype``."""
     host_bytes: int | None = parse_bytes(options.host_memory)
     arena_bytes = device_bytes
     if streams.is_asynchronous:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
 from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
 from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.step import MissPolicy
 
-__all__ = ["DTYPES", "MAX_PIPELINE_DEPTH", "EngineOptions"]
+__all__ = ["DTYPES", "MAX_PIPELINE_DEPTH", "EngineOptions", "PrefixCache"]
+
+PrefixCache = Literal["shared", "tenant", "off"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Names of what an engine may compute in, beside ``"auto"``."""
@@ -52,6 +55,14 @@ class EngineOptions:
             thread of the engine; None for no updates. Each writes the domain's table anew, so minutes to
             hours suit large ones.
         update_share: most of its time that this thread works, 0 to 1.
+        cache_memory: a decoder's budget for keys and values, in bytes or as ``"1GiB"``.
+        block_tokens: tokens of a block of it.
+        max_step_tokens: most tokens of a decoder's step: one of each text under way, and pieces of prompts.
+            Larger takes prompts in faster, smaller keeps texts going evenly.
+        max_running: most texts and prompts under way at a time.
+        prefix_cache: whether a prompt begins with the keys and values of an earlier one that began alike:
+            ``"shared"`` (between all whose weights are equal), ``"tenant"`` (only of the same tenant: then no
+            tenant can learn from an answer's time what another one was asked), or ``"off"``.
         trace: file for a trace of all stages and layers, written when the engine is closed; Perfetto
             (ui.perfetto.dev) and chrome://tracing show it.
 
@@ -75,6 +86,11 @@ class EngineOptions:
     traffic_interval: float = 60.0
     update_domains_every: float | None = None
     update_share: float = 0.25
+    cache_memory: int | str = "1GiB"
+    block_tokens: int = 16
+    max_step_tokens: int = 512
+    max_running: int = 256
+    prefix_cache: PrefixCache = "shared"
     trace: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +106,10 @@ class EngineOptions:
             raise ValueError(f"max_batch_tokens is {self.max_batch_tokens}, must be at least 1")
         if not 1 <= self.pipeline_depth <= MAX_PIPELINE_DEPTH:
             raise ValueError(f"pipeline_depth is {self.pipeline_depth}, must be 1 to {MAX_PIPELINE_DEPTH}")
+        for name in ("block_tokens", "max_step_tokens", "max_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        _check_option("prefix_cache", self.prefix_cache, ("shared", "tenant", "off"))
         if self.read_timeout <= 0:
             raise ValueError(f"read_timeout is {self.read_timeout}, must be above 0 seconds")
 

@@ -73,12 +73,13 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
 
         Args:
             path: a folder that does not exist yet.
-            general: folder or hub id of a BERT-architecture model (a hub id may be downloaded), or the folder
-                of a distilled one that :meth:`distill` exported.
+            general: folder or hub id of a BERT or GPT-2-class model (a hub id may be downloaded), or the
+                folder of a distilled one that :meth:`distill` exported.
             distilled: file with what a distillation changed of ``general`` (``distill(compact=...)``).
             plot_layers: K, how many of the lowest layers are looked up; default what the model was distilled
                 for, else half of them; 0 for none.
-            window: width of the n-gram windows; default what the model was distilled for, else 2.
+            window: width of the n-gram windows; default what the model was distilled for, else 2, of a
+                decoder 3.
             row_dtype: type of the table's rows.
             progress: told about the work.
 

@@ -94,6 +94,40 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bert(tmp_path_factory.mktemp("tiny_bert"))
 
 
+def write_gpt2(directory: Path, **sizes: int) -> Path:
+    """A random GPT-2 with a small byte-level BPE, as transformers would save one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(400, seed=5), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    ).save_pretrained(directory)
+    settings = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 96} | sizes
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0, **settings)
+    model = GPT2LMHeadModel(config)
+    for name, parameter in model.named_parameters():  # as for BERT; and the head must not repeat its input
+        torch.nn.init.normal_(parameter, mean=1.0 if ".ln_" in name and "weight" in name else 0.0, std=0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random GPT-2 of 4 layers of width 32, 96 positions."""
+    return write_gpt2(tmp_path_factory.mktemp("tiny_gpt2"))
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of real weights: MiniLM, 6 layers of width 384, from the package of the ``demo`` extra."""

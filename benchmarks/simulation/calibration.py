@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from benchmarks.load_traffic import Arrivals, zipf_popularity
 from benchmarks.simulation.machine import Costs
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
+from hmi_engine.pipeline.admission import admit
 from hmi_engine.request import Request
 from hmi_engine.schedule.cost_model import StageCoefficients, StageCosts, StageWork
 from hmi_engine.store import Store
@@ -36,11 +38,14 @@ class Calibration:
     Attributes:
         costs: of the stages.
         compute_cores: that compute keeps busy.
+        contention: how many times as slow compute is, beside a thread that admits requests, as its share of
+            the cores alone would make it.
         requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
     """
 
     costs: Costs
     compute_cores: float
+    contention: float
     requests_per_second: float
 
 
@@ -64,6 +69,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
     assert all(fit is not None for fit in fits.values())
     known = {name: fit for name, fit in fits.items() if fit is not None}
     queueing = _observe_loop(fleet, seconds)
+    contention = _observe_contention(fleet, seconds, compute_cores)
     tokenise = known["tokenise"]
     return Calibration(
         costs=Costs(
@@ -77,6 +83,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
             respond=known["respond"],
         ),
         compute_cores=compute_cores,
+        contention=contention,
         requests_per_second=queueing.requests_per_second,
     )
 
@@ -201,6 +208,54 @@ def _observe_loop(fleet: Fleet, seconds: float) -> _Queueing:
         form=max(0.0, taken - computing) / tokens,
         requests_per_second=num_requests / taken,
     )
+
+
+def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> float:
+    """Batches without and beside a thread that admits requests one by one, all the time."""
+    requests = fleet.requests(
+        Arrivals(np.arange(512) % len(fleet.names), np.arange(512) % len(fleet.texts), np.zeros(512))
+    )
+    with (
+        Store.open(fleet.store, read_only=True) as store,
+        Engine(
+            store,
+            pipeline_depth=1,
+            record_traffic=False,
+            host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20),
+        ) as engine,
+    ):
+        engine.prefetch(fleet.names)
+        stop = threading.Event()
+
+        def admit_all_the_time() -> None:
+            for request in itertools.cycle(requests):
+                if stop.is_set():
+                    return
+                admit([request], store.tenants, store.encoder)
+
+        def batch_seconds() -> list[float]:
+            before, end, taken = engine.stats().compute_seconds, time.perf_counter() + seconds / 4, []
+            for first in itertools.cycle(range(0, len(requests), 16)):
+                if time.perf_counter() >= end:
+                    return taken
+                engine.run(requests[first : first + 16])
+                after = engine.stats().compute_seconds
+                taken.append(after - before)
+                before = after
+            raise AssertionError  # cycles do not end
+
+        batch_seconds()
+        alone, beside = [], []
+        for _ in range(2):
+            alone += batch_seconds()
+            thread = threading.Thread(target=admit_all_the_time)
+            thread.start()
+            beside += batch_seconds()
+            stop.set()
+            thread.join()
+            stop.clear()
+    slower = float(np.median(beside) / np.median(alone))
+    return max(1.0, slower / max(1.0, (compute_cores + 1) / num_cores()))
 
 
 def _thread_seconds(name: str) -> float:

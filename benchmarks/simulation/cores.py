@@ -16,17 +16,24 @@ class SharedCores:
     All run equally fast at any moment, at 1 or less; virtual time is the integral of that. A job that comes
     at virtual time v and takes s alone ends at virtual time v + s. Method: virtual time as for generalised
     processor sharing (Parekh and Gallager, "A generalized processor sharing approach to flow control in
-    integrated services networks", IEEE/ACM Transactions on Networking 1993).
+    integrated services networks", IEEE/ACM Transactions on Networking 1993). Real threads lose more than
+    that, as a team waits for the one of its threads that has to share a core, and all for Python's lock:
+    ``contention`` is how many times as slow they are where they share.
     """
 
-    def __init__(self, environment: simpy.Environment, cores: float = math.inf) -> None:
+    def __init__(
+        self, environment: simpy.Environment, cores: float = math.inf, *, contention: float = 1.0
+    ) -> None:
         """Nothing runs.
 
         Raises:
-            ValueError: ``cores`` is not above 0.
+            ValueError: ``cores`` is not above 0, or ``contention`` is below 1.
         """
         if not cores > 0:
             raise ValueError(f"cores is {cores}, must be above 0")
+        if not contention >= 1:
+            raise ValueError(f"contention is {contention}, must be at least 1")
+        self._contention = contention
         self._environment = environment
         self._cores = cores
         self._virtual = 0.0
@@ -50,7 +57,7 @@ class SharedCores:
 
     @property
     def _speed(self) -> float:
-        return min(1.0, self._cores / self._asked)
+        return 1.0 if self._asked <= self._cores else self._cores / (self._asked * self._contention)
 
     def _advance(self) -> None:
         if self._jobs:

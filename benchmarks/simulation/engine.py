@@ -143,7 +143,7 @@ class SimulatedEngine:
         self._sizer = BatchSizer(
             self._costs, max_batch_tokens=machine.max_batch_tokens, latency_target=machine.latency_target
         )
-        self._cores = SharedCores(environment, machine.cores)
+        self._cores = SharedCores(environment, machine.cores, contention=machine.contention)
         self._formed: deque[_Batch] = deque()
         self._fetched = Counter[int]()  # tenants of formed batches
         self._inbox: deque[tuple[int, float | None]] = deque()

@@ -85,6 +85,7 @@ class Machine:
         link: copies into the arena; None where reads go straight into it.
         cores: of the processor, shared by all threads.
         compute_cores: that compute asks for of these; 0 for a device of its own.
+        contention: how many times as slow threads are that share cores as their shares alone would make them.
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
         max_batch_tokens: of a batch.
@@ -99,6 +100,7 @@ class Machine:
     link: Link | None = None
     cores: float = math.inf
     compute_cores: float = 0.0
+    contention: float = 1.0
     upper_layers: int = 1
     depth: int = 2
     max_batch_tokens: int = 8192

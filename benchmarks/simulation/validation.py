@@ -87,6 +87,7 @@ def cpu_machine(
         disk=disk or Disk(),
         cores=num_cores(),
         compute_cores=calibration.compute_cores,
+        contention=calibration.contention,
         depth=depth,
         latency_target=LATENCY_TARGET,
     )

@@ -272,6 +272,11 @@ def _coverage(
             f"{store.layout.root} computes all layers (plot_layers=0): nothing is looked up, so a sample "
             "has no coverage"
         )
+    if store.general.is_causal:
+        raise UnsupportedModelError(
+            f"{store.layout.root} is a store of decoders: samples are looked up for encoders alone; an "
+            "engine's stats() tell how many windows its requests found"
+        )
     report = CorpusReport()
     texts = stream_texts(sample, text_field=text_field, stdin_format=stdin_format, report=report)
     plots = PlotLibrary(store.layout, store.catalog, store.general, overlay_bytes=0)

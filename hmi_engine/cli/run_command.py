@@ -17,10 +17,11 @@ from hmi_engine.errors import InvalidRequestError
 from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
 from hmi_engine.pipeline.step import MissPolicy
 from hmi_engine.request import Request, Response
+from hmi_engine.sampling import Sampling
 from hmi_engine.serving_options import DTYPES, MAX_PIPELINE_DEPTH
 from hmi_engine.store import Store
 
-_FIELDS = ("tenant", "text", "input_ids", "long_text", "id")
+_FIELDS = ("tenant", "text", "input_ids", "long_text", "id", "sampling")
 _POLICIES: tuple[MissPolicy, ...] = get_args(MissPolicy)
 
 
@@ -66,6 +67,8 @@ def run(
     ] = True,
 ) -> None:
     """Answer requests from standard input: lines {"tenant": ..., "text": ...}; one line out per line in.
+
+    For tenants that generate text: {"tenant": ..., "text": ..., "sampling": {"max_tokens": 32, ...}}.
 
     A line that cannot be served is answered by {"error": {"type", "message"}}; the others go on.
     """
@@ -129,6 +132,11 @@ def _parse(number: int, line: str) -> Request | Response:
         return _refused(f"line {number}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
     if "tenant" not in fields:
         return _refused(f"line {number}: the field 'tenant' is missing")
+    try:
+        if "sampling" in fields:
+            fields["sampling"] = Sampling.of(fields["sampling"])
+    except InvalidRequestError as error:
+        return _refused(f"line {number}: {error}")
     return Request(**fields)
 
 

@@ -18,7 +18,8 @@ from hmi_engine.store import Store
 def init(
     store: StorePath,
     general: Annotated[
-        str, typer.Option(help="Folder or hub id of a BERT-architecture model, or folder of a distilled one.")
+        str,
+        typer.Option(help="Folder or hub id of a BERT or GPT-2-class model, or folder of a distilled one."),
     ],
     distilled: Annotated[
         Path | None,
@@ -38,7 +39,7 @@ def init(
         typer.Option(
             min=2,
             max=3,
-            help="Width of the n-gram windows; default: as it was distilled, else 2.",
+            help="Width of the n-gram windows; default: as distilled, else 2 (decoders: 3).",
             show_default=False,
         ),
     ] = None,

@@ -54,6 +54,7 @@ def count_corpus(
     encoder: TextEncoder,
     *,
     window: int,
+    is_causal: bool = False,
     min_count: int = 1,
     memory_bytes: int = 1 << 30,
     max_ngrams: int | None = None,
@@ -65,12 +66,14 @@ def count_corpus(
     """Counts the windows of a corpus in one pass; exact, whatever the limits.
 
     ``window=2``: bigrams. ``window=3``: trigrams, and the bigrams at both sides of a missing neighbour, which
-    are the windows at a sequence's ends and what back-off composes a missing trigram from.
+    are the windows at a sequence's ends and what back-off composes a missing trigram from. ``is_causal``, for
+    a decoder: each bigram once, as the window of a sequence's second token and what stands for a trigram.
 
     Args:
         texts: the corpus; read while the texts before are tokenised and counted.
         encoder: the tokenizer; all of a text counts, also what the model has no positions for.
         window: 2 or 3 tokens.
+        is_causal: whether windows are those of a decoder.
         min_count: windows seen less often are left out of the result.
         memory_bytes: what the counts may take; beyond it they go to disk and are added up there. The result
             comes on top (16 bytes for each window), so do the tokenizer's words and batches (about 200 MiB),
@@ -89,7 +92,7 @@ def count_corpus(
     _check_limits(min_count, max_ngrams)
     digests: list[Integers] = []
     num_texts = num_tokens = 0
-    with WindowCounter(window, memory_bytes, scratch) as counter:
+    with WindowCounter(window, memory_bytes, scratch, is_causal=is_causal) as counter:
         with closing(tokenized_batches(texts, encoder)) as batches:
             for batch in batches:
                 counter.add(batch.input_ids, batch.offsets)

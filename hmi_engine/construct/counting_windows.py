@@ -32,16 +32,19 @@ _BYTES_PER_SLOT = 16  # of a counter's table: a key and a count
 class WindowCounter:
     """Counts windows of 2 or 3 tokens in about ``memory_bytes`` of memory.
 
-    ``window=2``: bigrams. ``window=3``: trigrams, and each bigram twice: in slots 0 and 1, and in 1 and 2.
+    ``window=2``: bigrams. ``window=3``: trigrams, and each bigram twice: in slots 0 and 1, and in 1 and 2;
+    with ``is_causal``, for a decoder, in slots 0 and 1 alone.
     Use as a context manager: what it wrote into ``scratch`` (default: the system's temporary folder) is
     removed at its end.
     """
 
-    def __init__(self, window: int, memory_bytes: int, scratch: Path | None) -> None:
+    def __init__(
+        self, window: int, memory_bytes: int, scratch: Path | None, *, is_causal: bool = False
+    ) -> None:
         """Raises ValueError for another window."""
         if window not in (2, 3):
             raise ValueError(f"window must be 2 or 3, not {window}")
-        self._has_right_windows = window == 3
+        self._has_right_windows = window == 3 and not is_causal
         self._counters = [hmi_kernels.NgramCounter(order) for order in range(2, window + 1)]
         self._memory_bytes = memory_bytes
         self._scratch = scratch

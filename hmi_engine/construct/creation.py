@@ -6,21 +6,22 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.distilled_model import check_purpose, import_distillation
 from hmi_engine.construct.materialise import build_root_table
-from hmi_engine.errors import StoreExistsError, StoreFullError
+from hmi_engine.errors import StoreExistsError, StoreFullError, UnsupportedModelError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.changes import save_domain
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.tensor_file import file_sha256
-from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert
+from hmi_engine.models.families import load_model, read_model_type
+from hmi_engine.models.gpt2_loading import Gpt2Configuration, import_gpt2
+from hmi_engine.models.loading import BertConfiguration, import_bert
 
 __all__ = ["create_store"]
 
@@ -47,10 +48,9 @@ def create_store(
         info = _import_general(source, distilled, partial, plot_layers, window, row_dtype)
         with Catalog.create(partial, info) as catalog:
             if info.plot_layers:
-                model = HierarchicalBert.load(partial.general, info.plot_layers)
-                save_domain(
-                    catalog, ROOT_DOMAIN, build_root_table(model.window_states, info, progress=progress)
-                )
+                model = load_model(partial.general, info.plot_layers, is_causal=info.is_causal)
+                root = build_root_table(model.window_states, info, progress=progress)
+                save_domain(catalog, ROOT_DOMAIN, root)
         partial.root.rename(path)
     except BaseException as error:
         shutil.rmtree(partial.root, ignore_errors=True)
@@ -75,27 +75,33 @@ def _import_general(
     window: Literal[2, 3] | None,
     row_dtype: Literal["float16", "float32"],
 ) -> GeneralInfo:
-    configuration, placeholder = import_bert(source, layout.general)
-    report = import_distillation(source, distilled, layout.general)
-    if report is not None:
-        check_purpose(report, plot_layers, window)
-        plot_layers, window = report.plot_layers, report.window
-    chosen = configuration.num_layers // 2 if plot_layers is None else plot_layers
+    if read_model_type(source) == "gpt2":
+        if distilled is not None:
+            raise UnsupportedModelError(f"{source}: a decoder cannot be made of {distilled} yet")
+        sizes = _sizes(import_gpt2(source, layout.general))
+        sizes |= {"family": "gpt2", "placeholder_token_id": None}
+    else:
+        configuration, placeholder = import_bert(source, layout.general)
+        sizes = _sizes(configuration) | {"family": "bert", "placeholder_token_id": placeholder}
+        report = import_distillation(source, distilled, layout.general)
+        if report is not None:
+            check_purpose(report, plot_layers, window)
+            plot_layers, window = report.plot_layers, report.window
+    chosen = sizes["num_layers"] // 2 if plot_layers is None else plot_layers
     info = GeneralInfo(
-        family="bert",
         source=source,
-        num_layers=configuration.num_layers,
-        hidden_size=configuration.hidden_size,
-        num_heads=configuration.num_heads,
-        intermediate_size=configuration.intermediate_size,
-        vocab_size=configuration.vocab_size,
-        max_positions=configuration.max_positions,
         plot_layers=chosen,
-        window=window or 2,
+        window=window or (3 if sizes["family"] == "gpt2" else 2),
         row_dtype=row_dtype,
-        placeholder_token_id=placeholder,
         tokenizer_sha256=file_sha256(layout.general / "tokenizer.json"),
         domain_layers=f"{file_sha256(layout.general / 'model.safetensors')[:16]}:{chosen}",
+        **sizes,
     )
     info.check_supported()
     return info
+
+
+def _sizes(configuration: BertConfiguration | Gpt2Configuration) -> dict[str, Any]:
+    """What the catalog keeps of a model's configuration."""
+    names = ("num_layers", "hidden_size", "num_heads", "intermediate_size", "vocab_size", "max_positions")
+    return {name: getattr(configuration, name) for name in names}

@@ -133,6 +133,7 @@ def count_source(
         texts,
         encoder,
         window=general.window,
+        is_causal=general.is_causal,
         memory_bytes=source.count_memory,
         max_ngrams=max_ngrams,
         scratch=source.scratch,

@@ -18,7 +18,7 @@ from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.row_encoding import SAMPLE_ROWS, RowEncoder
 from hmi_engine.construct.table_plan import TablePlan
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.plot_table import UNIGRAM_SLOTS, PlotMetadata, PlotTable
+from hmi_engine.knowledge.plot_table import PlotMetadata, PlotTable, unigram_slots_of
 from hmi_engine.knowledge.row_formats import is_product_quantized, stored_shapes
 from hmi_engine.models.windows import fill_places
 
@@ -28,7 +28,9 @@ WINDOWS_PER_BATCH = 8192
 _STEP = "computing rows"
 
 WindowLayersOf = Callable[[Tensor], Tensor]
-"""Runs windows, int32 [M, W] token ids with -1 where absent, through domain layers: float32 [M, W, H]."""
+"""Runs windows, int32 [M, W] token ids with -1 where absent, through domain layers: float32 [M, W, H].
+
+A decoder's gives only the last token's: [M, 1, H]."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def build_table(
     """
     metadata = plan.metadata
     encoder = _encoder(plan, sources, folder, progress)
-    shapes = stored_shapes(metadata.row_format, len(plan.keys), metadata.window, metadata.hidden_size)
+    shapes = stored_shapes(metadata.row_format, len(plan.keys), metadata.row_slots, metadata.hidden_size)
     shapes.pop("codebooks", None)
     usable = [table for table in sources.tables if _has_same_format(table, encoder)]
     writer = folder.rows(shapes)
@@ -156,7 +158,7 @@ def _batch(
     encoder: RowEncoder,
 ) -> dict[str, Tensor]:
     """The stored tensors of the rows of ``keys`` int64 [M]."""
-    shapes = stored_shapes(metadata.row_format, len(keys), metadata.window, metadata.hidden_size)
+    shapes = stored_shapes(metadata.row_format, len(keys), metadata.row_slots, metadata.hidden_size)
     shapes.pop("codebooks", None)
     stored = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
     missing = torch.ones(len(keys), dtype=torch.bool)
@@ -182,15 +184,17 @@ def _compute(
     progress: Progress | None = None,
 ) -> Tensor:
     """float32 [M, W, H]: the rows of ``keys`` int64 [M]."""
-    tokens = fill_places(hmi_kernels.ngram_tokens(keys)[:, : metadata.window], metadata.placeholder_token_id)
-    return _run_windows(tokens, metadata.hidden_size, sources.windows, step, progress)
+    tokens = hmi_kernels.ngram_tokens(keys)[:, : metadata.window]
+    if metadata.family == "bert":
+        tokens = fill_places(tokens, metadata.placeholder_token_id)
+    rows = torch.empty(len(keys), metadata.row_slots, metadata.hidden_size)
+    return _run_windows(tokens, rows, sources.windows, step, progress)
 
 
 @torch.no_grad()
 def _run_windows(
-    tokens: Tensor, hidden_size: int, windows: WindowLayersOf, step: str, progress: Progress | None
+    tokens: Tensor, rows: Tensor, windows: WindowLayersOf, step: str, progress: Progress | None
 ) -> Tensor:
-    rows = torch.empty(*tokens.shape, hidden_size)
     for start in range(0, len(tokens), WINDOWS_PER_BATCH):
         end = min(start + WINDOWS_PER_BATCH, len(tokens))
         rows[start:end] = windows(tokens[start:end])
@@ -205,14 +209,21 @@ def compute_unigrams(
     """Returns the unigram rows of every token id, as :func:`hmi_kernels.plot_merge` reads them.
 
     They are [V, 3, H] of the store's float type: for bigram windows the token alone, on the right and on the
-    left of the placeholder; for trigram windows at each slot among placeholders.
+    left of the placeholder; for trigram windows at each slot among placeholders. A decoder's are [V, 1, H],
+    of the token alone.
     """
     unigrams = torch.empty(
-        general.vocab_size, UNIGRAM_SLOTS, general.hidden_size, dtype=getattr(torch, general.row_dtype)
+        general.vocab_size,
+        unigram_slots_of(general.family),
+        general.hidden_size,
+        dtype=getattr(torch, general.row_dtype),
     )
     for number, (tokens, slot) in enumerate(_unigram_windows(general)):
         told = progress and _part_of(progress, number * general.vocab_size, unigrams.shape[:2].numel())
-        rows = _run_windows(tokens, general.hidden_size, windows, "computing unigram rows", told)
+        rows = torch.empty(
+            general.vocab_size, general.row_slots if tokens.shape[1] > 1 else 1, general.hidden_size
+        )
+        rows = _run_windows(tokens, rows, windows, "computing unigram rows", told)
         unigrams[:, number] = rows[:, slot]
     return unigrams
 
@@ -225,8 +236,10 @@ def _part_of(progress: Progress, before: int, total: int) -> Progress:
 def _unigram_windows(general: GeneralInfo) -> Iterator[tuple[Tensor, int]]:
     """For each unigram row the windows of all tokens, int32 [V, W], and the slot that it is."""
     token_ids = torch.arange(general.vocab_size, dtype=torch.int32)
-    if general.window == 2:
+    if general.is_causal or general.window == 2:
         yield token_ids[:, None], 0
+    if general.is_causal:
+        return
     for slot in (1, 0) if general.window == 2 else range(general.window):
         tokens = torch.full((general.vocab_size, general.window), -1, dtype=torch.int32)
         tokens[:, slot] = token_ids
@@ -240,12 +253,13 @@ def build_root_table(
     none = torch.empty(0, dtype=torch.int64)
     return PlotTable(
         index=hmi_kernels.plot_index_build(none),
-        rows=torch.empty(0, general.window, general.hidden_size, dtype=getattr(torch, general.row_dtype)),
+        rows=torch.empty(0, general.row_slots, general.hidden_size, dtype=getattr(torch, general.row_dtype)),
         row_keys=none,
         row_counts=none,
         unigrams=compute_unigrams(windows, general, progress=progress),
         documents=none,
         metadata=PlotMetadata(
+            family=general.family,
             window=general.window,
             plot_layers=general.plot_layers,
             layer_identity=general.domain_layers,

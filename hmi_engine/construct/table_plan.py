@@ -110,7 +110,7 @@ def plan_table(
         frequencies.keys[promotable],
         frequencies.counts[promotable],
         budget_bytes=row_budget,
-        bytes_per_row=bytes_per_row(general.window, general.hidden_size, settings.row_format),
+        bytes_per_row=bytes_per_row(general.row_slots, general.hidden_size, settings.row_format),
         min_count=1,
         exclude=inherited,
         total=frequencies.total,
@@ -119,6 +119,7 @@ def plan_table(
     candidates = _candidates(frequencies, keys, settings)
     inherited_mass = float(frequencies.counts[_found(frequencies.keys, inherited)].sum())
     metadata = PlotMetadata(
+        family=general.family,
         window=general.window,
         plot_layers=general.plot_layers,
         hidden_size=general.hidden_size,
@@ -150,7 +151,7 @@ def plan_table(
 
 def largest_useful_count(settings: TableSettings, general: GeneralInfo, inherited: Sequence[Tensor]) -> int:
     """Returns how many of the most frequent n-grams a plan has use for, so that counting keeps no more."""
-    row_bytes = bytes_per_row(general.window, general.hidden_size, settings.row_format)
+    row_bytes = bytes_per_row(general.row_slots, general.hidden_size, settings.row_format)
     rows = settings.plot_bytes // row_bytes
     candidates = int(settings.plot_bytes * _CANDIDATE_SHARE) // _CANDIDATE_BYTES
     return rows + candidates + sum(len(index) // 2 for index in inherited)
@@ -159,9 +160,9 @@ def largest_useful_count(settings: TableSettings, general: GeneralInfo, inherite
 def _row_budget(settings: TableSettings, general: GeneralInfo, num_documents: int) -> int:
     if settings.plot_bytes == 0:
         return 0
-    fixed = codebook_bytes(settings.row_format, general.window, general.hidden_size)
+    fixed = codebook_bytes(settings.row_format, general.row_slots, general.hidden_size)
     row_budget = int(settings.plot_bytes * (1 - _CANDIDATE_SHARE)) - fixed
-    row_bytes = bytes_per_row(general.window, general.hidden_size, settings.row_format)
+    row_bytes = bytes_per_row(general.row_slots, general.hidden_size, settings.row_format)
     least = math.ceil((table_bytes(1, row_bytes) + fixed) / (1 - _CANDIDATE_SHARE))
     if settings.plot_bytes < least:
         raise BudgetTooSmallError(

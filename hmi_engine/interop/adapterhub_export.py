@@ -19,7 +19,13 @@ from hmi_engine.interop.bert_modules import LINEAR_SITES, layer_module
 from hmi_engine.knowledge.adapters import Adapter, Block, BottleneckBlock, LoraBlock, ScaleBlock, Site
 from hmi_engine.knowledge.atomic import atomic_write
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.knowledge.heads import EmbeddingHead, Head, RegressionHead, TokenClassificationHead
+from hmi_engine.knowledge.heads import (
+    EmbeddingHead,
+    GenerationHead,
+    Head,
+    RegressionHead,
+    TokenClassificationHead,
+)
 
 __all__ = ["write_adapterhub"]
 
@@ -241,8 +247,8 @@ def _low_rank_config(
 
 
 def _head_config(head: Head) -> Config:
-    if isinstance(head, EmbeddingHead):
-        raise InvalidHeadError("an embedding head has no place in an AdapterHub folder: write without it")
+    if isinstance(head, EmbeddingHead | GenerationHead):
+        raise InvalidHeadError(f"the {head.kind} head has no place in an AdapterHub folder: write without it")
     activations = {layer.activation for layer in head.hidden}
     if len(activations) > 1:
         raise InvalidHeadError(
@@ -277,7 +283,7 @@ def _head_config(head: Head) -> Config:
 
 def _head_tensors(head: Head) -> dict[str, torch.Tensor]:
     """Named as in the library's Sequential of dropout, linear and activation."""
-    if isinstance(head, EmbeddingHead):
+    if isinstance(head, EmbeddingHead | GenerationHead):
         return {}
     step = 3 if any(layer.activation for layer in head.hidden) else 2
     tensors: dict[str, torch.Tensor] = {}

@@ -117,7 +117,7 @@ def sequence_head(
     weight: torch.Tensor,
     bias: torch.Tensor,
     *,
-    pooling: Literal["pooler", "cls"],
+    pooling: Literal["pooler", "cls", "last"],
     problem_type: ProblemType | None,
     hidden: tuple[DenseLayer, ...] = (),
 ) -> ClassificationHead | RegressionHead:

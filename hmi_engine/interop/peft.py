@@ -17,16 +17,16 @@ from hmi_engine.interop.imported_tenant import (
     ProblemType,
     base_tensor,
     check_lower_layers,
-    default_labels,
     finish_import,
     sequence_head,
     with_trained_pooler,
 )
+from hmi_engine.interop.peft_blocks import lora_block, saved_like, scale_blocks
 from hmi_engine.interop.peft_config import Ia3Settings, LoraSettings, read_settings
 from hmi_engine.interop.peft_contents import EMBEDDINGS_BIAS, POOLER, PeftContents, sort_tensors
+from hmi_engine.interop.peft_decoder import PeftFolder, read_decoder
 from hmi_engine.interop.peft_metadata import PeftMetadata
-from hmi_engine.knowledge.adapter_kinds.sites import linear_sizes
-from hmi_engine.knowledge.adapters import BiasBlock, Block, LoraBlock, ScaleBlock, Site
+from hmi_engine.knowledge.adapters import BiasBlock, Block, Site
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import DenseLayer, Head, TokenClassificationHead
 
@@ -53,7 +53,8 @@ def read_peft(
 
     Matrices of a LoRA stay as stored, transposed. A classifier of a SEQ_CLS adapter reads the pooler, as in
     ``BertForSequenceClassification``; a pooler that was trained too becomes a layer of the head. Trained
-    biases (``bias``, ``lora_bias``) become BitFit blocks.
+    biases (``bias``, ``lora_bias``) become BitFit blocks. For a decoder see
+    :func:`~hmi_engine.interop.peft_decoder.read_decoder`.
 
     Args:
         directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -73,11 +74,14 @@ def read_peft(
     """
     folder = Path(directory)
     check_lower_layers(lower_layers)
-    settings, warnings = read_settings(folder)
+    settings, warnings = read_settings(folder, general)
     file = read_tensors(folder / WEIGHTS_FILE, pickled_name=_PICKLED_FILE, way_out=_WAY_OUT)
     metadata = PeftMetadata.read(file)
-    contents = sort_tensors(file, settings, general)
     try:
+        if general.is_causal:
+            found = PeftFolder(file, settings, metadata, general, base, warnings)
+            return read_decoder(found, head, labels, problem_type, lower_layers)
+        contents = sort_tensors(file, settings, general)
         blocks = _blocks(file, contents, settings, general, metadata)
         dropped = _add_biases(blocks, file, contents, general, base, lower_layers)
         notes = list(warnings)
@@ -109,57 +113,16 @@ def _blocks(
             continue  # the pooler
         site = SITE_OF_LINEAR[place.rest]
         if isinstance(settings, Ia3Settings):
-            scaled_site, block = _scale(file, parts, module, site, settings, general)
-            blocks[place.layer, scaled_site] = block
+            scales = scale_blocks(file, parts, module, [site], settings, general)
+            blocks |= {(place.layer, scaled): block for scaled, block in scales.items()}
             continue
-        lora = _lora(file, parts, module, settings)
+        lora = lora_block(file, parts, module, settings)
         if "lora_B.bias" in parts:
             vector = file.take(parts["lora_B.bias"]).float() * lora.scale
             blocks[place.layer, Site(f"{site}.bias")] = BiasBlock(vector)
         if module not in metadata.carriers or bool(lora.b.any()):
             blocks[place.layer, site] = lora
     return blocks
-
-
-def _lora(file: TensorFile, parts: dict[str, str], module: str, settings: LoraSettings) -> LoraBlock:
-    a, b = (file.take(parts[part]) for part in ("lora_A.weight", "lora_B.weight"))
-    for name, tensor in (("lora_A", a), ("lora_B", b)):
-        if tensor.dim() != 2:
-            raise InvalidAdapterError(
-                f"{file.path}: {module}.{name}.weight has shape {list(tensor.shape)}, expected a matrix"
-            )
-    if settings.rank(module) != a.shape[0]:
-        raise InvalidAdapterError(
-            f"{file.path}: {module} has rank {a.shape[0]}, but adapter_config.json says "
-            f"{settings.rank(module)}; the scale would be wrong"
-        )
-    return LoraBlock(a.T, b.T, settings.scale(module))
-
-
-def _scale(
-    file: TensorFile,
-    parts: dict[str, str],
-    module: str,
-    site: Site,
-    settings: Ia3Settings,
-    general: GeneralInfo,
-) -> tuple[Site, ScaleBlock]:
-    is_input = settings.is_feedforward(module)
-    inputs, outputs = linear_sizes(site.value, general)
-    tensor = file.take(parts["ia3_l"])
-    expected = (1, inputs) if is_input else (outputs, 1)
-    if tuple(tensor.shape) != expected:
-        raise InvalidAdapterError(
-            f"{file.path}: {module}.ia3_l has shape {list(tensor.shape)}, expected {list(expected)} "
-            f"({'inside' if is_input else 'outside'} of feedforward_modules)"
-        )
-    name = f"{site}.input_scale" if is_input else f"{site}.scale"
-    if name not in list(Site):
-        raise InvalidAdapterError(
-            f"{file.path}: {module} is one of feedforward_modules: HMI scales what {site} gives, not what it "
-            "reads; train with it outside of feedforward_modules"
-        )
-    return Site(name), ScaleBlock(tensor.reshape(-1))
 
 
 def _add_biases(
@@ -177,10 +140,13 @@ def _add_biases(
         if name == f"{POOLER}.bias" or (place is not None and place.layer >= general.num_layers):
             continue
         original = base_tensor(base, name, "a trained bias")
-        vector = _like(original, tensor_name, file) - original
+        vector = saved_like(original, tensor_name, file) - original
         if not bool(vector.ne(0).any()):
             continue
         if place is not None:
+            before = blocks.get((place.layer, BIAS_SITES[place.rest]))  # of lora_bias=True
+            if isinstance(before, BiasBlock):
+                vector = vector + before.vector
             blocks[place.layer, BIAS_SITES[place.rest]] = BiasBlock(vector)
         elif lower_layers == "drop":
             dropped.append(name)
@@ -190,18 +156,6 @@ def _add_biases(
                 "pass lower_layers='drop' to leave it out, or train with bias='lora_only'"
             )
     return dropped
-
-
-def _like(original: torch.Tensor, name: str | None, file: TensorFile) -> torch.Tensor:
-    """The saved tensor as float32, of the original's shape; the original where none was saved."""
-    if name is None:
-        return original
-    saved = file.take(name)
-    if saved.shape != original.shape:
-        raise InvalidAdapterError(
-            f"{file.path}: {name} has shape {list(saved.shape)}, expected {list(original.shape)}"
-        )
-    return saved.float()
 
 
 def _classifier(
@@ -221,13 +175,7 @@ def _classifier(
         found = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sorted(tensors.items()))
         raise InvalidHeadError(f"the classifier has {found}; expected a weight [C, H] and a bias [C]")
     weight, bias = tensors["weight"], tensors["bias"]
-    names = tuple(labels) if labels is not None else metadata.labels
-    if names is None:
-        names = default_labels(len(weight))
-        if names:
-            notes.append(f"PEFT keeps no label names: the classes are called {names[0]} to {names[-1]}")
-    if len(names) != len(weight):
-        raise InvalidHeadError(f"{len(names)} labels were given, the classifier has {len(weight)} classes")
+    names = metadata.class_names(labels, len(weight), notes)
     if settings.task_type == "TOKEN_CLS":
         return TokenClassificationHead(names, weight, bias)
     problem_type = problem_type or metadata.problem_type
@@ -267,9 +215,10 @@ def _trained_pooler(
     if not (parts or saved_bias or contents.pooler):
         return None
     weight, bias = (base_tensor(base, f"{POOLER}.{part}", "a trained pooler") for part in ("weight", "bias"))
-    if not parts and "weight" not in contents.pooler and torch.equal(_like(bias, saved_bias, file), bias):
+    own_bias = saved_like(bias, saved_bias, file)
+    if not parts and "weight" not in contents.pooler and torch.equal(own_bias, bias):
         return None
-    weight, bias = _like(weight, contents.pooler.get("weight"), file), _like(bias, saved_bias, file)
+    weight, bias = saved_like(weight, contents.pooler.get("weight"), file), own_bias
     if parts:
         weight, bias = _merged(file, parts, settings, weight, bias)
     return DenseLayer(weight, bias, "tanh")
@@ -289,12 +238,12 @@ def _merged(
         if tuple(scale.shape) != ((1, size) if is_input else (size, 1)):
             raise InvalidAdapterError(f"{file.path}: {POOLER}.ia3_l has shape {list(scale.shape)}")
         return weight * scale, bias if is_input else bias * scale[:, 0]
-    lora = _lora(file, parts, f"bert.{POOLER}", settings)
+    lora = lora_block(file, parts, f"bert.{POOLER}", settings)
     if lora.a.shape[0] != size or tuple(lora.b.shape) != (lora.rank, size):
         raise InvalidAdapterError(
             f"{file.path}: {POOLER} has lora_A {list(lora.a.T.shape)} and lora_B {list(lora.b.T.shape)}, "
             f"expected [{lora.rank}, {size}] and [{size}, {lora.rank}]"
         )
     if "lora_B.bias" in parts:
-        bias = bias + lora.scale * _like(bias, parts["lora_B.bias"], file)
+        bias = bias + lora.scale * saved_like(bias, parts["lora_B.bias"], file)
     return weight + lora.scale * (lora.a.float() @ lora.b.float()).T, bias

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmi_engine.errors import InvalidAdapterError
+from hmi_engine.interop import bert_modules, gpt2_modules
 from hmi_engine.interop.adapter_folder import CONFIG_FILE, read_object
-from hmi_engine.interop.bert_modules import parse_module
 from hmi_engine.interop.module_patterns import compile_pattern, matches_end, matches_whole
 from hmi_engine.knowledge.adapters import MAX_RANK
+from hmi_engine.knowledge.general import GeneralInfo
 
 __all__ = ["Ia3Settings", "LoraSettings", "PeftSettings", "read_settings"]
 
@@ -66,16 +67,23 @@ _TASK_OF_CLASS = {
     "BertForSequenceClassification": "SEQ_CLS",
     "BertForTokenClassification": "TOKEN_CLS",
     "BertModel": "FEATURE_EXTRACTION",
+    "GPT2LMHeadModel": "CAUSAL_LM",
+    "GPT2ForSequenceClassification": "SEQ_CLS",
+    "GPT2Model": "FEATURE_EXTRACTION",
 }
 
 
 class PeftSettings(BaseModel):
-    """The fields that all kinds have. Modules are named as in the model, with or without ``bert.``."""
+    """The fields that all kinds have.
+
+    Modules are named as in the model, with or without ``bert.`` or ``transformer.``. Those of a BERT and of a
+    GPT-2 have no name in common, so what PEFT does by default needs not to know which of both it is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
     default_modules: ClassVar[tuple[str, ...]]
-    """What PEFT adapts in a BERT where ``target_modules`` is null."""
+    """What PEFT adapts in a BERT or a GPT-2 where ``target_modules`` is null."""
 
     peft_type: str
     task_type: str | None = None
@@ -84,7 +92,7 @@ class PeftSettings(BaseModel):
     layers_to_transform: list[int] | int | None = None
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT adapts a linear layer of the encoder."""
+        """Whether PEFT adapts a linear layer of the encoder or decoder."""
         modules = self.target_modules if self.target_modules is not None else list(self.default_modules)
         if self.exclude_modules and _is_listed(self.exclude_modules, module):
             return False
@@ -96,14 +104,16 @@ class PeftSettings(BaseModel):
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
-        place = parse_module(module.removeprefix("bert."))
+        place = bert_modules.parse_module(module.removeprefix("bert.")) or gpt2_modules.parse_module(
+            module.removeprefix("transformer.")
+        )
         return place is not None and place.layer in ([layers] if isinstance(layers, int) else layers)
 
 
 class LoraSettings(PeftSettings):
     """The fields of PEFT's ``LoraConfig`` that HMI reads; patterns are regular expressions."""
 
-    default_modules = ("query", "value")
+    default_modules = ("query", "value", "c_attn")
 
     r: Rank = 8
     lora_alpha: float = 8
@@ -130,7 +140,7 @@ class LoraSettings(PeftSettings):
 class Ia3Settings(PeftSettings):
     """The fields of PEFT's ``IA3Config`` that HMI reads."""
 
-    default_modules = ("key", "value", "output.dense")
+    default_modules = ("key", "value", "output.dense", "c_attn", "mlp.c_proj")
 
     feedforward_modules: Modules = None
 
@@ -138,7 +148,7 @@ class Ia3Settings(PeftSettings):
         """Whether the scale stands before the layer: PEFT's rule, which compares ends of names."""
         modules = self.feedforward_modules
         if modules is None:
-            modules = ["output.dense"] if self.target_modules is None else []
+            modules = ["output.dense", "mlp.c_proj"] if self.target_modules is None else []
         if isinstance(modules, str):
             return matches_whole(modules, module)
         return any(module.endswith(name) for name in modules)
@@ -154,8 +164,13 @@ def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -
     return next((value for pattern, value in patterns.items() if matches_end(pattern, module)), default)
 
 
-def read_settings(directory: Path) -> tuple[LoraSettings | Ia3Settings, tuple[str, ...]]:
+def read_settings(
+    directory: Path, general: GeneralInfo
+) -> tuple[LoraSettings | Ia3Settings, tuple[str, ...]]:
     """Reads ``adapter_config.json`` and refuses what HMI would compute differently from PEFT.
+
+    ``fan_in_fan_out`` is never needed: PEFT itself goes by the layers' class, and keeps the matrices of an
+    adapter in the same way whatever it says.
 
     Returns:
         The settings, and warnings about fields that this version does not know.
@@ -168,7 +183,7 @@ def read_settings(directory: Path) -> tuple[LoraSettings | Ia3Settings, tuple[st
     kind = _check_method(path, fields)
     _check_features(path, fields)
     settings = _settings(path, kind, fields)
-    return settings, _warnings(path, fields, kind)
+    return settings, _warnings(path, fields, kind, general)
 
 
 def _check_method(path: Path, fields: Mapping[str, Any]) -> type[LoraSettings] | type[Ia3Settings]:
@@ -237,13 +252,15 @@ def _task_of_class(auto_mapping: object) -> str | None:
     return _TASK_OF_CLASS.get(name) if isinstance(name, str) else None
 
 
-def _warnings(path: Path, fields: Mapping[str, Any], kind: type[PeftSettings]) -> tuple[str, ...]:
+def _warnings(
+    path: Path, fields: Mapping[str, Any], kind: type[PeftSettings], general: GeneralInfo
+) -> tuple[str, ...]:
     handled = {*kind.model_fields, *_CHANGES_THE_MATHEMATICS, *_NEUTRAL_FIELDS}
     warnings = [
         f"{path.name}: the field {name!r:.80} is unknown to this version and was ignored"
         for name, value in sorted(fields.items())
         if name not in handled and value
     ]
-    if fields.get("fan_in_fan_out"):
+    if fields.get("fan_in_fan_out") and not general.is_causal:
         warnings.append(f"{path.name}: fan_in_fan_out was ignored: BERT's layers are Linear, as in PEFT")
     return tuple(warnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 
 from hmi_engine.errors import InvalidAdapterError
@@ -10,12 +11,21 @@ from hmi_engine.interop.bert_modules import BIAS_SITES, SITE_OF_LINEAR, layer_mo
 from hmi_engine.interop.peft_config import Ia3Settings, LoraSettings
 from hmi_engine.knowledge.general import GeneralInfo
 
-__all__ = ["EMBEDDINGS_BIAS", "POOLER", "PeftContents", "sort_tensors"]
+__all__ = [
+    "EMBEDDINGS_BIAS",
+    "POOLER",
+    "PREFIX",
+    "PeftContents",
+    "check_biases",
+    "check_modules",
+    "part_names",
+    "sort_tensors",
+]
 
 POOLER = "pooler.dense"
 EMBEDDINGS_BIAS = "embeddings.LayerNorm.bias"
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _CLASSIFIER = {"classifier.weight": "weight", "classifier.bias": "bias"}
 _COPIES_OF_CLASSIFIER = ("classifier.original_module.bias", "classifier.modules_to_save.bias")
 """Written by PEFT beside ``classifier.bias`` where ``bias`` is ``"all"``."""
@@ -57,9 +67,9 @@ def sort_tensors(
 
 
 def _place(contents: PeftContents, name: str, settings: LoraSettings | Ia3Settings) -> bool:
-    bare = name.removeprefix(_PREFIX)
+    bare = name.removeprefix(PREFIX)
     short = bare.removeprefix("bert.")
-    for part in _part_names(settings):
+    for part in part_names(settings):
         module = short.removesuffix(f".{part}")
         if module != short and (_is_linear(module) or module == POOLER):
             contents.parts.setdefault(bare.removesuffix(f".{part}"), {})[part] = name
@@ -79,7 +89,8 @@ def _place(contents: PeftContents, name: str, settings: LoraSettings | Ia3Settin
     return False
 
 
-def _part_names(settings: LoraSettings | Ia3Settings) -> tuple[str, ...]:
+def part_names(settings: LoraSettings | Ia3Settings) -> tuple[str, ...]:
+    """What PEFT keeps of an adapted module, by the ends of the tensors' names."""
     if isinstance(settings, Ia3Settings):
         return ("ia3_l",)
     parts = ("lora_A.weight", "lora_B.weight")
@@ -108,20 +119,42 @@ def _no_place(file: TensorFile, name: str, settings: LoraSettings | Ia3Settings)
 def _check_modules(
     file: TensorFile, contents: PeftContents, settings: LoraSettings | Ia3Settings, general: GeneralInfo
 ) -> None:
-    """What the settings name has its tensors; what has tensors is named, or PEFT would leave it out."""
     prefix = "bert." if any(module.startswith("bert.") for module in contents.parts) else ""
     encoder = {
         prefix + layer_module(layer, rest) for layer in range(general.num_layers) for rest in SITE_OF_LINEAR
     }
-    for module in sorted({*encoder, *contents.parts}):
-        place = parse_module(module.removeprefix("bert."))
-        if place is not None and place.layer >= general.num_layers:
-            continue  # has an error of its own, which says how many layers there are
-        parts = contents.parts.get(module, {})
-        if settings.targets(module) and module in encoder:
-            missing = [part for part in _part_names(settings) if part not in parts]
+    places = {module: parse_module(module.removeprefix("bert.")) for module in contents.parts}
+    within = {
+        module: contents.parts[module]
+        for module, place in places.items()
+        if place is None or place.layer < general.num_layers
+    }  # a layer beyond has an error of its own, which says how many layers there are
+    check_modules(file, within, settings, encoder)
+
+
+def check_modules(
+    file: TensorFile,
+    found: Mapping[str, Mapping[str, str]],
+    settings: LoraSettings | Ia3Settings,
+    linears: Collection[str],
+) -> None:
+    """What the settings name has its tensors; what has tensors is named, or PEFT would leave it out.
+
+    Args:
+        file: where they are.
+        found: the parts of each adapted module.
+        settings: what ``adapter_config.json`` says.
+        linears: the modules of the base that PEFT adapts where the settings name them.
+
+    Raises:
+        InvalidAdapterError: neither.
+    """
+    for module in sorted({*linears, *found}):
+        parts = found.get(module, {})
+        if settings.targets(module) and module in linears:
+            missing = [part for part in part_names(settings) if part not in parts]
         else:
-            missing = [part for part in _part_names(settings) if parts and part not in parts]
+            missing = [part for part in part_names(settings) if parts and part not in parts]
         if missing:
             raise InvalidAdapterError(
                 f"{file.path}: {module} has no {missing[0]}, which adapter_config.json asks for; the file is "
@@ -137,13 +170,27 @@ def _check_modules(
 def _check_biases(
     file: TensorFile, contents: PeftContents, settings: LoraSettings | Ia3Settings, general: GeneralInfo
 ) -> None:
+    every = {layer_module(n, rest) for n in range(general.num_layers) for rest in BIAS_SITES}
+    adapted = {f"{module.removeprefix('bert.')}.bias" for module in contents.parts}
+    check_biases(file, contents.biases, settings, every=every, adapted=adapted)
+
+
+def check_biases(
+    file: TensorFile,
+    found: Collection[str],
+    settings: LoraSettings | Ia3Settings,
+    *,
+    every: Set[str],
+    adapted: Set[str],
+) -> None:
+    """The trained biases are there: ``every`` one with ``bias="all"``, or those of ``adapted`` modules.
+
+    Raises:
+        InvalidAdapterError: one is missing.
+    """
     if not isinstance(settings, LoraSettings) or settings.bias == "none":
         return
-    if settings.bias == "all":
-        expected = {layer_module(n, rest) for n in range(general.num_layers) for rest in BIAS_SITES}
-    else:
-        expected = {f"{module.removeprefix('bert.')}.bias" for module in contents.parts}
-    missing = sorted(expected - set(contents.biases))
+    missing = sorted((every if settings.bias == "all" else adapted) - set(found))
     if missing:
         raise InvalidAdapterError(
             f"{file.path}: bias is {settings.bias!r}, but {missing[0]} is not in the file (old versions of "

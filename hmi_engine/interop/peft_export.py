@@ -27,6 +27,7 @@ from hmi_engine.knowledge.heads import (
     ClassificationHead,
     DenseLayer,
     EmbeddingHead,
+    GenerationHead,
     Head,
     RegressionHead,
     TokenClassificationHead,
@@ -110,8 +111,8 @@ def _write_text(path: Path, text: str) -> None:
 def _task_type(head: Head | None) -> str:
     if head is None:
         return "FEATURE_EXTRACTION"
-    if isinstance(head, EmbeddingHead):
-        raise InvalidHeadError("an embedding head has no place in a PEFT folder: write without the head")
+    if isinstance(head, EmbeddingHead | GenerationHead):
+        raise InvalidHeadError(f"the {head.kind} head has no place in a PEFT folder: write without the head")
     if isinstance(head, TokenClassificationHead):
         if head.hidden:
             raise InvalidHeadError(

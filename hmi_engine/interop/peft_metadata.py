@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hmi_engine.errors import InvalidAdapterError
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop.adapter_folder import TensorFile
-from hmi_engine.interop.imported_tenant import ProblemType
+from hmi_engine.interop.imported_tenant import ProblemType, default_labels
 
 __all__ = ["PeftMetadata"]
 
@@ -57,6 +58,21 @@ class PeftMetadata:
                 f"{file.path}: unreadable: the header's entries: {reason!s:.100}"
             ) from error
         return cls(fields.labels, fields.problem_type, frozenset(fields.carriers))
+
+    def class_names(self, labels: Sequence[str] | None, count: int, notes: list[str]) -> tuple[str, ...]:
+        """Names of a classifier's classes: those given, else the header's, else ``LABEL_0`` and a note.
+
+        Raises:
+            InvalidHeadError: not ``count`` names.
+        """
+        names = tuple(labels) if labels is not None else self.labels
+        if names is None:
+            names = default_labels(count)
+            if names:
+                notes.append(f"PEFT keeps no label names: the classes are called {names[0]} to {names[-1]}")
+        if len(names) != count:
+            raise InvalidHeadError(f"{len(names)} labels were given, the classifier has {count} classes")
+        return names
 
     def entries(self) -> dict[str, str]:
         """The header's entries, as safetensors takes them."""

@@ -14,6 +14,7 @@ from hmi_engine.knowledge.heads import (
     ClassificationHead,
     DenseLayer,
     EmbeddingHead,
+    GenerationHead,
     Head,
     HeadKind,
     Pooling,
@@ -43,6 +44,8 @@ class HeadRecord(BaseModel):
 
     def tensor_names(self) -> list[str]:
         """Return the names of the head's tensors in the order of the file."""
+        if self.kind == "generation":
+            return []
         inner = "projection" if self.kind == "embedding" else "hidden"
         layers = [inner] if inner == "projection" else [f"hidden.{i}" for i in range(len(self.activations))]
         names = [
@@ -100,6 +103,8 @@ class HeadLayout:
         """Return the head whose tensors are views of the file's float32 data section."""
         record = self.record
         views = {name: place.view(data) for name, place in self.tensors.items()}
+        if record.kind == "generation":
+            return GenerationHead()
         if record.kind == "embedding":
             dense = _dense("projection", views, record.activations[0]) if record.activations else None
             return EmbeddingHead(record.pooling or "mean", record.normalize, dense)
@@ -119,7 +124,9 @@ def _dense(name: str, views: Mapping[str, Tensor], activation: str | None) -> De
 def describe_head(head: Head) -> HeadRecord:
     """Return all that is no tensor."""
     layers: tuple[DenseLayer, ...]
-    if isinstance(head, EmbeddingHead):
+    if isinstance(head, GenerationHead):
+        layers = ()
+    elif isinstance(head, EmbeddingHead):
         layers = () if head.projection is None else (head.projection,)
     else:
         layers = head.hidden
@@ -157,9 +164,9 @@ def place_head(path: Path, record: HeadRecord, entries: list[TensorEntry]) -> He
 
 
 def _check_record(path: Path, record: HeadRecord) -> None:
-    if (record.pooling is None) != (record.kind == "token_classification"):
+    if (record.pooling is None) != (record.kind in ("token_classification", "generation")):
         raise StoreCorruptError(f"{path}: pooling of a {record.kind} head is {record.pooling}")
-    most = 1 if record.kind == "embedding" else MAX_HIDDEN_LAYERS
+    most = {"embedding": 1, "generation": 0}.get(record.kind, MAX_HIDDEN_LAYERS)
     known = all(name is None or name in ACTIVATIONS for name in record.activations)
     if len(record.activations) > most or not known:
         raise StoreCorruptError(f"{path}: activations of a {record.kind} head are {record.activations!r:.80}")

@@ -19,6 +19,7 @@ __all__ = [
     "ClassificationHead",
     "DenseLayer",
     "EmbeddingHead",
+    "GenerationHead",
     "Head",
     "HeadKind",
     "Pooling",
@@ -26,11 +27,14 @@ __all__ = [
     "TokenClassificationHead",
 ]
 
-HeadKind = Literal["classification", "token_classification", "embedding", "regression"]
-Pooling = Literal["pooler", "cls", "mean"]
+HeadKind = Literal["classification", "token_classification", "embedding", "regression", "generation"]
+Pooling = Literal["pooler", "cls", "mean", "last"]
 
-POOLINGS: tuple[Pooling, ...] = ("pooler", "cls", "mean")
-"""``pooler``: the base model's tanh layer on the first token; ``cls``: that token; ``mean``: the average."""
+POOLINGS: tuple[Pooling, ...] = ("pooler", "cls", "mean", "last")
+"""``pooler``: the base model's tanh layer on the first token; ``cls``: that token; ``mean``: the average.
+
+``last``: the last token, which in a decoder has seen all others. Encoders have the first three, decoders the
+last."""
 
 MAX_HIDDEN_LAYERS = 8
 MAX_PROJECTION = 65_536
@@ -72,7 +76,7 @@ class ClassificationHead:
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if labels, tensors or pooling do not fit the base model."""
         _check_linear(self, general)
-        _check_pooling(self.kind, self.pooling)
+        _check_pooling(self.kind, self.pooling, general)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,7 @@ class RegressionHead:
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if labels, tensors or pooling do not fit the base model."""
         _check_linear(self, general)
-        _check_pooling(self.kind, self.pooling)
+        _check_pooling(self.kind, self.pooling, general)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +123,11 @@ class TokenClassificationHead:
 
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if labels or tensors do not fit the base model."""
+        if general.is_causal:
+            raise InvalidHeadError(
+                f"token_classification head: {general.source} is a decoder, whose tokens have not seen what "
+                "comes after them; use an encoder"
+            )
         _check_linear(self, general)
 
 
@@ -141,12 +150,32 @@ class EmbeddingHead:
 
     def validate(self, general: GeneralInfo) -> None:
         """Raise :class:`InvalidHeadError` if pooling or projection do not fit the base model."""
-        _check_pooling(self.kind, self.pooling)
+        _check_pooling(self.kind, self.pooling, general)
         if self.projection is not None:
             _check_projection(self.projection, general)
 
 
-Head = ClassificationHead | TokenClassificationHead | EmbeddingHead | RegressionHead
+@dataclass(frozen=True)
+class GenerationHead:
+    """The next token, by the base model's own word embeddings: a decoder's language model head."""
+
+    kind: ClassVar[Literal["generation"]] = "generation"
+    pooling: ClassVar[None] = None
+    labels: ClassVar[tuple[str, ...]] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing: the embeddings are the base model's."""
+        return {}
+
+    def validate(self, general: GeneralInfo) -> None:
+        """Raise :class:`InvalidHeadError` if the base model is no decoder."""
+        if not general.is_causal:
+            raise InvalidHeadError(
+                f"generation head: {general.source} is an encoder, which generates no text"
+            )
+
+
+Head = ClassificationHead | TokenClassificationHead | EmbeddingHead | RegressionHead | GenerationHead
 _LinearHead = ClassificationHead | TokenClassificationHead | RegressionHead
 
 
@@ -161,10 +190,11 @@ def _linear_tensors(head: _LinearHead) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_pooling(kind: str, pooling: object) -> None:
-    if pooling not in POOLINGS:
+def _check_pooling(kind: str, pooling: object, general: GeneralInfo) -> None:
+    known = ("last",) if general.is_causal else tuple(name for name in POOLINGS if name != "last")
+    if pooling not in known:
         raise InvalidHeadError(
-            f"{kind} head: pooling {pooling!r:.80} is unknown; known are {', '.join(POOLINGS)}"
+            f"{kind} head: pooling {pooling!r:.80} is none that {general.source} has: {', '.join(known)}"
         )
 
 

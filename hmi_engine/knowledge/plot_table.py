@@ -3,7 +3,8 @@
 The tensors of the file: ``index`` int64 [C, 2] of (key, row) as `hmi_kernels.plot_index_build` makes it,
 ``rows`` (with ``row_scales`` or ``codebooks``) in one of :mod:`~hmi_engine.knowledge.row_formats`,
 ``row_keys`` and ``row_counts`` int64 [N], ``candidate_keys`` and ``candidate_counts`` int64 [M],
-``documents`` int64 [D], and optionally ``unigrams`` [V, 3, H]. All begin on a cache line. Settings are
+``documents`` int64 [D], and optionally ``unigrams`` [V, U, H], where U is 3
+of an encoder and 1 of a decoder. All begin on a cache line. Settings are
 JSON in the header's metadata. Rows and frequencies lie in one file, so that one rename changes both.
 """
 
@@ -18,24 +19,22 @@ from torch import Tensor
 
 from hmi_engine.errors import StoreCorruptError, StoreVersionError
 from hmi_engine.knowledge.frequencies import Frequencies, sum_counts
-from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.general import Family, GeneralInfo, row_slots_of
 from hmi_engine.knowledge.mapped_file import DTYPES, map_tensors
 from hmi_engine.knowledge.row_formats import RowFormat, stored_shapes
 from hmi_engine.knowledge.tensor_file import TensorHeader, read_header, write_tensors
 
 __all__ = [
     "FORMAT_VERSION",
-    "UNIGRAM_SLOTS",
     "PlotMetadata",
     "PlotTable",
     "open_plot",
     "text_digest",
+    "unigram_slots_of",
     "write_plot",
 ]
 
-FORMAT_VERSION = 3
-UNIGRAM_SLOTS = 3
-"""Rows of each token of the vocabulary; see :func:`hmi_kernels.plot_merge`."""
+FORMAT_VERSION = 4
 _MAX_HEADER_BYTES = 1 << 16
 _TENSORS = (
     "index",
@@ -66,6 +65,7 @@ class PlotMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    family: Family
     window: int
     plot_layers: int
     hidden_size: int
@@ -81,6 +81,21 @@ class PlotMetadata(BaseModel):
     corpus_weight: float = 1.0
     occurrence_weight: float = 1.0
 
+    @property
+    def row_slots(self) -> int:
+        """Number W of hidden states of a row."""
+        return row_slots_of(self.family, self.window)
+
+    @property
+    def unigram_slots(self) -> int:
+        """Number U of rows of each token of the vocabulary; see :func:`unigram_slots_of`."""
+        return unigram_slots_of(self.family)
+
+
+def unigram_slots_of(family: Family) -> int:
+    """Return how many unigram rows a token has: an encoder's is composed of three, a decoder's is one."""
+    return 1 if family == "gpt2" else 3
+
 
 def _none() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
@@ -88,7 +103,7 @@ def _none() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class PlotTable:
-    """A PLOT: ``index`` int64 [C, 2], ``rows`` of the row format and ``unigrams`` [V, 3, H] (or None).
+    """A PLOT: ``index`` int64 [C, 2], ``rows`` of the row format and ``unigrams`` [V, U, H] (or None).
 
     ``rows`` are [N, W, H] of a float type, or int8 with ``row_scales`` float32 [N, W], or product-quantised:
     uint8 [N, W, M] with ``codebooks`` float16 [W, M, 256, H/M]. ``row_keys`` and ``row_counts`` int64 [N],
@@ -236,16 +251,27 @@ def _expected_tensors(described: dict[str, _Described], metadata: PlotMetadata) 
         "documents": (torch.int64, length("documents")),
     }
     rows = num_rows[0] if num_rows else 0
-    expected.update(stored_shapes(metadata.row_format, rows, metadata.window, metadata.hidden_size))
+    expected.update(stored_shapes(metadata.row_format, rows, metadata.row_slots, metadata.hidden_size))
     if "unigrams" in described:
         unigram_dtype = getattr(torch, metadata.row_dtype)
-        expected["unigrams"] = (unigram_dtype, (metadata.vocab_size, UNIGRAM_SLOTS, metadata.hidden_size))
+        expected["unigrams"] = (
+            unigram_dtype,
+            (metadata.vocab_size, metadata.unigram_slots, metadata.hidden_size),
+        )
     return expected
 
 
 def _find_foreign(metadata: PlotMetadata, general: GeneralInfo | None) -> str | None:
     """Return how a table differs from what the store's base model asks for."""
-    for name in ("window", "plot_layers", "hidden_size", "vocab_size", "placeholder_token_id", "row_dtype"):
+    for name in (
+        "family",
+        "window",
+        "plot_layers",
+        "hidden_size",
+        "vocab_size",
+        "placeholder_token_id",
+        "row_dtype",
+    ):
         found = getattr(metadata, name)
         if general is not None and found != getattr(general, name):
             return f"made for {name} {found}, the store has {getattr(general, name)}"

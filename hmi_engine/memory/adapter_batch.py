@@ -24,7 +24,7 @@ class _Slots(Protocol):
 
 
 class AdapterBatch:
-    """Segments of tokens by slot over the arena; an ``hmi_engine.models.bert_layer.AdapterApplication``."""
+    """Segments of tokens by slot over the arena; an ``hmi_engine.models.layer_parts.AdapterApplication``."""
 
     def __init__(
         self,

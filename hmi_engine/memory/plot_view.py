@@ -16,6 +16,7 @@ from hmi_engine.knowledge.plot_table import PlotTable
 from hmi_engine.memory.missing_windows import MissingWindows, find_missing, most_wanted
 from hmi_engine.memory.overlay import OverlayHold, OverlayTable, WindowOverlay
 from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.families import HierarchicalModel
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.windows import fill_places
 
@@ -30,7 +31,9 @@ __all__ = [
 ]
 
 DomainLayers = Callable[[torch.Tensor], torch.Tensor]
-"""Runs windows, int32 [M, W] token ids with -1 where absent, through K layers: float32 [M, W, H]."""
+"""Runs windows, int32 [M, W] token ids with -1 where absent, through K layers: float32 [M, W, H].
+
+A decoder's gives only the last token's: [M, 1, H]."""
 
 _ROW_MASK = (1 << hmi_kernels.ROW_BITS) - 1
 
@@ -115,14 +118,14 @@ class PlotView(AbstractContextManager["PlotView"]):
         self._holds = {identity: overlay.hold(identity) for identity in identities}
         self._plots: list[PlotTable] = []
         self._computed_in_traffic: dict[int, OverlayTable] = {}
-        self._kernel_tables: list[KernelTable] = []
+        self.kernel_tables: list[KernelTable] = []
         self._number_tables()
 
     def _number_tables(self) -> None:
         """Numbers PLOTs from 0 on, then the overlay's tables; what is computed comes after them."""
         plots = {id(table): table for domain in self._searched.values() for table in domain.tables.values()}
         self._plots = list(plots.values())
-        self._kernel_tables = [_kernel_table(table) for table in self._plots]
+        self.kernel_tables = [_kernel_table(table) for table in self._plots]
         numbers = {key: number for number, key in enumerate(plots)}
         held = {identity: self._number_overlay(hold) for identity, hold in self._holds.items()}
         chains = [
@@ -130,20 +133,20 @@ class PlotView(AbstractContextManager["PlotView"]):
             for domain in self._searched.values()
         ]
         width = max(map(len, chains), default=0)
-        self._chains = torch.tensor([chain + [-1] * (width - len(chain)) for chain in chains]).int()
+        self.chains = torch.tensor([chain + [-1] * (width - len(chain)) for chain in chains]).int()
         self._places = {name: place for place, name in enumerate(self._searched)}
 
     def _number_overlay(self, hold: OverlayHold) -> list[int]:
-        first = len(self._kernel_tables)
+        first = len(self.kernel_tables)
         for number, table in enumerate(hold.tables, first):
-            self._kernel_tables.append(KernelTable(table.index, table.rows, _NONE_FLOAT, _NONE_HALF))
+            self.kernel_tables.append(KernelTable(table.index, table.rows, _NONE_FLOAT, _NONE_HALF))
             self._computed_in_traffic[number] = table
         return list(range(first, first + len(hold.tables)))
 
     def release(self) -> None:
         """Gives the tables back; a second call does nothing. The view is of no use afterwards."""
         self._searched, self._holds, self._computed_in_traffic = {}, {}, {}
-        self._plots, self._kernel_tables = [], []
+        self._plots, self.kernel_tables = [], []
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -173,14 +176,18 @@ class PlotView(AbstractContextManager["PlotView"]):
         references = hmi_kernels.plot_lookup(
             sequences.input_ids,
             sequences.offsets,
-            [table.key_index for table in self._kernel_tables],
-            self._chains[self._places_of(domains)],
+            [table.key_index for table in self.kernel_tables],
+            self.chains[self.places_of(domains)],
             window=self._general.window,
         )
+        self.count_overlay_hits(references)
+        return references
+
+    def count_overlay_hits(self, references: torch.Tensor) -> None:
+        """Notes the use of rows that were computed in traffic."""
         for number, table in self._computed_in_traffic.items():
             found = references[references >> hmi_kernels.ROW_BITS == number]
             table.count_hits(found & _ROW_MASK)
-        return references
 
     def in_tables(self, references: torch.Tensor) -> torch.Tensor:
         """Which references are to rows of the domains' own tables, and not computed in traffic: bool."""
@@ -232,15 +239,33 @@ class PlotView(AbstractContextManager["PlotView"]):
         """Rows of the windows, in a table that only this view has; returns their references int64 [M]."""
         tokens = hmi_kernels.ngram_tokens(missing.keys)[:, : self._general.window]
         tokens = fill_places(tokens, self._general.placeholder_token_id)
-        if self._domain_layers is None or missing.identity == self._general.domain_layers:
-            states = model.window_states(tokens)
-        else:
-            states = self._domain_layers(missing.identity)(tokens)
+        return self.keep_computed(missing, self.layers_of(model, missing.identity)(tokens))
+
+    def layers_of(self, model: HierarchicalModel, identity: str) -> DomainLayers:
+        """The domain layers of an identity: those of ``model``, the base, or of a domain that has its own."""
+        if self._domain_layers is None or identity == self._general.domain_layers:
+            return model.window_states
+        return self._domain_layers(identity)
+
+    def keep_computed(self, missing: MissingWindows, states: torch.Tensor) -> torch.Tensor:
+        """Puts states float32 [M, W, H] of windows into a table that only this view has, and the overlay.
+
+        Returns their references int64 [M].
+        """
         rows = states.to(getattr(torch, self._general.row_dtype))
         self._overlay.keep(missing.identity, missing.keys, rows)
-        number = len(self._kernel_tables)
-        self._kernel_tables.append(KernelTable(_NO_INDEX, rows, _NONE_FLOAT, _NONE_HALF))
+        number = len(self.kernel_tables)
+        self.kernel_tables.append(KernelTable(_NO_INDEX, rows, _NONE_FLOAT, _NONE_HALF))
         return (number << hmi_kernels.ROW_BITS) + torch.arange(len(rows))
+
+    def identity_of(self, domain: str) -> str:
+        """The layer identity of a leased domain."""
+        return self._searched[domain].identity
+
+    @property
+    def unigram_tables(self) -> list[torch.Tensor]:
+        """Of each leased domain its unigram rows, in the order of :meth:`places_of`."""
+        return [domain.unigrams for domain in self._searched.values()]
 
     def _counted(self, keys: torch.Tensor) -> torch.Tensor:
         """How often the leased tables counted n-grams that got no row, in occurrences of now: float64 [M]."""
@@ -272,9 +297,9 @@ class PlotView(AbstractContextManager["PlotView"]):
             sequences.input_ids,
             sequences.offsets,
             references,
-            tuple(self._kernel_tables),
-            tuple(domain.unigrams for domain in self._searched.values()),
-            self._places_of(domains).int(),
+            tuple(self.kernel_tables),
+            tuple(self.unigram_tables),
+            self.places_of(domains).int(),
         )
 
     def row_counts(self, references: torch.Tensor) -> torch.Tensor:
@@ -293,7 +318,7 @@ class PlotView(AbstractContextManager["PlotView"]):
             result[chosen] = of_table[references[chosen] & _ROW_MASK]
         return result
 
-    def _places_of(self, domains: Sequence[str]) -> torch.Tensor:
+    def places_of(self, domains: Sequence[str]) -> torch.Tensor:
         """Which of the leased domains each one is, int64 [S]."""
         return torch.tensor([self._places[domain] for domain in domains], dtype=torch.int64)
 

@@ -70,7 +70,7 @@ class PlotLibrary:
         self._general = general
         self._domain_layers = domain_layers
         dtype = getattr(torch, general.row_dtype)
-        self.overlay = WindowOverlay(overlay_bytes, general.window, general.hidden_size, dtype)
+        self.overlay = WindowOverlay(overlay_bytes, general.row_slots, general.hidden_size, dtype)
         self._lock = threading.Lock()
         self._tree: _Tree | None = None
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from hmi_engine.models.bert_layer import AdapterApplication, BertEmbeddings, BertLayer, LayerNorm
+from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
+from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
 from hmi_engine.models.linear import SharedLinear
 from hmi_engine.models.loading import (
     MERGE_LAYER_NORM_EPS,

@@ -1,44 +1,17 @@
-"""The parts of a BERT-architecture encoder over packed sequences: embeddings, LayerNorm, one layer."""
+"""The parts of a BERT-architecture encoder over packed sequences: embeddings, one layer."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch.nn import functional
 
 import hmi_kernels
+from hmi_engine.models.layer_parts import AdapterApplication, AdapterPlaces, LayerNorm
 from hmi_engine.models.linear import SharedLinear
 from hmi_engine.models.loading import BertConfiguration
 from hmi_engine.models.packing import PackedSequences, Readout
 
-__all__ = ["AdapterApplication", "BertEmbeddings", "BertLayer", "LayerNorm"]
-
-
-class AdapterApplication(Protocol):
-    """What a layer asks of a batch's adapters. Sites are named as in ``hmi_engine.knowledge.adapters``."""
-
-    def is_used(self, layer: int, site: str) -> bool:
-        """Whether any tenant of the batch has a block at this place."""
-
-    def apply(
-        self, layer: int, site: str, output: torch.Tensor, hidden_states: torch.Tensor, *, readout: bool
-    ) -> None:
-        """Changes ``output`` [*, out] in place as each token's adapter says; may read ``hidden_states``.
-
-        ``readout`` tells that the rows are those of the batch's :class:`Readout`, not all its tokens.
-        """
-
-
-class LayerNorm:
-    """LayerNorm over the last dimension, with weight and bias [H]."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
-        self.weight, self.bias, self.eps = weight, bias, eps
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H] -> [..., H]."""
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+__all__ = ["BertEmbeddings", "BertLayer"]
 
 
 class BertEmbeddings:
@@ -113,7 +86,7 @@ class BertLayer:
             num_heads=self.num_heads,
             max_length=sequences.max_length,
         )
-        at = _Places(self.index, adapters, at_readout=readout is not None)
+        at = AdapterPlaces(self.index, adapters, at_readout=readout is not None)
         at.change("attention_output.input_scale", context)
         attended = self.attention_output(context)
         at.after_linear("attention_output", attended, context)
@@ -134,13 +107,13 @@ class BertLayer:
             residual = hidden_states[readout.rows]
             query = self.query(residual)
             key, value = self.key_value(hidden_states).split(size, dim=-1)
-        _Places(self.index, adapters, readout is not None).after_linear("query", query, residual)
-        every_token = _Places(self.index, adapters, at_readout=False)
+        AdapterPlaces(self.index, adapters, readout is not None).after_linear("query", query, residual)
+        every_token = AdapterPlaces(self.index, adapters, at_readout=False)
         every_token.after_linear("key", key, hidden_states)
         every_token.after_linear("value", value, hidden_states)
         return query, key, value, residual
 
-    def _feed_forward(self, attended: torch.Tensor, at: _Places) -> torch.Tensor:
+    def _feed_forward(self, attended: torch.Tensor, at: AdapterPlaces) -> torch.Tensor:
         inner = self._feed_forward_inner(attended, at)
         at.change("ffn_down.input_scale", inner)
         output = self.ffn_down(inner)
@@ -151,58 +124,19 @@ class BertLayer:
             at.add("after_ffn_normalized", output, self._normalize(output + attended, at))
         return self._normalize(output.add_(attended), at)
 
-    def _feed_forward_inner(self, attended: torch.Tensor, at: _Places) -> torch.Tensor:
+    def _feed_forward_inner(self, attended: torch.Tensor, at: AdapterPlaces) -> torch.Tensor:
         """The feed-forward network's inner state [*, 4H], after the activation."""
         if at.is_used("ffn_up.input_scale"):
             attended = attended.clone()  # the residual connection carries it unscaled
             at.change("ffn_up.input_scale", attended)
         if not at.is_used_after_linear("ffn_up"):
-            return self.ffn_up(attended, gelu=True)
+            return self.ffn_up(attended, gelu="none")
         inner = self.ffn_up(attended)
         at.after_linear("ffn_up", inner, attended)
         return functional.gelu(inner)
 
-    def _normalize(self, output: torch.Tensor, at: _Places) -> torch.Tensor:
+    def _normalize(self, output: torch.Tensor, at: AdapterPlaces) -> torch.Tensor:
         """The last LayerNorm, whose bias may be a tenant's own."""
         normalized = self.ffn_norm(output)
         at.change("ffn_norm.bias", normalized)
         return normalized
-
-
-_AFTER_LINEAR = {
-    linear: (linear, f"{linear}.bias", f"{linear}.scale")
-    for linear in ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
-}
-"""What acts on a linear layer's output, in this order: LoRA, bias, scale."""
-
-
-class _Places:
-    """The places of one layer where a batch's adapters act."""
-
-    def __init__(self, layer: int, adapters: AdapterApplication | None, at_readout: bool) -> None:
-        self._layer, self._adapters, self._at_readout = layer, adapters, at_readout
-
-    def is_used(self, site: str) -> bool:
-        return self._adapters is not None and self._adapters.is_used(self._layer, site)
-
-    def is_used_after_linear(self, linear: str) -> bool:
-        return any(self.is_used(site) for site in _AFTER_LINEAR[linear])
-
-    def add(self, site: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """Adds to ``output`` what blocks with matrices make of ``hidden_states``."""
-        if self._adapters is not None and self._adapters.is_used(self._layer, site):
-            if hidden_states is output:
-                hidden_states = output.clone()  # kernels read rows that others write
-            self._adapters.apply(self._layer, site, output, hidden_states, readout=self._at_readout)
-
-    def change(self, site: str, rows: torch.Tensor) -> None:
-        """Scales ``rows`` or adds a bias to them; needs nothing else."""
-        if self._adapters is not None and self._adapters.is_used(self._layer, site):
-            self._adapters.apply(self._layer, site, rows, rows, readout=self._at_readout)
-
-    def after_linear(self, linear: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
-        """All that acts on a linear layer's output."""
-        lora, bias, scale = _AFTER_LINEAR[linear]
-        self.add(lora, output, hidden_states)
-        self.change(bias, output)
-        self.change(scale, output)

@@ -21,14 +21,14 @@ def pool(
         hidden_states: per sequence [n, H]; of one that is read at its first token only, [1, H].
         poolings: per sequence ``"cls"`` (the first token), ``"pooler"`` (the base's tanh layer on it, as
             transformers' ``BertPooler``) or ``"mean"`` (the average over all tokens, special tokens included,
-            as sentence-transformers' mean pooling).
+            as sentence-transformers' mean pooling); ``"last"`` (the last token).
         pooler: the base model's pooler layer, if it has one.
 
     Returns:
         Per sequence [H], or the error that the base model has no pooler.
     """
     results: list[torch.Tensor | InvalidHeadError] = [
-        states.mean(dim=0) if pooling == "mean" else states[0]
+        states.mean(dim=0) if pooling == "mean" else states[-1 if pooling == "last" else 0]
         for states, pooling in zip(hidden_states, poolings, strict=True)
     ]
     pooled = [index for index, pooling in enumerate(poolings) if pooling == "pooler"]

@@ -46,16 +46,17 @@ class SharedLinear:
         """One layer whose output is the outputs of ``parts`` side by side."""
         return cls(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]))
 
-    def __call__(self, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
-        """x [T, in] -> [T, out]; ``gelu`` applies the exact (erf) GELU in the same pass."""
+    def __call__(self, x: torch.Tensor, *, gelu: str | None = None) -> torch.Tensor:
+        """x [T, in] -> [T, out]; ``gelu`` applies GELU in the same pass, ``"none"`` exactly or ``"tanh"``."""
         is_float32_on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
         if torch.is_grad_enabled() or not is_float32_on_cpu or not has_packed_matmul():
             y = functional.linear(x, self.weight, self.bias)
-            return functional.gelu(y) if gelu else y
+            return y if gelu is None else functional.gelu(y, approximate=gelu)
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-        activation = "gelu" if gelu else "none"
+        activation = "none" if gelu is None else "gelu"
+        algorithm = "none" if gelu is None else gelu
         result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, activation, [], "none"
+            x, self._packed, self.bias, activation, [], algorithm
         )
         return result

@@ -46,8 +46,24 @@ class TextEncoder:
         except Exception as error:  # the Rust binding raises bare Exception
             raise StoreCorruptError(f"{path}: unreadable tokenizer: {error}") from error
         self.max_tokens = max_tokens
+        self._directory = directory
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_tokens)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer itself, for decoding."""
+        return self._tokenizer
+
+    def token_id_of_end(self) -> int | None:
+        """The token that ends a text, as the model's files name it; None if they name none."""
+        for name in ("generation_config.json", "config.json"):
+            path = self._directory / name
+            if path.exists():
+                found = json.loads(path.read_text()).get("eos_token_id")
+                if isinstance(found, int):
+                    return found
+        return None
 
     @property
     def vocab_size(self) -> int:

@@ -106,7 +106,7 @@ def _window_layer(
     """
     attended = layer.attention_output(_window_attention(projected, width, layer.num_heads))
     attended = layer.attention_norm(attended.add_(hidden_states))
-    output = layer.ffn_down(layer.ffn_up(attended, gelu=True))
+    output = layer.ffn_down(layer.ffn_up(attended, gelu="none"))
     return layer.ffn_norm(output.add_(attended))
 
 

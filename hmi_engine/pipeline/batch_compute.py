@@ -102,7 +102,7 @@ class HostCompute:
             readout=searched.readout,
             around_layer=self._clock.around_layer,
         )
-        outputs = read_out(searched.tenants, hidden_states.split(searched.rows_read), self._model)
+        outputs = read_out(searched.tenants, hidden_states.split(searched.rows_read), self._model.pooler)
         # Whoever keeps one embedding should not keep those of the whole batch.
         own = [
             output if isinstance(output, HmiError) else replace(output, values=output.values.clone())

@@ -110,7 +110,7 @@ class DeviceCompute:
             self._streams.wait("compute", arrival.everything)
         with self._streams.on("compute"):
             parts = hidden_states.float().split(searched.rows_read)
-            outputs = read_out(searched.tenants, parts, self._model)
+            outputs = read_out(searched.tenants, parts, self._model.pooler)
             values = _copy_back([each for each in outputs if isinstance(each, HeadOutput)], sent.slot)
         return partial(self._finish, sent, outputs, values, self._streams.record("compute"))
 

@@ -14,14 +14,15 @@ from hmi_engine.knowledge.heads import (
     ClassificationHead,
     DenseLayer,
     EmbeddingHead,
+    GenerationHead,
     HeadKind,
     RegressionHead,
     TokenClassificationHead,
 )
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
-from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.heads import pool
+from hmi_engine.models.linear import SharedLinear
 
 __all__ = ["HeadOutput", "apply_dense", "read_out"]
 
@@ -49,11 +50,14 @@ class HeadOutput:
 
 
 def read_out(
-    tenants: Sequence[ResidentTenant], hidden_states: Sequence[torch.Tensor], model: HierarchicalBert
+    tenants: Sequence[ResidentTenant], hidden_states: Sequence[torch.Tensor], pooler: SharedLinear | None
 ) -> list[HeadOutput | HmiError]:
-    """Applies each tenant's head to its sequence, float32 [n, H]; an error where the base lacks a pooler."""
+    """Applies each tenant's head to its sequence, float32 [n, H]; an error where the base lacks a pooler.
+
+    ``pooler`` is the base's layer on the first token, if it has one.
+    """
     poolings = [tenant.head.pooling or "cls" for tenant in tenants]
-    pooled = pool(hidden_states, poolings, model.pooler)
+    pooled = pool(hidden_states, poolings, pooler)
     outputs: list[HeadOutput | HmiError | None] = [None] * len(tenants)
     groups: defaultdict[_Shape, list[int]] = defaultdict(list)
     for index, (tenant, states, vector) in enumerate(zip(tenants, hidden_states, pooled, strict=True)):
@@ -77,6 +81,7 @@ _Shape = tuple[HeadKind, int, bool]
 def _stackable(tenant: ResidentTenant) -> _Shape | None:
     """What heads have in common that a few kernels apply to all of their sequences; None for rare ones."""
     head = tenant.output_head
+    assert not isinstance(head, GenerationHead)  # read by the decoder's own loop
     if isinstance(head, EmbeddingHead):
         return (head.kind, 0, head.normalize) if head.projection is None else None
     if isinstance(head, TokenClassificationHead) or head.hidden or head.weight.numel() > _MOST_STACKED:
@@ -90,7 +95,7 @@ def _outputs_together(
     """The outputs of heads of one shape for vectors [n, H], one of each: a handful of launches on a GPU."""
     kind, _, flag = shape
     heads = [tenant.output_head for tenant in tenants]
-    linear = [head for head in heads if not isinstance(head, EmbeddingHead)]
+    linear = [head for head in heads if not isinstance(head, EmbeddingHead | GenerationHead)]
     if not linear:
         values = functional.normalize(pooled, dim=1) if flag else pooled
     else:
@@ -107,6 +112,7 @@ def _outputs_together(
 
 def _output(tenant: ResidentTenant, hidden_states: torch.Tensor, pooled: torch.Tensor) -> HeadOutput:
     head = tenant.output_head
+    assert not isinstance(head, GenerationHead)
     multi_label = isinstance(head, ClassificationHead) and head.multi_label
     if isinstance(head, EmbeddingHead):
         values = pooled if head.projection is None else apply_dense(head.projection, pooled)

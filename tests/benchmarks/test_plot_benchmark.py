@@ -108,6 +108,7 @@ def test_a_sparse_table_is_a_plot_file_that_processes_share(tmp_path: Path) -> N
         4096, 30522, hmi_kernels.ngram_keys(torch.tensor([[1, 2]], dtype=torch.int32))
     )
     metadata = PlotMetadata(
+        family="bert",
         window=2,
         plot_layers=1,
         hidden_size=32,

@@ -199,7 +199,7 @@ def test_timeouts_and_full_queues() -> None:
     assert refused.outcomes.fates.tolist() == [Fate.ANSWERED, Fate.REFUSED, Fate.REFUSED]
 
 
-def shared_naively(jobs: list[tuple[float, float, float]], cores: float) -> list[float]:
+def shared_naively(jobs: list[tuple[float, float, float]], cores: float, contention: float) -> list[float]:
     """When jobs (start, seconds, cores) end: rates are computed anew at each start and end."""
     left = {number: work for number, (_, work, _) in enumerate(jobs)}
     ends = [math.nan] * len(jobs)
@@ -208,7 +208,7 @@ def shared_naively(jobs: list[tuple[float, float, float]], cores: float) -> list
         running = [number for number in left if jobs[number][0] <= now]
         starts = [jobs[number][0] for number in left if jobs[number][0] > now]
         asked = sum(jobs[number][2] for number in running)
-        speed = min(1.0, cores / asked) if running else 1.0
+        speed = cores / asked / contention if running and asked > cores else 1.0
         nearest = min((left[number] / speed for number in running), default=math.inf)
         step = min([nearest, *(start - now for start in starts)])
         now += step
@@ -230,10 +230,13 @@ def shared_naively(jobs: list[tuple[float, float, float]], cores: float) -> list
         max_size=8,
     ),
     st.sampled_from([1.0, 2.0, 3.0]),
+    st.sampled_from([1.0, 1.5]),
 )
-def test_cores_are_shared_alike(jobs: list[tuple[float, float, float]], cores: float) -> None:
+def test_cores_are_shared_alike(
+    jobs: list[tuple[float, float, float]], cores: float, contention: float
+) -> None:
     environment = simpy.Environment()
-    shared = SharedCores(environment, cores)
+    shared = SharedCores(environment, cores, contention=contention)
     ends = [math.nan] * len(jobs)
 
     def job(number: int):
@@ -245,7 +248,7 @@ def test_cores_are_shared_alike(jobs: list[tuple[float, float, float]], cores: f
     for number in range(len(jobs)):
         environment.process(job(number))
     environment.run()
-    assert ends == pytest.approx(shared_naively(jobs, cores))
+    assert ends == pytest.approx(shared_naively(jobs, cores, contention))
 
 
 @settings(max_examples=60, deadline=None)

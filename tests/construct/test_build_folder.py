@@ -40,6 +40,7 @@ def plan(seed: int = 0) -> TablePlan:
     generator = torch.Generator().manual_seed(seed)
     lengths = {"keys": 10, "counts": 10, "candidate_keys": 3, "candidate_counts": 3, "documents": 0}
     metadata = PlotMetadata(
+        family="bert",
         window=2,
         plot_layers=2,
         hidden_size=4,

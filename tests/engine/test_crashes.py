@@ -14,7 +14,7 @@ from crash_child import BATCH_WINDOWS, CrashRunner
 from safetensors.torch import load_file, save_file
 
 import hmi_engine as hmi
-from hmi_engine.knowledge.plot_table import UNIGRAM_SLOTS, PlotTable, open_plot
+from hmi_engine.knowledge.plot_table import PlotTable, open_plot, unigram_slots_of
 from hmi_engine.knowledge.traffic_file import TrafficCounts
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.traffic import TrafficRecorder
@@ -190,7 +190,7 @@ def test_a_change_killed_at_a_chosen_step(
     assert before != after and len(uninterrupted["points"]) > 8
     with hmi.Store.open(origin) as store:
         # Unlike those of n-grams, the rows of single tokens are not kept batch by batch.
-        unigrams = UNIGRAM_SLOTS * store.general.vocab_size if name == "layers" else 0
+        unigrams = unigram_slots_of("bert") * store.general.vocab_size if name == "layers" else 0
     for kill_at in some(uninterrupted["points"], count, name):
         path = copy()
         killed = runner.run(store=str(path), kill_at=kill_at, **change)

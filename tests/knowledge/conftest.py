@@ -142,6 +142,7 @@ def make_table(general: GeneralInfo) -> Callable[..., PlotTable]:
             unigrams=torch.randn(50, 3, 8, generator=generator).half() if unigrams else None,
             documents=torch.tensor(sorted(map(text_digest, ("first text", "second text")))),
             metadata=PlotMetadata(
+                family="bert",
                 window=general.window,
                 plot_layers=general.plot_layers,
                 hidden_size=general.hidden_size,

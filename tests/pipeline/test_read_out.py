@@ -36,9 +36,9 @@ def test_together_as_alone():
     tenants = [SimpleNamespace(output_head=head, head=head) for head in heads()]
     states = [torch.randn(1 + number % 5, SIZE) for number in range(len(tenants))]
     model = SimpleNamespace(pooler=None)
-    together = read_out(tenants, states, model)
+    together = read_out(tenants, states, model.pooler)
     for tenant, rows, found in zip(tenants, states, together, strict=True):
-        (alone,) = read_out([tenant], [rows], model)
+        (alone,) = read_out([tenant], [rows], model.pooler)
         assert (found.kind, found.labels, found.multi_label) == (alone.kind, alone.labels, alone.multi_label)
         torch.testing.assert_close(found.values, alone.values)
         if found.kind == "regression":

@@ -25,7 +25,7 @@ def export_tenants(store: Store, names: Sequence[str], directory: Path) -> list[
     tenants = []
     for number, name in enumerate(names):
         adapter, head = store.load_tenant(name)
-        if not isinstance(head, ClassificationHead) or head.pooling == "mean":
+        if not isinstance(head, ClassificationHead) or head.pooling not in ("pooler", "cls"):
             raise InvalidHeadError(f"tenant {name!r}: peers serve classification of the first token only")
         folder = directory / f"{number:05d}"
         # PEFT has no word for the pooling; the peers build it into the model (ServedTenant.pooling).

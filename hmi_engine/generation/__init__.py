@@ -1,0 +1,1 @@
+"""How texts are generated: continuous batches of decoders over a paged cache."""

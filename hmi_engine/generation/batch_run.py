@@ -1,0 +1,43 @@
+"""A list of requests to decoders, answered together in the caller's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hmi_engine.errors import EngineClosedError, HmiError
+from hmi_engine.generation.core import DecoderCore
+from hmi_engine.request import Request, Response
+
+__all__ = ["run_requests"]
+
+
+def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Response]:
+    """Answers requests, in their order; one that fails carries its error and harms no other."""
+    responses: list[Response | None] = [None] * len(requests)
+    with core.use_backend():
+        for index, admitted in enumerate(core.admit(requests)):
+            try:
+                if isinstance(admitted, HmiError):
+                    raise admitted
+                core.loop.add(core.sequence(admitted, partial(responses.__setitem__, index)))
+            except HmiError as error:
+                responses[index] = Response.failed(requests[index], error)
+                core.statistics.requests += 1
+                core.statistics.errors += 1
+        try:
+            while core.loop.step():
+                pass
+        finally:
+            _fail_rest(core, lambda sequence_request: Response.failed(sequence_request, _INTERRUPTED))
+    return [response for response in responses if response is not None]
+
+
+_INTERRUPTED = EngineClosedError("the call was interrupted before the request was answered")
+
+
+def _fail_rest(core: DecoderCore, failed: Callable[[Request], Response]) -> None:
+    """After an interruption: nothing stays in the loop for the next call."""
+    for sequence in core.loop.abandon():
+        core.release(sequence)
+        sequence.respond(failed(sequence.request))

@@ -1,0 +1,221 @@
+"""What an engine over a store of decoders consists of: memory, tables, the model, the loop of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import hmi_kernels
+from hmi_engine.errors import DeviceUnavailableError, HmiError, InvalidRequestError, TextTooLongError
+from hmi_engine.generation.block_pool import BlockPool, PrefixKeys
+from hmi_engine.generation.loop import GenerationLoop
+from hmi_engine.generation.sequence import DecoderSequence, FinishReason, TextPiece
+from hmi_engine.generation.step import KeyValueCache, StepRunner
+from hmi_engine.generation.text_stream import TextStream
+from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.knowledge.sizes import parse_bytes
+from hmi_engine.memory.streams import HostStreams
+from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.read_out import HeadOutput
+from hmi_engine.pipeline.respond import respond
+from hmi_engine.pipeline.stage_clock import StageClock, Trace
+from hmi_engine.request import Request, Response, Timing, Usage
+from hmi_engine.serving_core import EngineStatistics, open_plots, open_residency
+from hmi_engine.serving_options import EngineOptions
+from hmi_engine.store import Store
+
+__all__ = ["DecoderCore"]
+
+Respond = Callable[[Response], None]
+Emit = Callable[[TextPiece], None]
+
+
+class DecoderCore:
+    """Opens what an engine needs over a store of decoders, and closes it; one thread at a time uses it."""
+
+    def __init__(self, store: Store, options: EngineOptions) -> None:
+        """Opens; raises as :class:`hmi_engine.Engine` does."""
+        if options.device not in ("auto", "cpu"):
+            raise DeviceUnavailableError(
+                f"device is {options.device!r}, but this release generates on the CPU alone: use 'cpu'"
+            )
+        general = store.general
+        self.store = store
+        self.options = options
+        self.trace = None if options.trace is None else Trace()
+        self.clock = StageClock(self.trace)
+        self.statistics = EngineStatistics()
+        device_bytes = parse_bytes(
+            options.host_memory if options.device_memory == "auto" else options.device_memory
+        )
+        self.residency = open_residency(store, options, HostStreams(), device_bytes, torch.float32)
+        store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
+        self.residency.load_pinned(store.tenants.pinned())
+        self.plots = open_plots(store, options)
+        self._num_blocks = max(
+            1,
+            parse_bytes(options.cache_memory)
+            // (KeyValueCache.bytes_per_token(general) * options.block_tokens),
+        )
+        cache = KeyValueCache(general, self._num_blocks, options.block_tokens)
+        self.runner = StepRunner(
+            general,
+            store.decoder,
+            self.plots,
+            self.residency,
+            cache,
+            miss=options.miss,
+            exact_budget=options.exact_budget,
+            clock=self.clock,
+        )
+        self.loop = GenerationLoop(
+            self.runner,
+            cache,
+            BlockPool(self._num_blocks),
+            self._finish,
+            max_step_tokens=options.max_step_tokens,
+            max_running=options.max_running,
+        )
+        self._end_token = store.encoder.token_id_of_end()
+
+    def use_backend(self) -> AbstractContextManager[None]:
+        """The kernels that the options ask for, in the block."""
+        return hmi_kernels.use_backend(self.options.backend)
+
+    def admit(self, requests: Sequence[Request]) -> list[AdmittedRequest | HmiError]:
+        """Finds tenants and tokenises; one result for each request."""
+        with self.clock.working("tokenise", self.statistics.batches):
+            admitted = admit(requests, self.store.tenants, self.store.encoder)
+        return [each if isinstance(each, HmiError) else self._checked(each) for each in admitted]
+
+    def sequence(
+        self, admitted: AdmittedRequest, respond: Respond, emit: Emit | None = None
+    ) -> DecoderSequence:
+        """What an admitted request is for the loop.
+
+        Raises:
+            OverloadedError: the cache is too small for it.
+        """
+        request, tenant = admitted.request, admitted.tenant
+        is_generating = tenant.head_kind == "generation"
+        token_ids = list(admitted.encoded.input_ids)
+        sequence = DecoderSequence(
+            request=request,
+            tenant=tenant,
+            token_ids=token_ids,
+            num_prompt=len(token_ids),
+            is_generating=is_generating,
+            end_token=self._end_token,
+            most_tokens=self.store.general.max_positions,
+            keys=self._keys(tenant),
+            respond=respond,
+            tickets=([], []),
+            emit=emit,
+            truncated=admitted.encoded.truncated,
+        )
+        if is_generating:
+            sequence.chooser = TokenChooser(request.sampling)
+            sequence.text = TextStream(self.store.encoder.tokenizer, request.sampling.stop)
+        self.loop.check_fits(sequence)
+        [sequence.tickets] = self.residency.expect([[tenant]])
+        return sequence
+
+    def release(self, sequence: DecoderSequence) -> None:
+        """Memory need not wait for it any more."""
+        self.residency.release(sequence.tickets)
+
+    def current_statistics(self) -> EngineStatistics:
+        """All counts, as they are now."""
+        current = EngineStatistics(**vars(self.statistics))
+        current.resident_tenants = self.residency.num_resident
+        current.resident_bytes = self.residency.arena.used_bytes
+        current.stages = {stage: asdict(times) for stage, times in self.clock.times().items()}
+        current.plot = asdict(self.runner.plot_statistics)
+        current.adapters = asdict(self.residency.statistics)
+        current.generation = asdict(self.loop.statistics)
+        current.batches = current.generation["steps"]
+        return current
+
+    def close(self) -> None:
+        """Gives memory back and writes the trace."""
+        self.store.catalog.arena_bytes.pop(self, None)
+        if self.plots is not None:
+            self.plots.close()
+        self.residency.close()
+        if self.trace is not None and self.options.trace is not None:
+            self.trace.write(Path(self.options.trace))
+
+    def _checked(self, admitted: AdmittedRequest) -> AdmittedRequest | HmiError:
+        """What only a decoder minds: a prompt must leave a position for what follows it."""
+        encoded, positions = admitted.encoded, self.store.general.max_positions
+        if not encoded.input_ids:
+            return InvalidRequestError("the prompt has no tokens; give it at least one")
+        if admitted.tenant.head_kind != "generation":
+            return admitted
+        if encoded.truncated or len(encoded.input_ids) >= positions:
+            return TextTooLongError(
+                f"the prompt has {positions} tokens or more, but the model has {positions} positions for it "
+                "and what follows; shorten it"
+            )
+        return admitted
+
+    def _keys(self, tenant: TenantInfo) -> PrefixKeys:
+        """Names for the blocks of a tenant's sequences: its adapter's contents and its domain's tables."""
+        options = self.options
+        salt = b"" if options.prefix_cache == "shared" else tenant.name.encode()
+        if options.prefix_cache == "off":
+            salt += time.monotonic_ns().to_bytes(8, "little") + id(tenant).to_bytes(8, "little")
+        parts = [tenant.sha256, self.store.general.domain_layers, options.miss]
+        parts += self._table_files(tenant.domain)
+        return PrefixKeys("\0".join(parts).encode(), salt, options.block_tokens)
+
+    def _table_files(self, domain: str) -> list[str]:
+        """The files of the tables that a domain's rows come from: a change of one changes hidden states."""
+        files = []
+        name: str | None = domain
+        while name is not None:
+            info = self.store.domains[name]
+            files.append(f"{info.layer_identity} {info.file}")
+            name = info.parent
+        return files
+
+    def _finish(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> None:
+        self.release(sequence)
+        is_error = isinstance(result, HmiError)
+        self.statistics.requests += 1
+        self.statistics.errors += is_error
+        self.statistics.tokens += len(sequence.token_ids)
+        sequence.respond(self._response(sequence, result))
+
+    def _response(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> Response:
+        if isinstance(result, HmiError):
+            return Response.failed(sequence.request, result)
+        now = time.perf_counter()
+        started = now if sequence.started is None else sequence.started
+        timing = Timing(
+            queue_seconds=started - sequence.arrived, prepare_seconds=0.0, compute_seconds=now - started
+        )
+        if isinstance(result, HeadOutput):
+            return respond(sequence.admitted(), result, timing, self.store.encoder)
+        text = sequence.text
+        return Response(
+            tenant=sequence.request.tenant,
+            kind="generation",
+            text=None if text is None else text.text,
+            token_ids=tuple(sequence.generated),
+            logprobs=tuple(sequence.logprobs),
+            finish_reason=str(result),
+            usage=Usage(
+                tokens=sequence.num_prompt,
+                generated_tokens=len(sequence.generated),
+                reused_tokens=min(sequence.num_reused, sequence.num_prompt),
+            ),
+            timing=timing,
+            id=sequence.request.id,
+        )

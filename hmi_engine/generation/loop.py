@@ -1,0 +1,254 @@
+"""Continuous batching: requests join and leave at every step; prompts are taken in beside the texts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hmi_engine.errors import HmiError, OverloadedError
+from hmi_engine.generation.block_pool import BlockPool
+from hmi_engine.generation.sequence import DecoderSequence, FinishReason
+from hmi_engine.generation.step import KeyValueCache, Scheduled, StepRunner
+from hmi_engine.pipeline.faults import as_fault
+from hmi_engine.pipeline.read_out import HeadOutput
+
+__all__ = ["GenerationLoop", "GenerationStatistics"]
+
+_logger = logging.getLogger("hmi_engine")
+
+Finish = Callable[[DecoderSequence, FinishReason | HeadOutput | HmiError], None]
+"""Called once for each sequence that ends or was cancelled, when it holds no blocks any more."""
+
+
+@dataclass
+class GenerationStatistics:
+    """Counts since the engine started.
+
+    Attributes:
+        steps: that were computed.
+        prompt_tokens: of prompts, computed.
+        reused_tokens: of prompts, found in the cache.
+        generated_tokens: of texts.
+        preemptions: sequences that gave their blocks up and were computed again.
+        running: sequences that hold blocks now.
+        waiting: sequences that do not.
+        blocks: of the cache.
+        blocks_held: that sequences hold.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    running: int = 0
+    waiting: int = 0
+    blocks: int = 0
+    blocks_held: int = 0
+
+
+class GenerationLoop:
+    """Decides what each step computes, and sees to the blocks. For one thread.
+
+    Texts that are under way go first, a token each; what is left of the token budget takes prompts, in the
+    order in which they came, a prompt in pieces if it is longer (Agrawal et al., "Sarathi-Serve", OSDI 2024).
+    Where the cache is full, the sequence that came last gives its blocks up and is computed again later.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        cache: KeyValueCache,
+        pool: BlockPool,
+        finish: Finish,
+        *,
+        max_step_tokens: int,
+        max_running: int,
+    ) -> None:
+        """Nothing waits yet.
+
+        Args:
+            runner: computes steps.
+            cache: the runner's.
+            pool: of the cache's blocks.
+            finish: is told of the ends.
+            max_step_tokens: most tokens of a step.
+            max_running: most sequences that hold blocks; no more than a step has tokens.
+        """
+        self._runner = runner
+        self._block_size = cache.block_size
+        self._pool = pool
+        self._finish = finish
+        self._max_step_tokens = max_step_tokens
+        self._max_running = min(max_running, max_step_tokens)  # each text gets a token in each step
+        self._waiting: deque[DecoderSequence] = deque()
+        self._running: list[DecoderSequence] = []  # in the order in which they came
+        self._statistics = GenerationStatistics(blocks=pool.num_blocks)
+
+    def __len__(self) -> int:
+        """Sequences that are not at their end."""
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more sequence could begin soon."""
+        return not self._waiting and len(self._running) < self._max_running
+
+    @property
+    def statistics(self) -> GenerationStatistics:
+        """How things stand."""
+        self._statistics.running = len(self._running)
+        self._statistics.waiting = len(self._waiting)
+        self._statistics.blocks_held = self._pool.num_held
+        return self._statistics
+
+    def check_fits(self, sequence: DecoderSequence) -> None:
+        """Raises OverloadedError for a sequence that the cache could not hold even alone."""
+        most = sequence.num_prompt + (sequence.sampling.max_tokens if sequence.is_generating else 0)
+        needed = -(-min(most, sequence.most_tokens) // self._block_size)
+        if needed > self._pool.num_blocks:
+            raise OverloadedError(
+                f"the request needs {needed} blocks of {self._block_size} tokens, but the cache has "
+                f"{self._pool.num_blocks}: ask for fewer tokens, or give the engine more cache_memory"
+            )
+
+    def add(self, sequence: DecoderSequence) -> None:
+        """Queues a sequence that fits."""
+        self._waiting.append(sequence)
+
+    def abandon(self) -> list[DecoderSequence]:
+        """Takes everything out that has not ended; it holds nothing any more."""
+        left = [*self._running, *self._waiting]
+        for sequence in self._running:
+            self._give_up(sequence)
+        self._running, self._waiting = [], deque()
+        return left
+
+    def step(self) -> bool:
+        """Computes one step; returns whether there was anything to compute."""
+        self._drop_cancelled()
+        scheduled = self._schedule()
+        if not scheduled:
+            return False
+        try:
+            outputs = self._runner.run(scheduled)
+        except Exception as error:
+            _logger.error("a step of the decoder failed", exc_info=error)
+            outputs = [as_fault(error, "compute")] * len(scheduled)
+        self._statistics.steps += 1
+        for each, output in zip(scheduled, outputs, strict=True):
+            self._take(each, output)
+        return True
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [each for each in self._running if each.is_cancelled]:
+            self._running.remove(sequence)
+            self._give_up(sequence)
+            self._finish(sequence, FinishReason.STOP)
+        # Asked once: another thread, or who is told of an end, may cancel more meanwhile.
+        cancelled = [each for each in self._waiting if each.is_cancelled]
+        for sequence in cancelled:
+            self._waiting.remove(sequence)
+            self._finish(sequence, FinishReason.STOP)
+
+    def _schedule(self) -> list[Scheduled]:
+        budget = self._max_step_tokens
+        planned: dict[DecoderSequence, int] = {}
+        for sequence in sorted(self._running, key=lambda each: each.num_waiting > 1):
+            count = min(sequence.num_waiting, budget)
+            if count and sequence in self._running and self._reserve(sequence, count, planned):
+                planned[sequence] = count
+                budget -= count
+        while budget and self._waiting and len(self._running) < self._max_running:
+            count = self._begin(self._waiting[0], budget)
+            if not count:
+                break
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            planned[sequence] = count
+            budget -= count
+        # Sequences of one tenant are one segment of the grouped kernels.
+        ordered = sorted(planned, key=lambda each: each.tenant.name)
+        return [Scheduled(sequence, planned[sequence]) for sequence in ordered]
+
+    def _begin(self, sequence: DecoderSequence, budget: int) -> int:
+        """Finds what of a sequence is in the cache, reserves blocks; returns how many tokens to compute."""
+        # At least the last token is computed: its hidden state is what comes next.
+        whole = (len(sequence.token_ids) - 1) // self._block_size
+        sequence.blocks = self._pool.find(sequence.keys.extend(sequence.token_ids)[:whole])
+        sequence.num_kept = len(sequence.blocks)
+        sequence.num_computed = sequence.num_kept * self._block_size
+        count = min(sequence.num_waiting, budget)
+        taken = self._pool.take(self._missing_blocks(sequence, count))
+        if taken is None:
+            self._give_up(sequence)
+            return 0
+        sequence.blocks += taken
+        sequence.started = time.perf_counter() if sequence.started is None else sequence.started
+        sequence.num_reused = max(sequence.num_reused, sequence.num_computed)
+        self._statistics.reused_tokens += sequence.num_computed
+        return count
+
+    def _missing_blocks(self, sequence: DecoderSequence, count: int) -> int:
+        return -(-(sequence.num_computed + count) // self._block_size) - len(sequence.blocks)
+
+    def _reserve(self, sequence: DecoderSequence, count: int, planned: dict[DecoderSequence, int]) -> bool:
+        """Takes the blocks for a sequence's next tokens, from those that came last if there are no others."""
+        needed = self._missing_blocks(sequence, count)
+        while needed > self._pool.num_unused:
+            last = self._running[-1]
+            self._preempt(last)
+            planned.pop(last, None)
+            if last is sequence:
+                return False
+        sequence.blocks += self._pool.take(needed) or []
+        return True
+
+    def _preempt(self, sequence: DecoderSequence) -> None:
+        self._running.remove(sequence)
+        self._give_up(sequence)
+        self._waiting.appendleft(sequence)
+        self._statistics.preemptions += 1
+
+    def _give_up(self, sequence: DecoderSequence) -> None:
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_kept = 0
+
+    def _take(self, each: Scheduled, output: torch.Tensor | HeadOutput | HmiError | None) -> None:
+        sequence = each.sequence
+        if isinstance(output, HmiError):
+            self._end(sequence, output)
+            return
+        in_prompt = max(0, min(each.num_tokens, sequence.num_prompt - sequence.num_computed))
+        self._statistics.prompt_tokens += in_prompt
+        sequence.num_computed += each.num_tokens
+        self._keep_full_blocks(sequence)
+        if isinstance(output, HeadOutput):
+            self._end(sequence, output)
+        elif output is not None:
+            self._statistics.generated_tokens += 1
+            try:
+                finish: FinishReason | HmiError | None = sequence.choose(output)
+            except Exception as error:
+                finish = as_fault(error, "respond")
+            if finish is not None:
+                self._end(sequence, finish)
+
+    def _keep_full_blocks(self, sequence: DecoderSequence) -> None:
+        full = sequence.num_computed // self._block_size
+        if full > sequence.num_kept:
+            keys = sequence.keys.extend(sequence.token_ids)
+            for place in range(sequence.num_kept, full):
+                self._pool.keep(sequence.blocks[place], keys[place])
+            sequence.num_kept = full
+
+    def _end(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> None:
+        self._running.remove(sequence)
+        self._give_up(sequence)
+        self._finish(sequence, result)

@@ -1,0 +1,142 @@
+"""One request of a decoder on its way: its tokens, its blocks, and who is told of what it gives."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from hmi_engine.generation.block_pool import PrefixKeys
+from hmi_engine.generation.text_stream import TextStream
+from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.knowledge.records import TenantInfo
+from hmi_engine.memory.residency import BatchTickets
+from hmi_engine.models.tokenization import EncodedText
+from hmi_engine.pipeline.admission import AdmittedRequest
+from hmi_engine.request import Request, Response
+from hmi_engine.sampling import Sampling
+
+__all__ = ["DecoderSequence", "FinishReason", "TextPiece"]
+
+
+class FinishReason(str, enum.Enum):
+    """Why a text ended."""
+
+    STOP = "stop"
+    """A stop string, or the model's end-of-text token."""
+    LENGTH = "length"
+    """``max_tokens``, or the model's positions."""
+
+    def __str__(self) -> str:
+        """Return the word used in responses."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """What a step added to a text: characters (maybe none yet), and the token that they came with."""
+
+    text: str
+    token_id: int
+    logprob: float | None = None
+
+
+@dataclass(eq=False)
+class DecoderSequence:
+    """A request that was admitted.
+
+    Attributes:
+        request: as it came.
+        tenant: the tenant's record, of the generation that is served.
+        token_ids: prompt and generated tokens.
+        num_prompt: how many are the prompt's.
+        is_generating: whether tokens are generated; else a head reads the prompt's last hidden state.
+        end_token: the token that ends a text; None for none.
+        most_tokens: of prompt and text together.
+        keys: names of full blocks.
+        respond: takes the response, once.
+        emit: takes each piece of the text as it comes; None if nobody wants it.
+        tickets: what memory was told of it.
+        arrived: seconds of ``time.perf_counter``; so are ``started``, of its first step.
+        chooser: chooses the tokens of a text.
+        text: their text.
+        logprobs: theirs, where the request asked for them.
+        num_computed: tokens whose keys and values are in the cache.
+        num_reused: most of them that were there already when the sequence began.
+        num_kept: full blocks that later sequences may begin with.
+        blocks: of the cache, held.
+        truncated: whether its text was cut to the model's positions.
+        is_cancelled: set by whoever does not wait any more, from any thread.
+    """
+
+    request: Request
+    tenant: TenantInfo
+    token_ids: list[int]
+    num_prompt: int
+    is_generating: bool
+    end_token: int | None
+    most_tokens: int
+    keys: PrefixKeys
+    respond: Callable[[Response], None]
+    tickets: BatchTickets
+    emit: Callable[[TextPiece], None] | None = None
+    arrived: float = field(default_factory=time.perf_counter)
+    chooser: TokenChooser | None = None
+    text: TextStream | None = None
+    logprobs: list[float] = field(default_factory=list)
+    num_computed: int = 0
+    num_reused: int = 0
+    num_kept: int = 0
+    blocks: list[int] = field(default_factory=list)
+    is_cancelled: bool = False
+    started: float | None = None
+    truncated: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """The request's settings."""
+        return self.request.sampling
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that are not in the cache yet: 1 while a text is generated, many before."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.token_ids[self.num_prompt :]
+
+    def admitted(self) -> AdmittedRequest:
+        """As it was admitted."""
+        return AdmittedRequest(
+            self.request, self.tenant, EncodedText(self.token_ids[: self.num_prompt], self.truncated, ())
+        )
+
+    def window(self, index: int, width: int) -> list[int]:
+        """Token ``index`` behind the up to ``width`` - 1 tokens before it; -1 fills up to three places."""
+        tokens = self.token_ids[max(0, index - width + 1) : index + 1]
+        return tokens + [-1] * (3 - len(tokens))
+
+    def choose(self, logits: torch.Tensor) -> FinishReason | None:
+        """Takes the next token, from float32 logits [V]; returns why the text ends with it, if it does."""
+        assert self.chooser is not None and self.text is not None
+        chosen = self.chooser.choose(logits, self.token_ids)
+        is_end = chosen.token_id == self.end_token and not self.sampling.ignore_end
+        self.token_ids.append(chosen.token_id)
+        if chosen.logprob is not None:
+            self.logprobs.append(chosen.logprob)
+        piece = self.text.add(chosen.token_id)
+        finish = None
+        if is_end or self.text.is_stopped:
+            finish = FinishReason.STOP
+        elif len(self.generated) >= self.sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            piece += self.text.finish()
+        if self.emit is not None:
+            self.emit(TextPiece(piece, chosen.token_id, chosen.logprob))
+        return finish

@@ -1,0 +1,278 @@
+"""Decoders for many callers at once: a thread takes what arrives, steps, and tells the callers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
+from hmi_engine.generation.core import DecoderCore
+from hmi_engine.generation.sequence import DecoderSequence, TextPiece
+from hmi_engine.pipeline.faults import as_fault
+from hmi_engine.request import Request, Response
+from hmi_engine.schedule.cost_model import StageCoefficients
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
+from hmi_engine.schedule.scheduler import Scheduler
+from hmi_engine.schedule.statistics import SchedulerStatistics
+
+__all__ = ["DecoderService"]
+
+_NO_LIMITS = TenantLimits()
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+_logger = logging.getLogger("hmi_engine")
+
+_clock = time.perf_counter
+
+Emit = Callable[[TextPiece], None]
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """A request as it came, and who waits for it."""
+
+    request: Request
+    future: Future[Response]
+    emit: Emit | None
+    priority: int
+    deadline: float | None
+
+
+class DecoderService:
+    """The queue and the thread of an asynchronous engine over a store of decoders.
+
+    Which request begins next is fair between tenants by tokens, those of the prompt and those that may be
+    generated (docs/scheduling.md); what has begun gets a part of every step.
+    """
+
+    def __init__(
+        self,
+        core: DecoderCore,
+        *,
+        limits: QueueLimits,
+        tenant_limits: Callable[[str], TenantLimits] | None,
+    ) -> None:
+        """Starts the thread."""
+        self._core = core
+        self._limits = limits
+        self._scheduler = Scheduler[tuple[_Arrival, DecoderSequence]](
+            clock=_clock, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
+        )
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._answered = threading.Condition(self._lock)
+        self._inbox: deque[_Arrival] = deque()
+        self._queued: dict[_Arrival, QueuedRequest[tuple[_Arrival, DecoderSequence]]] = {}
+        self._num_open = 0
+        self._refusing = self._stopping = self._stopped = False
+        self._reason = "the engine was closed before the request's turn came"
+        self._stop_lock = threading.Lock()
+        # A daemon, so that a program that forgets to close the engine ends all the same.
+        self._thread = threading.Thread(target=self._run, name="hmi-decode", daemon=True)
+        self._thread.start()
+
+    def put(
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        emit: Emit | None = None,
+    ) -> Future[Response]:
+        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full.
+
+        ``emit`` is called on the engine's thread with each piece of the text.
+        """
+        deadline = None if timeout is None else _clock() + timeout
+        arrival = _Arrival(request, Future(), emit, priority, deadline)
+        with self._lock:
+            self._check_open()
+            if len(self._inbox) + len(self._scheduler) >= self._limits.max_queued_requests:
+                raise OverloadedError(
+                    f"{self._limits.max_queued_requests} requests wait already; send this one again later, "
+                    "or give the engine larger queue_limits"
+                )
+            self._num_open += 1
+            self._inbox.append(arrival)
+            self._arrived.notify()
+        arrival.future.add_done_callback(self._note_answer)
+        return arrival.future
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError where requests are not taken any more."""
+        with self._lock:
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._refusing:
+            raise EngineClosedError("the engine is closed; open another one on the store")
+
+    def statistics(self) -> SchedulerStatistics:
+        """What the scheduler did, and what it holds."""
+        with self._lock:
+            return self._scheduler.statistics
+
+    def costs(self) -> dict[str, StageCoefficients]:
+        """Nothing: steps are not sized by what they cost."""
+        return {}
+
+    def refuse(self) -> None:
+        """Takes no requests any more."""
+        with self._lock:
+            self._refusing = True
+
+    def wait_until_empty(self) -> None:
+        """Returns when every request that was taken is answered."""
+        with self._lock:
+            self._answered.wait_for(lambda: self._num_open == 0)
+
+    def stop(self) -> None:
+        """Ends the thread after the step under way, fails what is open, closes the core; once is enough."""
+        with self._stop_lock:
+            if self._stopped:
+                return
+            self._stopped = True
+            with self._lock:
+                self._refusing = self._stopping = True
+                self._arrived.notify_all()
+            self._thread.join()
+            self._core.close()
+
+    def _run(self) -> None:
+        try:
+            with self._core.use_backend():
+                while self._serve():
+                    pass
+        except BaseException as error:
+            _logger.error("the engine stops serving", exc_info=error)
+            self._reason = f"the engine stopped after an error of its own: {type(error).__name__}: {error}"
+        finally:
+            self._abandon()
+
+    def _serve(self) -> bool:
+        """One round: admit, begin, step; returns False when it is to stop."""
+        with self._lock:
+            if not self._inbox and not len(self._core.loop) and not self._stopping:
+                self._arrived.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
+            if self._stopping:
+                return False
+            arrivals = list(self._inbox)
+            self._inbox.clear()
+        self._admit([arrival for arrival in arrivals if not arrival.future.cancelled()])
+        self._begin()
+        self._core.loop.step()
+        return True
+
+    def _admit(self, arrivals: list[_Arrival]) -> None:
+        if not arrivals:
+            return
+        try:
+            results = self._core.admit([arrival.request for arrival in arrivals])
+        except Exception as error:
+            results = [as_fault(error, "tokenise")] * len(arrivals)
+        for arrival, result in zip(arrivals, results, strict=True):
+            if isinstance(result, HmiError):
+                _answer(arrival.future, Response.failed(arrival.request, result))
+                continue
+            try:
+                sequence = self._core.sequence(result, partial(_answer, arrival.future), arrival.emit)
+            except HmiError as error:
+                _answer(arrival.future, Response.failed(arrival.request, error))
+            else:
+                self._queue(arrival, sequence)
+
+    def _queue(self, arrival: _Arrival, sequence: DecoderSequence) -> None:
+        queued = QueuedRequest(
+            tenant=sequence.tenant.name,
+            weights_key=sequence.tenant.name,
+            num_tokens=sequence.num_prompt
+            + (arrival.request.sampling.max_tokens if sequence.is_generating else 0),
+            adapter_bytes=0,
+            payload=(arrival, sequence),
+            priority=arrival.priority,
+            deadline=arrival.deadline,
+        )
+        try:
+            with self._lock:
+                self._scheduler.submit(queued)
+                self._queued[arrival] = queued
+        except DeadlineExceededError as error:
+            self._core.release(sequence)
+            _answer(arrival.future, Response.failed(arrival.request, error))
+        except OverloadedError as error:
+            self._core.release(sequence)
+            if arrival.future.set_running_or_notify_cancel():
+                arrival.future.set_exception(error)
+        else:
+            arrival.future.add_done_callback(lambda future: self._leave(future, arrival, sequence))
+
+    def _begin(self) -> None:
+        """Hands requests whose turn it is to the loop, one at a time, while it could begin with them."""
+        with self._lock:
+            expired = self._scheduler.expire()
+        for queued in expired:
+            arrival, sequence = queued.payload
+            self._core.release(sequence)
+            error = DeadlineExceededError(
+                "the request's timeout passed while it waited; give it more time, or send fewer at a time"
+            )
+            _answer(arrival.future, Response.failed(arrival.request, error))
+        while self._core.loop.has_room:
+            with self._lock:
+                batch = self._scheduler.next_batch(max_tokens=1, max_adapter_bytes=0)
+            if not batch:
+                return
+            for queued in batch:
+                self._core.loop.add(queued.payload[1])
+
+    def _leave(self, future: Future[Response], arrival: _Arrival, sequence: DecoderSequence) -> None:
+        """The request is answered, or its caller has gone: then what it holds is free within a step."""
+        with self._lock:
+            queued = self._queued.pop(arrival, None)
+            if queued is None:
+                return
+            is_waiting = queued.state is RequestState.QUEUED
+            if future.cancelled():
+                self._scheduler.cancel(queued)
+                sequence.is_cancelled = True
+            if queued.state in (RequestState.RUNNING, RequestState.CANCELLED) and not is_waiting:
+                self._scheduler.finish([queued])
+        if future.cancelled() and is_waiting:
+            self._core.release(sequence)
+
+    def _abandon(self) -> None:
+        error = EngineClosedError(self._reason)
+        with self._lock:
+            self._refusing = True
+            futures = [arrival.future for arrival in self._inbox]
+            self._inbox.clear()
+            waiting = [queued for queued in self._queued.values() if queued.state is RequestState.QUEUED]
+        for sequence in self._core.loop.abandon():
+            self._core.release(sequence)
+            sequence.respond(Response.failed(sequence.request, error))
+        for queued in waiting:
+            arrival, sequence = queued.payload
+            self._core.release(sequence)
+            futures.append(arrival.future)
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _note_answer(self, _: Future[Response]) -> None:
+        with self._lock:
+            self._num_open -= 1
+            if not self._num_open:
+                self._answered.notify_all()
+
+
+def _answer(future: Future[Response], response: Response) -> None:
+    """Gives the answer, unless the caller has gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(response)

@@ -1,0 +1,122 @@
+"""What a step of a decoder reads of the PLOT: look-up of single tokens, missing windows, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+import hmi_kernels
+from hmi_engine.memory.missing_windows import MissingWindows, most_wanted
+from hmi_engine.memory.plot_view import PlotView
+from hmi_engine.models.gpt2 import HierarchicalGpt2
+
+__all__ = ["CausalPlotView", "CausalTokens"]
+
+
+class CausalTokens(NamedTuple):
+    """Tokens of any sequences.
+
+    Attributes:
+        windows: int32 [T, 3]: each token after those before it, in the order of the text, -1 behind it.
+        input_ids: int32 [T], the tokens themselves.
+        positions: int64 [T], in their sequences.
+        domains: the domain of each token's tenant.
+    """
+
+    windows: torch.Tensor
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    domains: Sequence[str]
+
+
+class CausalPlotView(AbstractContextManager["CausalPlotView"]):
+    """A lease as :class:`~hmi_engine.memory.plot_view.PlotView`, for the tokens of decoders."""
+
+    def __init__(self, view: PlotView, model: HierarchicalGpt2) -> None:
+        """Takes over ``view``, to be released with it."""
+        self._view = view
+        self._model = model
+
+    def release(self) -> None:
+        """Gives the tables back; a second call does nothing."""
+        self._view.release()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Releases the view."""
+        self.release()
+
+    def lookup(self, tokens: CausalTokens) -> torch.Tensor:
+        """Finds each token's row: int64 [T, 2], as ``hmi_kernels.causal_lookup`` describes."""
+        references = hmi_kernels.causal_lookup(
+            tokens.windows,
+            [table.key_index for table in self._view.kernel_tables],
+            self._view.chains,
+            self._view.places_of(tokens.domains).int(),
+        )
+        self._view.count_overlay_hits(references)
+        return references
+
+    def missing(self, tokens: CausalTokens, references: torch.Tensor) -> list[MissingWindows]:
+        """The windows that no table holds, each once; a single token is none, its row is its unigram's."""
+        is_missing = (references[:, 0] < 0) & (tokens.windows[:, 1] >= 0)
+        identities = [self._view.identity_of(domain) for domain in tokens.domains]
+        found = []
+        for identity in dict.fromkeys(identities):
+            chosen = is_missing & torch.tensor([other == identity for other in identities])
+            positions = chosen.nonzero()[:, 0]
+            if positions.numel():
+                keys, members = torch.unique(
+                    hmi_kernels.ngram_keys(tokens.windows[positions]), return_inverse=True
+                )
+                found.append(MissingWindows(identity, keys, positions, members))
+        return found
+
+    def compute_misses(
+        self, tokens: CausalTokens, references: torch.Tensor, *, limit: int | None = None
+    ) -> tuple[torch.Tensor, int]:
+        """Computes missing windows, each once, and offers them to the overlay for later steps.
+
+        Args:
+            tokens: those that ``references`` were looked up for.
+            references: the result of :meth:`lookup`, which is not changed.
+            limit: compute at most so many windows, those that the step has most often; default all.
+
+        Returns:
+            The references with what was computed, and how many windows that were.
+        """
+        missing = self.missing(tokens, references)
+        if limit is not None and sum(len(part.keys) for part in missing) > limit:
+            missing = most_wanted(missing, [torch.zeros(len(part.keys)) for part in missing], limit)
+        complete = references.clone() if missing else references
+        for part in missing:
+            windows = hmi_kernels.ngram_tokens(part.keys)
+            numbers = self._view.keep_computed(
+                part, self._view.layers_of(self._model, part.identity)(windows)
+            )
+            complete[part.positions, 0] = numbers[part.members]
+        return complete, sum(len(part.keys) for part in missing)
+
+    def merge(self, tokens: CausalTokens, references: torch.Tensor) -> torch.Tensor:
+        """Layer K's input: rows and positions through the merge's LayerNorm, float32 [T, H]."""
+        tables = self._view.kernel_tables
+        norm = self._model.merge_norm
+        return hmi_kernels.causal_merge(
+            tokens.input_ids,
+            tokens.positions,
+            references,
+            [table.rows for table in tables],
+            self._view.unigram_tables,
+            self._view.places_of(tokens.domains).int(),
+            self._model.merge_positions,
+            norm.weight,
+            norm.bias,
+            layer_norm_eps=norm.eps,
+            row_scales=[table.row_scales for table in tables],
+            codebooks=[table.codebooks for table in tables],
+        )

@@ -1,0 +1,85 @@
+"""A GPT-2-architecture decoder as shared tensors: domain layers on windows, upper layers on packed tokens."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from hmi_engine.models.causal_windows import CausalWindowLayers
+from hmi_engine.models.gpt2_block import Attend, Gpt2Block
+from hmi_engine.models.gpt2_loading import Gpt2Configuration, load_gpt2_configuration, load_gpt2_tensors
+from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
+from hmi_engine.models.linear import SharedLinear
+from hmi_engine.models.loading import MERGE_LAYER_NORM_EPS, load_merge
+
+__all__ = ["HierarchicalGpt2"]
+
+
+class HierarchicalGpt2:
+    """The shared base of hGPT: embeddings, domain layers, merge parameters, upper layers, language head.
+
+    See docs/architecture.md. All tensors are float32; every tenant shares them. Nothing here follows
+    gradients.
+    """
+
+    def __init__(
+        self,
+        configuration: Gpt2Configuration,
+        tensors: dict[str, torch.Tensor],
+        merge: dict[str, torch.Tensor],
+        plot_layers: int,
+    ) -> None:
+        self.configuration = configuration
+        self.plot_layers = plot_layers
+        self.words, self.positions = tensors["wte.weight"], tensors["wpe.weight"]
+        self.layers = [Gpt2Block(tensors, index, configuration) for index in range(configuration.num_layers)]
+        self.merge_positions = merge["position_embeddings"]
+        self.merge_norm = LayerNorm(
+            merge["layer_norm.weight"], merge["layer_norm.bias"], MERGE_LAYER_NORM_EPS
+        )
+        self.final_norm = LayerNorm(
+            tensors["ln_f.weight"], tensors["ln_f.bias"], configuration.layer_norm_eps
+        )
+        self.pooler: SharedLinear | None = None
+        self._language_head = SharedLinear(self.words, torch.zeros(configuration.vocab_size))
+
+    @classmethod
+    def load(cls, directory: Path, plot_layers: int) -> HierarchicalGpt2:
+        """Loads the ``general`` folder of a store.
+
+        Raises:
+            StoreCorruptError: a file is missing or damaged.
+        """
+        configuration = load_gpt2_configuration(directory)
+        return cls(
+            configuration, load_gpt2_tensors(directory, configuration), load_merge(directory), plot_layers
+        )
+
+    @functools.cached_property
+    def window_states(self) -> CausalWindowLayers:
+        """The domain layers, as they run over windows: tokens int32 [M, W] -> float32 [M, 1, H]."""
+        return CausalWindowLayers(self.words, self.positions, self.layers[: self.plot_layers])
+
+    def embed(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The input of layer 0: input_ids, positions [T] -> [T, H]."""
+        return functional.embedding(input_ids.long(), self.words) + self.positions[positions]
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        attend: Attend,
+        *,
+        first: int,
+        adapters: AdapterApplication | None = None,
+    ) -> torch.Tensor:
+        """Layers ``first`` to the end over packed hidden states [T, H] of new tokens; no final LayerNorm."""
+        for layer in self.layers[first:]:
+            hidden_states = layer.forward(hidden_states, attend, adapters)
+        return hidden_states
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the language head says of last hidden states [Q, H] (before the final LayerNorm) -> [Q, V]."""
+        return self._language_head(self.final_norm(hidden_states))
