@@ -411,3 +411,41 @@ def test_closing_fails_what_runs_and_hangs_nobody(mixed_store: hmi.Store) -> Non
     for result in asyncio.run(close()):
         error = result.error if isinstance(result, hmi.Response) else result
         assert error is None or isinstance(error, hmi.errors.EngineClosedError)
+
+
+async def come_and_go(store: hmi.Store, count: int) -> dict:
+    """Random requests, of which many leave at a random moment; what the engine holds in the end."""
+    draw = random.Random(3)
+    names = [*store.tenants, "nobody"]
+    options = {"cache_memory": 60_000, "max_running": 24, "max_step_tokens": 48}
+    async with hmi.AsyncEngine(store, **options) as engine:
+
+        async def one(number: int) -> None:
+            sampling = hmi.Sampling(max_tokens=draw.randint(1, 12), temperature=1.0, seed=number)
+            request = hmi.Request(draw.choice(names), draw.choice(PROMPTS), sampling=sampling)
+            timeout = draw.choice([None, None, 0.0, 0.01])
+            task = asyncio.create_task(engine.submit(request, timeout=timeout))
+            if draw.random() < 0.4:
+                await asyncio.sleep(draw.random() * 0.05)
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        for start in range(0, count, 100):
+            await asyncio.gather(*(one(start + number) for number in range(min(100, count - start))))
+        await engine.drain()
+        while engine.stats().generation["running"]:
+            await asyncio.sleep(0.001)
+        assert not engine._core.residency._queue._waiting, "nobody waits for a tenant any more"
+        return engine.stats().generation
+
+
+def test_requests_that_come_and_go_leave_nothing(mixed_store: hmi.Store) -> None:
+    statistics = asyncio.run(come_and_go(mixed_store, 300))
+    assert (statistics["blocks_held"], statistics["waiting"]) == (0, 0)
+    assert statistics["preemptions"] > 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_that_come_and_go_leave_nothing(mixed_store: hmi.Store) -> None:
+    statistics = asyncio.run(come_and_go(mixed_store, 10_000))
+    assert (statistics["blocks_held"], statistics["waiting"]) == (0, 0)
