@@ -39,6 +39,7 @@ def test_benchmark(tmp_path: Path) -> None:
     assert result["peaks"] is None and not result["quantities"]
 
 
+@pytest.mark.slow
 def test_quick_check(tmp_path: Path) -> None:
     with emulated("plain"):  # compiled here, if nobody has yet: that takes longer than steps may
         pass

@@ -44,13 +44,16 @@ STAGED_OPS = frozenset(
 HOST_OPS = frozenset(
     f"hmi::{name}"
     for name in (
+        "causal_lookup",
+        "causal_merge",
         "count_ngrams",
+        "paged_attention",
         "plot_index_build",
         "plot_index_find",
         "plot_index_insert",
     )
 )
-"""Those that none implements, whatever is chosen; an op must be in one of the two sets."""
+"""Those that no backend of a GPU implements, whatever is chosen; an op must be in one of the two sets."""
 ALIGNMENT = 256
 """Bytes: no kernel asks for more."""
 

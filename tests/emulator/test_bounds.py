@@ -26,6 +26,7 @@ def run_case(kernel, parameter):
     return run_sanitized(code, program=EMULATOR_TESTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameter", [0, 1, -1])
 @pytest.mark.parametrize("kernel", ["read_at_offset", "write_at_offset"])
 def test_the_sanitizer_sees_the_ends_of_global_memory(kernel, parameter):

@@ -150,8 +150,8 @@ def test_newer_formats_and_cut_files_are_refused(tmp_path: Path, make_table: Mak
     path.unlink()
     with pytest.raises(StoreCorruptError, match="cannot be read"):
         open_plot(path)
-    save_file({}, path, {"format": "hmi-plot", "format_version": "4"})
-    with pytest.raises(StoreVersionError, match="format version 4"):
+    save_file({}, path, {"format": "hmi-plot", "format_version": "5"})
+    with pytest.raises(StoreVersionError, match="format version 5"):
         open_plot(path)
 
 

@@ -188,7 +188,7 @@ def test_domains_with_their_own_layers_share_no_windows(store, corpus, held_out)
         lookalike = view._searched["words"]
         view._searched["own"] = type(lookalike)("other", ("own",), {}, lookalike.unigrams)
         view._places["own"] = 1
-        view._chains = torch.cat([view._chains, torch.full_like(view._chains, -1)])
+        view.chains = torch.cat([view.chains, torch.full_like(view.chains, -1)])
         domains = ["words", "own"] * 3
         references = view.lookup(sequences, domains)
         completed = view.compute_misses(store.model, sequences, domains, references)
@@ -200,7 +200,7 @@ def test_domains_with_their_own_layers_share_no_windows(store, corpus, held_out)
         references = completed.references[start:end, 0]
         tables = (references >> hmi_kernels.ROW_BITS).unique().tolist()
         (number,) = tables
-        rows = view._kernel_tables[number].rows[references & ((1 << hmi_kernels.ROW_BITS) - 1)]
+        rows = view.kernel_tables[number].rows[references & ((1 << hmi_kernels.ROW_BITS) - 1)]
         expected = -store.model.window_states(tokens)
         torch.testing.assert_close(rows.float(), expected, atol=5e-3, rtol=5e-3)
     assert [len(plots.overlay.hold(name).tables) for name in ("other", store.general.domain_layers)] == [1, 1]

@@ -124,7 +124,7 @@ def test_merge_of_rows_of_each_type(
 
 @pytest.mark.parametrize("compute_type", COMPUTE_TYPES, ids=str)
 @pytest.mark.parametrize("window", [2, 3])
-@pytest.mark.parametrize("hidden_size", [8, 256, 384, 1024])
+@pytest.mark.parametrize("hidden_size", [8, 256, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("piece_size", [4, 8])
 def test_merge_of_codes(window: int, hidden_size: int, piece_size: int, compute_type: torch.dtype) -> None:
     case = make_case(window, share=0.4)

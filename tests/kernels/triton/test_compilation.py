@@ -50,6 +50,7 @@ def compiled(target: str, directory: Path, *options: str) -> list[dict[str, Any]
     return records
 
 
+@pytest.mark.slow
 def test_compiles_with_tensor_cores_and_wide_reads(tmp_path: Path) -> None:
     records = compiled("sm_90", tmp_path)
     assert {record["kernel"] for record in records} == KERNELS
