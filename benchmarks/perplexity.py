@@ -205,7 +205,7 @@ def _curve(name: str, budgets: Sequence[str], scores: Mapping[str, Scores], base
 def _distilled_folder(text: str) -> tuple[int, Path]:
     layers, _, folder = text.partition("=")
     if not (layers.isdigit() and folder):
-        raise argparse.ArgumentTypeError(f"{text!r} is not K=FOLDER, such as 3=/work/distilled-3")
+        raise argparse.ArgumentTypeError(f"{text!r} is not K=FOLDER, such as 3=distilled-3")
     return int(layers), Path(folder)
 
 
