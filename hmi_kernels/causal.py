@@ -12,7 +12,7 @@ from hmi_kernels import reference
 from hmi_kernels.checks import COMPUTE_TYPES, require_tensor, require_vector
 from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
-from hmi_kernels.plot import PIECE_SIZES, native_row_table, native_row_tables
+from hmi_kernels.plot import native_row_table, native_row_tables, refused_pieces
 from hmi_kernels.plot_index import require_index
 from hmi_kernels.row_tables import require_row_tables
 
@@ -203,10 +203,7 @@ def _merge_refuses_on_cpu(arguments: _MergeArguments) -> str:
     tables = (*arguments.row_tables, *arguments.unigram_tables)
     if any(table.dtype is torch.bfloat16 for table in tables):
         return "row_tables and unigram_tables must not be torch.bfloat16"
-    sizes = {codebook.shape[3] for codebook in arguments.codebooks if codebook.numel()}
-    if not sizes <= set(PIECE_SIZES):
-        return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
-    return ""
+    return refused_pieces(arguments.codebooks)
 
 
 _causal_lookup = define(

@@ -17,7 +17,7 @@ from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
 from hmi_kernels.row_tables import require_row_tables
 
-__all__ = ["PIECE_SIZES", "native_row_table", "native_row_tables", "plot_lookup", "plot_merge"]
+__all__ = ["native_row_table", "native_row_tables", "plot_lookup", "plot_merge", "refused_pieces"]
 
 PIECE_SIZES = (4, 8)
 """Elements that a code can stand for, but in the reference, which takes any."""
@@ -178,10 +178,15 @@ class MergeArguments(NamedTuple):
 
     def refused_pieces(self) -> str:
         """Why no kernel but the reference takes the codebooks; "" if they can."""
-        sizes = {codebook.shape[3] for codebook in self.codebooks if codebook.numel()}
-        if sizes <= set(PIECE_SIZES):
-            return ""
-        return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
+        return refused_pieces(self.codebooks)
+
+
+def refused_pieces(codebooks: Sequence[Tensor]) -> str:
+    """Why no kernel but the reference takes these codebooks; "" if they can."""
+    sizes = {codebook.shape[3] for codebook in codebooks if codebook.numel()}
+    if sizes <= set(PIECE_SIZES):
+        return ""
+    return f"codebooks must hold pieces of 4 or 8 elements, not {sorted(sizes)}"
 
 
 def _check_lookup(arguments: LookupArguments) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from hmi_engine.errors import EngineClosedError, HmiError
@@ -29,15 +29,15 @@ def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Respons
             while core.loop.step():
                 pass
         finally:
-            _fail_rest(core, lambda sequence_request: Response.failed(sequence_request, _INTERRUPTED))
+            _fail_rest(core)
     return [response for response in responses if response is not None]
 
 
 _INTERRUPTED = EngineClosedError("the call was interrupted before the request was answered")
 
 
-def _fail_rest(core: DecoderCore, failed: Callable[[Request], Response]) -> None:
+def _fail_rest(core: DecoderCore) -> None:
     """After an interruption: nothing stays in the loop for the next call."""
     for sequence in core.loop.abandon():
         core.release(sequence)
-        sequence.respond(failed(sequence.request))
+        sequence.respond(Response.failed(sequence.request, _INTERRUPTED))

@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hmi_engine.errors import StoreCorruptError, UnsupportedModelError
-from hmi_engine.models.loading import CONFIGURATION_FILE, MERGE_FILE, WEIGHTS_FILE
+from hmi_engine.models.loading import (
+    CONFIGURATION_FILE,
+    MERGE_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    undistilled_merge,
+)
 
 __all__ = ["Gpt2Configuration", "import_gpt2", "load_gpt2_configuration", "load_gpt2_tensors"]
 
@@ -124,20 +130,13 @@ def import_gpt2(source: str, directory: Path) -> Gpt2Configuration:
     tokenizer.save_pretrained(directory)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.transformer.state_dict().items()}
     save_file(tensors, directory / WEIGHTS_FILE)
-    save_file(_merge_of(Path(source), tensors, configuration), directory / MERGE_FILE)
+    save_file(_merge_of(Path(source), tensors["wpe.weight"]), directory / MERGE_FILE)
     return configuration
 
 
-def _merge_of(
-    source: Path, tensors: dict[str, torch.Tensor], configuration: Gpt2Configuration
-) -> dict[str, torch.Tensor]:
+def _merge_of(source: Path, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     """The merge of a model that was distilled for look-up, which lies beside it; else the undistilled one."""
-    hidden = configuration.hidden_size
-    merge = {
-        "position_embeddings": tensors["wpe.weight"].clone(),
-        "layer_norm.weight": torch.ones(hidden),
-        "layer_norm.bias": torch.zeros(hidden),
-    }
+    merge = undistilled_merge(positions)
     path = source / MERGE_FILE
     if not path.exists():
         return merge
@@ -172,16 +171,7 @@ def load_gpt2_tensors(directory: Path, configuration: Gpt2Configuration) -> dict
     Raises:
         StoreCorruptError: the file is missing or damaged, or a shape contradicts the configuration.
     """
-    path = directory / WEIGHTS_FILE
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StoreCorruptError(f"{path}: unreadable weights: {error}") from error
-    for name, shape in _expected_shapes(configuration).items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise StoreCorruptError(f"{path}: {name} should be {shape}, found {found}")
-    return tensors
+    return load_weights(directory, _expected_shapes(configuration))
 
 
 def _expected_shapes(configuration: Gpt2Configuration) -> dict[str, tuple[int, ...]]:

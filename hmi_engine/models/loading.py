@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,15 @@ from hmi_engine.errors import StoreCorruptError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["BertConfiguration", "import_bert", "load_bert_tensors", "load_configuration", "load_merge"]
+__all__ = [
+    "BertConfiguration",
+    "import_bert",
+    "load_bert_tensors",
+    "load_configuration",
+    "load_merge",
+    "load_weights",
+    "undistilled_merge",
+]
 
 WEIGHTS_FILE = "model.safetensors"
 MERGE_FILE = "merge.safetensors"
@@ -128,11 +137,7 @@ def import_bert(source: str, directory: Path) -> tuple[BertConfiguration, int | 
         if not name.endswith("position_ids") and (has_pooler or not name.startswith("pooler."))
     }
     save_file(tensors, directory / WEIGHTS_FILE)
-    merge = {
-        "position_embeddings": tensors["embeddings.position_embeddings.weight"].clone(),
-        "layer_norm.weight": torch.ones(configuration.hidden_size),
-        "layer_norm.bias": torch.zeros(configuration.hidden_size),
-    }
+    merge = undistilled_merge(tensors["embeddings.position_embeddings.weight"])
     save_file(merge, directory / MERGE_FILE)
     mask, unknown = tokenizer.mask_token_id, tokenizer.unk_token_id
     return configuration, unknown if mask is None else mask
@@ -167,7 +172,6 @@ def load_bert_tensors(directory: Path, configuration: BertConfiguration) -> dict
     Raises:
         StoreCorruptError: the file is missing or damaged, or a shape contradicts the configuration.
     """
-    tensors = _load(directory / WEIGHTS_FILE)
     sizes = dataclasses.asdict(configuration)
     expected = {
         "embeddings.word_embeddings.weight": (sizes["vocab_size"], sizes["hidden_size"]),
@@ -176,11 +180,31 @@ def load_bert_tensors(directory: Path, configuration: BertConfiguration) -> dict
     for layer in range(configuration.num_layers):
         name = f"encoder.layer.{layer}.intermediate.dense.weight"
         expected[name] = (sizes["intermediate_size"], sizes["hidden_size"])
+    return load_weights(directory, expected)
+
+
+def load_weights(directory: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Reads a base model's weights; those named in ``expected`` must have these shapes.
+
+    Raises:
+        StoreCorruptError: the file is missing or damaged, or a shape is another.
+    """
+    path = directory / WEIGHTS_FILE
+    tensors = _load(path)
     for name, shape in expected.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise StoreCorruptError(f"{directory / WEIGHTS_FILE}: {name} should be {shape}, found {found}")
+            raise StoreCorruptError(f"{path}: {name} should be {shape}, found {found}")
     return tensors
+
+
+def undistilled_merge(positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The merge of a base whose position table is ``positions`` [P, H]: a LayerNorm that only normalizes."""
+    return {
+        "position_embeddings": positions.clone(),
+        "layer_norm.weight": torch.ones(positions.shape[1]),
+        "layer_norm.bias": torch.zeros(positions.shape[1]),
+    }
 
 
 def load_merge(directory: Path) -> dict[str, torch.Tensor]:
