@@ -1,5 +1,6 @@
 # ruff: noqa: N999
 # Addresses are integers; sizes and strides count elements. The caller checks dtypes, shapes and strides.
+from collections.abc import Sequence
 from typing import Any
 
 compiler: str
@@ -53,7 +54,7 @@ def plot_merge(
 def grouped_adapter(
     output: int,
     output_stride: int,
-    output_size: int,
+    output_sizes: Sequence[int],
     hidden_states: int,
     hidden_stride: int,
     hidden_size: int,

@@ -18,7 +18,6 @@ from hmi_kernels.checks import (
     require_vector,
 )
 from hmi_kernels.cuda.adapters import BOTTLENECK, LORA
-from hmi_kernels.host_indexes import SlotTable, check_values
 from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 
@@ -225,8 +224,7 @@ def _cpu_refuses(arguments: LoraArguments | BottleneckArguments) -> str:
 
 
 def _bottleneck_on_cpu(arguments: BottleneckArguments) -> None:
-    slots = (arguments.slot_offsets, arguments.slot_ranks, arguments.slot_scales)
-    _add_on_cpu(arguments, arguments.output, slots, arguments.slot_activations.data_ptr())
+    _add_on_cpu(arguments, [arguments.output.shape[1]], arguments.slot_activations.data_ptr())
     if arguments.layer_norm_weight is None or arguments.segment_slots.shape[0] == 0:
         return
     rows = arguments.output[int(arguments.segment_offsets[0]) : int(arguments.segment_offsets[-1])]
@@ -235,47 +233,31 @@ def _bottleneck_on_cpu(arguments: BottleneckArguments) -> None:
 
 
 def _lora_on_cpu(arguments: LoraArguments) -> None:
-    tables = (arguments.slot_offsets, arguments.slot_ranks, arguments.slot_scales)
-    if not arguments.output_sizes:
-        _add_on_cpu(arguments, arguments.output, tables)
-        return
-    # All checks of values come before the first change.
-    columns = arguments.output.split(list(arguments.output_sizes), dim=1)
-    input_size, arena_size = arguments.hidden_states.shape[1], arguments.arena.shape[0]
-    for p, output in enumerate(columns):
-        table = SlotTable(tables[0][p], tables[1][p], None, arena_size, input_size + output.shape[1], 0)
-        check_values(arguments.segment_offsets, arguments.segment_slots, output.shape[0], table)
-    for p, output in enumerate(columns):
-        _add_on_cpu(arguments, output, (tables[0][p], tables[1][p], tables[2][p]))
+    _add_on_cpu(arguments, arguments.output_sizes or [arguments.output.shape[1]])
 
 
 def _add_on_cpu(
-    arguments: LoraArguments | BottleneckArguments,
-    output: Tensor,
-    slot_tables: tuple[Tensor, Tensor, Tensor],
-    slot_activations: int = 0,
+    arguments: LoraArguments | BottleneckArguments, output_sizes: Sequence[int], slot_activations: int = 0
 ) -> None:
-    hidden_states = arguments.hidden_states
-    slot_offsets, slot_ranks, slot_scales = slot_tables
-    num_tokens, output_size = output.shape
+    output, hidden_states = arguments.output, arguments.hidden_states
     native.grouped_adapter(
         output.data_ptr(),
         output.stride(0),
-        output_size,
+        output_sizes,
         hidden_states.data_ptr(),
         hidden_states.stride(0),
         hidden_states.shape[1],
-        num_tokens,
+        output.shape[0],
         arguments.arena.data_ptr(),
         arguments.arena.shape[0],
         arguments.segment_offsets.data_ptr(),
         arguments.segment_slots.data_ptr(),
         arguments.segment_slots.shape[0],
-        slot_offsets.data_ptr(),
-        slot_ranks.data_ptr(),
+        arguments.slot_offsets.data_ptr(),
+        arguments.slot_ranks.data_ptr(),
         slot_activations,
-        slot_scales.data_ptr(),
-        slot_offsets.shape[0],
+        arguments.slot_scales.data_ptr(),
+        arguments.slot_offsets.shape[-1],
         torch.get_num_threads(),
     )
 

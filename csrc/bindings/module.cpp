@@ -54,18 +54,26 @@ void plot_merge(Address input_ids, int64_t num_tokens, Address sequence_offsets,
                   num_threads);
 }
 
-void grouped_adapter(Address output, int64_t output_stride, int64_t output_size, Address hidden_states,
-                     int64_t hidden_stride, int64_t hidden_size, int64_t num_tokens, Address arena, int64_t arena_size,
-                     Address segment_offsets, Address segment_slots, int64_t num_segments, Address slot_offsets,
-                     Address slot_ranks, Address slot_activations, Address slot_scales, int64_t num_slots,
-                     int num_threads) {
-  hmi::grouped_adapter(
-      {pointer<float>(output), output_stride, pointer<const float>(hidden_states), hidden_stride, num_tokens,
-       hidden_size, output_size, pointer<const float>(arena), arena_size, pointer<const int64_t>(segment_offsets),
-       pointer<const int32_t>(segment_slots), num_segments, pointer<const int64_t>(slot_offsets),
-       pointer<const int32_t>(slot_ranks), pointer<const int32_t>(slot_activations), pointer<const float>(slot_scales),
-       num_slots},
-      num_threads);
+// Projection p writes the p-th group of `output_sizes` columns; slot tables are [projections, slots].
+void grouped_adapter(Address output, int64_t output_stride, const std::vector<int64_t>& output_sizes,
+                     Address hidden_states, int64_t hidden_stride, int64_t hidden_size, int64_t num_tokens,
+                     Address arena, int64_t arena_size, Address segment_offsets, Address segment_slots,
+                     int64_t num_segments, Address slot_offsets, Address slot_ranks, Address slot_activations,
+                     Address slot_scales, int64_t num_slots, int num_threads) {
+  std::vector<hmi::GroupedAdapterArguments> projections;
+  float* columns = pointer<float>(output);
+  int64_t first = 0;
+  for (const int64_t output_size : output_sizes) {
+    projections.push_back({columns, output_stride, pointer<const float>(hidden_states), hidden_stride, num_tokens,
+                           hidden_size, output_size, pointer<const float>(arena), arena_size,
+                           pointer<const int64_t>(segment_offsets), pointer<const int32_t>(segment_slots), num_segments,
+                           pointer<const int64_t>(slot_offsets) + first, pointer<const int32_t>(slot_ranks) + first,
+                           slot_activations ? pointer<const int32_t>(slot_activations) + first : nullptr,
+                           pointer<const float>(slot_scales) + first, num_slots});
+    columns += output_size;
+    first += num_slots;
+  }
+  hmi::grouped_adapter(projections, num_threads);
 }
 
 void grouped_vector(bool is_scale, Address rows, int64_t stride, int64_t num_tokens, int64_t hidden_size, Address arena,
@@ -221,7 +229,7 @@ void define_plot(py::module_& m) {
 }
 
 void define_adapters(py::module_& m) {
-  m.def("grouped_adapter", &grouped_adapter, py::arg("output"), py::arg("output_stride"), py::arg("output_size"),
+  m.def("grouped_adapter", &grouped_adapter, py::arg("output"), py::arg("output_stride"), py::arg("output_sizes"),
         py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("hidden_size"), py::arg("num_tokens"),
         py::arg("arena"), py::arg("arena_size"), py::arg("segment_offsets"), py::arg("segment_slots"),
         py::arg("num_segments"), py::arg("slot_offsets"), py::arg("slot_ranks"), py::arg("slot_activations"),

@@ -19,6 +19,7 @@ constexpr int64_t kMaxRowsPerTask = 64;
 constexpr int64_t kMultiplyAddsWorthAThread = 250'000;
 
 struct Task {
+  const Arguments* projection;
   int32_t slot;
   int64_t row;
   int64_t num_rows;
@@ -32,20 +33,19 @@ void check(const Arguments& a) {
                          a.input_size + a.output_size + has_biases, has_biases ? a.output_size : 0, 1, a.arena_size});
 }
 
-std::vector<Task> split_into_tasks(const Arguments& a) {
-  std::vector<Task> tasks;
+void split_into_tasks(const Arguments& a, std::vector<Task>& tasks) {
   for (int64_t g = 0; g < a.num_segments; ++g) {
     const int32_t slot = a.segment_slots[g];
     if (slot < 0 || a.slot_ranks[slot] == 0) continue;
     const int64_t step = std::clamp<int64_t>(kScratchElements / a.slot_ranks[slot], 1, kMaxRowsPerTask);
     for (int64_t row = a.segment_offsets[g]; row < a.segment_offsets[g + 1]; row += step) {
-      tasks.push_back({slot, row, std::min(step, a.segment_offsets[g + 1] - row)});
+      tasks.push_back({&a, slot, row, std::min(step, a.segment_offsets[g + 1] - row)});
     }
   }
-  return tasks;
 }
 
-void run_task(const Arguments& a, const SimdKernels& kernels, const Task& task, float* scratch) noexcept {
+void run_task(const SimdKernels& kernels, const Task& task, float* scratch) noexcept {
+  const Arguments& a = *task.projection;
   const bool is_bottleneck = a.slot_activations != nullptr;
   const int64_t rank = a.slot_ranks[task.slot];
   const float* down = a.arena + a.slot_offsets[task.slot];
@@ -64,21 +64,22 @@ void run_task(const Arguments& a, const SimdKernels& kernels, const Task& task, 
 
 }  // namespace
 
-void grouped_adapter(const Arguments& arguments, int num_threads) {
-  check(arguments);
-  const std::vector<Task> tasks = split_into_tasks(arguments);
+void grouped_adapter(const std::vector<Arguments>& projections, int num_threads) {
+  for (const Arguments& projection : projections) check(projection);
+  std::vector<Task> tasks;
+  for (const Arguments& projection : projections) split_into_tasks(projection, tasks);
   int64_t scratch_size = 0;
   int64_t multiply_adds = 0;
   for (const Task& task : tasks) {
-    const int64_t elements = task.num_rows * arguments.slot_ranks[task.slot];
+    const int64_t elements = task.num_rows * task.projection->slot_ranks[task.slot];
     scratch_size = std::max(scratch_size, elements);
-    multiply_adds += elements * (arguments.input_size + arguments.output_size);
+    multiply_adds += elements * (task.projection->input_size + task.projection->output_size);
   }
   const int threads = threads_for(num_threads, multiply_adds, kMultiplyAddsWorthAThread);
   std::vector<float> scratch(scratch_size * threads);
   const SimdKernels& kernels = active_kernels();
   parallel_for(threads, static_cast<int64_t>(tasks.size()), [&](int64_t task, int worker) noexcept {
-    run_task(arguments, kernels, tasks[task], scratch.data() + worker * scratch_size);
+    run_task(kernels, tasks[task], scratch.data() + worker * scratch_size);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "cpu/simd/simd_kernels.h"
 
@@ -29,8 +30,9 @@ struct GroupedAdapterArguments {
   int64_t num_slots;
 };
 
-// outputs[t] += scale * (activation(inputs[t] @ down + down_bias) @ up + up_bias), with the slot of t's segment. Throws
-// std::invalid_argument, before anything is changed, if a segment, slot, rank, activation or block is out of bounds.
-void grouped_adapter(const GroupedAdapterArguments& arguments, int num_threads);
+// outputs[t] += scale * (activation(inputs[t] @ down + down_bias) @ up + up_bias), with the slot of t's segment, for each
+// of `projections`, whose outputs must not meet. Throws std::invalid_argument, before anything is changed, if a segment,
+// slot, rank, activation or block is out of bounds.
+void grouped_adapter(const std::vector<GroupedAdapterArguments>& projections, int num_threads);
 
 }  // namespace hmi

@@ -13,6 +13,7 @@ from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.knowledge.adapters import (
     KIND_OF_SITE,
     KINDS,
+    QUERY_KEY_VALUE,
     Adapter,
     BiasBlock,
     Block,
@@ -211,3 +212,9 @@ class AppliedAdapter:
     def apply(self, layer: int, site: str, output: Tensor, hidden_states: Tensor, *, readout: bool) -> None:
         """Changes ``output`` [T, out] in place as the block does for hidden_states [T, in]."""
         output.copy_(self._adapter.change(layer, site, output, hidden_states))
+
+    def apply_projections(self, layer: int, output: Tensor, hidden_states: Tensor) -> None:
+        """Changes queries, keys and values [T, 3H] in place, where there are blocks."""
+        for site, columns in zip(QUERY_KEY_VALUE, output.chunk(len(QUERY_KEY_VALUE), dim=-1), strict=True):
+            if self.is_used(layer, site):
+                self.apply(layer, site, columns, hidden_states, readout=False)

@@ -213,7 +213,7 @@ class DecoderCore:
             finish_reason=str(result),
             usage=Usage(
                 tokens=sequence.num_prompt,
-                generated_tokens=len(sequence.generated),
+                generated_tokens=sequence.num_generated,
                 reused_tokens=min(sequence.num_reused, sequence.num_prompt),
             ),
             timing=timing,

@@ -8,12 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from hmi_engine.errors import HmiError, OverloadedError
 from hmi_engine.generation.block_pool import BlockPool
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
-from hmi_engine.generation.step import KeyValueCache, Scheduled, StepRunner
+from hmi_engine.generation.step import KeyValueCache, Scheduled, StepOutput, StepRunner
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.read_out import HeadOutput
 
@@ -220,7 +218,7 @@ class GenerationLoop:
         sequence.blocks = []
         sequence.num_computed = sequence.num_kept = 0
 
-    def _take(self, each: Scheduled, output: torch.Tensor | HeadOutput | HmiError | None) -> None:
+    def _take(self, each: Scheduled, output: StepOutput) -> None:
         sequence = each.sequence
         if isinstance(output, HmiError):
             self._end(sequence, output)

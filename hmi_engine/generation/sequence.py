@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
 from hmi_engine.generation.block_pool import PrefixKeys
 from hmi_engine.generation.text_stream import TextStream
-from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.generation.token_choice import NextToken, TokenChooser
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.residency import BatchTickets
 from hmi_engine.models.tokenization import EncodedText
@@ -106,6 +104,11 @@ class DecoderSequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_generated(self) -> int:
+        """How many tokens are behind the prompt."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
     def generated(self) -> list[int]:
         """The tokens behind the prompt."""
         return self.token_ids[self.num_prompt :]
@@ -121,10 +124,10 @@ class DecoderSequence:
         tokens = self.token_ids[max(0, index - width + 1) : index + 1]
         return tokens + [-1] * (3 - len(tokens))
 
-    def choose(self, logits: torch.Tensor) -> FinishReason | None:
-        """Takes the next token, from float32 logits [V]; returns why the text ends with it, if it does."""
+    def choose(self, following: NextToken) -> FinishReason | None:
+        """Takes the next token; returns why the text ends with it, if it does."""
         assert self.chooser is not None and self.text is not None
-        chosen = self.chooser.choose(logits, self.token_ids)
+        chosen = self.chooser.choose(following, self.token_ids)
         is_end = chosen.token_id == self.end_token and not self.sampling.ignore_end
         self.token_ids.append(chosen.token_id)
         if chosen.logprob is not None:
@@ -133,7 +136,7 @@ class DecoderSequence:
         finish = None
         if is_end or self.text.is_stopped:
             finish = FinishReason.STOP
-        elif len(self.generated) >= self.sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
+        elif self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
             piece += self.text.finish()

@@ -13,6 +13,7 @@ import torch
 import hmi_kernels
 from hmi_engine.errors import HmiError, UnknownTenantError
 from hmi_engine.generation.sequence import DecoderSequence
+from hmi_engine.generation.token_choice import NextToken
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
@@ -62,8 +63,8 @@ class Scheduled:
         return self.num_tokens == self.sequence.num_waiting
 
 
-StepOutput = torch.Tensor | HeadOutput | HmiError | None
-"""Logits float32 [V] of a text's next token, what a head says, an error, or None where a prompt goes on."""
+StepOutput = NextToken | HeadOutput | HmiError | None
+"""Of a text's next token, what a head says, an error, or None where a prompt goes on."""
 
 
 class StepRunner:
@@ -190,8 +191,11 @@ class StepRunner:
         last = hidden_states[torch.tensor([ends[index] for index in complete], dtype=torch.int64)]
         texts = [i for i, index in enumerate(complete) if scheduled[index].sequence.is_generating]
         if texts:
-            for i, logits in zip(texts, self._model.logits(last[texts]).unbind(), strict=True):
-                outputs[complete[i]] = logits
+            logits = self._model.logits(last if len(texts) == len(complete) else last[texts])
+            # All at once: a call for each text would take longer than a small model's layer.
+            likeliest = logits.argmax(-1).tolist()
+            for i, row, token in zip(texts, logits.unbind(), likeliest, strict=True):
+                outputs[complete[i]] = NextToken(row, token)
         others = [i for i, index in enumerate(complete) if not scheduled[index].sequence.is_generating]
         if others:
             states = self._model.final_norm(last[others]).split(1)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hmi_engine.sampling import Sampling
 
-__all__ = ["ChosenToken", "TokenChooser"]
+__all__ = ["ChosenToken", "NextToken", "TokenChooser"]
+
+
+class NextToken(NamedTuple):
+    """What the model says of a text's next token: logits float32 [V], and the token with the largest."""
+
+    logits: torch.Tensor
+    likeliest: int
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,14 @@ class TokenChooser:
         self._sampling = sampling
         self._random = random.Random(sampling.seed)
 
-    def choose(self, logits: torch.Tensor, seen: Sequence[int]) -> ChosenToken:
-        """The next token, from float32 logits [V], where the tokens ``seen`` are in prompt and text."""
-        sampling = self._sampling
-        scores = _penalized(logits, seen, sampling.repetition_penalty)
-        token = int(scores.argmax()) if sampling.is_greedy else self._draw(scores)
+    def choose(self, following: NextToken, seen: Sequence[int]) -> ChosenToken:
+        """The next token, where the tokens ``seen`` are in prompt and text."""
+        sampling, logits = self._sampling, following.logits
+        if sampling.is_greedy and sampling.repetition_penalty == 1.0:
+            token = following.likeliest
+        else:
+            scores = _penalized(logits, seen, sampling.repetition_penalty)
+            token = int(scores.argmax()) if sampling.is_greedy else self._draw(scores)
         if not sampling.logprobs:
             return ChosenToken(token, None)
         return ChosenToken(token, float(logits[token] - logits.logsumexp(0)))

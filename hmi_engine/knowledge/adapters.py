@@ -13,7 +13,7 @@ from hmi_engine.knowledge.adapter_kinds.bottleneck import BottleneckBlock, Bottl
 from hmi_engine.knowledge.adapter_kinds.ia3 import ScaleBlock
 from hmi_engine.knowledge.adapter_kinds.kind import MAX_RANK, Block, BlockKind, BlockSizes, check_rank
 from hmi_engine.knowledge.adapter_kinds.lora import LoraBlock, LoraKind
-from hmi_engine.knowledge.adapter_kinds.sites import Site
+from hmi_engine.knowledge.adapter_kinds.sites import QUERY_KEY_VALUE, Site
 from hmi_engine.knowledge.finite import is_finite
 from hmi_engine.knowledge.general import GeneralInfo
 
@@ -23,6 +23,7 @@ __all__ = [
     "KIND_OF_SITE",
     "LORA_SITES",
     "MAX_RANK",
+    "QUERY_KEY_VALUE",
     "Adapter",
     "BiasBlock",
     "Block",

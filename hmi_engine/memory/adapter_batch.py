@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby, islice
-from typing import Protocol
 
 import torch
 
 from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
-from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall, SlotTable
-from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall
+from hmi_engine.knowledge.adapters import QUERY_KEY_VALUE, Site
 from hmi_engine.memory.resident_tenant import ResidentTenant
-from hmi_engine.memory.slot_tables import SlotTables
+from hmi_engine.memory.slot_tables import PlaceTables
 
 __all__ = ["AdapterBatch"]
-
-
-class _Slots(Protocol):
-    def at(self, layer: int, site: Site) -> SlotTable:
-        """The entries of the slots that segments name, at one place."""
 
 
 class AdapterBatch:
@@ -29,7 +23,7 @@ class AdapterBatch:
     def __init__(
         self,
         arena: torch.Tensor,
-        slots: SlotTables,
+        slots: PlaceTables,
         tenants: Sequence[ResidentTenant],
         token_counts: Sequence[int],
         readout_counts: Sequence[int],
@@ -39,7 +33,7 @@ class AdapterBatch:
         Sequences of one tenant that follow one another become one segment.
         """
         self._arena = arena
-        self._slots: _Slots = slots
+        self._slots = slots
         self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
         runs = [list(run) for _, run in groupby(range(len(tenants)), lambda index: tenants[index].slot)]
         self._segment_slots = torch.tensor([tenants[run[0]].slot for run in runs], dtype=torch.int32)
@@ -55,14 +49,25 @@ class AdapterBatch:
     ) -> None:
         """Changes each token's ``output`` as its adapter says; see ``AdapterApplication.apply``."""
         place = Site(site)
+        offsets = self._readout_offsets if readout else self._token_offsets
         KIND_OF_SITE[place].apply(
+            GroupedCall(
+                output, hidden_states, self._arena, offsets, self._segment_slots, self._slots.at(layer, place)
+            )
+        )
+
+    def apply_projections(self, layer: int, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Adds LoRA to queries, keys and values [T, 3H]; see ``AdapterApplication.apply_projections``."""
+        size = output.shape[1] // len(QUERY_KEY_VALUE)
+        KIND_OF_SITE[QUERY_KEY_VALUE[0]].apply(
             GroupedCall(
                 output,
                 hidden_states,
                 self._arena,
-                self._readout_offsets if readout else self._token_offsets,
+                self._token_offsets,
                 self._segment_slots,
-                self._slots.at(layer, place),
+                self._slots.at_projections(layer),
+                [size] * len(QUERY_KEY_VALUE),
             )
         )
 
@@ -72,9 +77,8 @@ class AdapterBatch:
         The tables hold the entries of the batch's own tenants alone, a slot for each segment, so that nothing
         of them changes while a device reads them.
         """
-        places = self._sorted_places()
         columns = self._segment_slots.long()
-        entries = [self._slots.at(layer, Site(site))[:4] for layer, site in places]
+        entries = [self._slots.at(layer, site)[:4] for layer, site in self._places()]
         return [
             self._token_offsets,
             self._readout_offsets,
@@ -87,33 +91,20 @@ class AdapterBatch:
         moved = copy.copy(self)
         moved._token_offsets, moved._readout_offsets, moved._segment_slots = islice(tensors, 3)
         offsets, ranks, activations, scales = islice(tensors, 4)
-        columns = self._segment_slots.long()
-        moved._slots = _BatchTables(
-            {
-                place: SlotTable(
-                    offsets[row],
-                    ranks[row],
-                    activations[row],
-                    scales[row],
-                    int(self._slots.at(place[0], Site(place[1])).ranks[columns].max()),
-                )
-                for row, place in enumerate(self._sorted_places())
-            }
+        columns, places = self._segment_slots.long(), self._places()
+        moved._slots = PlaceTables(
+            (offsets, ranks, activations, scales),
+            {place: row for row, place in enumerate(places)},
+            [int(self._slots.at(layer, site).ranks[columns].max()) for layer, site in places],
         )
         return moved
 
-    def _sorted_places(self) -> list[tuple[int, str]]:
-        return sorted(self._used)
-
-
-class _BatchTables:
-    """Tables by place, with a slot for each segment of a batch."""
-
-    def __init__(self, tables: Mapping[tuple[int, str], SlotTable]) -> None:
-        self._tables = tables
-
-    def at(self, layer: int, site: Site) -> SlotTable:
-        return self._tables[layer, site.value]
+    def _places(self) -> list[tuple[int, Site]]:
+        """The places that are used; all projections of a layer side by side if one of them is."""
+        used = {(layer, Site(site)) for layer, site in self._used}
+        layers = sorted({layer for layer, site in used if site in QUERY_KEY_VALUE})
+        projections = [(layer, site) for layer in layers for site in QUERY_KEY_VALUE]
+        return [*projections, *sorted(used.difference(projections))]
 
 
 def _stacked(rows: list[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:

@@ -358,9 +358,11 @@ class AdapterResidency:
 
     def _let_go(self, digest: Digest) -> bool:
         """Gives up a replaced or removed tenant in all tiers, if nobody uses it or waits for it."""
+        if digest not in self._retired:
+            return False
         placed = self._placement.get(digest)
         in_use = placed is not None and placed.users + placed.claims > 0
-        if digest not in self._retired or in_use or self._queue.is_needed(digest):
+        if in_use or self._queue.is_needed(digest):
             return False
         self._retired.remove(digest)
         if placed is not None:

@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hmi_engine.knowledge.adapter_kinds.kind import SlotTable
-from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.adapters import QUERY_KEY_VALUE, Site
 from hmi_engine.knowledge.tenant_file import BlockLayout
 from hmi_kernels import ACTIVATIONS
 
-__all__ = ["SlotTables"]
+__all__ = ["PlaceTables", "SlotTables"]
 
 _Place = tuple[int, Site]
 _NOTHING = -1
 _INITIAL_ROWS = 8
 
 
-class SlotTables:
+class PlaceTables:
+    """Rows of slots' entries by layer and site; those of a layer's projections lie side by side."""
+
+    def __init__(
+        self,
+        tables: tuple[Tensor, Tensor, Tensor, Tensor],
+        rows: Mapping[_Place, int],
+        max_ranks: Sequence[int],
+    ) -> None:
+        """Offsets, ranks, activations and scales, each [rows, slots]; the row and largest rank of a place."""
+        self._tables, self._rows, self._max_ranks = tables, rows, max_ranks
+
+    def at(self, layer: int, site: Site) -> SlotTable:
+        """The entries of all slots at one place.
+
+        Raises:
+            KeyError: no tenant had a block there, or, if it is a projection, at one of the three.
+        """
+        row = self._rows[layer, site]
+        offsets, ranks, activations, scales = self._tables
+        return SlotTable(offsets[row], ranks[row], activations[row], scales[row], self._max_ranks[row])
+
+    def at_projections(self, layer: int) -> SlotTable:
+        """The same for query, key and value together, [3, slots] each; raises KeyError likewise."""
+        first = self._rows[layer, QUERY_KEY_VALUE[0]]
+        rows = slice(first, first + len(QUERY_KEY_VALUE))
+        offsets, ranks, activations, scales = self._tables
+        return SlotTable(
+            offsets[rows], ranks[rows], activations[rows], scales[rows], max(self._max_ranks[rows])
+        )
+
+
+class SlotTables(PlaceTables):
     """For each layer and site that any tenant used so far, a row with an entry for each slot.
 
     A slot's entries are written whole at load and cleared whole at eviction, so that a block that the new
@@ -29,7 +61,7 @@ class SlotTables:
 
     def __init__(self, num_slots: int = 64) -> None:
         """Room for ``num_slots`` tenants at first; it grows."""
-        # Offsets, ranks, activations, scales: replaced together, so that a reader never sees unequal lengths.
+        # Replaced together, so that a reader never sees unequal lengths.
         self._tables: tuple[Tensor, Tensor, Tensor, Tensor] = (
             torch.full((_INITIAL_ROWS, num_slots), _NOTHING, dtype=torch.int64),
             torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32),
@@ -38,6 +70,7 @@ class SlotTables:
         )
         self._rows: dict[_Place, int] = {}
         self._max_ranks: list[int] = []
+        super().__init__(self._tables, self._rows, self._max_ranks)
         self._free = list(reversed(range(num_slots)))
 
     @property
@@ -72,26 +105,20 @@ class SlotTables:
             table[:, slot] = 0
         self._free.append(slot)
 
-    def at(self, layer: int, site: Site) -> SlotTable:
-        """The entries of all slots at one place.
-
-        Raises:
-            KeyError: no tenant had a block there.
-        """
-        row = self._rows[layer, site]
-        offsets, ranks, activations, scales = self._tables
-        return SlotTable(offsets[row], ranks[row], activations[row], scales[row], self._max_ranks[row])
-
     def _row(self, block: BlockLayout) -> int:
-        place = (block.layer, block.site)
-        row = self._rows.get(place)
-        if row is None:
-            row = self._rows[place] = len(self._rows)
-            self._max_ranks.append(0)
-            if row == len(self._tables[0]):
-                self._extend(dim=0)
+        if (block.layer, block.site) not in self._rows:
+            for site in QUERY_KEY_VALUE if block.site in QUERY_KEY_VALUE else (block.site,):
+                self._add_row((block.layer, site))
+        row = self._rows[block.layer, block.site]
         self._max_ranks[row] = max(self._max_ranks[row], block.rank)
         return row
+
+    def _add_row(self, place: _Place) -> None:
+        row = len(self._max_ranks)
+        if row == len(self._tables[0]):
+            self._extend(dim=0)
+        self._max_ranks.append(0)
+        self._rows[place] = row
 
     def _grow_slots(self) -> None:
         old = self.num_slots

@@ -100,15 +100,15 @@ class BertLayer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (of the read rows), keys, values, and the rows that the residual connection carries."""
         size = hidden_states.shape[-1]
-        if readout is None:
-            query, key, value = self.query_key_value(hidden_states).split(size, dim=-1)
-            residual = hidden_states
-        else:
-            residual = hidden_states[readout.rows]
-            query = self.query(residual)
-            key, value = self.key_value(hidden_states).split(size, dim=-1)
-        AdapterPlaces(self.index, adapters, readout is not None).after_linear("query", query, residual)
         every_token = AdapterPlaces(self.index, adapters, at_readout=False)
+        if readout is None:
+            projections = self.query_key_value(hidden_states)
+            every_token.after_projections(projections, hidden_states)
+            return *projections.split(size, dim=-1), hidden_states
+        residual = hidden_states[readout.rows]
+        query = self.query(residual)
+        key, value = self.key_value(hidden_states).split(size, dim=-1)
+        AdapterPlaces(self.index, adapters, at_readout=True).after_linear("query", query, residual)
         every_token.after_linear("key", key, hidden_states)
         every_token.after_linear("value", value, hidden_states)
         return query, key, value, residual

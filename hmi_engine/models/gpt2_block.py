@@ -56,10 +56,9 @@ class Gpt2Block:
         at = AdapterPlaces(self.index, adapters, at_readout=False)
         normalized = self.attention_norm(hidden_states)
         at.change("attention_norm.bias", normalized)
-        query, key, value = self.query_key_value(normalized).split(hidden_states.shape[-1], dim=-1)
-        for linear, output in (("query", query), ("key", key), ("value", value)):
-            at.after_linear(linear, output, normalized)
-        context = attend(self.index, query, key, value)
+        projections = self.query_key_value(normalized)
+        at.after_projections(projections, normalized)
+        context = attend(self.index, *projections.chunk(3, dim=-1))
         at.change("attention_output.input_scale", context)
         attended = self.attention_output(context)
         at.after_linear("attention_output", attended, context)

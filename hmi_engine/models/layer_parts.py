@@ -24,6 +24,9 @@ class AdapterApplication(Protocol):
         ``readout`` tells that the rows are those of the batch's :class:`Readout`, not all its tokens.
         """
 
+    def apply_projections(self, layer: int, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """Adds LoRA to queries, keys and values [T, 3H], side by side in ``output``, by one call."""
+
 
 class LayerNorm:
     """LayerNorm over the last dimension, with weight and bias [H]."""
@@ -41,6 +44,8 @@ _AFTER_LINEAR = {
     for linear in ("query", "key", "value", "attention_output", "ffn_up", "ffn_down")
 }
 """What acts on a linear layer's output, in this order: LoRA, bias, scale."""
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 class AdapterPlaces:
@@ -68,6 +73,16 @@ class AdapterPlaces:
         """Scales ``rows`` or adds a bias to them; needs nothing else."""
         if self._adapters is not None and self._adapters.is_used(self._layer, site):
             self._adapters.apply(self._layer, site, rows, rows, readout=self._at_readout)
+
+    def after_projections(self, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
+        """All that acts on queries, keys and values of all tokens, side by side in ``output`` [T, 3H]."""
+        if self._adapters is None:
+            return
+        if any(map(self.is_used, _PROJECTIONS)):
+            self._adapters.apply_projections(self._layer, output, hidden_states)
+        for linear, columns in zip(_PROJECTIONS, output.chunk(len(_PROJECTIONS), dim=-1), strict=True):
+            for site in _AFTER_LINEAR[linear][1:]:
+                self.change(site, columns)
 
     def after_linear(self, linear: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """All that acts on a linear layer's output."""

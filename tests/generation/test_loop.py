@@ -15,7 +15,7 @@ from hmi_engine.generation.block_pool import BlockPool, PrefixKeys
 from hmi_engine.generation.loop import GenerationLoop
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
 from hmi_engine.generation.text_stream import TextStream
-from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.generation.token_choice import NextToken, TokenChooser
 from hmi_engine.pipeline.read_out import HeadOutput
 from hmi_engine.request import Request
 from hmi_engine.sampling import Sampling
@@ -25,13 +25,13 @@ END = 0
 LIKELY = (END, 65, 66, 120, 200, 300)  # some are half a character
 
 
-def logits_of(tenant, token_ids):
+def next_token_of(tenant, token_ids):
     """What the model of a tenant says after these tokens: a number for each that follows from all of them."""
     logits = torch.full((NUM_TOKENS,), -20.0)
     for place, token in enumerate(LIKELY):
         logits[token] = zlib.crc32(repr((tenant, tuple(token_ids), place)).encode()) % 1000 / 200
     logits[END] -= 2
-    return logits
+    return NextToken(logits, int(logits.argmax()))
 
 
 def head_output_of(tenant, token_ids):
@@ -103,7 +103,7 @@ class CacheRunner:
             weights, written_at, token = block[place % self.block_size]
             assert (weights, written_at) == (sequence.tenant.weights, place)
             read.append(token)
-        of_kind = logits_of if sequence.is_generating else head_output_of
+        of_kind = next_token_of if sequence.is_generating else head_output_of
         return of_kind(sequence.tenant.weights, read)
 
 
@@ -199,7 +199,7 @@ def generated_alone(tokenizer, sequence):
     chooser = TokenChooser(sampling)
     generated = []
     while True:
-        token = chooser.choose(logits_of(sequence.tenant.weights, token_ids), token_ids).token_id
+        token = chooser.choose(next_token_of(sequence.tenant.weights, token_ids), token_ids).token_id
         token_ids.append(token)
         generated.append(token)
         text = tokenizer.decode(generated)

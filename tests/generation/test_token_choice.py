@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from hmi_engine.generation import token_choice
-from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.generation.token_choice import NextToken, TokenChooser
 from hmi_engine.sampling import Sampling
 
 NUM_POINTS = 100
@@ -36,6 +36,10 @@ def rows_and_seen(draw):
 
 
 PENALTIES = st.sampled_from([0.3, 1.0, 1.2, 5.0])
+
+
+def following(logits):
+    return NextToken(logits, int(logits.argmax()))
 
 
 def penalized(logits, seen, penalty):
@@ -64,7 +68,7 @@ def swept_shares(logits, seen, sampling):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_choice, "random", types.SimpleNamespace(Random=lambda _: source))
         chooser = TokenChooser(sampling)
-    drawn = [chooser.choose(logits, seen).token_id for _ in range(NUM_POINTS)]
+    drawn = [chooser.choose(following(logits), seen).token_id for _ in range(NUM_POINTS)]
     return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / NUM_POINTS
 
 
@@ -74,7 +78,7 @@ def test_greedy_takes_the_likeliest_after_the_penalty(row, penalty):
     scores = penalized(logits, seen, penalty)
     assume(len(scores) == 1 or -torch.diff(scores.topk(2).values) > 1e-4)
     given_logits = logits.clone()
-    chosen = TokenChooser(Sampling(repetition_penalty=penalty)).choose(logits, seen)
+    chosen = TokenChooser(Sampling(repetition_penalty=penalty)).choose(following(logits), seen)
     assert chosen.token_id == scores.argmax()
     assert torch.equal(logits, given_logits), "the caller's logits are left alone"
 
@@ -108,7 +112,7 @@ def test_draws_of_a_seed_follow_the_probabilities(settings):
     sampling = Sampling(temperature=1.5, seed=11, **settings)
     logits = torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2
     chooser = TokenChooser(sampling)
-    drawn = torch.tensor([chooser.choose(logits, []).token_id for _ in range(3000)])
+    drawn = torch.tensor([chooser.choose(following(logits), []).token_id for _ in range(3000)])
     expected = warped(logits, sampling).double().softmax(0)
     counts = torch.bincount(drawn, minlength=12)
     is_possible = expected > 0
@@ -120,8 +124,8 @@ def test_draws_of_a_seed_follow_the_probabilities(settings):
 def test_the_colder_the_surer(temperature):
     logits = torch.tensor([-100.0, 30.0, 31.0, -2.0])
     chooser = TokenChooser(Sampling(temperature=temperature, seed=0))
-    assert {chooser.choose(logits, []).token_id for _ in range(50)} == {2}
-    assert {chooser.choose(-logits, []).token_id for _ in range(50)} == {0}
+    assert {chooser.choose(following(logits), []).token_id for _ in range(50)} == {2}
+    assert {chooser.choose(following(-logits), []).token_id for _ in range(50)} == {0}
 
 
 @pytest.mark.parametrize("temperature", [1e30, 1e300, 10**300], ids=["1e30", "1e300", "integer"])
@@ -137,13 +141,13 @@ def test_a_seed_gives_its_tokens_whatever_is_drawn_between(seed, order):
     alone = TokenChooser(sampling)
     chooser, other = TokenChooser(sampling), TokenChooser(Sampling(temperature=1.0, seed=seed + 1))
     others = {
-        "other": lambda: other.choose(logits, []),
+        "other": lambda: other.choose(following(logits), []),
         "python": random.random,
         "torch": lambda: torch.rand(1),
     }
     for each in order:
         if each == "own":
-            assert chooser.choose(logits, []) == alone.choose(logits, [])
+            assert chooser.choose(following(logits), []) == alone.choose(following(logits), [])
         else:
             others[each]()
 
@@ -151,7 +155,7 @@ def test_a_seed_gives_its_tokens_whatever_is_drawn_between(seed, order):
 def test_without_a_seed_every_text_is_another():
     logits = torch.zeros(1000)
     choosers = [TokenChooser(Sampling(temperature=1.0, seed=seed)) for seed in (None, None, 1, 2)]
-    drawn = {tuple(chooser.choose(logits, []).token_id for _ in range(10)) for chooser in choosers}
+    drawn = {tuple(chooser.choose(following(logits), []).token_id for _ in range(10)) for chooser in choosers}
     assert len(drawn) == 4
 
 
@@ -159,7 +163,7 @@ def test_without_a_seed_every_text_is_another():
 def test_log_probabilities_are_those_of_the_model(row, temperature, penalty):
     logits, seen = row
     settings = {"temperature": temperature, "repetition_penalty": penalty}
-    chosen = TokenChooser(Sampling(**settings, logprobs=True)).choose(logits, seen)
+    chosen = TokenChooser(Sampling(**settings, logprobs=True)).choose(following(logits), seen)
     expected = torch.log_softmax(logits.double(), 0)[chosen.token_id]
     assert chosen.logprob == pytest.approx(float(expected), abs=1e-5)
-    assert TokenChooser(Sampling(**settings)).choose(logits, seen).logprob is None
+    assert TokenChooser(Sampling(**settings)).choose(following(logits), seen).logprob is None

@@ -100,7 +100,7 @@ class BottleneckKind(BlockKind):
 
     def apply(self, call: GroupedCall) -> None:
         """Add the bottlenecks of all tenants."""
-        output, hidden_states, arena, segment_offsets, segment_slots, slots = call
+        output, hidden_states, arena, segment_offsets, segment_slots, slots, _ = call
         hmi_kernels.grouped_bottleneck(
             output,
             hidden_states,

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -81,6 +81,8 @@ class GroupedCall(NamedTuple):
 
     ``hidden_states`` [T, in] are what blocks with matrices read. Segment g is the tokens
     ``segment_offsets[g]`` (int64) up to the next, of the tenant in slot ``segment_slots[g]`` (int32).
+    ``output_sizes`` is for several projections of the same hidden states at once: their outputs lie side by
+    side, and the tables are [projections, slots].
     """
 
     output: Tensor
@@ -89,6 +91,7 @@ class GroupedCall(NamedTuple):
     segment_offsets: Tensor
     segment_slots: Tensor
     slots: SlotTable
+    output_sizes: Sequence[int] = ()
 
 
 class BlockKind(ABC):

@@ -88,7 +88,7 @@ class LoraKind(BlockKind):
 
     def apply(self, call: GroupedCall) -> None:
         """Add the low-rank updates of all tenants."""
-        output, hidden_states, arena, segment_offsets, segment_slots, slots = call
+        output, hidden_states, arena, segment_offsets, segment_slots, slots, output_sizes = call
         hmi_kernels.grouped_lora(
             output,
             hidden_states,
@@ -98,5 +98,6 @@ class LoraKind(BlockKind):
             slots.offsets,
             slots.ranks,
             slots.scales,
+            output_sizes=output_sizes,
             max_rank=slots.max_rank,
         )

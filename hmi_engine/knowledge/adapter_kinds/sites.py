@@ -4,7 +4,7 @@ from enum import Enum
 
 from hmi_engine.knowledge.general import GeneralInfo
 
-__all__ = ["Site", "linear_sizes"]
+__all__ = ["QUERY_KEY_VALUE", "Site", "linear_sizes"]
 
 
 class Site(str, Enum):
@@ -52,6 +52,10 @@ class Site(str, Enum):
     def __str__(self) -> str:
         """Return the value: the word used in files and messages."""
         return self.value
+
+
+QUERY_KEY_VALUE = (Site.QUERY, Site.KEY, Site.VALUE)
+"""Sites of LoRA on projections of the same hidden states: one call of a kernel adds all three."""
 
 
 def linear_sizes(linear: str, general: GeneralInfo) -> tuple[int, int]:
