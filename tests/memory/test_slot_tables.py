@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
-from hmi_engine.knowledge.adapters import Site
+from hmi_engine.knowledge.adapters import QUERY_KEY_VALUE, Site
 from hmi_engine.knowledge.tenant_file import BlockLayout
 from hmi_engine.memory.slot_tables import SlotTables
 from hmi_kernels import ACTIVATIONS
@@ -90,6 +90,22 @@ class SlotTablesMachine(RuleBasedStateMachine):
                 for site in Site:
                     found = entry(self.tables, layer, site, slot)
                     assert found == expected.get((layer, site), NOTHING)
+
+    @invariant()
+    def projections_of_a_layer_are_one_block_of_memory(self):
+        for layer in LAYERS:
+            try:
+                together = self.tables.at_projections(layer)
+            except KeyError:
+                for site in QUERY_KEY_VALUE:
+                    assert all(entry(self.tables, layer, site, slot) == NOTHING for slot in self.held)
+                continue
+            assert all(part.is_contiguous() for part in together[:4])
+            for place, site in enumerate(QUERY_KEY_VALUE):
+                single = self.tables.at(layer, site)
+                for rows, row in zip(together[:4], single[:4], strict=True):
+                    assert rows[place].tolist() == row.tolist()
+                assert together.max_rank >= single.max_rank
 
 
 SlotTablesMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=12, deadline=None)
