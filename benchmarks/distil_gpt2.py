@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -30,6 +30,7 @@ from benchmarks.small_gpt2_training import (
     Batches,
     Checkpoint,
     Curve,
+    Precision,
     Recipe,
     Report,
     progress_bar,
@@ -62,12 +63,12 @@ def distillation_loss(student: States, teacher: States) -> Tensor:
         functional.mse_loss(_normalized(ours), _normalized(theirs))
         for ours, theirs in ((student.merged, teacher.merged), (student.last, teacher.last))
     )
-    ours, theirs = (states.logits.flatten(0, 1).log_softmax(-1) for states in (student, teacher))
+    ours, theirs = (states.logits.flatten(0, 1).float().log_softmax(-1) for states in (student, teacher))
     return merged + last + functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _normalized(states: Tensor) -> Tensor:
-    return functional.layer_norm(states, states.shape[-1:])
+    return functional.layer_norm(states.float(), states.shape[-1:])
 
 
 class _Distillation:
@@ -250,6 +251,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="at its highest")
     parser.add_argument("--dropped-share", type=float, default=1.0, help="of n-grams, at most")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--mixed-precision", choices=get_args(Precision), default="no")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few steps: proves that it runs, nothing else")
     return parser.parse_args(argv)
@@ -266,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rate=options.learning_rate,
         weight_decay=0.0,
         seed=options.seed,
+        mixed_precision=options.mixed_precision,
     )
     documents = read_documents(text / "train.jsonl"), read_documents(text / "held_out.jsonl")
     with progress_bar(f"distilling K = {options.plot_layers}") as report:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -32,6 +32,7 @@ from benchmarks.small_gpt2_training import (
     Batches,
     Checkpoint,
     Curve,
+    Precision,
     Recipe,
     Report,
     progress_bar,
@@ -226,6 +227,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its highest")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--mixed-precision", choices=get_args(Precision), default="no")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -241,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        mixed_precision=options.mixed_precision,
     )
     options.out.mkdir(parents=True, exist_ok=True)
     modules = QUICK_MODULES if options.quick else None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from hmi_engine.errors import CheckpointError, TrainingDivergedError
 from hmi_engine.knowledge.tensor_file import write_tensors
 
-__all__ = ["Batches", "Checkpoint", "Curve", "Recipe", "Report", "progress_bar", "tensors_sha256", "train"]
+__all__ = [
+    "Batches",
+    "Checkpoint",
+    "Curve",
+    "Precision",
+    "Recipe",
+    "Report",
+    "progress_bar",
+    "tensors_sha256",
+    "train",
+]
 
 _STATE = "state"
 _RECENT = 20
@@ -30,8 +40,14 @@ Report = Callable[[int, int, float], None]
 """Told after each step: steps done, all steps, mean loss of the latest."""
 
 
+Precision = Literal["no", "bf16"]
+
+
 class Recipe(BaseModel):
-    """How to optimise: AdamW with decoupled decay on matrices, linear warm-up, cosine decay to a tenth."""
+    """How to optimise: AdamW with decoupled decay on matrices, linear warm-up, cosine decay to a tenth.
+
+    With ``mixed_precision="bf16"`` products are made in bfloat16, by autocast; weights stay float32.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +61,7 @@ class Recipe(BaseModel):
     evaluate_every: int = 100
     checkpoint_every: int = 100
     seed: int = 0
+    mixed_precision: Precision = "no"
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step ``step``, which counts from 0."""
@@ -204,7 +221,8 @@ def _step(
 ) -> float:
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate_at(step)
-    loss = loss_of(step)
+    with _autocast(model, recipe.mixed_precision):
+        loss = loss_of(step)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TrainingDivergedError(f"the loss of step {step + 1} is {value}; choose a lower learning rate")
@@ -213,6 +231,11 @@ def _step(
     optimizer.step()
     optimizer.zero_grad()
     return value
+
+
+def _autocast(model: nn.Module, precision: Precision) -> torch.autocast:
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def tensors_sha256(*tensors: Tensor) -> str:
