@@ -36,7 +36,8 @@ NOTES = (
     "The check: costs of the stages are measured on this machine, one batch at a time, and fitted with the "
     "engine's cost model; what is left of a loop without a pipeline is taken for queueing. With these the "
     "simulation predicts runs that it has not seen: the same requests at the same times, other depths and "
-    "loads, cold tenants. Stages that run at a time share the processor's cores, and lose what was measured "
+    "loads, cold tenants. What batches took to compute over what their costs say is drawn again for each "
+    "batch. Stages that run at a time share the processor's cores, and lose what was measured "
     "beside that. A measured run whose host "
     "took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one that "
     "lost least is taken.",

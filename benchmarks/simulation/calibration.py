@@ -28,6 +28,8 @@ __all__ = ["Calibration", "calibrate", "num_cores"]
 _STAGES = ("tokenise", "fetch", "search", "compute", "respond")
 _DRIVERS = {"fetch": "tenants"}
 _REMEMBER_ALL = 1e9
+_SERVED_TOKENS = 128  # of a small batch under load
+_QUANTILES = 64
 _COLD_BATCHES = 4  # that memory for the cold engine holds
 
 
@@ -38,6 +40,8 @@ class Calibration:
     Attributes:
         costs: of the stages.
         compute_cores: that compute keeps busy.
+        variation: quantiles, all as far apart, of what batches took to compute over what ``costs`` say. Costs
+            are fitted so that stalls count for little; queues behind them are what latency is made of.
         contention: how many times as slow compute is, beside a thread that admits requests, as its share of
             the cores alone would make it.
         requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
@@ -46,6 +50,7 @@ class Calibration:
     costs: Costs
     compute_cores: float
     contention: float
+    variation: tuple[float, ...]
     requests_per_second: float
 
 
@@ -64,7 +69,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
         name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in _STAGES
     }
     # With all rounds as they come: a stolen moment is one of many observations, and outliers weigh little.
-    compute_cores = _observe_batches(fleet, stages, rounds)
+    compute_cores, observed = _observe_batches(fleet, stages, rounds)
     fits = {name: costs.coefficients for name, costs in stages.items()}
     assert all(fit is not None for fit in fits.values())
     known = {name: fit for name, fit in fits.items() if fit is not None}
@@ -84,8 +89,17 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
         ),
         compute_cores=compute_cores,
         contention=contention,
+        variation=_variation(known["compute"], observed),
         requests_per_second=queueing.requests_per_second,
     )
+
+
+def _variation(costs: StageCoefficients, observed: Sequence[tuple[StageWork, float]]) -> tuple[float, ...]:
+    """Quantiles of seconds over those that ``costs`` say, by batches that take long enough to be served."""
+    long = [(work, seconds) for work, seconds in observed if work.tokens >= _SERVED_TOKENS] or observed
+    ratios = [seconds / costs.seconds(work) for work, seconds in long]
+    places = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return tuple(np.quantile(ratios, places).tolist())
 
 
 @dataclass(frozen=True)
@@ -121,8 +135,11 @@ def _cases(fleet: Fleet, rounds: int) -> Iterator[_Case]:
             yield _Case([chosen[step % distinct] for step in range(size)], texts, is_cold)
 
 
-def _observe_batches(fleet: Fleet, stages: dict[str, StageCosts], rounds: int) -> float:
-    """Observes; returns the cores that compute keeps busy."""
+def _observe_batches(
+    fleet: Fleet, stages: dict[str, StageCosts], rounds: int
+) -> tuple[float, list[tuple[StageWork, float]]]:
+    """Observes; returns the cores that compute keeps busy, and what each batch took to compute."""
+    computed: list[tuple[StageWork, float]] = []
     mean_bytes = sum(fleet.adapter_bytes) / len(fleet.adapter_bytes)
     common = {"pipeline_depth": 1, "record_traffic": False, "max_batch_tokens": 1 << 20}
     busy = wall = 0.0
@@ -151,8 +168,11 @@ def _observe_batches(fleet: Fleet, stages: dict[str, StageCosts], rounds: int) -
             if len(requests) >= 32 and not case.is_cold:
                 busy, wall = busy + processor, wall + taken
             for name, costs in stages.items():
-                costs.observe(_work(fleet, case, name), after[name] - before.get(name, 0.0))
-    return max(1.0, min(float(num_cores()), busy / wall))
+                work, spent = _work(fleet, case, name), after[name] - before.get(name, 0.0)
+                costs.observe(work, spent)
+                if name == "compute":
+                    computed.append((work, spent))
+    return max(1.0, min(float(num_cores()), busy / wall)), computed
 
 
 def _stage_seconds(engine: Engine) -> dict[str, float]:

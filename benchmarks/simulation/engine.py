@@ -143,6 +143,7 @@ class SimulatedEngine:
         self._sizer = BatchSizer(
             self._costs, max_batch_tokens=machine.max_batch_tokens, latency_target=machine.latency_target
         )
+        self._generator = np.random.default_rng(0)
         self._cores = SharedCores(environment, machine.cores, contention=machine.contention)
         self._formed: deque[_Batch] = deque()
         self._fetched = Counter[int]()  # tenants of formed batches
@@ -255,6 +256,7 @@ class SimulatedEngine:
 
     def _run(self, batch: _Batch) -> _Steps:
         compute, start = self._machine.costs.compute.seconds(batch.work), self._environment.now
+        compute *= self._machine.variation[int(self._generator.integers(len(self._machine.variation)))]
         if self._machine.compute_cores:
             began = self._environment.now
             yield self._cores.work(compute, self._machine.compute_cores)

@@ -86,6 +86,7 @@ class Machine:
         cores: of the processor, shared by all threads.
         compute_cores: that compute asks for of these; 0 for a device of its own.
         contention: how many times as slow threads are that share cores as their shares alone would make them.
+        variation: what batches took to compute, each over what its costs say; one is drawn for every batch.
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
         max_batch_tokens: of a batch.
@@ -101,6 +102,7 @@ class Machine:
     cores: float = math.inf
     compute_cores: float = 0.0
     contention: float = 1.0
+    variation: tuple[float, ...] = (1.0,)
     upper_layers: int = 1
     depth: int = 2
     max_batch_tokens: int = 8192

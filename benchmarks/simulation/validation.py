@@ -88,6 +88,7 @@ def cpu_machine(
         cores=num_cores(),
         compute_cores=calibration.compute_cores,
         contention=calibration.contention,
+        variation=calibration.variation,
         depth=depth,
         latency_target=LATENCY_TARGET,
     )

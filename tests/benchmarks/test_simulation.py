@@ -71,6 +71,23 @@ def test_waiting_times_follow_pollaczek_and_khinchine(load: float, lengths: list
     assert waits.mean() == pytest.approx(rate * (service**2).mean() / (2 * (1 - load)), rel=0.07)
 
 
+def test_batches_that_vary_wait_as_pollaczek_and_khinchine_say() -> None:
+    """M/G/1 again, where it is not the requests that differ but what a batch takes."""
+    generator = np.random.default_rng(6)
+    variation = (0.5, 0.5, 1.0, 2.0)
+    service, load = 0.01 * np.array(variation), 0.6
+    rate = load / service.mean()
+    due = poisson_times(rate, 16_000 / rate, generator)
+    workload = Workload(
+        np.zeros(len(due), dtype=np.int64), np.ones(len(due), dtype=np.int64), np.array([TENANT_BYTES])
+    )
+    costs = Costs(compute=fixed(0.01))
+    varying = machine(costs, variation=variation)
+    found = open_loop(Cluster(varying, limits=UNLIMITED, is_fair=False), workload, due)
+    wait = (found.outcomes.finished - due).mean() - service.mean()
+    assert wait == pytest.approx(rate * (service**2).mean() / (2 * (1 - load)), rel=0.07)
+
+
 seconds = st.floats(0, 10).map(lambda value: round(value, 3))
 
 
