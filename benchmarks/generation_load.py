@@ -10,12 +10,11 @@ import numpy as np
 
 from benchmarks.load_traffic import poisson_times, zipf_popularity
 from hmi_engine.generation.core import DecoderCore
-from hmi_engine.generation.sequence import TextPiece
 from hmi_engine.generation.service import DecoderService
 from hmi_engine.knowledge.adapters import random_adapter
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.heads import GenerationHead
-from hmi_engine.request import Request
+from hmi_engine.request import Request, TextPiece
 from hmi_engine.sampling import Sampling
 from hmi_engine.schedule.limits import QueueLimits
 from hmi_engine.serving_options import EngineOptions

@@ -13,7 +13,6 @@ from hmi_engine.construct.training import SearchSpace, TrainedTenant, TrainingRe
 from hmi_engine.engine import Engine, EngineStatistics
 from hmi_engine.errors import HmiError
 from hmi_engine.evaluation import Evaluation, evaluate_tenant
-from hmi_engine.generation.sequence import TextPiece
 from hmi_engine.knowledge.adapters import (
     Adapter,
     BiasBlock,
@@ -41,7 +40,7 @@ from hmi_engine.knowledge.heads import (
     RegressionHead,
     TokenClassificationHead,
 )
-from hmi_engine.request import Request, Response, Tag, Timing, Usage
+from hmi_engine.request import Request, Response, Tag, TextPiece, Timing, Usage
 from hmi_engine.sampling import Sampling
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.serving_options import EngineOptions

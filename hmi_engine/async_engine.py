@@ -13,9 +13,8 @@ from typing import Any, overload
 
 from hmi_engine.errors import InvalidRequestError
 from hmi_engine.generation.core import DecoderCore
-from hmi_engine.generation.sequence import TextPiece
 from hmi_engine.generation.service import DecoderService
-from hmi_engine.request import Request, Response
+from hmi_engine.request import Request, Response, TextPiece
 from hmi_engine.request_queue import RequestQueue
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.statistics import SchedulerStatistics

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Request", "Response", "Tag", "Timing", "Usage"]
+__all__ = ["Request", "Response", "Tag", "TextPiece", "Timing", "Usage"]
 
 _GREEDY = Sampling()
 
@@ -96,6 +96,15 @@ class Timing:
     queue_seconds: float = 0.0
     prepare_seconds: float = 0.0
     compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """What a step added to a text: characters (maybe none yet), and the token that they came with."""
+
+    text: str
+    token_id: int
+    logprob: float | None = None
 
 
 @dataclass(frozen=True)

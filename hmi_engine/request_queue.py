@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
+from hmi_engine.inbox import Arrival, Inbox, answer, fail
 from hmi_engine.memory.residency import BatchTickets
 from hmi_engine.memory.tenant_reader import digest_of
 from hmi_engine.pipeline.admission import AdmittedRequest
@@ -25,26 +26,13 @@ from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
 from hmi_engine.serving_core import ServingCore
 
-__all__ = ["Arrival", "RequestQueue"]
+__all__ = ["RequestQueue"]
 
 _NO_LIMITS = TenantLimits()
 _TENANTS_AHEAD = 32  # about those of one batch
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 _logger = logging.getLogger("hmi_engine")
-
-_clock = time.perf_counter
-
-
-@dataclass(eq=False)
-class Arrival:
-    """A request as it came, and who waits for it."""
-
-    request: Request
-    future: Future[Response]
-    arrived: float
-    priority: int
-    deadline: float | None
 
 
 @dataclass(eq=False)
@@ -80,9 +68,8 @@ class RequestQueue:
     ) -> None:
         """Nothing waits yet; see :class:`~hmi_engine.AsyncEngine` for the arguments."""
         self._core = core
-        self._limits = limits
         self._scheduler = Scheduler[_Waiting](
-            clock=_clock, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
+            clock=time.perf_counter, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
         )
         self._costs = {"compute": StageCosts(), "fetch": StageCosts(driven_by="bytes")}
         self._sizer = BatchSizer(
@@ -91,36 +78,22 @@ class RequestQueue:
             latency_target=latency_target,
         )
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)  # for the thread that admits
         self._queued = threading.Condition(self._lock)  # for the thread that computes
-        self._answered = threading.Condition(self._lock)  # for who drains
-        self._inbox: deque[Arrival] = deque()
+        self._inbox = Inbox(
+            self._lock,
+            max_requests=limits.max_queued_requests,
+            num_queued=self._scheduler.__len__,
+            retry_after_seconds=self._seconds_of_a_batch,
+            on_answer=self._count_answer,
+        )
         self._formed: deque[_Formed] = deque()
         self._fetched = Counter[Hashable]()  # weights of formed batches, by how many of their requests
         self._unanswered: set[QueuedRequest[_Waiting]] = set()  # queued or running; they hold tickets
-        self._num_open = 0  # futures without an answer
-        self._refusing = False
         self._stopping = False
 
     def put(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Future[Response]:
         """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full."""
-        now = _clock()
-        deadline = None if timeout is None else now + timeout
-        arrival = Arrival(request, Future(), now, priority, deadline)
-        with self._lock:
-            if self._refusing:
-                raise EngineClosedError("the engine is closed; open another one on the store")
-            if len(self._inbox) + len(self._scheduler) >= self._limits.max_queued_requests:
-                raise OverloadedError(
-                    f"{self._limits.max_queued_requests} requests wait already; send this one again later, "
-                    "or give the engine larger queue_limits",
-                    retry_after_seconds=self._seconds_of_a_batch(),
-                )
-            self._num_open += 1
-            self._inbox.append(arrival)
-            self._arrived.notify()
-        arrival.future.add_done_callback(self._note_answer)
-        return arrival.future
+        return self._inbox.put(request, priority=priority, timeout=timeout)
 
     def _seconds_of_a_batch(self) -> float | None:
         """In what time a batch leaves the queue, and makes room; None before anything was served."""
@@ -129,8 +102,7 @@ class RequestQueue:
 
     def check_open(self) -> None:
         """Raises EngineClosedError where requests are not taken any more."""
-        if self._refusing:
-            raise EngineClosedError("the engine is closed; open another one on the store")
+        self._inbox.check_open()
 
     def statistics(self) -> SchedulerStatistics:
         """What the scheduler did, and what it holds."""
@@ -146,42 +118,42 @@ class RequestQueue:
     def refuse(self) -> None:
         """Takes no requests any more."""
         with self._lock:
-            self._refusing = True
+            self._inbox.refuse()
 
     def wait_until_empty(self) -> None:
         """Returns when every request that was taken is answered."""
-        with self._lock:
-            self._answered.wait_for(lambda: self._num_open == 0)
+        self._inbox.wait_until_empty()
 
     def stop(self) -> None:
         """Ends the loops of both threads; what waits stays for :meth:`abandon`."""
         with self._lock:
-            self._refusing = self._stopping = True
-            self._arrived.notify_all()
+            self._inbox.refuse()
+            self._stopping = True
+            self._inbox.arrived.notify_all()
             self._queued.notify_all()
 
     def abandon(self, reason: str) -> None:
         """Fails whatever is not answered; for when no thread serves any more."""
         error = EngineClosedError(reason)
         with self._lock:
-            self._refusing = True
-            arrivals, self._inbox = list(self._inbox), deque()
+            self._inbox.refuse()
+            arrivals = self._inbox.take()
             left, self._unanswered = self._unanswered, set()
         for waiting in (request.payload for request in left):
             self._core.residency.release(waiting.tickets)
             arrivals.append(waiting.arrival)
         for arrival in arrivals:
-            _fail(arrival.future, error)
+            fail(arrival.future, error)
 
     # For the thread that admits.
 
     def admit_arrivals(self, most: int) -> bool:
         """Waits for requests and queues those that can be served; returns False when there are no more."""
         with self._lock:
-            self._arrived.wait_for(lambda: self._inbox or self._stopping)
+            self._inbox.arrived.wait_for(lambda: len(self._inbox) or self._stopping)
             if self._stopping:
                 return False
-            arrivals = [self._inbox.popleft() for _ in range(min(most, len(self._inbox)))]
+            arrivals = self._inbox.take(most)
         arrivals = [arrival for arrival in arrivals if not arrival.future.cancelled()]
         try:
             results = self._core.admit([arrival.request for arrival in arrivals])
@@ -190,7 +162,7 @@ class RequestQueue:
         admitted = []
         for arrival, result in zip(arrivals, results, strict=True):
             if isinstance(result, HmiError):
-                _answer(arrival.future, Response.failed(arrival.request, result))
+                answer(arrival.future, Response.failed(arrival.request, result))
             else:
                 admitted.append((arrival, result))
         self._core.warn_of_mismatches((result.tenant for _, result in admitted), stacklevel=2)
@@ -217,10 +189,10 @@ class RequestQueue:
                 self._queued.notify()
         except DeadlineExceededError as error:
             self._core.residency.release(waiting.tickets)
-            _answer(arrival.future, Response.failed(arrival.request, error))
+            answer(arrival.future, Response.failed(arrival.request, error))
         except OverloadedError as error:
             self._core.residency.release(waiting.tickets)
-            _fail(arrival.future, error)
+            fail(arrival.future, error)
         else:
             arrival.future.add_done_callback(lambda future: self._leave(future, request))
 
@@ -316,7 +288,7 @@ class RequestQueue:
             self._fetched += Counter()  # drops those at zero
             self._unanswered.difference_update(formed)
         for each, response in zip(waiting, responses, strict=True):
-            _answer(each.arrival.future, response)
+            answer(each.arrival.future, response)
 
     def _answer_expired(self, expired: Sequence[QueuedRequest[_Waiting]]) -> None:
         for waiting in (request.payload for request in expired):
@@ -324,26 +296,12 @@ class RequestQueue:
             error = DeadlineExceededError(
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
-            _answer(waiting.arrival.future, Response.failed(waiting.arrival.request, error))
+            answer(waiting.arrival.future, Response.failed(waiting.arrival.request, error))
 
-    def _note_answer(self, future: Future[Response]) -> None:
+    def _count_answer(self, future: Future[Response]) -> None:
         failed = not future.cancelled() and (
             future.exception() is not None or future.result().error is not None
         )
         with self._lock:
-            self._num_open -= 1
             self._core.statistics.requests += 1
             self._core.statistics.errors += failed
-            if not self._num_open:
-                self._answered.notify_all()
-
-
-def _answer(future: Future[Response], response: Response) -> None:
-    """Gives the answer, unless the caller has gone."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(response)
-
-
-def _fail(future: Future[Response], error: HmiError) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)

@@ -14,10 +14,11 @@ import hmi_kernels
 from hmi_engine.errors import DeviceUnavailableError, HmiError, InvalidRequestError, TextTooLongError
 from hmi_engine.generation.block_pool import BlockPool, PrefixKeys
 from hmi_engine.generation.loop import GenerationLoop
-from hmi_engine.generation.sequence import DecoderSequence, FinishReason, TextPiece
+from hmi_engine.generation.sequence import DecoderSequence, FinishReason
 from hmi_engine.generation.step import KeyValueCache, StepRunner
 from hmi_engine.generation.text_stream import TextStream
 from hmi_engine.generation.token_choice import TokenChooser
+from hmi_engine.inbox import Emit
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.memory.streams import HostStreams
@@ -33,7 +34,6 @@ from hmi_engine.store import Store
 __all__ = ["DecoderCore"]
 
 Respond = Callable[[Response], None]
-Emit = Callable[[TextPiece], None]
 
 
 class DecoderCore:

@@ -14,10 +14,10 @@ from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.residency import BatchTickets
 from hmi_engine.models.tokenization import EncodedText
 from hmi_engine.pipeline.admission import AdmittedRequest
-from hmi_engine.request import Request, Response
+from hmi_engine.request import Request, Response, TextPiece
 from hmi_engine.sampling import Sampling
 
-__all__ = ["DecoderSequence", "FinishReason", "TextPiece"]
+__all__ = ["DecoderSequence", "FinishReason"]
 
 
 class FinishReason(str, enum.Enum):
@@ -31,15 +31,6 @@ class FinishReason(str, enum.Enum):
     def __str__(self) -> str:
         """Return the word used in responses."""
         return self.value
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """What a step added to a text: characters (maybe none yet), and the token that they came with."""
-
-    text: str
-    token_id: int
-    logprob: float | None = None
 
 
 @dataclass(eq=False)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.generation.core import DecoderCore
-from hmi_engine.generation.sequence import DecoderSequence, TextPiece
+from hmi_engine.generation.sequence import DecoderSequence
+from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import StageCoefficients
@@ -28,21 +27,6 @@ _NO_LIMITS = TenantLimits()
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 _logger = logging.getLogger("hmi_engine")
-
-_clock = time.perf_counter
-
-Emit = Callable[[TextPiece], None]
-
-
-@dataclass(eq=False)
-class _Arrival:
-    """A request as it came, and who waits for it."""
-
-    request: Request
-    future: Future[Response]
-    emit: Emit | None
-    priority: int
-    deadline: float | None
 
 
 class DecoderService:
@@ -61,17 +45,17 @@ class DecoderService:
     ) -> None:
         """Starts the thread."""
         self._core = core
-        self._limits = limits
-        self._scheduler = Scheduler[tuple[_Arrival, DecoderSequence]](
-            clock=_clock, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
+        self._scheduler = Scheduler[tuple[Arrival, DecoderSequence]](
+            clock=time.perf_counter, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
         )
         self._lock = threading.Lock()
-        self._arrived = threading.Condition(self._lock)
-        self._answered = threading.Condition(self._lock)
-        self._inbox: deque[_Arrival] = deque()
-        self._queued: dict[_Arrival, QueuedRequest[tuple[_Arrival, DecoderSequence]]] = {}
-        self._num_open = 0
-        self._refusing = self._stopping = self._stopped = False
+        self._inbox = Inbox(
+            self._lock,
+            max_requests=limits.max_queued_requests,
+            num_queued=self._scheduler.__len__,
+        )
+        self._queued: dict[Arrival, QueuedRequest[tuple[Arrival, DecoderSequence]]] = {}
+        self._stopping = self._stopped = False
         self._reason = "the engine was closed before the request's turn came"
         self._stop_lock = threading.Lock()
         # A daemon, so that a program that forgets to close the engine ends all the same.
@@ -90,29 +74,11 @@ class DecoderService:
 
         ``emit`` is called on the engine's thread with each piece of the text.
         """
-        deadline = None if timeout is None else _clock() + timeout
-        arrival = _Arrival(request, Future(), emit, priority, deadline)
-        with self._lock:
-            self._check_open()
-            if len(self._inbox) + len(self._scheduler) >= self._limits.max_queued_requests:
-                raise OverloadedError(
-                    f"{self._limits.max_queued_requests} requests wait already; send this one again later, "
-                    "or give the engine larger queue_limits"
-                )
-            self._num_open += 1
-            self._inbox.append(arrival)
-            self._arrived.notify()
-        arrival.future.add_done_callback(self._note_answer)
-        return arrival.future
+        return self._inbox.put(request, priority=priority, timeout=timeout, emit=emit)
 
     def check_open(self) -> None:
         """Raises EngineClosedError where requests are not taken any more."""
-        with self._lock:
-            self._check_open()
-
-    def _check_open(self) -> None:
-        if self._refusing:
-            raise EngineClosedError("the engine is closed; open another one on the store")
+        self._inbox.check_open()
 
     def statistics(self) -> SchedulerStatistics:
         """What the scheduler did, and what it holds."""
@@ -126,12 +92,11 @@ class DecoderService:
     def refuse(self) -> None:
         """Takes no requests any more."""
         with self._lock:
-            self._refusing = True
+            self._inbox.refuse()
 
     def wait_until_empty(self) -> None:
         """Returns when every request that was taken is answered."""
-        with self._lock:
-            self._answered.wait_for(lambda: self._num_open == 0)
+        self._inbox.wait_until_empty()
 
     def stop(self) -> None:
         """Ends the thread after the step under way, fails what is open, closes the core; once is enough."""
@@ -140,8 +105,9 @@ class DecoderService:
                 return
             self._stopped = True
             with self._lock:
-                self._refusing = self._stopping = True
-                self._arrived.notify_all()
+                self._inbox.refuse()
+                self._stopping = True
+                self._inbox.arrived.notify_all()
             self._thread.join()
             self._core.close()
 
@@ -159,18 +125,17 @@ class DecoderService:
     def _serve(self) -> bool:
         """One round: admit, begin, step; returns False when it is to stop."""
         with self._lock:
-            if not self._inbox and not len(self._core.loop) and not self._stopping:
-                self._arrived.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
+            if not len(self._inbox) and not len(self._core.loop) and not self._stopping:
+                self._inbox.arrived.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
             if self._stopping:
                 return False
-            arrivals = list(self._inbox)
-            self._inbox.clear()
+            arrivals = self._inbox.take()
         self._admit([arrival for arrival in arrivals if not arrival.future.cancelled()])
         self._begin()
         self._core.loop.step()
         return True
 
-    def _admit(self, arrivals: list[_Arrival]) -> None:
+    def _admit(self, arrivals: list[Arrival]) -> None:
         if not arrivals:
             return
         try:
@@ -179,16 +144,16 @@ class DecoderService:
             results = [as_fault(error, "tokenise")] * len(arrivals)
         for arrival, result in zip(arrivals, results, strict=True):
             if isinstance(result, HmiError):
-                _answer(arrival.future, Response.failed(arrival.request, result))
+                answer(arrival.future, Response.failed(arrival.request, result))
                 continue
             try:
-                sequence = self._core.sequence(result, partial(_answer, arrival.future), arrival.emit)
+                sequence = self._core.sequence(result, partial(answer, arrival.future), arrival.emit)
             except HmiError as error:
-                _answer(arrival.future, Response.failed(arrival.request, error))
+                answer(arrival.future, Response.failed(arrival.request, error))
             else:
                 self._queue(arrival, sequence)
 
-    def _queue(self, arrival: _Arrival, sequence: DecoderSequence) -> None:
+    def _queue(self, arrival: Arrival, sequence: DecoderSequence) -> None:
         queued = QueuedRequest(
             tenant=sequence.tenant.name,
             weights_key=sequence.tenant.name,
@@ -205,11 +170,10 @@ class DecoderService:
                 self._queued[arrival] = queued
         except DeadlineExceededError as error:
             self._core.release(sequence)
-            _answer(arrival.future, Response.failed(arrival.request, error))
+            answer(arrival.future, Response.failed(arrival.request, error))
         except OverloadedError as error:
             self._core.release(sequence)
-            if arrival.future.set_running_or_notify_cancel():
-                arrival.future.set_exception(error)
+            fail(arrival.future, error)
         else:
             arrival.future.add_done_callback(lambda future: self._leave(future, arrival, sequence))
 
@@ -223,7 +187,7 @@ class DecoderService:
             error = DeadlineExceededError(
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
-            _answer(arrival.future, Response.failed(arrival.request, error))
+            answer(arrival.future, Response.failed(arrival.request, error))
         while self._core.loop.has_room:
             with self._lock:
                 batch = self._scheduler.next_batch(max_tokens=1, max_adapter_bytes=0)
@@ -232,7 +196,7 @@ class DecoderService:
             for queued in batch:
                 self._core.loop.add(queued.payload[1])
 
-    def _leave(self, future: Future[Response], arrival: _Arrival, sequence: DecoderSequence) -> None:
+    def _leave(self, future: Future[Response], arrival: Arrival, sequence: DecoderSequence) -> None:
         """The request is answered, or its caller has gone: then what it holds is free within a step."""
         with self._lock:
             queued = self._queued.pop(arrival, None)
@@ -250,9 +214,8 @@ class DecoderService:
     def _abandon(self) -> None:
         error = EngineClosedError(self._reason)
         with self._lock:
-            self._refusing = True
-            futures = [arrival.future for arrival in self._inbox]
-            self._inbox.clear()
+            self._inbox.refuse()
+            futures = [arrival.future for arrival in self._inbox.take()]
             waiting = [queued for queued in self._queued.values() if queued.state is RequestState.QUEUED]
         for sequence in self._core.loop.abandon():
             self._core.release(sequence)
@@ -262,17 +225,4 @@ class DecoderService:
             self._core.release(sequence)
             futures.append(arrival.future)
         for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-
-    def _note_answer(self, _: Future[Response]) -> None:
-        with self._lock:
-            self._num_open -= 1
-            if not self._num_open:
-                self._answered.notify_all()
-
-
-def _answer(future: Future[Response], response: Response) -> None:
-    """Gives the answer, unless the caller has gone."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(response)
+            fail(future, error)

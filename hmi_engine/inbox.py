@@ -1,0 +1,141 @@
+"""Requests that have come and that no thread has taken yet, and the callers who have no answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from hmi_engine.errors import EngineClosedError, HmiError, OverloadedError
+from hmi_engine.request import Request, Response, TextPiece
+
+__all__ = ["Arrival", "Emit", "Inbox", "answer", "fail"]
+
+Emit = Callable[[TextPiece], None]
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A request as it came, and who waits for it.
+
+    Attributes:
+        request: the request.
+        future: of its response.
+        arrived: seconds of ``time.perf_counter``, as ``deadline``.
+        priority: among requests of its tenant.
+        deadline: when it need not be begun any more; None for never.
+        emit: takes each piece of a text as it comes; None if nobody wants it.
+    """
+
+    request: Request
+    future: Future[Response]
+    arrived: float
+    priority: int
+    deadline: float | None
+    emit: Emit | None = None
+
+
+class Inbox:
+    """Takes requests from any thread until it refuses, and knows when all that it took are answered.
+
+    It shares its queue's lock, so that what waits here and there is counted together.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        *,
+        max_requests: int,
+        num_queued: Callable[[], int],
+        retry_after_seconds: Callable[[], float | None] = lambda: None,
+        on_answer: Callable[[Future[Response]], None] = lambda _: None,
+    ) -> None:
+        """Nothing has come yet.
+
+        Args:
+            lock: the queue's.
+            max_requests: that may wait, here and in the queue.
+            num_queued: how many wait in the queue; called with the lock held, as is the next.
+            retry_after_seconds: when one that is refused may come again.
+            on_answer: told of each future that is answered or cancelled, before whoever drains; without the
+                lock.
+        """
+        self._lock = lock
+        self._max_requests = max_requests
+        self._num_queued, self._retry_after_seconds = num_queued, retry_after_seconds
+        self._on_answer = on_answer
+        self.arrived = threading.Condition(lock)
+        self._answered = threading.Condition(lock)
+        self._arrivals: deque[Arrival] = deque()
+        self._num_open = 0
+        self._is_refusing = False
+
+    def __len__(self) -> int:
+        """How many wait here."""
+        return len(self._arrivals)
+
+    def put(
+        self, request: Request, *, priority: int, timeout: float | None, emit: Emit | None = None
+    ) -> Future[Response]:
+        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full."""
+        now = time.perf_counter()
+        deadline = None if timeout is None else now + timeout
+        arrival = Arrival(request, Future(), now, priority, deadline, emit)
+        with self._lock:
+            self._check_open()
+            if len(self._arrivals) + self._num_queued() >= self._max_requests:
+                raise OverloadedError(
+                    f"{self._max_requests} requests wait already; send this one again later, or give the "
+                    "engine larger queue_limits",
+                    retry_after_seconds=self._retry_after_seconds(),
+                )
+            self._num_open += 1
+            self._arrivals.append(arrival)
+            self.arrived.notify()
+        arrival.future.add_done_callback(self._note_answer)
+        return arrival.future
+
+    def take(self, most: int | None = None) -> list[Arrival]:
+        """What has come, the oldest first, at most so many; with the lock held."""
+        count = len(self._arrivals) if most is None else min(most, len(self._arrivals))
+        return [self._arrivals.popleft() for _ in range(count)]
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError where requests are not taken any more."""
+        with self._lock:
+            self._check_open()
+
+    def _check_open(self) -> None:
+        if self._is_refusing:
+            raise EngineClosedError("the engine is closed; open another one on the store")
+
+    def refuse(self) -> None:
+        """Takes no requests any more; with the lock held."""
+        self._is_refusing = True
+
+    def wait_until_empty(self) -> None:
+        """Returns when every request that was taken is answered."""
+        with self._lock:
+            self._answered.wait_for(lambda: self._num_open == 0)
+
+    def _note_answer(self, future: Future[Response]) -> None:
+        self._on_answer(future)
+        with self._lock:
+            self._num_open -= 1
+            if not self._num_open:
+                self._answered.notify_all()
+
+
+def answer(future: Future[Response], response: Response) -> None:
+    """Gives the answer, unless the caller has gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(response)
+
+
+def fail(future: Future[Response], error: HmiError) -> None:
+    """Raises ``error`` in whoever waits, unless the caller has gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
