@@ -45,7 +45,7 @@ from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert, load_configuration
+from hmi_engine.models.bert_loading import import_bert, load_bert_configuration
 from hmi_engine.models.tokenization import TextEncoder
 
 __all__ = ["main", "measure"]
@@ -130,7 +130,7 @@ class _Base:
 
     @property
     def half_of_the_layers(self) -> int:
-        return load_configuration(self.folder).num_layers // 2
+        return load_bert_configuration(self.folder).num_layers // 2
 
     def study(self, texts: StudyTexts, plot_layers: int) -> Study:
         return open_study(HierarchicalBert.load(self.folder, plot_layers), texts, self.placeholder)

@@ -31,7 +31,7 @@ from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert
+from hmi_engine.models.bert_loading import import_bert
 from hmi_engine.models.packing import PackedSequences
 from hmi_engine.models.tokenization import TextEncoder
 

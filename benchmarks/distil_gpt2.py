@@ -41,7 +41,7 @@ from hmi_engine.construct.distillation_calibration import fit_layer_norm
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.knowledge.atomic import atomic_write
 from hmi_engine.knowledge.tensor_file import write_tensors
-from hmi_engine.models.loading import MERGE_FILE
+from hmi_engine.models.general_folder import MERGE_FILE
 
 __all__ = ["distil_gpt2", "distillation_loss", "main"]
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from hmi_engine.models.loading import MERGE_LAYER_NORM_EPS
+from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS
 
 __all__ = ["HierarchicalStudent", "States", "drop_ngrams", "run_blocks", "teacher_states"]
 

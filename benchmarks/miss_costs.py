@@ -14,7 +14,7 @@ from hmi_engine.memory.missing_windows import find_missing
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
-from hmi_engine.models.loading import BertConfiguration
+from hmi_engine.models.bert_loading import BertConfiguration
 from hmi_engine.models.packing import PackedSequences, window_tokens
 from hmi_engine.models.windows import WindowLayers
 from hmi_engine.store import Store

@@ -24,7 +24,7 @@ from benchmarks.small_gpt2_text import END, read_documents
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tensor_file import file_sha256
-from hmi_engine.models.loading import MERGE_FILE, WEIGHTS_FILE
+from hmi_engine.models.general_folder import MERGE_FILE, WEIGHTS_FILE
 
 __all__ = ["Study", "main", "measure"]
 

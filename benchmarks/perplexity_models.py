@@ -19,8 +19,8 @@ from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
 from hmi_engine.memory.plots import PlotLibrary
+from hmi_engine.models.general_folder import MERGE_FILE
 from hmi_engine.models.gpt2 import HierarchicalGpt2
-from hmi_engine.models.loading import MERGE_FILE
 from hmi_engine.store import Store
 
 __all__ = ["Computed", "HierarchicalModel", "base_scores", "causal_windows"]

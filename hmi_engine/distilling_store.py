@@ -31,7 +31,7 @@ from hmi_engine.domain_store import DomainStore
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.knowledge.corpus import Corpus, CorpusReport, check_not_empty, stream_texts
-from hmi_engine.models.loading import import_bert, load_bert_tensors, load_configuration
+from hmi_engine.models.bert_loading import import_bert, load_bert_configuration, load_bert_tensors
 
 __all__ = ["DistillingStore"]
 
@@ -158,7 +158,7 @@ class DistillingStore(DomainStore):
         with tempfile.TemporaryDirectory(prefix="hmi-teacher-") as temporary:
             found = Path(temporary)
             sizes, _ = import_bert(source, found)
-            if sizes != load_configuration(self.general_folder):
+            if sizes != load_bert_configuration(self.general_folder):
                 raise UnsupportedModelError(
                     f"{source}: the teacher has not the sizes of the store's base model"
                 )
@@ -171,4 +171,4 @@ class DistillingStore(DomainStore):
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return load_bert_tensors(folder, load_configuration(folder))
+    return load_bert_tensors(folder, load_bert_configuration(folder))

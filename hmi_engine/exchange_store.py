@@ -26,8 +26,8 @@ from hmi_engine.knowledge.adapters import Adapter
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.knowledge.changes import NewTenant, save_tenants
 from hmi_engine.knowledge.heads import Head
+from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
 from hmi_engine.models.gpt2_loading import load_gpt2_configuration, load_gpt2_tensors
-from hmi_engine.models.loading import load_bert_tensors, load_configuration
 
 __all__ = ["ExchangeStore"]
 
@@ -209,4 +209,4 @@ class ExchangeStore(DistillingStore):
     def _base_tensors(self) -> dict[str, torch.Tensor]:
         if self.general.is_causal:
             return load_gpt2_tensors(self.general_folder, load_gpt2_configuration(self.general_folder))
-        return load_bert_tensors(self.general_folder, load_configuration(self.general_folder))
+        return load_bert_tensors(self.general_folder, load_bert_configuration(self.general_folder))

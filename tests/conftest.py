@@ -29,8 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     choose_device(device)
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores, and so do those that they start
+    num_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(num_threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
 
 WORDS = """
 the a of and in to is was cell protein binds gene drug model data text parse file open close read

@@ -19,9 +19,9 @@ from hmi_engine.knowledge.changes import save_domain
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.tensor_file import file_sha256
+from hmi_engine.models.bert_loading import BertConfiguration, import_bert
 from hmi_engine.models.families import load_model, read_model_type
 from hmi_engine.models.gpt2_loading import Gpt2Configuration, import_gpt2
-from hmi_engine.models.loading import BertConfiguration, import_bert
 
 __all__ = ["create_store"]
 

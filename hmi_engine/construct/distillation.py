@@ -35,7 +35,8 @@ from hmi_engine.construct.distilled_model import DistilledModel, weights_sha256
 from hmi_engine.errors import MissingDependencyError, UnsupportedModelError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.tensor_file import file_sha256
-from hmi_engine.models.loading import load_bert_tensors, load_configuration, load_merge
+from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
+from hmi_engine.models.general_folder import load_merge
 from hmi_engine.models.tokenization import TextEncoder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def distil(
     pieces, num_texts = read_pieces(texts, encoder, settings.max_tokens)
     corpus = DistillationCorpus(pieces, general.window, settings)
     teacher = teacher or base
-    teacher_sha256 = weights_sha256(load_bert_tensors(teacher, load_configuration(teacher)))
+    teacher_sha256 = weights_sha256(load_bert_tensors(teacher, load_bert_configuration(teacher)))
     task = Task(
         base_sha256=_base_sha256(base, domain_layers),
         teacher_sha256=None if teacher == base else teacher_sha256,

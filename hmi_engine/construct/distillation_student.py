@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from hmi_engine.construct.distillation_settings import Part
 from hmi_engine.construct.distillation_windows import MergePlan
-from hmi_engine.models.loading import MERGE_LAYER_NORM_EPS
+from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS
 from hmi_engine.models.packing import PackedSequences
 
 if TYPE_CHECKING:

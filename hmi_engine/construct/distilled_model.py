@@ -19,13 +19,8 @@ from hmi_engine.construct.distillation_settings import DistillationReport
 from hmi_engine.errors import StoreExistsError, UnsupportedModelError
 from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
 from hmi_engine.knowledge.tensor_file import write_tensors
-from hmi_engine.models.loading import (
-    MERGE_FILE,
-    WEIGHTS_FILE,
-    load_bert_tensors,
-    load_configuration,
-    load_merge,
-)
+from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
+from hmi_engine.models.general_folder import MERGE_FILE, WEIGHTS_FILE, load_merge
 
 __all__ = [
     "REPORT_FILE",
@@ -99,7 +94,7 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
                 fsync_path(copy)
-        tensors = load_bert_tensors(base, load_configuration(base)) | model.layers
+        tensors = load_bert_tensors(base, load_bert_configuration(base)) | model.layers
         _write_learned(target, tensors, model.merge, model.report)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
@@ -191,7 +186,7 @@ def apply_compact(path: Path, base: Path) -> DistilledModel:
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise UnsupportedModelError(f"{path}: no readable compact distilled model: {reason}") from error
-    weights = load_bert_tensors(base, load_configuration(base))
+    weights = load_bert_tensors(base, load_bert_configuration(base))
     if weights_sha256(weights) != report.teacher_sha256:
         raise UnsupportedModelError(
             f"{path} belongs to another base model than --general names: their digests differ"
@@ -221,13 +216,13 @@ def import_distillation(source: str, compact: Path | None, base: Path) -> Distil
         if found is not None:
             raise UnsupportedModelError(f"{source} is distilled already, so {compact} does not belong to it")
         model = apply_compact(compact, base)
-        weights = load_bert_tensors(base, load_configuration(base)) | model.layers
+        weights = load_bert_tensors(base, load_bert_configuration(base)) | model.layers
         _write_learned(base, weights, model.merge, model.report)
         return model.report
     if found is not None:
         report, merge = found
         checked = _checked_merge(merge, load_merge(base), Path(source))
-        _write_learned(base, load_bert_tensors(base, load_configuration(base)), checked, report)
+        _write_learned(base, load_bert_tensors(base, load_bert_configuration(base)), checked, report)
         return report
     return None
 

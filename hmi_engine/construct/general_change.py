@@ -12,7 +12,7 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.tensor_file import file_sha256
 from hmi_engine.memory.domain_layers import DomainLayerLibrary
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import WEIGHTS_FILE
+from hmi_engine.models.general_folder import WEIGHTS_FILE
 
 __all__ = ["replace_general"]
 

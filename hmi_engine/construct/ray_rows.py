@@ -17,7 +17,7 @@ from torch import Tensor
 from hmi_engine.errors import StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
-from hmi_engine.models.loading import BertConfiguration, load_bert_tensors, load_configuration
+from hmi_engine.models.bert_loading import BertConfiguration, load_bert_configuration, load_bert_tensors
 from hmi_engine.models.windows import WindowLayers
 
 __all__ = ["LayerTensors", "RowWorkers", "layer_tensors"]
@@ -54,7 +54,7 @@ def layer_tensors(catalog: Catalog, identity: str) -> LayerTensors:
         StoreCorruptError: no domain has layers of this identity, or a file is damaged.
     """
     general = catalog.layout.general_folder(catalog.general.folder)
-    configuration = load_configuration(general)
+    configuration = load_bert_configuration(general)
     num_layers = catalog.general.plot_layers
     tensors = load_bert_tensors(general, configuration)
     if identity != catalog.general.domain_layers:

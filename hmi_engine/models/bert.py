@@ -10,15 +10,10 @@ from pathlib import Path
 import torch
 
 from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
+from hmi_engine.models.bert_loading import BertConfiguration, load_bert_configuration, load_bert_tensors
+from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS, load_merge
 from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
 from hmi_engine.models.linear import SharedLinear
-from hmi_engine.models.loading import (
-    MERGE_LAYER_NORM_EPS,
-    BertConfiguration,
-    load_bert_tensors,
-    load_configuration,
-    load_merge,
-)
 from hmi_engine.models.packing import PackedSequences, Readout
 from hmi_engine.models.windows import WindowLayers
 
@@ -66,7 +61,7 @@ class HierarchicalBert:
         Raises:
             StoreCorruptError: a file is missing or damaged.
         """
-        configuration = load_configuration(directory)
+        configuration = load_bert_configuration(directory)
         tensors, merge = (
             {
                 name: tensor.to(torch.float32 if name.startswith("pooler.") else dtype).to(device)

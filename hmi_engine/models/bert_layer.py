@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional
 
 import hmi_kernels
+from hmi_engine.models.bert_loading import BertConfiguration
 from hmi_engine.models.layer_parts import AdapterApplication, AdapterPlaces, LayerNorm
 from hmi_engine.models.linear import SharedLinear
-from hmi_engine.models.loading import BertConfiguration
 from hmi_engine.models.packing import PackedSequences, Readout
 
 __all__ = ["BertEmbeddings", "BertLayer"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from hmi_engine.errors import StoreCorruptError, UnsupportedModelError
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.bert_layer import BertLayer
-from hmi_engine.models.loading import load_bert_tensors
+from hmi_engine.models.bert_loading import load_bert_tensors
 from hmi_engine.models.windows import WindowLayers
 
 __all__ = ["checked_domain_layers", "load_domain_layers"]

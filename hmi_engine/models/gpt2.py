@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional
 
 from hmi_engine.models.causal_windows import CausalWindowLayers
+from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS, load_merge
 from hmi_engine.models.gpt2_block import Attend, Gpt2Block
 from hmi_engine.models.gpt2_loading import Gpt2Configuration, load_gpt2_configuration, load_gpt2_tensors
 from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
 from hmi_engine.models.linear import SharedLinear
-from hmi_engine.models.loading import MERGE_LAYER_NORM_EPS, load_merge
 
 __all__ = ["HierarchicalGpt2"]
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from hmi_engine.errors import StoreCorruptError, UnsupportedModelError
-from hmi_engine.models.loading import (
-    CONFIGURATION_FILE,
+from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.models.general_folder import (
     MERGE_FILE,
-    WEIGHTS_FILE,
     load_weights,
+    read_checkpoint,
+    read_configuration,
     undistilled_merge,
 )
 
@@ -94,44 +93,10 @@ def import_gpt2(source: str, directory: Path) -> Gpt2Configuration:
     Raises:
         UnsupportedModelError: the folder or id holds no readable model, or one of another architecture.
     """
-    from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source)
-        configuration = Gpt2Configuration.from_dictionary(config.to_dict(), source)
-        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
-        model, loading = cast(
-            "tuple[GPT2LMHeadModel, dict[str, list[str]]]",
-            GPT2LMHeadModel.from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            ),
-        )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{source}: cannot be loaded as a GPT-2-architecture model: {reason}"
-        ) from error
-    if not tokenizer.is_fast:
-        raise UnsupportedModelError(
-            f"{source}: has no fast tokenizer (tokenizer.json); convert it with transformers"
-        )
-    if missing := list(loading["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{source}: the checkpoint lacks {missing[0]} and {len(missing) - 1} more weights"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIGURATION_FILE).write_text(
-        json.dumps(config.to_dict(), indent=2, sort_keys=True, default=str)
-    )
-    tokenizer.save_pretrained(directory)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.transformer.state_dict().items()}
-    save_file(tensors, directory / WEIGHTS_FILE)
-    save_file(_merge_of(Path(source), tensors["wpe.weight"]), directory / MERGE_FILE)
-    return configuration
+    checkpoint = read_checkpoint(source, "GPT2LMHeadModel", "GPT-2", Gpt2Configuration.from_dictionary)
+    tensors = checkpoint.model.transformer.state_dict()
+    checkpoint.write(directory, tensors, _merge_of(Path(source), tensors["wpe.weight"]))
+    return checkpoint.sizes
 
 
 def _merge_of(source: Path, positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -158,11 +123,7 @@ def load_gpt2_configuration(directory: Path) -> Gpt2Configuration:
     Raises:
         StoreCorruptError: the file is missing or damaged.
     """
-    path = directory / CONFIGURATION_FILE
-    try:
-        return Gpt2Configuration.from_dictionary(json.loads(path.read_text()), str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreCorruptError(f"{path}: unreadable configuration of the base model: {error}") from error
+    return read_configuration(directory, Gpt2Configuration.from_dictionary)
 
 
 def load_gpt2_tensors(directory: Path, configuration: Gpt2Configuration) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ from benchmarks.composition_texts import FOLDS, Sizes, TextSet, folder_sets, pre
 from hmi_engine.construct.materialise import compute_unigrams
 from hmi_engine.knowledge.examples import Example
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert
+from hmi_engine.models.bert_loading import import_bert
 from hmi_engine.models.tokenization import TextEncoder
 from hmi_engine.models.windows import fill_places
 

@@ -22,7 +22,7 @@ from benchmarks.compression_rows import (
 )
 from hmi_engine.knowledge.row_formats import ROW_FORMATS, codebook_bytes, stored_row_bytes
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.loading import import_bert
+from hmi_engine.models.bert_loading import import_bert
 from hmi_engine.models.packing import PackedSequences
 
 PLOT_LAYERS = 2

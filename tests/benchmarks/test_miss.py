@@ -10,7 +10,7 @@ import hmi_engine as hmi
 from benchmarks.figures import draw_curves
 from benchmarks.miss_costs import floor_in_tokens, miss_cases, sixty_four_token_sequences
 from benchmarks.miss_throughput import POLICIES, break_even, throughput
-from hmi_engine.models.loading import BertConfiguration
+from hmi_engine.models.bert_loading import BertConfiguration
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from hmi_engine.errors import (
     TrainingMemoryError,
 )
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.models.loading import load_merge
+from hmi_engine.models.general_folder import load_merge
 from hmi_engine.models.packing import PackedSequences
 
 PLOT_LAYERS = 2
