@@ -1,0 +1,160 @@
+"""Decoders for many callers at once: streams, cancellation, tenants that change, a full queue, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from decoder_stores import PROMPTS, WHOLE
+
+import hmi_engine as hmi
+
+
+async def collect(engine: hmi.AsyncEngine, request: hmi.Request, most: int | None = None):
+    pieces, response = [], None
+    async for piece in engine.stream(request):
+        if isinstance(piece, hmi.Response):
+            response = piece
+        else:
+            pieces.append(piece)
+            if most is not None and len(pieces) >= most:
+                break
+    return pieces, response
+
+
+def test_streams_are_what_run_gives(mixed_store: hmi.Store) -> None:
+    names = list(mixed_store.tenants)
+    requests = [
+        hmi.Request(names[number % len(names)], text, sampling=WHOLE) for number, text in enumerate(PROMPTS)
+    ]
+    with hmi.Engine(mixed_store) as engine:
+        expected = engine.run(requests)
+
+    async def stream_all():
+        async with hmi.AsyncEngine(mixed_store) as engine:
+            return await asyncio.gather(*(collect(engine, request) for request in requests))
+
+    for (pieces, response), whole in zip(asyncio.run(stream_all()), expected, strict=True):
+        assert "".join(piece.text for piece in pieces) == response.text == whole.text
+        assert tuple(piece.token_id for piece in pieces) == response.token_ids == whole.token_ids
+
+
+def test_who_leaves_in_mid_stream_frees_its_blocks(mixed_store: hmi.Store) -> None:
+    async def leave() -> dict:
+        async with hmi.AsyncEngine(mixed_store) as engine:
+            long = hmi.Request("lora", "the cell", sampling=hmi.Sampling(max_tokens=80, ignore_end=True))
+            stream = engine.stream(long)
+            async for _ in stream:
+                break
+            await stream.aclose()
+            response = await engine.submit(hmi.Request("ia3", "the drug", sampling=WHOLE))
+            assert response.error is None
+            return engine.stats().generation
+
+    statistics = asyncio.run(leave())
+    assert statistics["blocks_held"] == 0 and statistics["running"] == 0
+    assert statistics["generated_tokens"] < 80
+
+
+def test_a_tenant_that_is_removed_or_replaced_while_it_generates(mixed_store: hmi.Store) -> None:
+    async def change() -> list[hmi.Response]:
+        async with hmi.AsyncEngine(mixed_store) as engine:
+            long = hmi.Sampling(max_tokens=60, ignore_end=True)
+            streams = [
+                engine.stream(hmi.Request(name, "the cell", sampling=long)) for name in ("lora", "ia3")
+            ]
+            for stream in streams:
+                await anext(stream)
+            mixed_store.remove_tenant("lora")
+            other = hmi.random_adapter(mixed_store.general, "lora", 2, 99)
+            mixed_store.add_tenant(
+                "ia3", domain="news", adapter=other, head=hmi.GenerationHead(), replace=True
+            )
+            found = []
+            for stream in streams:
+                async for piece in stream:
+                    last = piece
+                found.append(last)
+            gone = await engine.submit(hmi.Request("lora", "the cell"))
+            assert isinstance(gone.error, hmi.errors.UnknownTenantError)
+            return found
+
+    with hmi.Engine(mixed_store) as engine:
+        long = hmi.Sampling(max_tokens=60, ignore_end=True)
+        expected = engine.run([hmi.Request(name, "the cell", sampling=long) for name in ("lora", "ia3")])
+    for response, before in zip(asyncio.run(change()), expected, strict=True):
+        assert response.error is None and response.token_ids == before.token_ids, (
+            "what began goes on as it was"
+        )
+
+
+def test_a_queue_that_is_full_refuses_at_once(mixed_store: hmi.Store) -> None:
+    async def flood() -> int:
+        limits = hmi.QueueLimits(max_queued_requests=4)
+        async with hmi.AsyncEngine(mixed_store, queue_limits=limits, max_running=1) as engine:
+            requests = [hmi.Request("lora", "the cell", sampling=WHOLE) for _ in range(40)]
+            results = await asyncio.gather(*map(engine.submit, requests), return_exceptions=True)
+            refused = [each for each in results if isinstance(each, hmi.errors.OverloadedError)]
+            assert all(
+                isinstance(each, hmi.Response) and each.error is None
+                for each in results
+                if each not in refused
+            )
+            return len(refused)
+
+    assert 0 < asyncio.run(flood()) < 40
+
+
+def test_closing_fails_what_runs_and_hangs_nobody(mixed_store: hmi.Store) -> None:
+    async def close() -> list:
+        engine = hmi.AsyncEngine(mixed_store)
+        long = hmi.Sampling(max_tokens=90, ignore_end=True)
+        tasks = [
+            asyncio.create_task(engine.submit(hmi.Request("lora", "the", sampling=long))) for _ in range(50)
+        ]
+        await asyncio.sleep(0.05)
+        await engine.close(finish=False)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    for result in asyncio.run(close()):
+        error = result.error if isinstance(result, hmi.Response) else result
+        assert error is None or isinstance(error, hmi.errors.EngineClosedError)
+
+
+async def come_and_go(store: hmi.Store, count: int) -> dict:
+    """Random requests, of which many leave at a random moment; what the engine holds in the end."""
+    draw = random.Random(3)
+    names = [*store.tenants, "nobody"]
+    options = {"cache_memory": 60_000, "max_running": 24, "max_step_tokens": 48}
+    async with hmi.AsyncEngine(store, **options) as engine:
+
+        async def one(number: int) -> None:
+            sampling = hmi.Sampling(max_tokens=draw.randint(1, 12), temperature=1.0, seed=number)
+            request = hmi.Request(draw.choice(names), draw.choice(PROMPTS), sampling=sampling)
+            timeout = draw.choice([None, None, 0.0, 0.01])
+            task = asyncio.create_task(engine.submit(request, timeout=timeout))
+            if draw.random() < 0.4:
+                await asyncio.sleep(draw.random() * 0.05)
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        for start in range(0, count, 100):
+            await asyncio.gather(*(one(start + number) for number in range(min(100, count - start))))
+        await engine.drain()
+        while engine.stats().generation["running"]:
+            await asyncio.sleep(0.001)
+        assert not engine._core.residency._queue._waiting, "nobody waits for a tenant any more"
+        return engine.stats().generation
+
+
+def test_requests_that_come_and_go_leave_nothing(mixed_store: hmi.Store) -> None:
+    statistics = asyncio.run(come_and_go(mixed_store, 300))
+    assert (statistics["blocks_held"], statistics["waiting"]) == (0, 0)
+    assert statistics["preemptions"] > 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_that_come_and_go_leave_nothing(mixed_store: hmi.Store) -> None:
+    statistics = asyncio.run(come_and_go(mixed_store, 10_000))
+    assert (statistics["blocks_held"], statistics["waiting"]) == (0, 0)
