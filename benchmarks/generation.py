@@ -30,6 +30,7 @@ from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.errors import HmiError
 from hmi_engine.generation.step import KeyValueCache
+from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.request import Request
 from hmi_engine.sampling import Sampling
 from hmi_engine.store import Store
@@ -204,9 +205,21 @@ def matrix_product_share(engine: Engine, bench: Bench) -> float:
     return 1e-6 * products / taken
 
 
-def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
+@dataclass(frozen=True)
+class _Found:
+    """All that was measured, of models so large."""
+
+    general: GeneralInfo
+    case: Case
+    curves: list[Curve]
+    product_share: float
+    loads: list[TenantLoad]
+    cache_bytes: dict[str, int]
+    text_source: str
+
+
+def _run(arguments: Arguments, model: Path | None, plan: Plan) -> _Found:
     """Builds the stores, and measures."""
-    plan = QUICK if arguments.quick else FULL
     data = read_texts(arguments, max_words=60)
     corpus = [text for domain in data.domains for text in domain.texts]
     held_out = [example.text for task in data.tasks for example in task.test]
@@ -227,14 +240,25 @@ def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
             system: stack.enter_context(Engine(store, record_traffic=False, prefix_cache="off"))
             for system, store in stores.items()
         }
-        case = measure_peers(bench, engines)
-        curves = measure_concurrency(bench, engines)
-        share = matrix_product_share(engines[OURS], bench)
-        loads = measure_tenants(
-            stores[OURS], DOMAIN, prompts, plan.many_tenants, rank=RANK, seconds=plan.load_seconds
+        return _Found(
+            general=stores[OURS].general,
+            case=measure_peers(bench, engines),
+            curves=measure_concurrency(bench, engines),
+            product_share=matrix_product_share(engines[OURS], bench),
+            loads=measure_tenants(
+                stores[OURS], DOMAIN, prompts, plan.many_tenants, rank=RANK, seconds=plan.load_seconds
+            ),
+            cache_bytes={
+                system: KeyValueCache.bytes_per_token(store.general) for system, store in stores.items()
+            },
+            text_source=data.source,
         )
-        sizes = {system: KeyValueCache.bytes_per_token(store.general) for system, store in stores.items()}
-        general = stores[OURS].general
+
+
+def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
+    """Measures, and says with what and how."""
+    plan = QUICK if arguments.quick else FULL
+    found = _run(arguments, model, plan)
     return BenchmarkResult(
         name=NAME,
         question=QUESTION,
@@ -243,11 +267,11 @@ def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
         machine=describe_machine(),
         versions=installed_versions(),
         settings={
-            "text": data.source,
+            "text": found.text_source,
             "model": "random weights" if model is None else "trained by benchmarks.small_gpt2",
-            "layers": general.num_layers,
-            "hidden_size": general.hidden_size,
-            "vocabulary": general.vocab_size,
+            "layers": found.general.num_layers,
+            "hidden_size": found.general.hidden_size,
+            "vocabulary": found.general.vocab_size,
             "tenants": plan.tenants,
             "torch_threads": torch.get_num_threads(),
         },
@@ -255,23 +279,28 @@ def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
             note.format(new=plan.new_tokens, low=plan.prompt_tokens[0], high=plan.prompt_tokens[1], rank=RANK)
             for note in NOTES
         ),
-        cases=(case,),
-        quantities=(
-            Quantity(name="keys and values of a token, K = N/2", value=sizes[OURS], unit="bytes"),
-            Quantity(name="keys and values of a token, K = 0", value=sizes[PLAIN], unit="bytes"),
-            Quantity(
-                name=f"share of a decode step of {plan.tenants} requests in products with shared weights",
-                value=share,
-                unit="share",
-            ),
-            Quantity(
-                name=f"throughput with {plan.many_tenants[-1]} tenants over that with {plan.many_tenants[0]}",
-                value=loads[-1].tokens_per_second / loads[0].tokens_per_second,
-                unit="share",
-            ),
+        cases=(found.case,),
+        quantities=_quantities(found, plan),
+        tables=(_load_table(found.loads),),
+        curves=tuple(found.curves),
+    )
+
+
+def _quantities(found: _Found, plan: Plan) -> tuple[Quantity, ...]:
+    most, fewest = found.loads[-1], found.loads[0]
+    return (
+        Quantity(name="keys and values of a token, K = N/2", value=found.cache_bytes[OURS], unit="bytes"),
+        Quantity(name="keys and values of a token, K = 0", value=found.cache_bytes[PLAIN], unit="bytes"),
+        Quantity(
+            name=f"share of a decode step of {plan.tenants} requests in products with shared weights",
+            value=found.product_share,
+            unit="share",
         ),
-        tables=(_load_table(loads),),
-        curves=tuple(curves),
+        Quantity(
+            name=f"throughput with {most.tenants} tenants over that with {fewest.tenants}",
+            value=most.tokens_per_second / fewest.tokens_per_second,
+            unit="share",
+        ),
     )
 
 
