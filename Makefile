@@ -33,6 +33,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.pipeline
 	python -m benchmarks.load
 	python -m benchmarks.simulate
+	python -m benchmarks.neighbours
 	python -m benchmarks.generation
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store

@@ -30,6 +30,7 @@ ORDER = (
     "pipeline",
     "load",
     "simulate",
+    "neighbours",
     "generation",
     "perplexity",
     "residency",
