@@ -87,6 +87,7 @@ class Execution:
         if isinstance(method, WholeBase):
             store = self.stores.store(base, plot_layers=0)
             domain = ROOT_DOMAIN
+            settings = settings.model_copy(update={"layers": method.layers})
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)

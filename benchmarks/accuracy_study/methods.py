@@ -60,24 +60,31 @@ class WholeBase:
         library: whose training: this project's (``hmi``) or PEFT's (``peft``).
         kind: of adapter.
         rank: of the adapter.
+        layers: which layers get adapters; None for all of them.
         candidates: learning rates; the development split of seed 0 chooses.
     """
 
     library: Literal["hmi", "peft"] = "hmi"
     kind: AdapterKind = "bottleneck"
     rank: int = 16
+    layers: tuple[int, ...] | None = None
     candidates: tuple[float, ...] = (5e-3,)
 
     @property
     def slug(self) -> str:
         """Name in files."""
-        return f"k0-{self.library}-{self.kind}"
+        chosen = "" if self.layers is None else "-layers" + "".join(map(str, self.layers))
+        return f"k0-{self.library}-{self.kind}{chosen}"
 
     @property
     def title(self) -> str:
         """Name in tables."""
         kinds = {"bottleneck": "bottleneck adapters", "lora": "LoRA"}
-        return f"{kinds[self.kind]} on the whole base{' (PEFT)' if self.library == 'peft' else ''}"
+        if self.layers is None:
+            where = "the whole base"
+        else:
+            where = f"layers {', '.join(map(str, self.layers))} of the whole base"
+        return f"{kinds[self.kind]} on {where}{' (PEFT)' if self.library == 'peft' else ''}"
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ def _ablations() -> tuple[Method, ...]:
     """Each changes one thing about K = 3, distilled, served by back-off from the set's own text."""
     base = Hierarchical(3, DISTILLED)
     return (
+        WholeBase(layers=(3, 4, 5)),
         WholeBase(kind="lora", candidates=LORA_RATES),
         WholeBase(library="peft", kind="lora", candidates=LORA_RATES),
         replace(base, window=3),
