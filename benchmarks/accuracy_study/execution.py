@@ -13,7 +13,6 @@ from benchmarks.accuracy_study.stores import StudyStores
 from benchmarks.accuracy_study.tenants import train_and_serve
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.environment import installed_versions
-from hmi_engine.knowledge.adapters import LORA_SITES
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 
 __all__ = ["Execution"]
@@ -91,7 +90,7 @@ class Execution:
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)
-            sites = LORA_SITES if method.all_linear else None
+            sites = "all-linear" if method.all_linear else None
             changes = {"miss": method.miss, "layers": method.layers, "sites": sites}
             settings = settings.model_copy(update=changes)
         outcome = train_and_serve(store, domain, run.labelled, settings)

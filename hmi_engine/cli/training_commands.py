@@ -58,6 +58,10 @@ def train(
     domain: DomainOption = ROOT_DOMAIN,
     kind: Annotated[str, typer.Option(help=f"Of adapter: {', '.join(ADAPTER_KINDS)}.")] = "bottleneck",
     rank: Annotated[int, typer.Option(min=1, help="Width of the adapter.")] = 16,
+    sites: Annotated[
+        str | None,
+        typer.Option(help="Places in a layer, with commas; LoRA: or all-linear. Default: the kind's own."),
+    ] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="LoRA: its output is times this over the rank; default: times 2.")
     ] = None,
@@ -100,6 +104,7 @@ def train(
         task=checked_choice(task, TASKS, "--task"),
         kind=checked_choice(kind, ADAPTER_KINDS, "--kind"),
         rank=rank,
+        sites=sites if sites is None or sites == "all-linear" else sites.split(","),
         lora_alpha=lora_alpha,
         use_rslora=rslora,
         max_epochs=epochs,

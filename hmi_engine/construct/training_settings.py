@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hmi_engine.construct.crossfit import HitRates
 from hmi_engine.construct.training_metrics import Metrics
-from hmi_engine.knowledge.adapters import MAX_RANK, Site
+from hmi_engine.knowledge.adapters import LORA_SITES, MAX_RANK, Site
 from hmi_engine.knowledge.examples import Task
 
 __all__ = [
@@ -62,6 +62,7 @@ class TrainingSettings(BaseModel):
         layers: which of the layers above ``plot_layers`` get blocks; None for all of them.
         sites: where in a layer; None for the kind's usual ones: after the feed-forward network (bottleneck),
             query and value (LoRA), keys, values and the feed-forward network's inner state (IA3), all biases.
+            ``"all-linear"``: LoRA at every linear layer, as in PEFT.
         lora_scale: factor of a LoRA's output, unless ``lora_alpha`` is given.
         lora_alpha: PEFT's ``lora_alpha``: the factor is this over the rank; None for ``lora_scale``.
         use_rslora: whether it is over the rank's square root (Kalajdzievski 2023).
@@ -91,7 +92,7 @@ class TrainingSettings(BaseModel):
     rank: int = Field(default=16, ge=1, le=MAX_RANK)
     activation: str = "gelu"
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
-    sites: tuple[Site, ...] | None = Field(default=None, min_length=1)
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)] | Literal["all-linear"] | None = None
     lora_scale: float = 2.0
     lora_alpha: float | None = Field(default=None, gt=0)
     use_rslora: bool = False
@@ -112,6 +113,8 @@ class TrainingSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_fields(self) -> TrainingSettings:
+        if self.sites == "all-linear" and self.kind != "lora":
+            raise ValueError(f"sites 'all-linear' is for lora, not for {self.kind}")
         if self.use_rslora and self.lora_alpha is None:
             raise ValueError("use_rslora divides lora_alpha, which is not given")
         if self.task in ("embedding", "regression"):
@@ -132,6 +135,8 @@ class TrainingSettings(BaseModel):
     @property
     def block_sites(self) -> tuple[Site, ...] | None:
         """Where in a layer blocks are; None for the usual sites of :attr:`block_kind`."""
+        if self.sites == "all-linear":
+            return LORA_SITES
         return _HOULSBY_SITES if self.kind == "double_seq_bn" and self.sites is None else self.sites
 
     @property

@@ -6,6 +6,9 @@ import pytest
 from cli.command_line import hmi
 from conftest import write_jsonl
 
+from hmi_engine.knowledge.adapters import LORA_SITES
+from hmi_engine.store import Store
+
 
 @pytest.fixture(scope="module")
 def made(tiny_bert, tmp_path_factory, corpus):
@@ -49,6 +52,14 @@ def test_train_card_evaluate(made):
     assert "macro_f1" in shown and " to " in shown
 
 
+def test_lora_at_every_linear_layer(made):
+    done = train(made, "wide", "--kind", "lora", "--rank", 2, "--sites", "all-linear", "--json")
+    assert done.returncode == 0, done.stderr
+    with Store.open(made / "store") as store:
+        adapter, _ = store.load_tenant("wide")
+    assert {site for _, site in adapter.blocks} == set(LORA_SITES)
+
+
 def test_words_from_a_file_of_any_name(made, corpus):
     lines = "\n\n".join(
         "\n".join(f"{word} {'B-x' if word == 'cell' else 'O'}" for word in text.split()) for text in corpus
@@ -88,6 +99,8 @@ def test_a_tenant_from_elsewhere_has_no_card(made):
         (["--format", "xml"], "--format"),
         (["--label-smoothing", 2], "--label-smoothing"),
         (["--rslora"], "lora_alpha"),
+        (["--sites", "all-linear"], "lora"),
+        (["--sites", "query,nowhere"], "--sites"),
         (["--pooling", "max"], "--pooling"),
         (["--search", "--search-rates", "fast"], "--search-rates"),
         (["--search", "--search-ranks", "0"], "--rank"),
