@@ -10,13 +10,13 @@ from benchmarks.result import read_results  # noqa: E402
 
 
 def test_quick_run(tmp_path, monkeypatch) -> None:
-    # A loop in Python makes every batch take a second, which is what is measured.
+    # Others slow every batch down to a second, which is what they are there for.
     every = neighbours._neighbours
-    monkeypatch.setattr(neighbours, "_neighbours", lambda *given: every(*given)[:5])
+    monkeypatch.setattr(neighbours, "_neighbours", lambda *given: every(*given)[:2])
     before = sys.getswitchinterval(), torch.get_num_threads()
     neighbours.main(["--quick", "--out", str(tmp_path / "neighbours.json")])
     assert (sys.getswitchinterval(), torch.get_num_threads()) == before
     (result,) = read_results(tmp_path)
     (table,) = result.tables
-    assert len(table.rows) == 5
+    assert len(table.rows) == 2
     assert all(row[1] > 0 and row[2] > 0 for row in table.rows)
