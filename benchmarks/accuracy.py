@@ -80,6 +80,7 @@ class Options:
         only: patterns of runs to carry out; all others are left as they are.
         ablations: whether the runs that change one thing each are part of the study.
         scratch: folder that keeps stores for the next time; None for a temporary one.
+        report_only: whether nothing is carried out, and what is finished is reported.
         quick: few texts and epochs.
         command: how to repeat the run.
     """
@@ -90,6 +91,7 @@ class Options:
     only: tuple[str, ...]
     ablations: bool
     scratch: Path | None
+    report_only: bool
     quick: bool
     command: str
 
@@ -124,7 +126,7 @@ def measure(options: Options) -> BenchmarkResult:
         records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
-        while (run := plan.next_run(records)) is not None:
+        while not options.report_only and (run := plan.next_run(records)) is not None:
             _say(f"{run.name}: about {expected_seconds(run, records):.0f} s")
             record = execution.carry_out(run, plan.base_folder(run.method))
             records.add(run.name, record)
@@ -193,6 +195,9 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
         help="carry out only these, such as 'scierc.full-*'",
     )
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
+    parser.add_argument(
+        "--report", action="store_true", help="report what is finished, and carry out nothing"
+    )
     parser.add_argument("--ablations", action="store_true", help="also the runs that change one thing each")
     parser.add_argument("--scratch", type=Path, help="folder that keeps stores and tables for the next time")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json", help="where the result goes")
@@ -205,6 +210,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
         only=tuple(parsed.only),
         ablations=parsed.ablations,
         scratch=parsed.scratch,
+        report_only=parsed.report,
         quick=parsed.quick,
         command=shlex.join(["python", "-m", f"benchmarks.{NAME}", *map(_without_folders, argv)]),
     )

@@ -42,6 +42,7 @@ def options(tmp_path, make_sentences):
         only=(),
         ablations=False,
         scratch=None,
+        report_only=False,
         quick=True,
         command="test",
     )
