@@ -196,7 +196,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
     )
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
     parser.add_argument(
-        "--report", action="store_true", help="report what is finished, and carry out nothing"
+        "--report", action="store_true", help="carry out nothing, report what is finished"
     )
     parser.add_argument("--ablations", action="store_true", help="also the runs that change one thing each")
     parser.add_argument("--scratch", type=Path, help="folder that keeps stores and tables for the next time")
