@@ -195,9 +195,7 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
         help="carry out only these, such as 'scierc.full-*'",
     )
     parser.add_argument("--list", action="store_true", help="say what is done and what is left, and end")
-    parser.add_argument(
-        "--report", action="store_true", help="carry out nothing, report what is finished"
-    )
+    parser.add_argument("--report", action="store_true", help="carry out nothing, report what is finished")
     parser.add_argument("--ablations", action="store_true", help="also the runs that change one thing each")
     parser.add_argument("--scratch", type=Path, help="folder that keeps stores and tables for the next time")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json", help="where the result goes")
