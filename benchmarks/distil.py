@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.accuracy_study.methods import DISTILLED, OTHER_DISTILLATIONS, Hierarchical
 from benchmarks.accuracy_study.sets import StudySet, read_sets
+from benchmarks.accuracy_study.stores import table_texts
 from hmi_engine.cli.output import progress_bars
 from hmi_engine.construct.distillation_settings import DistillationReport, DistillationSettings
 from hmi_engine.demo.base_model import packaged_model
@@ -29,9 +30,7 @@ EVALUATE_EVERY = 200
 
 def unlabelled_texts(sets: Sequence[StudySet]) -> list[str]:
     """Distinct training texts of all sets, in order, none of which is held out in any of them."""
-    held_out = frozenset[str]().union(*(each.held_out_texts() for each in sets))
-    texts = dict.fromkeys(text for each in sets for text in each.training_texts())
-    return [text for text in texts if text not in held_out]
+    return list(table_texts("all", sets[0], sets))
 
 
 def settings_of(

@@ -11,6 +11,7 @@ import torch
 
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.models.general_folder import (
+    check_fields,
     load_weights,
     read_checkpoint,
     read_configuration,
@@ -50,12 +51,9 @@ class BertConfiguration:
             "position_embedding_type": ("absolute", None),
             "is_decoder": (False, None),
         }
-        for field, allowed in expected.items():
-            if config.get(field) not in allowed:
-                raise UnsupportedModelError(
-                    f"{source}: {field} is {config.get(field)!r}; HMI serves encoders of BERT's architecture "
-                    f"with {field} {allowed[0]!r} (BERT, MiniLM); choose such a model as --general"
-                )
+        check_fields(
+            config, expected, source, served="encoders of BERT's architecture", examples="BERT, MiniLM"
+        )
         hidden_size, num_heads = config["hidden_size"], config["num_attention_heads"]
         if hidden_size % num_heads:
             raise UnsupportedModelError(

@@ -20,6 +20,7 @@ __all__ = [
     "MERGE_LAYER_NORM_EPS",
     "WEIGHTS_FILE",
     "Checkpoint",
+    "check_fields",
     "load_merge",
     "load_weights",
     "read_checkpoint",
@@ -118,6 +119,26 @@ def read_checkpoint(
             f"{source}: the checkpoint lacks {needed[0]} and {len(needed) - 1} more weights"
         )
     return Checkpoint(sizes, config, tokenizer, model, missing)
+
+
+def check_fields(
+    config: Mapping[str, Any],
+    expected: Mapping[str, tuple[Any, ...]],
+    source: str,
+    *,
+    served: str,
+    examples: str,
+) -> None:
+    """Raises :class:`UnsupportedModelError` where a field of a ``config.json`` is none of the ``expected``.
+
+    The message names what HMI has ``served`` instead, and ``examples`` of it.
+    """
+    for field, allowed in expected.items():
+        if config.get(field) not in allowed:
+            raise UnsupportedModelError(
+                f"{source}: {field} is {config.get(field)!r}; HMI serves {served} with {field} "
+                f"{allowed[0]!r} ({examples}); choose such a model as --general"
+            )
 
 
 def read_configuration(directory: Path, sizes_of: Callable[[dict[str, Any], str], Sizes]) -> Sizes:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.models.general_folder import (
     MERGE_FILE,
+    check_fields,
     load_weights,
     read_checkpoint,
     read_configuration,
@@ -61,13 +62,13 @@ class Gpt2Configuration:
             "add_cross_attention": (False, None),
             "tie_word_embeddings": (True, None),
         }
-        for field, allowed in expected.items():
-            if config.get(field) not in allowed:
-                raise UnsupportedModelError(
-                    f"{source}: {field} is {config.get(field)!r}; HMI serves decoders of GPT-2's "
-                    f"architecture with {field} {allowed[0]!r} (GPT-2, DistilGPT-2); choose such a model as "
-                    "--general"
-                )
+        check_fields(
+            config,
+            expected,
+            source,
+            served="decoders of GPT-2's architecture",
+            examples="GPT-2, DistilGPT-2",
+        )
         hidden_size, num_heads = config["n_embd"], config["n_head"]
         if hidden_size % num_heads:
             raise UnsupportedModelError(f"{source}: n_embd {hidden_size} is no multiple of {num_heads} heads")
