@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ class PlaceTables:
     def __init__(
         self,
         tables: tuple[Tensor, Tensor, Tensor, Tensor],
-        rows: Mapping[_Place, int],
-        max_ranks: Sequence[int],
+        rows: dict[_Place, int],
+        max_ranks: list[int],
     ) -> None:
         """Offsets, ranks, activations and scales, each [rows, slots]; the row and largest rank of a place."""
-        self._tables, self._rows, self._max_ranks = tables, rows, max_ranks
+        self._tables = tables  # replaced together, so that a reader never sees unequal lengths
+        self._rows, self._max_ranks = rows, max_ranks
 
     def at(self, layer: int, site: Site) -> SlotTable:
         """The entries of all slots at one place.
@@ -61,16 +62,13 @@ class SlotTables(PlaceTables):
 
     def __init__(self, num_slots: int = 64) -> None:
         """Room for ``num_slots`` tenants at first; it grows."""
-        # Replaced together, so that a reader never sees unequal lengths.
-        self._tables: tuple[Tensor, Tensor, Tensor, Tensor] = (
+        tables = (
             torch.full((_INITIAL_ROWS, num_slots), _NOTHING, dtype=torch.int64),
             torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32),
             torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.int32),
             torch.zeros((_INITIAL_ROWS, num_slots), dtype=torch.float32),
         )
-        self._rows: dict[_Place, int] = {}
-        self._max_ranks: list[int] = []
-        super().__init__(self._tables, self._rows, self._max_ranks)
+        super().__init__(tables, {}, [])
         self._free = list(reversed(range(num_slots)))
 
     @property
