@@ -40,6 +40,7 @@ from hmi_engine.knowledge.heads import (
     RegressionHead,
     TokenClassificationHead,
 )
+from hmi_engine.memory.memory_budget import MemoryBudget
 from hmi_engine.request import Request, Response, Tag, TextPiece, Timing, Usage
 from hmi_engine.sampling import Sampling
 from hmi_engine.schedule.limits import QueueLimits, TenantLimits
@@ -64,6 +65,7 @@ __all__ = [
     "GenerationHead",
     "HmiError",
     "LoraBlock",
+    "MemoryBudget",
     "ModelCard",
     "MultiLabelExample",
     "NewTenant",

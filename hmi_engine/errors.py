@@ -18,6 +18,7 @@ __all__ = [
     "GeneralChangedError",
     "GeneralInUseError",
     "HmiError",
+    "InsufficientMemoryError",
     "InvalidAdapterError",
     "InvalidHeadError",
     "InvalidNameError",
@@ -108,6 +109,10 @@ class TrainingDataError(HmiError, ValueError):
 
 class TrainingDivergedError(HmiError, ArithmeticError):
     """A training's loss became infinite or NaN; what it had learned before is kept, if anything."""
+
+
+class InsufficientMemoryError(HmiError, MemoryError):
+    """An engine may take more memory than is left of the budget that it shares with others."""
 
 
 class TrainingMemoryError(HmiError, MemoryError):

@@ -31,6 +31,7 @@ from hmi_engine.pipeline.stage_clock import StageClock, StageTimes, Trace
 from hmi_engine.pipeline.step import BatchItem, BatchResult, BatchRunner, PreparedBatch
 from hmi_engine.pipeline.traffic_saver import TrafficSaver
 from hmi_engine.request import Request, Response, Timing
+from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
 
@@ -100,6 +101,11 @@ class ServingCore:
         self.clock = StageClock(self.trace)
         self.statistics = EngineStatistics()
         self.streams = open_streams(options.device)
+        with reserving_memory(self, store, options, computes_on_gpu=self.streams.is_asynchronous):
+            self._open(look_ahead)
+
+    def _open(self, look_ahead: Callable[[], None] | None) -> None:
+        store, options = self.store, self.options
         self._dtype = _compute_dtype(options, self.streams)
         device_bytes = _device_bytes(options, self.streams)
         self.residency = open_residency(store, options, self.streams, device_bytes, self._dtype)
@@ -238,6 +244,7 @@ class ServingCore:
         if self.plots is not None:
             self.plots.close()
         self.residency.close()
+        release_memory(self, self.options)
         if self.trace is not None and self.options.trace is not None:
             self.trace.write(Path(self.options.trace))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hmi_engine.memory.device_choice import DEVICE_NAMES, is_device_name
+from hmi_engine.memory.memory_budget import MemoryBudget
 from hmi_engine.memory.tenant_reader import DEFAULT_READ_TIMEOUT
 from hmi_engine.memory.traffic import DEFAULT_TRAFFIC_BYTES
 from hmi_engine.pipeline.step import MissPolicy
@@ -37,6 +38,8 @@ class EngineOptions:
             before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is one tier, of
             ``host_memory``. On a GPU half of it is for PLOT tables, and ``"auto"`` is half of what is free.
         host_memory: budget for adapters in host memory, in bytes or as ``"2GiB"``.
+        memory: what the engines of this process share, of which this one reserves its host memory: the
+            budgets for adapters, overlay, counts of traffic, keys and values. None: it shares nothing.
         miss: ``"backoff"`` composes a missing window from shorter n-grams, ``"exact"`` computes it,
             ``"budget"`` computes those that a batch has most often, of equals those that corpora and recorded
             traffic have most often, and composes the others.
@@ -75,6 +78,7 @@ class EngineOptions:
     dtype: str = "auto"
     device_memory: int | str = "auto"
     host_memory: int | str = "2GiB"
+    memory: MemoryBudget | None = None
     miss: MissPolicy = "backoff"
     exact_budget: float = 0.05
     max_batch_tokens: int = 8192

@@ -28,6 +28,7 @@ from hmi_engine.pipeline.respond import respond
 from hmi_engine.pipeline.stage_clock import StageClock, Trace
 from hmi_engine.request import Request, Response, Timing, Usage
 from hmi_engine.serving_core import EngineStatistics, open_plots, open_residency
+from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
 
@@ -45,12 +46,17 @@ class DecoderCore:
             raise DeviceUnavailableError(
                 f"device is {options.device!r}, but this release generates on the CPU alone: use 'cpu'"
             )
-        general = store.general
         self.store = store
         self.options = options
         self.trace = None if options.trace is None else Trace()
         self.clock = StageClock(self.trace)
         self.statistics = EngineStatistics()
+        with reserving_memory(self, store, options, computes_on_gpu=False):
+            self._open()
+        self._end_token = store.encoder.token_id_of_end()
+
+    def _open(self) -> None:
+        store, options, general = self.store, self.options, self.store.general
         device_bytes = parse_bytes(
             options.host_memory if options.device_memory == "auto" else options.device_memory
         )
@@ -82,7 +88,6 @@ class DecoderCore:
             max_step_tokens=options.max_step_tokens,
             max_running=options.max_running,
         )
-        self._end_token = store.encoder.token_id_of_end()
 
     def use_backend(self) -> AbstractContextManager[None]:
         """The kernels that the options ask for, in the block."""
@@ -148,6 +153,7 @@ class DecoderCore:
         if self.plots is not None:
             self.plots.close()
         self.residency.close()
+        release_memory(self, self.options)
         if self.trace is not None and self.options.trace is not None:
             self.trace.write(Path(self.options.trace))
 
