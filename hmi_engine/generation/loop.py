@@ -125,6 +125,7 @@ class GenerationLoop:
         for sequence in self._running:
             self._give_up(sequence)
         self._running, self._waiting = [], deque()
+        self._runner.rest()
         return left
 
     def step(self) -> bool:
@@ -132,6 +133,7 @@ class GenerationLoop:
         self._drop_cancelled()
         scheduled = self._schedule()
         if not scheduled:
+            self._runner.rest()
             return False
         try:
             outputs = self._runner.run(scheduled)
@@ -141,6 +143,8 @@ class GenerationLoop:
         self._statistics.steps += 1
         for each, output in zip(scheduled, outputs, strict=True):
             self._take(each, output)
+        if not self._running:
+            self._runner.rest()
         return True
 
     def _drop_cancelled(self) -> None:

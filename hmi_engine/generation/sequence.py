@@ -119,18 +119,21 @@ class DecoderSequence:
         """Takes the next token; returns why the text ends with it, if it does."""
         assert self.chooser is not None and self.text is not None
         chosen = self.chooser.choose(following, self.token_ids)
-        is_end = chosen.token_id == self.end_token and not self.sampling.ignore_end
-        self.token_ids.append(chosen.token_id)
+        token_id, sampling = chosen.token_id, self.request.sampling
+        self.token_ids.append(token_id)
         if chosen.logprob is not None:
             self.logprobs.append(chosen.logprob)
-        piece = self.text.add(chosen.token_id)
+        # Tokens become text when somebody looks at it: now, or all of them at the end.
+        is_watched = self.emit is not None or sampling.stop
+        piece = self.text.add(token_id) if is_watched else ""
         finish = None
-        if is_end or self.text.is_stopped:
+        if self.text.is_stopped or (token_id == self.end_token and not sampling.ignore_end):
             finish = FinishReason.STOP
-        elif self.num_generated >= self.sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
+        elif self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
+            piece += "" if is_watched else self.text.add(*self.generated)
             piece += self.text.finish()
         if self.emit is not None:
-            self.emit(TextPiece(piece, chosen.token_id, chosen.logprob))
+            self.emit(TextPiece(piece, token_id, chosen.logprob))
         return finish

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
@@ -13,9 +12,9 @@ import torch
 import hmi_kernels
 from hmi_engine.errors import HmiError, UnknownTenantError
 from hmi_engine.generation.sequence import DecoderSequence
+from hmi_engine.generation.step_leases import StepLeases
 from hmi_engine.generation.token_choice import NextToken
 from hmi_engine.knowledge.general import GeneralInfo
-from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
@@ -85,8 +84,7 @@ class StepRunner:
         """Runs nothing yet; arguments as those of ``hmi_engine.pipeline.step.BatchRunner``."""
         self._general = general
         self._model = model
-        self._plots = plots
-        self._residency = residency
+        self._leases = StepLeases(residency, plots, model, keep_tables=miss == "backoff")
         self._cache = cache
         self._miss = miss
         self._exact_budget = exact_budget
@@ -98,29 +96,38 @@ class StepRunner:
     def run(self, scheduled: Sequence[Scheduled]) -> list[StepOutput]:
         """Computes a step; sequences of one tenant should stand together. An error is its tenant's alone."""
         self._num_steps += 1
+        try:
+            return self._run(scheduled)
+        except BaseException:
+            self.rest()
+            raise
+
+    def rest(self) -> None:
+        """Gives back what is held for a next step, as there is none for now."""
+        self._leases.release()
+
+    def _run(self, scheduled: Sequence[Scheduled]) -> list[StepOutput]:
         outputs: list[StepOutput] = [None] * len(scheduled)
-        with ExitStack() as stack:
-            with self._clock.working("fetch", self._num_steps):
-                held = self._residency.holding([each.sequence.tenant for each in scheduled], wait=True)
-                residents = stack.enter_context(held)
-            served = []
-            for index, resident in enumerate(residents):
-                problem = _find_problem(scheduled[index].sequence, resident)
-                if problem is not None:
-                    outputs[index] = problem
-                else:
-                    served.append(index)
-            if not served:
-                return outputs
-            chosen = [scheduled[index] for index in served]
-            tenants = [cast(ResidentTenant, residents[index]) for index in served]
-            with self._clock.working("search", self._num_steps):
-                tokens = self._tokens(chosen, tenants)
-                view, references = self._search(tokens, stack)
-            with self._clock.working("compute", self._num_steps):
-                computed = self._compute(chosen, tenants, tokens, view, references)
-            for index, output in zip(served, computed, strict=True):
-                outputs[index] = output
+        with self._clock.working("fetch", self._num_steps):
+            residents = self._leases.residents([each.sequence.tenant for each in scheduled])
+        served = []
+        for index, resident in enumerate(residents):
+            problem = _find_problem(scheduled[index].sequence, resident)
+            if problem is not None:
+                outputs[index] = problem
+            else:
+                served.append(index)
+        if not served:
+            return outputs
+        chosen = [scheduled[index] for index in served]
+        tenants = [cast(ResidentTenant, residents[index]) for index in served]
+        with self._clock.working("search", self._num_steps):
+            tokens = self._tokens(chosen, tenants)
+            view, references = self._search(tokens)
+        with self._clock.working("compute", self._num_steps):
+            computed = self._compute(chosen, tenants, tokens, view, references)
+        for index, output in zip(served, computed, strict=True):
+            outputs[index] = output
         return outputs
 
     def _tokens(self, scheduled: Sequence[Scheduled], tenants: Sequence[ResidentTenant]) -> CausalTokens:
@@ -142,13 +149,10 @@ class StepRunner:
             domains,
         )
 
-    def _search(
-        self, tokens: CausalTokens, stack: ExitStack
-    ) -> tuple[CausalPlotView | None, torch.Tensor | None]:
-        if self._plots is None:
+    def _search(self, tokens: CausalTokens) -> tuple[CausalPlotView | None, torch.Tensor | None]:
+        view = self._leases.tables(tokens.domains)
+        if view is None:
             return None, None
-        lease = self._plots.reading(list(dict.fromkeys(tokens.domains)))
-        view = stack.enter_context(CausalPlotView(lease, self._model))
         references = view.lookup(tokens)
         statistics = self.plot_statistics
         statistics.tokens += len(references)
@@ -170,7 +174,7 @@ class StepRunner:
         references: torch.Tensor | None,
     ) -> list[StepOutput]:
         counts = [each.num_tokens for each in scheduled]
-        adapters = AdapterBatch(self._residency.arena.memory, self._residency.slots, tenants, counts, counts)
+        adapters = self._leases.adapters(tenants, counts)
         if view is None or references is None:
             hidden_states = self._model.embed(tokens.input_ids, tokens.positions)
         else:

@@ -34,9 +34,9 @@ class TextStream:
         """All that was decoded, up to the stop string if there was one."""
         return self._text
 
-    def add(self, token_id: int) -> str:
-        """Takes the next token; returns the text that is certain now, maybe none."""
-        self._open.append(token_id)
+    def add(self, *token_ids: int) -> str:
+        """Takes the next token, or several; returns the text that is certain now, maybe none."""
+        self._open += token_ids
         decoded = self._decode_open()
         # However many bytes of a character have come, they are one sign until the last one comes.
         certain = decoded.removesuffix(_BROKEN)

@@ -9,7 +9,7 @@ from itertools import accumulate, groupby, islice
 import torch
 
 from hmi_engine.knowledge.adapter_kinds import KIND_OF_SITE
-from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall
+from hmi_engine.knowledge.adapter_kinds.kind import GroupedCall, SlotTable
 from hmi_engine.knowledge.adapters import QUERY_KEY_VALUE, Site
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.slot_tables import PlaceTables
@@ -34,6 +34,8 @@ class AdapterBatch:
         """
         self._arena = arena
         self._slots = slots
+        # Entries of held slots stay as they are, in whatever table they were found.
+        self._tables: dict[tuple[int, Site | None], SlotTable] = {}
         self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
         runs = [list(run) for _, run in groupby(range(len(tenants)), lambda index: tenants[index].slot)]
         self._segment_slots = torch.tensor([tenants[run[0]].slot for run in runs], dtype=torch.int32)
@@ -52,7 +54,7 @@ class AdapterBatch:
         offsets = self._readout_offsets if readout else self._token_offsets
         KIND_OF_SITE[place].apply(
             GroupedCall(
-                output, hidden_states, self._arena, offsets, self._segment_slots, self._slots.at(layer, place)
+                output, hidden_states, self._arena, offsets, self._segment_slots, self._table(layer, place)
             )
         )
 
@@ -66,10 +68,19 @@ class AdapterBatch:
                 self._arena,
                 self._token_offsets,
                 self._segment_slots,
-                self._slots.at_projections(layer),
+                self._table(layer, None),
                 [size] * len(QUERY_KEY_VALUE),
             )
         )
+
+    def _table(self, layer: int, site: Site | None) -> SlotTable:
+        """The entries at one place, or of a layer's projections together; looked up once for a batch."""
+        table = self._tables.get((layer, site))
+        if table is None:
+            slots = self._slots
+            table = slots.at_projections(layer) if site is None else slots.at(layer, site)
+            self._tables[layer, site] = table
+        return table
 
     def tensors(self) -> list[torch.Tensor]:
         """All that :meth:`with_tensors` wants on the device where the arena is.
@@ -91,6 +102,7 @@ class AdapterBatch:
         moved = copy.copy(self)
         moved._token_offsets, moved._readout_offsets, moved._segment_slots = islice(tensors, 3)
         offsets, ranks, activations, scales = islice(tensors, 4)
+        moved._tables = {}
         columns, places = self._segment_slots.long(), self._places()
         moved._slots = PlaceTables(
             (offsets, ranks, activations, scales),

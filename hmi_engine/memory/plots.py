@@ -74,6 +74,11 @@ class PlotLibrary:
         self._lock = threading.Lock()
         self._tree: _Tree | None = None
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes with every change of the store; as long as it does not, :meth:`reading` gives the same."""
+        return self._catalog.version
+
     def reading(self, domains: Sequence[str]) -> PlotView:
         """Opens the tables of some domains and of their ancestors, all in the state of one moment.
 

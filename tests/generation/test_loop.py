@@ -51,8 +51,13 @@ class CacheRunner:
         self.num_steps = 0
         self.problems = []
         self.first_steps = {}
+        self.is_resting = True
+
+    def rest(self):
+        self.is_resting = True
 
     def run(self, scheduled):
+        self.is_resting = False
         try:
             return self.computed(scheduled)
         except AssertionError as error:
@@ -171,6 +176,7 @@ class World:
         preempted = self.loop.statistics.preemptions
         is_busy = self.loop.step()
         assert self.runner.problems == []
+        assert self.runner.is_resting or self.loop.statistics.running, "nobody runs, so nothing is held"
         assert is_busy or not self.alive, "while something is left, something is computed"
         stayed = [
             sequence
@@ -452,7 +458,7 @@ def test_abandoned_sequences_hold_nothing(byte_tokenizer):
         world.add(world.sequence("a", [7, 8], Sampling(max_tokens=5, ignore_end=True)))
     world.step()
     assert world.loop.abandon() == world.begun
-    assert world.pool.num_held == 0 and len(world.loop) == 0
+    assert world.pool.num_held == 0 and len(world.loop) == 0 and world.runner.is_resting
     assert not world.loop.step() and not world.results
 
 

@@ -1,5 +1,7 @@
 """Pieces make up the whole text; they hold whole characters only, and nothing of a stop string."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -67,6 +69,18 @@ def test_pieces_make_up_the_text(byte_tokenizer, parts):
         # Only the last character can still become another one; all before it is there at once.
         assert given_out == byte_tokenizer.decode(token_ids[:count]).removesuffix(REPLACEMENT)
         assert not stream.is_stopped
+    given_out += stream.finish()
+    assert given_out == stream.text == byte_tokenizer.decode(token_ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(parts=PARTS, cuts=st.lists(st.integers(0, 40), max_size=4).map(sorted))
+def test_several_tokens_at_once(byte_tokenizer, parts, cuts):
+    token_ids = as_ids(byte_tokenizer, parts)
+    stream = TextStream(byte_tokenizer, ())
+    given_out = ""
+    for start, end in pairwise([0, *cuts, len(token_ids)]):
+        given_out += stream.add(*token_ids[start:end])
     given_out += stream.finish()
     assert given_out == stream.text == byte_tokenizer.decode(token_ids)
 
