@@ -76,7 +76,7 @@ class PlotLibrary:
 
     @property
     def version(self) -> tuple[int, int]:
-        """What changes with every change of the store; as long as it does not, :meth:`reading` gives the same."""
+        """What changes with every change of the store: without one, :meth:`reading` gives the same."""
         return self._catalog.version
 
     def reading(self, domains: Sequence[str]) -> PlotView:

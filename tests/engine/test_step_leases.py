@@ -1,4 +1,4 @@
-"""What a decoder holds from step to step: not more than texts under way need, and never what is out of date."""
+"""What a decoder holds from step to step: what texts under way need, and never what is out of date."""
 
 from __future__ import annotations
 
