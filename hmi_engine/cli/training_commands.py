@@ -77,6 +77,7 @@ def train(
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Make rare labels count as much as frequent ones.")
     ] = False,
+    dropout: Annotated[float, typer.Option(help="Share of hidden states left out in each step.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all labels.")] = 0.0,
     miss: Annotated[
         str, typer.Option(help="Policy that it will be served with: backoff or exact.")
@@ -114,6 +115,7 @@ def train(
         max_tokens=max_tokens,
         pooling=pooling,
         class_weights="balanced" if balanced else None,
+        dropout=dropout,
         label_smoothing=label_smoothing,
         miss=miss,
         seed=seed,

@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hmi_engine.construct.hidden_dropout import HiddenDropout
 from hmi_engine.construct.packed_batch import PackedBatch
 from hmi_engine.construct.stacked_optimizer import StackedOptimizer
 from hmi_engine.construct.stacked_tenants import StackedTenants
@@ -171,7 +172,8 @@ class _Company:
 
     def __init__(self, model: HierarchicalBert, stack: StackedTenants, first: PreparedTraining) -> None:
         self._model, self._stack = model, stack
-        self._layers = TrainableLayers(model, stack.adapters)
+        settings = first.settings
+        self._layers = TrainableLayers(model, stack.adapters, HiddenDropout(settings.dropout, settings.seed))
         self._reading = first.task.objective.reading
 
     def train(self, parts: Sequence[_Texts]) -> Iterator[Tensor]:

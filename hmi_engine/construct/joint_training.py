@@ -52,9 +52,9 @@ def train_tenants(
 ) -> Iterator[tuple[TenantExamples, TrainingOutcome]]:
     """Trains tenants, each to what ``train_tenant`` would make of it alone, but for rounding.
 
-    Tenants whose adapters have one form (places and ranks) and whose heads read alike are trained in one
-    batch; others in batches of their own. What is wrong with one tenant's data, settings or training ends
-    that tenant's training alone.
+    With ``dropout`` other elements are drawn than alone. Tenants whose adapters have one form (places and
+    ranks), whose heads read alike and that have the same dropout are trained in one batch; others in batches
+    of their own. What is wrong with one tenant's data, settings or training ends that tenant's training alone.
 
     Args:
         base: what they are trained on.
@@ -108,5 +108,6 @@ def _alike(prepared: dict[str, PreparedTraining]) -> list[list[str]]:
         shapes = {key: value.shape for key, value in training.tenant.adapter.named_parameters()}
         heads = [key for key, _ in training.tenant.head.named_parameters()]
         reading, halfway = training.task.objective.reading, training.task.states.halfway
-        groups.setdefault((tuple(shapes.items()), tuple(heads), reading, halfway), []).append(name)
+        form = tuple(shapes.items()), tuple(heads), reading, halfway, training.settings.dropout
+        groups.setdefault(form, []).append(name)
     return list(groups.values())

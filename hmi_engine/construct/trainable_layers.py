@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from hmi_engine.construct.hidden_dropout import HiddenDropout
 from hmi_engine.construct.training_data import WordPlaces
 from hmi_engine.knowledge.adapters import Site
 from hmi_engine.models.bert import HierarchicalBert
@@ -155,8 +156,8 @@ class _FrozenLinear:
 class _TrainableLayer:
     """One layer, the same sites in the same order as :class:`~hmi_engine.models.bert_layer.BertLayer`."""
 
-    def __init__(self, layer: BertLayer, adapter: Adapters) -> None:
-        self._layer, self._adapter = layer, adapter
+    def __init__(self, layer: BertLayer, adapter: Adapters, dropout: HiddenDropout) -> None:
+        self._layer, self._adapter, self._dropout = layer, adapter, dropout
         self._query, self._key_value = _FrozenLinear(layer.query), _FrozenLinear(layer.key_value)
         self._query_key_value = _FrozenLinear(layer.query_key_value)
         self._attention_output = _FrozenLinear(layer.attention_output)
@@ -196,7 +197,7 @@ class _TrainableLayer:
         if self._adapter.is_used(self._layer.index, "after_ffn_normalized"):
             normalized = self._normalize(output + attended)
             output = self._adapt("after_ffn_normalized", output, normalized)
-        return self._normalize(output + attended)
+        return self._normalize(self._dropout(output) + attended)
 
     def _normalize(self, output: Tensor) -> Tensor:
         normalized = self._layer.ffn_norm(output)
@@ -206,7 +207,7 @@ class _TrainableLayer:
         context = self._adapt("attention_output.input_scale", context, context)
         output = self._after_linear("attention_output", self._attention_output(context), context)
         output = self._adapt("after_attention", output, output)
-        attended = self._layer.attention_norm(output + residual)
+        attended = self._layer.attention_norm(self._dropout(output) + residual)
         return self._adapt("attention_norm.bias", attended, attended)
 
     def _after_linear(self, linear: str, output: Tensor, hidden_states: Tensor) -> Tensor:
@@ -224,23 +225,30 @@ class _TrainableLayer:
 class TrainableLayers:
     """Layers from the adapter's first one to the last, and what a head reads of them."""
 
-    def __init__(self, model: HierarchicalBert, adapter: Adapters) -> None:
-        """Takes, once gradients flow, a transposed copy of the frozen weights of these layers."""
+    def __init__(
+        self, model: HierarchicalBert, adapter: Adapters, dropout: HiddenDropout | None = None
+    ) -> None:
+        """Takes, once gradients flow, a transposed copy of the frozen weights of these layers.
+
+        ``dropout`` is where transformers' BERT has its own, but for the attention's probabilities: before
+        both residuals of a layer and before the head; and on the first layer's input, or what stands for it.
+        """
         layers = model.layers[adapter.first_layer :]
-        self._layers = [_TrainableLayer(layer, adapter) for layer in layers]
+        self._dropout = dropout or HiddenDropout()
+        self._layers = [_TrainableLayer(layer, adapter, self._dropout) for layer in layers]
 
     def read(self, batch: TokenBatch, reading: Reading, words: WordPlaces | None = None) -> Tensor:
         """The rows that a head reads after the last layer.
 
         Of each sequence the first token or the mean over tokens [S, H], or the tokens ``words`` [W, H].
         """
-        rows, layers = batch.rows(), self._layers
+        rows, layers = self._dropout(batch.rows()), self._layers
         if batch.halfway:
             rows, layers = self.finish(rows), layers[1:]
         for layer in layers:
             is_last = layer is layers[-1]
             rows = layer(rows, batch, first_only=is_last and reading == "cls")
-        return batch.read(rows, reading, words)
+        return self._dropout(batch.read(rows, reading, words))
 
     @property
     def can_start_halfway(self) -> bool:

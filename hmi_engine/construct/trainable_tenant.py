@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hmi_engine.construct.hidden_dropout import HiddenDropout
 from hmi_engine.construct.objectives import Objective
 from hmi_engine.construct.trainable_adapter import AppliedAdapter, TrainableAdapter
 from hmi_engine.construct.trainable_layers import TrainableLayers
@@ -29,10 +30,11 @@ class TrainableTenant(nn.Module):
         adapter: TrainableAdapter,
         objective: Objective,
         generator: torch.Generator,
+        dropout: HiddenDropout | None = None,
     ) -> None:
         super().__init__()
         self.model, self.adapter, self.objective = model, adapter, objective
-        self.layers = TrainableLayers(model, adapter)
+        self.layers = TrainableLayers(model, adapter, dropout)
         self.head = objective.new_head(model.configuration.hidden_size, generator)
 
     def forward(self, states: HiddenStateCache, data: TaskData, numbers: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from hmi_engine.construct.bootstrap import RESAMPLES
+from hmi_engine.construct.hidden_dropout import HiddenDropout
 from hmi_engine.construct.objectives import OBJECTIVES, Objective
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.trainable_tenant import TrainableTenant
@@ -252,7 +253,8 @@ class _Session:
             lora_scale=settings.block_scale,
             generator=generator,
         )
-        return TrainableTenant(self.base.model, adapter, self.objective, generator)
+        dropout = HiddenDropout(settings.dropout, settings.seed)
+        return TrainableTenant(self.base.model, adapter, self.objective, generator, dropout)
 
     def cache(self, data: TaskData, tenant: TrainableTenant) -> HiddenStateCache:
         base = self.base

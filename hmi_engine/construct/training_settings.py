@@ -81,6 +81,8 @@ class TrainingSettings(BaseModel):
             task's usual one.
         class_weights: ``"balanced"`` weighs labels in the loss so that rare ones count as much as frequent
             ones, as scikit-learn's ``class_weight``; None weighs all examples alike.
+        dropout: share of hidden states' elements that are left out at random in each step, between layers and
+            before the head (Srivastava et al. 2014).
         label_smoothing: share of each target that is spread over all labels (Szegedy et al. 2016).
         seed: makes the result reproducible bit for bit with the same number of threads.
     """
@@ -108,6 +110,7 @@ class TrainingSettings(BaseModel):
     miss: Literal["backoff", "exact"] = "backoff"
     pooling: Literal["cls", "mean"] | None = None
     class_weights: Literal["balanced"] | None = None
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 0
 

@@ -103,6 +103,18 @@ def test_as_the_loop_for_one_tenant(base, topic_examples, settings):
             assert outcome.report.test.num_examples == 20
 
 
+def test_dropout_is_the_same_for_all_of_a_batch(base, topic_examples):
+    """Tenants with another dropout are trained apart, and the same seeds give the same tenants."""
+    many = [
+        tenant(name, topic_examples(40, seed=number), dropout=dropout)
+        for number, (name, dropout) in enumerate({"a": 0.1, "b": 0.1, "c": 0.0}.items())
+    ]
+    first, second = ({given.name: each for given, each in train_tenants(base, many)} for _ in range(2))
+    for name in first:
+        assert all(map(torch.equal, tensors(first[name]), tensors(second[name])))
+    assert_same(first["c"], alone(base, many[2]))
+
+
 def test_words_are_tagged(base):
     def sentence(number):
         words = tuple(f"protein binds gene {'cell' if number % 2 else 'the'}".split())

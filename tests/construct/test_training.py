@@ -95,8 +95,9 @@ def tensors(trained):
     return [*blocks, trained.head.weight, trained.head.bias]
 
 
-def test_the_seed_decides_everything(train):
-    first, second, other = (train(seed=seed) for seed in (3, 3, 4))
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_seed_decides_everything(train, dropout):
+    first, second, other = (train(seed=seed, dropout=dropout) for seed in (3, 3, 4))
     assert all(map(torch.equal, tensors(first), tensors(second)))
     assert first.report.history == second.report.history
     assert not all(map(torch.equal, tensors(first), tensors(other)))
