@@ -54,7 +54,7 @@ def train_tenants(
 
     With ``dropout`` other elements are drawn than alone. Tenants whose adapters have one form (places and
     ranks), whose heads read alike and that have the same dropout are trained in one batch; others in batches
-    of their own. What is wrong with one tenant's data, settings or training ends that tenant's training alone.
+    of their own. What is wrong with one tenant's data, settings or training ends that training alone.
 
     Args:
         base: what they are trained on.
