@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.accuracy_study.curves import curves
@@ -125,6 +125,8 @@ def measure(options: Options) -> BenchmarkResult:
         plan = _plan(options)
         records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
+        if options.data is not None:
+            plan = replace(plan, shipped=stores.shipped_base())
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
         while not options.report_only and (run := plan.next_run(records)) is not None:
             _say(f"{run.name}: about {expected_seconds(run, records):.0f} s")

@@ -91,7 +91,12 @@ class Execution:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)
             sites = "all-linear" if method.all_linear else None
-            changes = {"miss": method.miss, "layers": method.layers, "sites": sites}
+            changes = {
+                "miss": method.miss,
+                "layers": method.layers,
+                "sites": sites,
+                "dropout": method.dropout,
+            }
             settings = settings.model_copy(update=changes)
         outcome = train_and_serve(store, domain, run.labelled, settings)
         return settings.model_dump(mode="json", exclude_none=True), outcome

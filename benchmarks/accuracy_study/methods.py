@@ -12,6 +12,7 @@ __all__ = [
     "DISTILLED",
     "MAIN_METHODS",
     "PLAIN",
+    "SHIPPED",
     "FullFineTuning",
     "Hierarchical",
     "Method",
@@ -22,6 +23,8 @@ __all__ = [
 PLAIN = "plain"
 """The base as it is, not distilled."""
 DISTILLED = "distilled"
+SHIPPED = "shipped"
+"""The distilled form that the project brings along, from its compact file: K = 3, windows of two tokens."""
 
 LORA_RATES = (2e-3,)
 
@@ -93,7 +96,7 @@ class Hierarchical:
 
     Attributes:
         plot_layers: K.
-        base: ``plain``, or the name of a distilled form.
+        base: ``plain``, ``shipped``, or the name of a distilled form.
         miss: how the tenant is trained and served where the table has no row.
         table: what the table is built from.
         window: width of the n-gram windows.
@@ -101,6 +104,7 @@ class Hierarchical:
         rank: of the adapter.
         layers: which upper layers get adapters; None for all of them.
         all_linear: whether LoRA is at every linear layer, as PEFT's ``all-linear``, not at query and value.
+        dropout: of hidden states while the tenant is trained.
         min_count: n-grams that are seen less often in the table's text get no row.
         row_format: of the table.
         candidates: learning rates; the development split of seed 0 chooses.
@@ -115,6 +119,7 @@ class Hierarchical:
     rank: int = 16
     layers: tuple[int, ...] | None = None
     all_linear: bool = False
+    dropout: float = 0.0
     min_count: int = 2
     row_format: RowFormat = "float16"
     candidates: tuple[float, ...] = (5e-3,)
@@ -134,6 +139,7 @@ class Hierarchical:
         parts += [] if self.rank == 16 else [f"rank{self.rank}"]
         parts += [] if self.layers is None else ["layers" + "".join(map(str, self.layers))]
         parts += ["linear"] if self.all_linear else []
+        parts += [f"dropout{self.dropout:g}"] if self.dropout else []
         parts += [] if self.min_count == 2 else [f"count{self.min_count}"]
         parts += [] if self.row_format == "float16" else [self.row_format]
         return "-".join(parts)
@@ -147,7 +153,7 @@ class Hierarchical:
             "own": "table of its training text",
             "all": "table of all sets' training text",
         }
-        base = "undistilled" if self.base == PLAIN else self.base
+        base = {PLAIN: "undistilled", SHIPPED: "distilled (as shipped)"}.get(self.base, self.base)
         served = "exact" if self.miss == "exact" else f"back-off, {texts[self.table]}"
         parts = [f"K = {self.plot_layers}", base, served]
         parts += [] if self.window == 2 else [f"windows of {self.window}"]
@@ -155,6 +161,7 @@ class Hierarchical:
         parts += [] if self.rank == 16 else [f"rank {self.rank}"]
         parts += [] if self.layers is None else ["adapters on layers " + ", ".join(map(str, self.layers))]
         parts += ["every linear layer"] if self.all_linear else []
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
         parts += [] if self.min_count == 2 else [f"n-grams seen {self.min_count} times"]
         parts += [] if self.row_format == "float16" else [f"{self.row_format} rows"]
         return ", ".join(parts)
@@ -166,7 +173,10 @@ Method = FullFineTuning | WholeBase | Hierarchical
 def _main_methods() -> tuple[Method, ...]:
     # Where only the upper layers have adapters, more of each layer has to be adapted: see docs/accuracy.md.
     wide = Hierarchical(3, DISTILLED, kind="lora", rank=32, all_linear=True, candidates=LORA_RATES)
-    methods: list[Method] = [FullFineTuning(), WholeBase(), wide, replace(wide, miss="exact")]
+    widest = replace(
+        wide, base=SHIPPED, table="all", rank=64, dropout=0.1, min_count=1, candidates=(LORA_RATES[0] / 2,)
+    )
+    methods: list[Method] = [FullFineTuning(), WholeBase(), widest, wide, replace(wide, miss="exact")]
     for plot_layers in (3, 2, 4):
         for base in (DISTILLED, PLAIN):
             own = Hierarchical(plot_layers, base)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import median
 
-from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchical, Method
+from benchmarks.accuracy_study.methods import PLAIN, SHIPPED, FullFineTuning, Hierarchical, Method
 from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.sets import StudySet
 
@@ -83,6 +83,7 @@ class Plan:
         methods: in the order of their value.
         seeds: 0 and the following.
         distilled: folder of distilled bases by name; None where there are none.
+        shipped: folder of the distilled base that the project brings along; None before it is made.
         only: patterns of names of runs (``scierc.full-*``), of which any may match; empty for all.
     """
 
@@ -91,6 +92,7 @@ class Plan:
     seeds: Sequence[int]
     distilled: Path | None
     only: Sequence[str] = ()
+    shipped: Path | None = None
 
     def runs(self, records: RunRecords) -> list[Run]:
         """Every run whose learning rate is known, first the ones that matter most: seed 0 of all sets."""
@@ -141,12 +143,15 @@ class Plan:
         """Folder of the distilled base that a method needs; None for the base as it is."""
         if not isinstance(method, Hierarchical) or method.base == PLAIN:
             return None
+        if method.base == SHIPPED and self.shipped is not None:
+            return self.shipped
         return (self.distilled or Path()) / method.base_slug
 
     def is_possible(self, run: Run) -> bool:
         """Whether the base that a run needs is there."""
         folder = self.base_folder(run.method)
-        return folder is None or (self.distilled is not None and folder.is_dir())
+        is_shipped = isinstance(run.method, Hierarchical) and run.method.base == SHIPPED
+        return folder is None or is_shipped or (self.distilled is not None and folder.is_dir())
 
     def next_run(self, records: RunRecords) -> Run | None:
         """The first run that is possible and not done."""

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.accuracy_study.methods import Hierarchical, TableText
+from benchmarks.accuracy_study.methods import SHIPPED, Hierarchical, TableText
 from benchmarks.accuracy_study.plan import base_identity
 from benchmarks.accuracy_study.sets import StudySet
+from hmi_engine.demo.base_model import DISTILLATION, packaged_model
 from hmi_engine.store import Store
 
 __all__ = ["StudyStores", "table_texts"]
@@ -55,6 +56,14 @@ class StudyStores(AbstractContextManager["StudyStores"]):
         if path.exists():
             return Store.open(path)
         return Store.create(path, general=base, plot_layers=plot_layers, window=3 if window == 3 else 2)
+
+    def shipped_base(self) -> Path:
+        """Folder of the distilled base that the project brings along."""
+        path = self._folder / SHIPPED
+        if not path.exists():
+            Store.create(path, general=packaged_model(), distilled=DISTILLATION).close()
+        with Store.open(path, read_only=True) as store:
+            return store.general_folder
 
     def domain(self, store: Store, method: Hierarchical, labelled: StudySet) -> str:
         """Name of the domain of ``store`` with the table that a method needs on a set."""

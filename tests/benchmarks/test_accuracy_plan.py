@@ -1,9 +1,18 @@
 """The accuracy study does what is missing, once, in order, and takes learning rates from the dev split."""
 
+from dataclasses import replace
+
 import pytest
 from accuracy_records import made_record
 
-from benchmarks.accuracy_study.methods import ABLATIONS, MAIN_METHODS, PLAIN, FullFineTuning, Hierarchical
+from benchmarks.accuracy_study.methods import (
+    ABLATIONS,
+    MAIN_METHODS,
+    PLAIN,
+    SHIPPED,
+    FullFineTuning,
+    Hierarchical,
+)
 from benchmarks.accuracy_study.plan import Plan, base_identity, expected_seconds, num_epochs, run_name
 from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.sets import ClassificationSet
@@ -85,6 +94,21 @@ def test_seeds_that_wait_for_a_learning_rate(records):
 def test_patterns_leave_the_rest_out(records):
     names = carry_out(made_plan(only=("two.full-*", "*.k3-*.seed0")), records)
     assert len(names) == 2 + 1 + 2 and not any(name.startswith("one.full") for name in names)
+
+
+def test_the_shipped_base_is_not_waited_for(records, tmp_path):
+    method = Hierarchical(3, SHIPPED)
+    plan = made_plan(methods=(method,), sets=("one",))
+    assert plan.is_possible(plan.next_run(records))
+    folder = tmp_path / "general"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    made = replace(plan, shipped=folder)
+    run = made.next_run(records)
+    assert made.base_folder(run.method) == folder and run.name.startswith("one.k3-shipped-backoff-own-lr")
+    records.add(run.name, made_record(run, base=base_identity(folder)))
+    assert made.is_done(run, records) and plan.is_done(run, records)
+    assert not replace(made, shipped=tmp_path).is_done(run, records), "another base is another run"
 
 
 def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
