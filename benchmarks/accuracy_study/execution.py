@@ -66,6 +66,7 @@ class Execution:
             batch_size=BATCH_SIZE,
             max_tokens=MAX_TOKENS,
             lora_rank=run.method.rank if isinstance(run.method, WholeBase) else None,
+            frozen_layers=run.method.frozen_layers if isinstance(run.method, FullFineTuning) else 0,
         )
         return dataclasses.asdict(recipe), fine_tune(self.base, run.labelled, recipe, run.seed)
 
@@ -86,7 +87,8 @@ class Execution:
         if isinstance(method, WholeBase):
             store = self.stores.store(base, plot_layers=0)
             domain = ROOT_DOMAIN
-            settings = settings.model_copy(update={"layers": method.layers})
+            sites = "all-linear" if method.all_linear else None
+            settings = settings.model_copy(update={"layers": method.layers, "sites": sites})
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)

@@ -41,7 +41,8 @@ WEIGHT_DECAY = 0.01
 class FineTuning:
     """The recipe: AdamW, linear warm-up over a tenth of the steps and linear decay, the best epoch kept.
 
-    With ``lora_rank``, the base stays as it is, and PEFT's LoRA on query and value of every layer is trained.
+    With ``lora_rank``, the base stays as it is, and PEFT's LoRA on query and value of every layer is trained;
+    with ``frozen_layers``, the embeddings and so many of the lowest layers stay.
     """
 
     learning_rate: float
@@ -49,6 +50,7 @@ class FineTuning:
     batch_size: int
     max_tokens: int
     lora_rank: int | None = None
+    frozen_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> 
     model = task.new_model()
     if recipe.lora_rank is not None:
         model = _with_lora(model, recipe.lora_rank)
+    if recipe.frozen_layers:
+        _freeze(model, recipe.frozen_layers)
     by_epoch: list[float] = []
     best: dict[str, Tensor] = {}
     for _ in _epochs(model, task.train, recipe, torch.Generator().manual_seed(seed)):
@@ -112,6 +116,12 @@ def _with_lora(model: nn.Module, rank: int) -> nn.Module:
     return get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=head)
     )
+
+
+def _freeze(model: Any, num_layers: int) -> None:
+    lowest = [model.base_model.embeddings, *model.base_model.encoder.layer[:num_layers]]
+    for module in lowest:
+        module.requires_grad_(requires_grad=False)
 
 
 def _epochs(

@@ -40,18 +40,21 @@ AdapterKind = Literal["bottleneck", "lora"]
 
 @dataclass(frozen=True)
 class FullFineTuning:
-    """Every weight of the base is trained."""
+    """Every weight of the base is trained, or all above the embeddings and ``frozen_layers`` layers."""
 
     candidates: tuple[float, ...] = (3e-4, 1e-4)
+    frozen_layers: int = 0
 
     @property
     def slug(self) -> str:
         """Name in files."""
-        return "full"
+        return f"upper-from{self.frozen_layers}" if self.frozen_layers else "full"
 
     @property
     def title(self) -> str:
         """Name in tables."""
+        if self.frozen_layers:
+            return f"fine-tuning of the layers from {self.frozen_layers} on, the rest as it is"
         return "full fine-tuning"
 
 
@@ -64,6 +67,7 @@ class WholeBase:
         kind: of adapter.
         rank: of the adapter.
         layers: which layers get adapters; None for all of them.
+        all_linear: whether LoRA is at every linear layer, not at query and value.
         candidates: learning rates; the development split of seed 0 chooses.
     """
 
@@ -71,13 +75,15 @@ class WholeBase:
     kind: AdapterKind = "bottleneck"
     rank: int = 16
     layers: tuple[int, ...] | None = None
+    all_linear: bool = False
     candidates: tuple[float, ...] = (5e-3,)
 
     @property
     def slug(self) -> str:
         """Name in files."""
         chosen = "" if self.layers is None else "-layers" + "".join(map(str, self.layers))
-        return f"k0-{self.library}-{self.kind}{chosen}"
+        rank = "" if self.rank == 16 else f"-rank{self.rank}"
+        return f"k0-{self.library}-{self.kind}{rank}{chosen}{'-linear' if self.all_linear else ''}"
 
     @property
     def title(self) -> str:
@@ -87,7 +93,9 @@ class WholeBase:
             where = "the whole base"
         else:
             where = f"layers {', '.join(map(str, self.layers))} of the whole base"
-        return f"{kinds[self.kind]} on {where}{' (PEFT)' if self.library == 'peft' else ''}"
+        rank = "" if self.rank == 16 else f" of rank {self.rank}"
+        linear = " at every linear layer of" if self.all_linear else " on"
+        return f"{kinds[self.kind]}{rank}{linear} {where}{' (PEFT)' if self.library == 'peft' else ''}"
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,8 @@ def _ablations() -> tuple[Method, ...]:
     """Each changes one thing about K = 3, distilled, served by back-off from the set's own text."""
     base = Hierarchical(3, DISTILLED)
     return (
+        FullFineTuning(candidates=(1e-3,), frozen_layers=3),
+        WholeBase(kind="lora", rank=32, layers=(3, 4, 5), all_linear=True, candidates=LORA_RATES),
         WholeBase(layers=(3, 4, 5)),
         WholeBase(kind="lora", candidates=LORA_RATES),
         WholeBase(library="peft", kind="lora", candidates=LORA_RATES),
