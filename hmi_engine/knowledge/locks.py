@@ -151,6 +151,10 @@ class FolderLock:
         except FileNotFoundError:
             return False  # who held the lock has just removed the folder
         except OSError as error:
+            # mkdir found the folder, and found it gone when it looked whether it is one.
+            folder = self.path.parent
+            if isinstance(error, FileExistsError) and (folder.is_dir() or not folder.exists()):
+                return False
             raise storage_error(error, self.path) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,5 +1,6 @@
 """What a build leaves on disk when it is killed, and what the next one takes from there."""
 
+import errno
 import resource
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from hmi_engine.construct.build_folder import BuildFolder, RowWriter
 from hmi_engine.construct.table_plan import TablePlan
-from hmi_engine.errors import StoreBusyError, StoreFullError
+from hmi_engine.errors import StoreBusyError, StoreError, StoreFullError
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import FolderLock
 from hmi_engine.knowledge.plot_table import PlotMetadata
@@ -286,3 +287,25 @@ def test_many_threads_share_a_folder_one_after_the_other(layout: StoreLayout) ->
         thread.join()
     assert failures == [] and most[0] == 1
     assert list(layout.builds.iterdir()) == []
+
+
+def test_a_folder_that_goes_while_it_is_made(tmp_path: Path, monkeypatch) -> None:
+    """``mkdir`` finds it, and when it looks whether it is a folder, its last user has removed it."""
+    make, gone = Path.mkdir, []
+
+    def mkdir(self: Path, *arguments: object, **options: object) -> None:
+        if not gone:
+            gone.append(self)
+            raise FileExistsError(errno.EEXIST, "File exists", str(self))
+        make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    FolderLock(tmp_path / "folder", busy="busy").release()
+    assert gone == [tmp_path / "folder"] and not FolderLock.is_held(tmp_path / "folder")
+
+
+def test_a_file_in_a_folders_place_is_no_wait(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(StoreError, match="folder") as raised:
+        FolderLock(tmp_path / "folder", busy="busy")
+    assert not isinstance(raised.value, StoreBusyError)
