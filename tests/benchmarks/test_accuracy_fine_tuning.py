@@ -1,9 +1,13 @@
 """Full fine-tuning learns what can be learned, and its scores are seqeval's and scikit-learn's."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
+from transformers import BertModel
 
+from benchmarks.accuracy_study import fine_tuning
 from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
 from benchmarks.accuracy_study.scores import score
 from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet
@@ -34,6 +38,26 @@ def test_a_tagger_learns_words_in_long_sentences(tiny_bert, texts):
     counts = outcome.outcomes.counts(labelled)
     assert counts.shape == (len(labelled.test), 1, 3)
     assert score("entity F1", counts) > 0.9
+
+
+def test_frozen_layers_stay_as_they_are(tiny_bert, texts, monkeypatch):
+    examples = tuple(Example(text, "ab"[line % 2], line) for line, text in enumerate(texts[:48]))
+    labelled = ClassificationSet("words", examples[:32], examples[32:40], examples[40:])
+    models = []
+    new_model = fine_tuning._Classification.new_model
+    monkeypatch.setattr(
+        fine_tuning._Classification, "new_model", lambda task: models.append(new_model(task)) or models[-1]
+    )
+    fine_tune(tiny_bert, labelled, replace(RECIPE, epochs=1, frozen_layers=2), seed=0)
+    before = BertModel.from_pretrained(tiny_bert).state_dict()
+    changed = {
+        name
+        for name, tensor in models[0].base_model.state_dict().items()
+        if name in before and not torch.equal(tensor, before[name])
+    }
+    prefixes = ("encoder.layer.2.", "encoder.layer.3.", "pooler.")
+    assert changed and all(name.startswith(prefixes) for name in changed)
+    assert {name.split(".")[2] for name in changed if name.startswith("encoder")} == {"2", "3"}
 
 
 def _tagged(text):
