@@ -170,7 +170,8 @@ class Hierarchical:
         parts += [] if self.layers is None else ["adapters on layers " + ", ".join(map(str, self.layers))]
         parts += ["every linear layer"] if self.all_linear else []
         parts += [f"dropout {self.dropout:g}"] if self.dropout else []
-        parts += [] if self.min_count == 2 else [f"n-grams seen {self.min_count} times"]
+        least = "once too" if self.min_count == 1 else f"{self.min_count} times"
+        parts += [] if self.min_count == 2 else [f"n-grams seen {least}"]
         parts += [] if self.row_format == "float16" else [f"{self.row_format} rows"]
         return ", ".join(parts)
 
