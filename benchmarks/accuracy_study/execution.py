@@ -84,21 +84,15 @@ class Execution:
             max_tokens=MAX_TOKENS,
             seed=run.seed,
         )
+        sites = "all-linear" if method.all_linear else None
+        changes: dict[str, object] = {"layers": method.layers, "sites": sites}
         if isinstance(method, WholeBase):
             store = self.stores.store(base, plot_layers=0)
             domain = ROOT_DOMAIN
-            sites = "all-linear" if method.all_linear else None
-            settings = settings.model_copy(update={"layers": method.layers, "sites": sites})
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)
-            sites = "all-linear" if method.all_linear else None
-            changes = {
-                "miss": method.miss,
-                "layers": method.layers,
-                "sites": sites,
-                "dropout": method.dropout,
-            }
-            settings = settings.model_copy(update=changes)
+            changes |= {"miss": method.miss, "dropout": method.dropout}
+        settings = settings.model_copy(update=changes)
         outcome = train_and_serve(store, domain, run.labelled, settings)
         return settings.model_dump(mode="json", exclude_none=True), outcome
