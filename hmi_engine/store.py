@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.creation import create_store
 from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome, train_tenants
+from hmi_engine.construct.lesson import Teaching
 from hmi_engine.construct.model_card import ModelCard, base_digest, make_card, read_card
 from hmi_engine.construct.training import (
     SearchSpace,
@@ -226,6 +227,8 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
         test_examples: Sequence[AnyExample] = (),
         settings: TrainingSettings | None = None,
         search_space: SearchSpace | None = None,
+        teacher: str | Path | None = None,
+        unlabelled: Sequence[str] = (),
         replace: bool = False,
         progress: TrainingProgress | None = None,
     ) -> TrainedTenant:
@@ -244,11 +247,15 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             test_examples: those that choose nothing and are only scored at the end.
             settings: of the training; default: classification with bottlenecks.
             search_space: learning rates and ranks to choose from first.
+            teacher: folder of a model that was fine-tuned for the task, as transformers saves it: the tenant
+                learns its answers beside the labels.
+            unlabelled: texts of which the teacher alone says something.
             replace: whether a tenant of this name may be replaced.
             progress: told about each stage.
 
         Raises:
             TrainingDataError: too few examples or labels, or examples that do not fit the task.
+            UnsupportedModelError: the teacher cannot be loaded, or has other labels.
             TrainingDivergedError, TrainingMemoryError: nothing is added.
             InvalidNameError, TenantExistsError, UnknownDomainError: before the training begins.
         """
@@ -266,6 +273,7 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
             test_examples=test_examples,
             settings=settings or TrainingSettings(),
             search_space=search_space,
+            teaching=Teaching.of(teacher, unlabelled),
             progress=progress,
         )
         self._add_trained(name, domain, trained, replace)

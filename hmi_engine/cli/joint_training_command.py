@@ -15,6 +15,7 @@ from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, Traini
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import CorpusError, HmiError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
+from hmi_engine.knowledge.corpus import stream_texts
 from hmi_engine.knowledge.corpus_examples import stream_task_examples
 from hmi_engine.knowledge.corpus_report import CorpusReport
 from hmi_engine.knowledge.examples import AnyExample
@@ -31,6 +32,8 @@ class ManifestLine(BaseModel):
         data: its examples; as seen from the manifest's folder, like the other files.
         validation: examples that choose the best epoch.
         test: held-out examples.
+        teacher: folder of a fine-tuned model to learn from.
+        unlabelled: files of texts of which it alone says something.
         settings: fields of ``TrainingSettings`` that are its own.
     """
 
@@ -40,6 +43,8 @@ class ManifestLine(BaseModel):
     data: Path
     validation: Path | None = None
     test: Path | None = None
+    teacher: Path | None = None
+    unlabelled: tuple[Path, ...] = ()
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -125,7 +130,15 @@ def _examples_of(line: ManifestLine, folder: Path) -> TenantExamples:
             warn(f"{line.name}: left out: {bad}")
         return examples
 
-    return TenantExamples(line.name, read(line.data), read(line.validation), read(line.test), settings)
+    return TenantExamples(
+        line.name,
+        read(line.data),
+        read(line.validation),
+        read(line.test),
+        settings,
+        teacher=None if line.teacher is None else folder / line.teacher,
+        unlabelled=tuple(stream_texts(folder / path for path in line.unlabelled)),
+    )
 
 
 def _problem(error: ValidationError) -> str:

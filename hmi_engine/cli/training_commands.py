@@ -27,6 +27,7 @@ from hmi_engine.engine import Engine
 from hmi_engine.errors import CorpusError
 from hmi_engine.evaluation import evaluate_tenant, task_of
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
+from hmi_engine.knowledge.corpus import stream_texts
 from hmi_engine.knowledge.corpus_examples import stream_task_examples
 from hmi_engine.knowledge.corpus_files import EXAMPLE_FORMATS, ExampleFormat
 from hmi_engine.knowledge.corpus_report import CorpusReport
@@ -79,6 +80,17 @@ def train(
     ] = False,
     dropout: Annotated[float, typer.Option(help="Share of hidden states left out in each step.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all labels.")] = 0.0,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a fine-tuned model, as transformers saves it, to learn from as well."),
+    ] = None,
+    unlabelled: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text for the teacher to label, such as a corpus of the domain; may come again."),
+    ] = None,
+    teacher_weight: Annotated[
+        float, typer.Option(help="Share of a labelled text's loss that follows the teacher.")
+    ] = 0.5,
     miss: Annotated[
         str, typer.Option(help="Policy that it will be served with: backoff or exact.")
     ] = "backoff",
@@ -117,6 +129,7 @@ def train(
         class_weights="balanced" if balanced else None,
         dropout=dropout,
         label_smoothing=label_smoothing,
+        teacher_weight=teacher_weight,
         miss=miss,
         seed=seed,
     )
@@ -134,6 +147,8 @@ def train(
             test_examples=test_examples,
             settings=settings,
             search_space=space,
+            teacher=teacher,
+            unlabelled=list(stream_texts(unlabelled or [])),
             replace=replace,
             progress=progress,
         )
@@ -262,6 +277,10 @@ def _print_report(name: str, report: TrainingReport, num_bytes: int) -> None:
     splits = {"validation": report.validation}
     if report.test is not None:
         splits["test"] = report.test
+    if report.teacher is not None:
+        splits["teacher, validation"] = report.teacher.validation
+        if report.teacher.test is not None:
+            splits["teacher, test"] = report.teacher.test
     console.print(_figures(name, splits))
     chosen = (
         f"learning rate {report.settings.peak_learning_rate:g} and rank {report.settings.rank} of "

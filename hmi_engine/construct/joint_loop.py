@@ -249,8 +249,7 @@ def _take_steps(
             losses = {}
             for part, outputs in zip(run, company.train(run), strict=True):
                 learner = part.learner
-                targets = learner.data.batch_targets(batches[learner.slot])
-                losses[learner.slot] = learner.objective.loss(outputs, targets)
+                losses[learner.slot] = learner.training.task.loss(outputs, batches[learner.slot])
             finite = [loss for loss in losses.values() if math.isfinite(float(loss.detach()))]
             if finite:
                 torch.stack(finite).sum().backward()

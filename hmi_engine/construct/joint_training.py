@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 from hmi_engine.construct.joint_loop import fit_together
+from hmi_engine.construct.lesson import Teaching
 from hmi_engine.construct.training import PreparedTraining, TrainedTenant, TrainingBase
 from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import check_metric_libraries
@@ -34,6 +36,8 @@ class TenantExamples:
         validation_examples: those that choose the best epoch; without any, a share of ``examples`` does.
         test_examples: those that choose nothing and are only scored at the end.
         settings: of its training.
+        teacher: folder of a fine-tuned model to learn from; see ``Store.train_tenant``.
+        unlabelled: texts of which it alone says something.
     """
 
     name: str
@@ -41,6 +45,8 @@ class TenantExamples:
     validation_examples: Sequence[AnyExample] = ()
     test_examples: Sequence[AnyExample] = ()
     settings: TrainingSettings = field(default_factory=TrainingSettings)
+    teacher: str | Path | None = None
+    unlabelled: Sequence[str] = ()
 
 
 TrainingOutcome: TypeAlias = TrainedTenant | HmiError
@@ -77,7 +83,11 @@ def train_tenants(
         for tenant in company:
             try:
                 prepared[tenant.name] = base.prepare(
-                    tenant.examples, tenant.validation_examples, tenant.test_examples, tenant.settings
+                    tenant.examples,
+                    tenant.validation_examples,
+                    tenant.test_examples,
+                    tenant.settings,
+                    Teaching.of(tenant.teacher, tenant.unlabelled),
                 )
             except HmiError as error:
                 yield tenant, error

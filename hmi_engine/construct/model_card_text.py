@@ -60,6 +60,10 @@ def _figures(report: TrainingReport) -> str:
     splits = [("validation", report.validation)]
     if report.test is not None:
         splits.append(("test", report.test))
+    if report.teacher is not None:
+        splits.append(("its teacher, validation", report.teacher.validation))
+        if report.teacher.test is not None:
+            splits.append(("its teacher, test", report.teacher.test))
     names = list(dict.fromkeys(name for _, metrics in splits for name in metrics.values))
     header = ("figure", *(f"{split} ({metrics.num_examples} examples)" for split, metrics in splits))
     rows = [
@@ -74,6 +78,11 @@ def _data(report: TrainingReport) -> Iterable[tuple[str, str]]:
     yield "training and validation examples (SHA-256)", report.data_sha256
     if report.test_sha256 is not None:
         yield "test examples (SHA-256)", report.test_sha256
+    if report.teacher is not None:
+        yield "digest of the teacher's weights (SHA-256)", report.teacher.sha256
+        yield "texts that only the teacher labelled", str(report.teacher.num_unlabelled)
+        if report.teacher.texts_sha256 is not None:
+            yield "these texts (SHA-256)", report.teacher.texts_sha256
     if report.labels:
         yield "labels", ", ".join(report.labels)
     limit = f"texts cut to {report.settings.max_tokens} tokens"

@@ -11,6 +11,7 @@ import torch
 
 from hmi_engine.construct.bootstrap import RESAMPLES
 from hmi_engine.construct.hidden_dropout import HiddenDropout
+from hmi_engine.construct.lesson import Taught, Teaching, take_lesson
 from hmi_engine.construct.objectives import OBJECTIVES, Objective
 from hmi_engine.construct.trainable_adapter import TrainableAdapter
 from hmi_engine.construct.trainable_tenant import TrainableTenant
@@ -23,6 +24,7 @@ from hmi_engine.construct.training_search import SearchSpace, search
 from hmi_engine.construct.training_settings import (
     Epoch,
     SearchReport,
+    TeacherReport,
     TrainingProgress,
     TrainingReport,
     TrainingSettings,
@@ -70,6 +72,7 @@ def train_tenant(
     test_examples: Sequence[AnyExample] = (),
     settings: TrainingSettings,
     search_space: SearchSpace | None = None,
+    teaching: Teaching | None = None,
     progress: TrainingProgress | None = None,
 ) -> TrainedTenant:
     """Trains an adapter and a head for one domain, under the miss policy that will serve it.
@@ -91,12 +94,14 @@ def train_tenant(
         settings: see :class:`TrainingSettings`.
         search_space: learning rates and ranks to choose from before the training; None to take those of
             ``settings``.
+        teaching: a model to learn from, maybe with texts that have no label; None for none.
         progress: told about each stage.
 
     Raises:
         TrainingDataError: examples that are missing, malformed or of another task, fewer than two labels, a
             label with one example, or a validation or test label that is not in the examples.
         InvalidAdapterError: ``settings`` do not fit the base model.
+        UnsupportedModelError: the teacher cannot be loaded, or has other labels.
         TrainingDivergedError: the loss became infinite or NaN in the first epoch.
         TrainingMemoryError: not enough memory.
         MissingDependencyError: the ``train`` extra is not installed.
@@ -104,7 +109,7 @@ def train_tenant(
         ValueError: ``plots`` is missing.
     """
     base = TrainingBase(general, model, encoder, plots, domain, progress)
-    prepared = base.prepare(examples, validation_examples, test_examples, settings)
+    prepared = base.prepare(examples, validation_examples, test_examples, settings, teaching)
     if search_space is not None:
         prepared = prepared.searched(search_space)
     result = fit(prepared.task, prepared.tenant, prepared.settings, prepared.generator, progress)
@@ -128,6 +133,7 @@ class TrainingBase:
         validation_examples: Sequence[AnyExample],
         test_examples: Sequence[AnyExample],
         settings: TrainingSettings,
+        teaching: Teaching | None = None,
     ) -> PreparedTraining:
         """All that comes before the first step; raises as :func:`train_tenant`."""
         general = self.general
@@ -142,8 +148,10 @@ class TrainingBase:
         generator = torch.Generator().manual_seed(settings.seed)
         split = session.split(data, len(examples), generator)
         tenant = session.new_tenant(settings, generator)
-        task = TrainingTask(session.cache(data, tenant), data, split, objective)
-        return PreparedTraining(session, task, tenant, generator, test_data, started)
+        taught = session.taught(teaching, data, split, test_data)
+        states = session.cache(taught.data, tenant)
+        task = TrainingTask(states, taught.data, taught.split, objective, taught.lesson)
+        return PreparedTraining(session, task, tenant, generator, test_data, started, taught.report)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ class PreparedTraining:
         generator: orders the batches; has drawn the split and the parameters.
         test_data: what it is to be tested on.
         started: when that began, by ``time.perf_counter``.
+        teacher: whom it is to learn from; None for labels alone.
         trials: of the search that chose the settings, if there was one.
     """
 
@@ -166,6 +175,7 @@ class PreparedTraining:
     generator: torch.Generator
     test_data: TaskData | None
     started: float
+    teacher: TeacherReport | None = None
     trials: SearchReport | None = None
 
     @property
@@ -204,7 +214,7 @@ class PreparedTraining:
         report = TrainingReport(
             labels=task.objective.labels,
             best_by=task.objective.best_by,
-            num_training=len(task.split.training),
+            num_training=len(task.split.training) - (self.teacher.num_unlabelled if self.teacher else 0),
             num_cut=task.data.encoded.num_cut,
             validation=session.score(tenant, task.states, task.data, task.split.validation),
             test=test,
@@ -220,6 +230,7 @@ class PreparedTraining:
             test_sha256=None if test_data is None else test_data.sha256,
             settings=session.settings,
             search=self.trials,
+            teacher=self.teacher,
         )
         return TrainedTenant(*trained, report)
 
@@ -240,6 +251,24 @@ class _Session:
         if num_examples < len(data):
             return Split(tuple(range(num_examples)), tuple(range(num_examples, len(data))))
         return self.objective.split(data, self.settings.validation_fraction, generator)
+
+    def taught(
+        self, teaching: Teaching | None, data: TaskData, split: Split, test_data: TaskData | None
+    ) -> Taught:
+        """What is to be learned, with the texts and the answers of a teacher if there is one."""
+        if teaching is None:
+            return Taught(data, split)
+        base = self.base
+        return take_lesson(
+            teaching,
+            self.objective,
+            data,
+            split,
+            test_data,
+            encoder=base.encoder,
+            settings=self.settings,
+            progress=base.progress,
+        )
 
     def new_tenant(self, settings: TrainingSettings, generator: torch.Generator) -> TrainableTenant:
         general = self.base.general

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ __all__ = [
     "TaskData",
     "WordPlaces",
     "encode_texts",
+    "first_inside",
     "length_batches",
     "random_split",
     "stratified_split",
@@ -82,6 +84,7 @@ class TaskData:
         readings: for each example, the numbers of the texts that it reads. A text that is all of an example
             has its number; pairs have two or three.
         words: for each text, int64 places of the tokens that a head of words reads; None for other heads.
+        spans: for each text, first and one-past-last character of these words; None where ``words`` is.
         sha256: digest of the examples in their order, in hex.
     """
 
@@ -90,10 +93,28 @@ class TaskData:
     readings: Sequence[tuple[int, ...]]
     sha256: str
     words: Sequence[Tensor] | None = None
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None
 
     def __len__(self) -> int:
         """Number of examples."""
         return len(self.readings)
+
+    def followed_by(self, other: TaskData) -> TaskData:
+        """These examples, and those of ``other`` behind them; the digest stays that of these."""
+        first, second = self.encoded, other.encoded
+        shift = len(first.texts)
+        return TaskData(
+            encoded=EncodedTexts(
+                first.texts + second.texts,
+                first.full_ids + second.full_ids,
+                first.token_ids + second.token_ids,
+            ),
+            targets=[*self.targets, *other.targets],
+            readings=[*self.readings, *(tuple(text + shift for text in each) for each in other.readings)],
+            sha256=self.sha256,
+            words=None if self.words is None or other.words is None else [*self.words, *other.words],
+            spans=None if self.spans is None or other.spans is None else [*self.spans, *other.spans],
+        )
 
     def batch_texts(self, numbers: Sequence[int]) -> list[int]:
         """Texts that the examples ``numbers`` read: all the first ones, then the second ones, and so on."""
@@ -194,3 +215,12 @@ def length_batches(
         batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
     for place in torch.randperm(len(batches), generator=generator).tolist():
         yield batches[place]
+
+
+def first_inside(spans: Sequence[tuple[int, int]], begins: Sequence[int]) -> list[int | None]:
+    """For each span, which of the ascending ``begins`` is the first inside it; None where none is."""
+    places = [bisect_left(begins, start) for start, _ in spans]
+    return [
+        place if place < len(begins) and begins[place] < end else None
+        for place, (_, end) in zip(places, spans, strict=True)
+    ]

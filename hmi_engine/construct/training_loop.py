@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from hmi_engine.construct.lesson import Lesson
 from hmi_engine.construct.objectives import Objective
 from hmi_engine.construct.trainable_tenant import TrainableTenant
 from hmi_engine.construct.training_cache import HiddenStateCache
@@ -42,12 +43,21 @@ class TrainingTask:
         data: the examples.
         split: which of them to learn from, and which to judge by.
         objective: what to make of them.
+        lesson: what a teacher says of them; None without one.
     """
 
     states: HiddenStateCache
     data: TaskData
     split: Split
     objective: Objective
+    lesson: Lesson | None = None
+
+    def loss(self, outputs: Tensor, numbers: Sequence[int]) -> Tensor:
+        """What a step makes smaller: the loss of the outputs for the training examples ``numbers``."""
+        targets = self.data.batch_targets(numbers)
+        if self.lesson is None:
+            return self.objective.loss(outputs, targets)
+        return self.lesson.loss(self.objective, outputs, targets, numbers)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,7 @@ def _steps(
             return
         with memory_advice(settings, f"step {optimizer.steps + 1}"), torch.enable_grad():
             outputs = tenant(task.states, task.data, batch)
-            loss = optimizer.step(task.objective.loss(outputs, task.data.batch_targets(batch)))
+            loss = optimizer.step(task.loss(outputs, batch))
         if loss is None:
             raise diverged(optimizer.steps + 1, number + 1, settings)
         yield loss

@@ -17,6 +17,7 @@ __all__ = [
     "AdapterKind",
     "Epoch",
     "SearchReport",
+    "TeacherReport",
     "TrainingProgress",
     "TrainingReport",
     "TrainingSettings",
@@ -41,8 +42,8 @@ class TrainingProgress(Protocol):
         """Called after each piece of a stage.
 
         Args:
-            stage: ``"caching hidden states"`` (in texts), ``"searching"`` (in trials) or ``"training"`` (in
-                steps).
+            stage: ``"asking the teacher"`` or ``"caching hidden states"`` (in texts), ``"searching"`` (in
+                trials) or ``"training"`` (in steps).
             done: how much of the stage is done; early stopping may end it before ``total``.
             total: how much there is.
             metrics: in training, ``loss``, and after the first epoch the task's figures on the validation
@@ -84,6 +85,8 @@ class TrainingSettings(BaseModel):
         dropout: share of hidden states' elements that are left out at random in each step, between layers and
             before the head (Srivastava et al. 2014).
         label_smoothing: share of each target that is spread over all labels (Szegedy et al. 2016).
+        teacher_weight: where there is a teacher, the share of a labelled text's loss that follows it and not
+            the label; of texts without a label all of it does.
         seed: makes the result reproducible bit for bit with the same number of threads.
     """
 
@@ -112,6 +115,7 @@ class TrainingSettings(BaseModel):
     class_weights: Literal["balanced"] | None = None
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    teacher_weight: float = Field(default=0.5, ge=0, le=1)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -192,13 +196,33 @@ class SearchReport(BaseModel):
     trials: tuple[Trial, ...]
 
 
+class TeacherReport(BaseModel):
+    """Whom a tenant learned from, and how well that model does where the tenant was judged.
+
+    Attributes:
+        sha256: digest of the teacher's weights.
+        num_unlabelled: texts without a label of which it said something.
+        texts_sha256: digest of these texts in their order; None where there were none.
+        validation: the teacher's figures on the validation examples.
+        test: on the test examples, if there were any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    num_unlabelled: int
+    texts_sha256: str | None
+    validation: Metrics
+    test: Metrics | None
+
+
 class TrainingReport(BaseModel):
     """What was trained, on what, and how well it does.
 
     Attributes:
         labels: in the order of the head's rows; none for embeddings.
         best_by: the figure that chose the best epoch.
-        num_training: examples whose gradients were followed.
+        num_training: labelled examples whose gradients were followed.
         num_cut: texts of the training and validation examples that were longer than ``max_tokens``.
         validation: of the best epoch, which was chosen by it; computed through the serving layers.
         test: on test examples, if there were any; they chose nothing.
@@ -214,6 +238,7 @@ class TrainingReport(BaseModel):
         test_sha256: digest of the test examples.
         settings: as they were given, with the learning rate and rank that a search found.
         search: its trials; None where there was none.
+        teacher: whom the tenant learned from; None where that were labels alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -236,3 +261,4 @@ class TrainingReport(BaseModel):
     test_sha256: str | None
     settings: TrainingSettings
     search: SearchReport | None = None
+    teacher: TeacherReport | None = None

@@ -5,6 +5,7 @@ import json
 import pytest
 from cli.command_line import hmi
 from conftest import write_jsonl
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hmi_engine.knowledge.adapters import LORA_SITES
 from hmi_engine.store import Store
@@ -122,3 +123,32 @@ def test_odd_quoting_names_the_line(made):
     (made / "odd.csv").write_text('text,label\nfine,a\n"he said "no"",b\n')
     done = train(made, "c", data="odd.csv")
     assert done.returncode == 2 and "odd.csv:3" in done.stderr and "quotation mark" in done.stderr
+
+
+def test_a_teacher(made, tiny_bert, tmp_path, corpus):
+    """A fine-tuned model labels text; the tenant's figures stand beside its own."""
+    teacher = tmp_path / "teacher"
+    names = {0: "cells", 1: "none"}
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, id2label=names).save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(teacher)
+    (tmp_path / "more.txt").write_text("\n".join(corpus[80:100]))
+    options = ["--teacher", teacher, "--unlabelled", tmp_path / "more.txt", "--teacher-weight", 0.2]
+    done = train(made, "taught", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["teacher"]["num_unlabelled"] == 20 and report["settings"]["teacher_weight"] == 0.2
+    assert "its teacher" in hmi("tenant", "card", made / "store", "taught").stdout
+
+    line = {
+        "name": "taught-too",
+        "data": "data.jsonl",
+        "teacher": str(teacher),
+        "unlabelled": [str(tmp_path / "more.txt")],
+    }
+    (made / "manifest.jsonl").write_text(json.dumps(line | {"settings": {"max_epochs": 1}}))
+    done = hmi("tenant", "train-many", made / "store", "--manifest", made / "manifest.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["report"]["teacher"]["sha256"] == report["teacher"]["sha256"]
+
+    done = train(made, "x", "--unlabelled", tmp_path / "more.txt")
+    assert done.returncode == 2 and "no teacher" in done.stderr

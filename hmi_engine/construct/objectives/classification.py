@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hmi_engine.construct.objectives.label_weights import balanced_weights
 from hmi_engine.construct.objectives.objective import (
+    IGNORED,
     Objective,
     Reading,
     TrainableHead,
@@ -90,6 +91,15 @@ class ClassificationObjective(Objective):
             targets=[torch.tensor([numbers[example.label]]) for example in checked],
             readings=[(number,) for number in range(len(checked))],
             sha256=digest_of([example.text, example.label] for example in checked),
+        )
+
+    def encode_unlabelled(self, texts: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TaskData:
+        """See :meth:`Objective.encode_unlabelled`."""
+        return TaskData(
+            encoded=encode_texts(texts, encoder, max_tokens),
+            targets=[torch.tensor([IGNORED])] * len(texts),
+            readings=[(number,) for number in range(len(texts))],
+            sha256=digest_of(texts),
         )
 
     def split(self, data: TaskData, fraction: float, generator: torch.Generator) -> Split:

@@ -20,7 +20,19 @@ from hmi_engine.knowledge.examples import AnyExample, Task
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.models.tokenization import TextEncoder
 
-__all__ = ["Objective", "Reading", "TrainableHead", "check_text", "checked_types", "digest_of", "where"]
+__all__ = [
+    "IGNORED",
+    "Objective",
+    "Reading",
+    "TrainableHead",
+    "check_text",
+    "checked_types",
+    "digest_of",
+    "where",
+]
+
+IGNORED = -100
+"""Target of a text or word whose label is not known, or of a word that has no piece: nothing is learned."""
 
 Reading = Literal["cls", "mean", "words"]
 """What a head reads of the last hidden states: the first token, the mean over tokens, or single tokens."""
@@ -87,6 +99,13 @@ class Objective(ABC):
         Raises:
             TrainingDataError: none, one of another task, an empty text or label, or an unknown label.
         """
+
+    def encode_unlabelled(self, texts: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TaskData:
+        """Texts without a label, whose targets are :data:`IGNORED`, for a teacher to say something of.
+
+        Of tasks that have none (``hmi_engine.construct.teacher.TEACHABLE_TASKS``) it is not asked for.
+        """
+        raise NotImplementedError(self.task)
 
     def split(self, data: TaskData, fraction: float, generator: torch.Generator) -> Split:
         """Holds out ``fraction`` of the examples, at random.

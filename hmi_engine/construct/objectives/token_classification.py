@@ -8,7 +8,6 @@ does ("Aug-2" in three words): the first piece that begins inside a word stands 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from hmi_engine.construct.objectives.label_weights import balanced_weights
 from hmi_engine.construct.objectives.objective import (
+    IGNORED,
     Objective,
     Reading,
     TrainableHead,
@@ -29,7 +29,7 @@ from hmi_engine.construct.objectives.objective import (
     digest_of,
     where,
 )
-from hmi_engine.construct.training_data import TaskData, encode_texts
+from hmi_engine.construct.training_data import TaskData, encode_texts, first_inside
 from hmi_engine.construct.training_metrics import Metrics, is_bio, measure_tags
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import TrainingDataError
@@ -41,8 +41,6 @@ from hmi_engine.request import Tag
 __all__ = ["OUTSIDE", "TokenClassificationObjective", "sentence_text", "tags_of_words", "word_spans"]
 
 OUTSIDE = "O"
-IGNORED = -100
-"""Target of a word that has no piece: no output belongs to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,22 @@ class TokenClassificationObjective(Objective):
             targets=targets,
             readings=[(number,) for number in range(len(checked))],
             words=words,
+            spans=[word_spans(example.words) for example in checked],
             sha256=digest_of([example.words, example.tags] for example in checked),
+        )
+
+    def encode_unlabelled(self, texts: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TaskData:
+        """See :meth:`Objective.encode_unlabelled`; the words are those that the tokenizer finds."""
+        encoded = encode_texts(texts, encoder, max_tokens)
+        pairs = zip(encoder.encode(list(texts), words=True), encoded.token_ids, strict=True)
+        kept = [[word for word in found.words if word[0] < len(ids) - 1] for found, ids in pairs]
+        return TaskData(
+            encoded=encoded,
+            targets=[torch.full((len(words), 2), IGNORED) for words in kept],
+            readings=[(number,) for number in range(len(texts))],
+            words=[torch.tensor([place for place, _, _ in words], dtype=torch.int64) for words in kept],
+            spans=[[(begin, end) for _, begin, end in words] for words in kept],
+            sha256=digest_of(texts),
         )
 
     def _numbers(self, examples: Sequence[TaggedExample]) -> dict[str, int]:
@@ -186,15 +199,6 @@ def word_spans(words: Sequence[str]) -> list[tuple[int, int]]:
     """First and one-past-last character of each word in the sentence's text."""
     ends = list(accumulate(len(word) + 1 for word in words))
     return [(end - len(word) - 1, end - 1) for word, end in zip(words, ends, strict=True)]
-
-
-def first_inside(spans: Sequence[tuple[int, int]], begins: Sequence[int]) -> list[int | None]:
-    """For each span, which of the ascending ``begins`` is the first inside it; None where none is."""
-    places = [bisect_left(begins, start) for start, _ in spans]
-    return [
-        place if place < len(begins) and begins[place] < end else None
-        for place, (_, end) in zip(places, spans, strict=True)
-    ]
 
 
 def _first_pieces(
