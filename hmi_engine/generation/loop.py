@@ -202,6 +202,8 @@ class GenerationLoop:
     def _reserve(self, sequence: DecoderSequence, count: int, planned: dict[DecoderSequence, int]) -> bool:
         """Takes the blocks for a sequence's next tokens, from those that came last if there are no others."""
         needed = self._missing_blocks(sequence, count)
+        if needed <= 0:
+            return True
         while needed > self._pool.num_unused:
             last = self._running[-1]
             self._preempt(last)
