@@ -130,7 +130,11 @@ def measure(options: Options) -> BenchmarkResult:
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
         while not options.report_only and (run := plan.next_run(records)) is not None:
             _say(f"{run.name}: about {expected_seconds(run, records):.0f} s")
-            record = execution.carry_out(run, plan.base_folder(run.method))
+            record = execution.carry_out(
+                run,
+                plan.base_folder(run.method),
+                teacher_rate=plan.teacher_rate(run.labelled, records),
+            )
             records.add(run.name, record)
             _say(f"{run.name}: dev {record.dev:.3f}, {record.cpu_seconds:.0f} s")
     report = StudyReport(plan, records)
@@ -166,10 +170,10 @@ def _list(options: Options) -> None:
         seconds = expected_seconds(run, records)
         if plan.is_done(run, records):
             state = f"done, dev {records[run.name].dev:.3f}, {records[run.name].cpu_seconds:.0f} s"
-        elif plan.is_possible(run):
+        elif plan.is_possible(run, records):
             state, possible = f"about {seconds:.0f} s", possible + seconds
         else:
-            state, waiting = "waits for its distilled base", waiting + seconds
+            state, waiting = "waits for its distilled base or its teacher", waiting + seconds
         print(f"{run.name}: {state}")
     undecided = sum(expected_seconds(run, records) for run in plan.undecided(records))
     print(

@@ -7,10 +7,17 @@ from pathlib import Path
 
 from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
 from benchmarks.accuracy_study.methods import FullFineTuning, Hierarchical, WholeBase
-from benchmarks.accuracy_study.plan import BATCH_SIZE, MAX_TOKENS, Run, base_identity, num_epochs
+from benchmarks.accuracy_study.plan import (
+    BATCH_SIZE,
+    MAX_TOKENS,
+    Run,
+    base_identity,
+    num_epochs,
+    taught_epochs,
+)
 from benchmarks.accuracy_study.records import Outcome, RunRecord
-from benchmarks.accuracy_study.stores import StudyStores
-from benchmarks.accuracy_study.tenants import train_and_serve
+from benchmarks.accuracy_study.stores import StudyStores, unlabelled_texts
+from benchmarks.accuracy_study.tenants import Lesson, train_and_serve
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.environment import installed_versions
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
@@ -32,15 +39,18 @@ class Execution:
     stores: StudyStores
     max_epochs: int | None = None
 
-    def carry_out(self, run: Run, distilled: Path | None) -> RunRecord:
-        """Trains and scores; ``distilled`` is the folder of the distilled base if the run needs one."""
+    def carry_out(self, run: Run, distilled: Path | None, *, teacher_rate: float | None = None) -> RunRecord:
+        """Trains and scores; ``distilled`` is the folder of the distilled base if the run needs one.
+
+        ``teacher_rate`` is the learning rate by which its teacher is fine-tuned if it needs one.
+        """
         base = distilled or self.base
         if isinstance(run.method, FullFineTuning) or (
             isinstance(run.method, WholeBase) and run.method.library == "peft"
         ):
             settings, outcome = self._fine_tune(run)
         else:
-            settings, outcome = self._train_tenant(run, run.method, base)
+            settings, outcome = self._train_tenant(run, run.method, base, teacher_rate)
         return RunRecord(
             set_name=run.labelled.name,
             method=run.method.slug,
@@ -55,14 +65,13 @@ class Execution:
             versions=installed_versions().packages,
         )
 
-    def _epochs(self, run: Run) -> int:
-        planned = num_epochs(run.labelled)
+    def _limited(self, planned: int) -> int:
         return planned if self.max_epochs is None else min(planned, self.max_epochs)
 
     def _fine_tune(self, run: Run) -> tuple[dict[str, object], Outcome]:
         recipe = FineTuning(
             learning_rate=run.learning_rate,
-            epochs=self._epochs(run),
+            epochs=self._limited(num_epochs(run.labelled)),
             batch_size=BATCH_SIZE,
             max_tokens=MAX_TOKENS,
             lora_rank=run.method.rank if isinstance(run.method, WholeBase) else None,
@@ -70,10 +79,25 @@ class Execution:
         )
         return dataclasses.asdict(recipe), fine_tune(self.base, run.labelled, recipe, run.seed)
 
+    def _lesson(self, run: Run, learning_rate: float) -> Lesson:
+        recipe = FineTuning(
+            learning_rate=learning_rate,
+            epochs=self._limited(num_epochs(run.labelled)),
+            batch_size=BATCH_SIZE,
+            max_tokens=MAX_TOKENS,
+        )
+        folder = self.stores.teacher(self.base, run.labelled, recipe, run.seed)
+        return Lesson(folder, unlabelled_texts(run.labelled, self.stores.sets))
+
     def _train_tenant(
-        self, run: Run, method: WholeBase | Hierarchical, base: Path
+        self, run: Run, method: WholeBase | Hierarchical, base: Path, teacher_rate: float | None
     ) -> tuple[dict[str, object], Outcome]:
-        epochs = self._epochs(run)
+        lesson = None
+        epochs = self._limited(num_epochs(run.labelled))
+        if isinstance(method, Hierarchical) and method.teacher:
+            assert teacher_rate is not None
+            lesson = self._lesson(run, teacher_rate)
+            epochs = self._limited(taught_epochs(run.labelled, len(lesson.unlabelled)))
         settings = TrainingSettings(
             kind=method.kind,
             rank=method.rank,
@@ -94,5 +118,5 @@ class Execution:
             domain = self.stores.domain(store, method, run.labelled)
             changes |= {"miss": method.miss, "dropout": method.dropout}
         settings = settings.model_copy(update=changes)
-        outcome = train_and_serve(store, domain, run.labelled, settings)
+        outcome = train_and_serve(store, domain, run.labelled, settings, lesson)
         return settings.model_dump(mode="json", exclude_none=True), outcome

@@ -78,12 +78,14 @@ class _Encoded:
         }
 
 
-def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Outcome:
+def fine_tune(
+    base: Path, labelled: StudySet, recipe: FineTuning, seed: int, *, save: Path | None = None
+) -> Outcome:
     """Trains all weights of the model in the folder ``base`` and a head on one set.
 
     The epoch with the best accuracy or entity F1 on the development split is scored on the test split.
     Sentences with tags that are longer than ``recipe.max_tokens`` are cut into pieces; texts with one label
-    are cut off.
+    are cut off. The model of that epoch goes into the folder ``save``, as a teacher of tenants.
     """
     started = time.process_time()
     torch.manual_seed(seed)
@@ -92,7 +94,7 @@ def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> 
         task = _Classification(base, labelled, recipe.max_tokens)
     else:
         task = _Tagging(base, labelled, recipe.max_tokens)
-    model = task.new_model()
+    model: Any = task.new_model()
     if recipe.lora_rank is not None:
         model = _with_lora(model, recipe.lora_rank)
     if recipe.frozen_layers:
@@ -104,6 +106,11 @@ def fine_tune(base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> 
         if by_epoch[-1] > max(by_epoch[:-1], default=-1.0):
             best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(best)
+    if save is not None:
+        model.config.id2label = dict(enumerate(labelled.labels))
+        model.config.label2id = {label: number for number, label in enumerate(labelled.labels)}
+        model.save_pretrained(save)
+        AutoTokenizer.from_pretrained(base).save_pretrained(save)
     outcomes = task.outcomes(_predict(model, task.test))
     return Outcome(tuple(by_epoch), outcomes, time.process_time() - started)
 

@@ -115,6 +115,8 @@ class Hierarchical:
         dropout: of hidden states while the tenant is trained.
         min_count: n-grams that are seen less often in the table's text get no row.
         row_format: of the table.
+        teacher: whether the tenant learns from the set's fully fine-tuned model too, which labels training
+            texts of the other sets for it.
         candidates: learning rates; the development split of seed 0 chooses.
     """
 
@@ -130,6 +132,7 @@ class Hierarchical:
     dropout: float = 0.0
     min_count: int = 2
     row_format: RowFormat = "float16"
+    teacher: bool = False
     candidates: tuple[float, ...] = (5e-3,)
 
     @property
@@ -150,6 +153,7 @@ class Hierarchical:
         parts += [f"dropout{self.dropout:g}"] if self.dropout else []
         parts += [] if self.min_count == 2 else [f"count{self.min_count}"]
         parts += [] if self.row_format == "float16" else [self.row_format]
+        parts += ["taught"] if self.teacher else []
         return "-".join(parts)
 
     @property
@@ -173,6 +177,7 @@ class Hierarchical:
         least = "once too" if self.min_count == 1 else f"{self.min_count} times"
         parts += [] if self.min_count == 2 else [f"n-grams seen {least}"]
         parts += [] if self.row_format == "float16" else [f"{self.row_format} rows"]
+        parts += ["taught by full fine-tuning"] if self.teacher else []
         return ", ".join(parts)
 
 
@@ -185,7 +190,8 @@ def _main_methods() -> tuple[Method, ...]:
     widest = replace(
         wide, base=SHIPPED, table="all", rank=64, dropout=0.1, min_count=1, candidates=(LORA_RATES[0] / 2,)
     )
-    methods: list[Method] = [FullFineTuning(), WholeBase(), widest, wide, replace(wide, miss="exact")]
+    taught = replace(widest, teacher=True)
+    methods: list[Method] = [FullFineTuning(), WholeBase(), taught, widest, wide, replace(wide, miss="exact")]
     for plot_layers in (3, 2, 4):
         for base in (DISTILLED, PLAIN):
             own = Hierarchical(plot_layers, base)

@@ -23,6 +23,7 @@ __all__ = [
     "expected_seconds",
     "num_epochs",
     "run_name",
+    "taught_epochs",
 ]
 
 BATCH_SIZE = 32
@@ -30,6 +31,7 @@ MAX_TOKENS = 64
 NUM_LAYERS = 6
 
 _TARGET_STEPS = 550
+_TAUGHT_STEPS = 1500
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 10
 
 _FULL_STEP_SECONDS, _ADAPTER_STEP_SECONDS = 1.5, 0.9
@@ -40,6 +42,12 @@ def num_epochs(labelled: StudySet) -> int:
     """Epochs of every method on one set: about 550 steps, at least 3 and at most 10 epochs."""
     steps = -(-len(labelled.train) // BATCH_SIZE)
     return max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TARGET_STEPS / steps)))
+
+
+def taught_epochs(labelled: StudySet, num_unlabelled: int) -> int:
+    """Epochs over a set and texts that a teacher labels: about 1,500 steps of twice and more the text."""
+    steps = -(-(len(labelled.train) + num_unlabelled) // BATCH_SIZE)
+    return max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TAUGHT_STEPS / steps)))
 
 
 @lru_cache
@@ -147,15 +155,26 @@ class Plan:
             return self.shipped
         return (self.distilled or Path()) / method.base_slug
 
-    def is_possible(self, run: Run) -> bool:
-        """Whether the base that a run needs is there."""
+    def teacher_rate(self, labelled: StudySet, records: RunRecords) -> float | None:
+        """The learning rate that full fine-tuning of a set was found to be best with; None before."""
+        return self.chosen_rate(labelled, FullFineTuning(), records)
+
+    def is_possible(self, run: Run, records: RunRecords) -> bool:
+        """Whether the base that a run needs is there, and known how its teacher is made."""
+        is_taught = isinstance(run.method, Hierarchical) and run.method.teacher
+        if is_taught and self.teacher_rate(run.labelled, records) is None:
+            return False
         folder = self.base_folder(run.method)
         is_shipped = isinstance(run.method, Hierarchical) and run.method.base == SHIPPED
         return folder is None or is_shipped or (self.distilled is not None and folder.is_dir())
 
     def next_run(self, records: RunRecords) -> Run | None:
         """The first run that is possible and not done."""
-        runs = (run for run in self.runs(records) if not self.is_done(run, records) and self.is_possible(run))
+        runs = (
+            run
+            for run in self.runs(records)
+            if not self.is_done(run, records) and self.is_possible(run, records)
+        )
         return next(runs, None)
 
     def is_done(self, run: Run, records: RunRecords) -> bool:
@@ -178,10 +197,14 @@ def expected_seconds(run: Run, records: RunRecords) -> float:
 
 
 def _costs_alike(set_name: str, slug: str, run: Run) -> bool:
-    """Methods cost alike if they train the same layers of the same set; the first part of a slug says so."""
+    """Methods cost alike if they train the same layers of the same set; the first part of a slug says so.
+
+    With a teacher there is more text and a model to be asked about it.
+    """
     return (
         set_name == run.labelled.name
         and slug.split("-", maxsplit=1)[0] == run.method.slug.split("-", maxsplit=1)[0]
+        and slug.endswith("-taught") == run.method.slug.endswith("-taught")
     )
 
 

@@ -6,15 +6,20 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
+from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
 from benchmarks.accuracy_study.methods import SHIPPED, Hierarchical, TableText
 from benchmarks.accuracy_study.plan import base_identity
 from benchmarks.accuracy_study.sets import StudySet
 from hmi_engine.demo.base_model import DISTILLATION, packaged_model
 from hmi_engine.store import Store
 
-__all__ = ["StudyStores", "table_texts"]
+__all__ = ["UNLABELLED_TEXTS", "StudyStores", "table_texts", "unlabelled_texts"]
+
+UNLABELLED_TEXTS = 8000
+"""Of which a teacher says something to a tenant, beside the set's own texts."""
 
 _SHARES: dict[TableText, float] = {"quarter": 0.25, "half": 0.5, "own": 1.0}
 
@@ -35,12 +40,19 @@ def table_texts(table: TableText, labelled: StudySet, sets: Sequence[StudySet]) 
     return tuple(allowed if share == 1 else random.Random(0).sample(allowed, round(share * len(allowed))))
 
 
+def unlabelled_texts(labelled: StudySet, sets: Sequence[StudySet]) -> tuple[str, ...]:
+    """Training texts of the other sets, drawn at random, without their labels; none of them is held out."""
+    own = set(labelled.training_texts())
+    others = [text for text in table_texts("all", labelled, sets) if text not in own]
+    return tuple(random.Random(0).sample(others, min(UNLABELLED_TEXTS, len(others))))
+
+
 class StudyStores(AbstractContextManager["StudyStores"]):
     """One store for each base, K and width of windows, with a domain for each table."""
 
     def __init__(self, folder: Path, sets: Sequence[StudySet]) -> None:
         """Stores go into ``folder``, and what an earlier run left there is used again."""
-        self._folder, self._sets = folder, sets
+        self._folder, self.sets = folder, sets
         self._opened: dict[str, Store] = {}
         self._exits = ExitStack()
 
@@ -65,6 +77,18 @@ class StudyStores(AbstractContextManager["StudyStores"]):
         with Store.open(path, read_only=True) as store:
             return store.general_folder
 
+    def teacher(self, base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Path:
+        """Folder of the model that full fine-tuning makes, which is done now if it is not there."""
+        name = f"{base_identity(base)}-{labelled.name}-lr{recipe.learning_rate:g}-seed{seed}"
+        path = self._folder / "teachers" / name
+        if not path.exists():
+            with TemporaryDirectory(dir=self._folder) as folder:
+                made = Path(folder) / "model"
+                fine_tune(base, labelled, recipe, seed, save=made)
+                path.parent.mkdir(exist_ok=True)
+                made.rename(path)
+        return path
+
     def domain(self, store: Store, method: Hierarchical, labelled: StudySet) -> str:
         """Name of the domain of ``store`` with the table that a method needs on a set."""
         owner = "sets" if method.table == "all" else labelled.name
@@ -72,7 +96,7 @@ class StudyStores(AbstractContextManager["StudyStores"]):
         if name not in store.domains:
             store.add_domain(
                 name,
-                iter(table_texts(method.table, labelled, self._sets)),
+                iter(table_texts(method.table, labelled, self.sets)),
                 min_count=method.min_count,
                 row_format=None if method.row_format == "float16" else method.row_format,
                 plot_bytes="1GiB",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from transformers import AutoTokenizer
@@ -19,12 +21,26 @@ from hmi_engine.knowledge.examples import AnyExample, Example, TaggedExample, Ta
 from hmi_engine.request import Request, Response
 from hmi_engine.store import Store
 
-__all__ = ["train_and_serve"]
+__all__ = ["Lesson", "train_and_serve"]
 
 TENANT = "study"
 
 
-def train_and_serve(store: Store, domain: str, labelled: StudySet, settings: TrainingSettings) -> Outcome:
+@dataclass(frozen=True)
+class Lesson:
+    """Folder of a fine-tuned model, and the texts that it labels for a tenant."""
+
+    folder: Path
+    unlabelled: Sequence[str]
+
+
+def train_and_serve(
+    store: Store,
+    domain: str,
+    labelled: StudySet,
+    settings: TrainingSettings,
+    lesson: Lesson | None = None,
+) -> Outcome:
     """Trains a tenant on the training split, its epoch chosen on dev; an engine answers the test split.
 
     The engine's miss policy is ``settings.miss``, under which the tenant was trained.
@@ -41,6 +57,8 @@ def train_and_serve(store: Store, domain: str, labelled: StudySet, settings: Tra
         domain=domain,
         validation_examples=task.dev,
         settings=settings.model_copy(update={"task": task.name}),
+        teacher=None if lesson is None else lesson.folder,
+        unlabelled=() if lesson is None else lesson.unlabelled,
         replace=True,
     ).report
     with Engine(store, miss=settings.miss, record_traffic=False) as engine:
