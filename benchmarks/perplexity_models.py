@@ -21,9 +21,10 @@ from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.general_folder import MERGE_FILE
 from hmi_engine.models.gpt2 import HierarchicalGpt2
+from hmi_engine.models.packing import PackedSequences, causal_windows
 from hmi_engine.store import Store
 
-__all__ = ["Computed", "HierarchicalModel", "base_scores", "causal_windows"]
+__all__ = ["Computed", "HierarchicalModel", "base_scores"]
 
 DOCUMENTS_AT_ONCE = 32
 
@@ -102,13 +103,12 @@ class HierarchicalModel(AbstractContextManager["HierarchicalModel"]):
     def compute(self, documents: Sequence[list[int]], domain: str, *, exact: bool) -> Computed:
         """Logits of all tokens of packed documents."""
         model = self.store.decoder
-        ids = [token for document in documents for token in document]
-        positions = [position for document in documents for position in range(len(document))]
+        sequences = PackedSequences.pack(list(documents))
         tokens = CausalTokens(
-            causal_windows(documents, self.store.general.window),
-            torch.tensor(ids, dtype=torch.int32),
-            torch.tensor(positions),
-            [domain] * len(ids),
+            causal_windows(sequences, self.store.general.window),
+            sequences.input_ids,
+            sequences.positions(),
+            [domain] * sequences.num_tokens,
         )
         with CausalPlotView(self._plots.reading([domain]), model) as view:
             references = view.lookup(tokens)
@@ -118,16 +118,6 @@ class HierarchicalModel(AbstractContextManager["HierarchicalModel"]):
         attention = _DocumentAttention(model, [len(document) for document in documents])
         states = model.run_layers(merged, attention, first=model.plot_layers)
         return Computed(model.logits(states), references)
-
-
-def causal_windows(documents: Sequence[list[int]], window: int) -> Tensor:
-    """Each token after at most ``window - 1`` of its document before it, -1 behind it: int32 [T, 3]."""
-    rows = []
-    for document in documents:
-        for end in range(1, len(document) + 1):
-            present = document[max(0, end - window) : end]
-            rows.append(present + [-1] * (3 - len(present)))
-    return torch.tensor(rows, dtype=torch.int32)
 
 
 class _DocumentAttention:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 import hmi_kernels
-from hmi_engine.errors import HmiError, MissPolicyWarning, ReadOnlyStoreError
+from hmi_engine.errors import HmiError, MissPolicyWarning
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.memory.device_choice import open_streams
@@ -24,15 +24,14 @@ from hmi_engine.memory.tenant_reader import Digest, digest_of
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
 from hmi_engine.pipeline.device_compute import DeviceCompute
-from hmi_engine.pipeline.domain_updates import DomainUpdater
 from hmi_engine.pipeline.flow import Flow
 from hmi_engine.pipeline.respond import respond
 from hmi_engine.pipeline.stage_clock import StageClock, StageTimes, Trace
 from hmi_engine.pipeline.step import BatchItem, BatchResult, BatchRunner, PreparedBatch
-from hmi_engine.pipeline.traffic_saver import TrafficSaver
 from hmi_engine.request import Request, Response, Timing
 from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
+from hmi_engine.serving_traffic import open_traffic, start_updates
 from hmi_engine.store import Store
 
 __all__ = ["BatchFlow", "EngineStatistics", "ServingCore", "WaitingBatch", "open_plots", "open_residency"]
@@ -113,11 +112,7 @@ class ServingCore:
         store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
         self.residency.load_pinned(store.tenants.pinned())
         self.plots = open_plots(store, options)
-        self.traffic: TrafficSaver | None = None
-        if self.plots is not None and options.record_traffic and not store.catalog.read_only:
-            self.traffic = TrafficSaver(
-                store, max_bytes=options.traffic_memory, interval_seconds=options.traffic_interval
-            )
+        self.traffic = open_traffic(store, options)
         self.runner = BatchRunner(
             store.general,
             store.model,
@@ -136,9 +131,7 @@ class ServingCore:
             look_ahead=look_ahead,
         )
         self._warned: set[str] = set()
-        self._updater: DomainUpdater | None = None
-        if options.update_domains_every is not None:
-            self._updater = self._start_updates(options.update_domains_every)
+        self._updater = start_updates(store, options, self.traffic)
 
     def _device_compute(self, device_bytes: int) -> DeviceCompute:
         general = self.store.general
@@ -152,16 +145,6 @@ class ServingCore:
             batches_in_flight=self.options.pipeline_depth,
             clock=self.clock,
         )
-
-    def _start_updates(self, every: float) -> DomainUpdater:
-        if self.store.catalog.read_only:
-            raise ReadOnlyStoreError(
-                f"{self.store.layout.root} was opened with read_only=True, so its domains cannot be updated; "
-                "open it for writing or leave update_domains_every out"
-            )
-        # Without own counts there may still be those of other processes' engines.
-        flush = self.traffic.save if self.traffic is not None else lambda: None
-        return DomainUpdater(self.store, every=every, max_share=self.options.update_share, flush=flush)
 
     def use_backend(self) -> AbstractContextManager[None]:
         """The kernels that the options ask for, in the block."""

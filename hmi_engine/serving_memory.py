@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.serving_options import EngineOptions
+from hmi_engine.serving_traffic import records_traffic
 from hmi_engine.store import Store
 
 __all__ = ["release_memory", "reserving_memory"]
@@ -44,7 +45,7 @@ def _parts(store: Store, options: EngineOptions, *, computes_on_gpu: bool) -> di
         names.append("device_memory")
     if general.plot_layers:
         names.append("overlay_memory")
-        if options.record_traffic and not (general.is_causal or store.catalog.read_only):
+        if records_traffic(store, options):
             names.append("traffic_memory")
     if general.is_causal:
         names.append("cache_memory")

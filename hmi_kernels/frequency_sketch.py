@@ -83,18 +83,21 @@ class FrequencySketch:
         sequence_numbers: Tensor,
         *,
         window: int,
+        is_causal: bool = False,
         weight: float = 1.0,
     ) -> None:
         """Adds the keys that a PLOT look-up of some of the sequences asks for.
 
         ``window=2``: every two neighbours, in slots 0 and 1. ``window=3``: every three, and every two both in
         slots 0, 1 and in slots 1, 2: windows at a sequence's ends, and what a missing one is composed of.
+        ``is_causal``, for a decoder: those in slots 1, 2 are left out.
 
         Args:
             input_ids: int32 [tokens], the sequences laid end to end.
             sequence_offsets: int64 [sequences + 1].
             sequence_numbers: int64 [n], which of the sequences; each is added as often as it is named.
             window: 2 or 3.
+            is_causal: whether windows are those of a decoder.
             weight: positive and finite.
 
         Raises TypeError or ValueError, and adds nothing, on other arguments.
@@ -103,9 +106,8 @@ class FrequencySketch:
         require_vector("sequence_numbers", sequence_numbers, torch.int64)
         require_window(window)
         _require_positive("weight", weight)
-        if isinstance(self._sketch, _TorchSketch):
-            keys = _window_keys(input_ids, sequence_offsets, sequence_numbers, window)
-            self._sketch.add(keys, weight)
+        if is_causal or isinstance(self._sketch, _TorchSketch):
+            self.add(_window_keys(input_ids, sequence_offsets, sequence_numbers, window, is_causal), weight)
             return
         self._sketch.add_windows(
             input_ids.data_ptr(),
@@ -167,7 +169,7 @@ def _require_positive(name: str, value: float) -> None:
 
 
 def _window_keys(
-    input_ids: Tensor, sequence_offsets: Tensor, sequence_numbers: Tensor, window: int
+    input_ids: Tensor, sequence_offsets: Tensor, sequence_numbers: Tensor, window: int, is_causal: bool
 ) -> Tensor:
     lengths = sequence_offsets.diff()
     if int(sequence_offsets[0]) != 0 or int(lengths.sum()) != input_ids.shape[0] or bool((lengths < 0).any()):
@@ -180,8 +182,9 @@ def _window_keys(
         ids = sequences[number]
         absent = torch.full_like(ids[1:], -1)
         parts.append(torch.stack([ids[:-1], ids[1:], absent], dim=1))
-        if window == 3:
+        if window == 3 and not is_causal:
             parts.append(torch.stack([absent, ids[:-1], ids[1:]], dim=1))
+        if window == 3:
             parts.append(torch.stack([ids[:-2], ids[1:-1], ids[2:]], dim=1))
     return ngram_keys(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.int64)
 

@@ -30,6 +30,7 @@ def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Respons
                 pass
         finally:
             _fail_rest(core)
+        core.rest()
     return [response for response in responses if response is not None]
 
 

@@ -17,6 +17,7 @@ from hmi_engine.generation.loop import GenerationLoop
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
 from hmi_engine.generation.step import KeyValueCache, StepRunner
 from hmi_engine.generation.text_stream import TextStream
+from hmi_engine.generation.text_traffic import TextTraffic
 from hmi_engine.generation.token_choice import TokenChooser
 from hmi_engine.inbox import Emit
 from hmi_engine.knowledge.records import TenantInfo
@@ -30,6 +31,7 @@ from hmi_engine.request import Request, Response, Timing, Usage
 from hmi_engine.serving_core import EngineStatistics, open_plots, open_residency
 from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
+from hmi_engine.serving_traffic import open_traffic, start_updates
 from hmi_engine.store import Store
 
 __all__ = ["DecoderCore"]
@@ -80,6 +82,11 @@ class DecoderCore:
             exact_budget=options.exact_budget,
             clock=self.clock,
         )
+        self.traffic = open_traffic(store, options)
+        self._texts: TextTraffic | None = None
+        if self.traffic is not None and self.plots is not None:
+            self._texts = TextTraffic(self.traffic, self.plots, store.decoder, general.window)
+        self._updater = start_updates(store, options, self.traffic)
         self.loop = GenerationLoop(
             self.runner,
             cache,
@@ -135,6 +142,11 @@ class DecoderCore:
         """Memory need not wait for it any more."""
         self.residency.release(sequence.tickets)
 
+    def rest(self) -> None:
+        """There is nothing to do for now: counts what texts that have ended asked for."""
+        if self._texts is not None:
+            self._texts.flush()
+
     def current_statistics(self) -> EngineStatistics:
         """All counts, as they are now."""
         current = EngineStatistics(**vars(self.statistics))
@@ -145,11 +157,18 @@ class DecoderCore:
         current.adapters = asdict(self.residency.statistics)
         current.generation = asdict(self.loop.statistics)
         current.batches = current.generation["steps"]
+        current.traffic = asdict(self.traffic.statistics) if self.traffic is not None else None
+        current.updates = asdict(self._updater.statistics) if self._updater is not None else None
         return current
 
     def close(self) -> None:
-        """Gives memory back and writes the trace."""
+        """Gives memory back, saves what was counted of traffic and writes the trace."""
         self.store.catalog.arena_bytes.pop(self, None)
+        if self._updater is not None:
+            self._updater.close()
+        if self.traffic is not None:
+            self.rest()
+            self.traffic.close()
         if self.plots is not None:
             self.plots.close()
         self.residency.close()
@@ -197,6 +216,11 @@ class DecoderCore:
         self.statistics.requests += 1
         self.statistics.errors += is_error
         self.statistics.tokens += len(sequence.token_ids)
+        if self._texts is not None and sequence.started is not None and not is_error:
+            # Nobody asked for the row of a text's last token.
+            self._texts.add(
+                sequence.tenant.domain, sequence.token_ids[: -1 if sequence.num_generated else None]
+            )
         sequence.respond(self._response(sequence, result))
 
     def _response(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> Response:

@@ -124,6 +124,8 @@ class DecoderService:
 
     def _serve(self) -> bool:
         """One round: admit, begin, step; returns False when it is to stop."""
+        if not len(self._core.loop):
+            self._core.rest()
         with self._lock:
             if not len(self._inbox) and not len(self._core.loop) and not self._stopping:
                 self._inbox.arrived.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)

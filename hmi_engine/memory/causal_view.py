@@ -62,6 +62,10 @@ class CausalPlotView(AbstractContextManager["CausalPlotView"]):
         self._view.count_overlay_hits(references)
         return references
 
+    def in_tables(self, references: torch.Tensor) -> torch.Tensor:
+        """See :meth:`hmi_engine.memory.plot_view.PlotView.in_tables`."""
+        return self._view.in_tables(references)
+
     def missing(self, tokens: CausalTokens, references: torch.Tensor) -> list[MissingWindows]:
         """The windows that no table holds, each once; a single token is none, its row is its unigram's."""
         is_missing = (references[:, 0] < 0) & (tokens.windows[:, 1] >= 0)

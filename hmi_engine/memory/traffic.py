@@ -123,6 +123,7 @@ class TrafficRecorder:
         *,
         max_bytes: int | str = DEFAULT_TRAFFIC_BYTES,
         max_share: float = 0.01,
+        is_causal: bool = False,
         spill: Spill | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
@@ -133,6 +134,7 @@ class TrafficRecorder:
             window: 2 or 3, as the tables have it.
             max_bytes: for the sketches of all domains together; at least 256 KiB.
             max_share: of wall time, above 0.
+            is_causal: whether windows are those of a decoder.
             spill: see the class; called outside of all locks, on the thread that records.
             seed: of the choice of sequences.
             clock: seconds; another one for tests.
@@ -147,6 +149,7 @@ class TrafficRecorder:
         if window not in (2, 3) or not max_share > 0:
             raise ValueError(f"window must be 2 or 3, not {window}, and max_share above 0, not {max_share}")
         self._window = window
+        self._is_causal = is_causal
         self._spill = spill
         self._clock = clock
         self._lock = threading.Lock()
@@ -185,7 +188,7 @@ class TrafficRecorder:
             sequences: packed sequences of T tokens.
             domains: the domain of each sequence.
             hits: bool [T], whether a table held the window of each position. The last token of a sequence
-                opens no window of two: false there.
+                opens no window of two, and a decoder's first one is alone: false there.
         """
         spilled: list[tuple[str, TrafficCounts]] = []
         with self._lock:
@@ -250,8 +253,8 @@ class TrafficRecorder:
     ) -> None:
         tokens = sum(sequences.lengths[number] for number in numbers)
         traffic.tokens += tokens
-        # The last token of a sequence opens no bigram.
-        traffic.windows += tokens - (len(numbers) if self._window == 2 else 0)
+        # The last token of a sequence opens no bigram, and a decoder's first one follows none.
+        traffic.windows += tokens - (len(numbers) if self._window == 2 or self._is_causal else 0)
         traffic.hits += sum(hits_by_sequence[number] for number in numbers)
 
     def _add_windows(
@@ -263,6 +266,7 @@ class TrafficRecorder:
                 sequences.offsets,
                 torch.tensor(numbers, dtype=torch.int64),
                 window=self._window,
+                is_causal=self._is_causal,
                 weight=1 / self._throttle.probability,
             )
 
@@ -273,7 +277,7 @@ class TrafficRecorder:
             while self._free_bytes() < _SMALLEST_BYTES:
                 spilled += self._evict_oldest()
             _enlarge(traffic, _SMALLEST_BYTES)
-        expected = num_tokens * (1 if self._window == 2 else 3)
+        expected = num_tokens * (1 if self._window == 2 else 2 if self._is_causal else 3)
         while _is_short(traffic, expected):
             larger = traffic.sketch_bytes * _GROWTH
             # For a moment there are the old and the new one.

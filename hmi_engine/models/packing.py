@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-__all__ = ["PackedSequences", "Readout", "window_tokens"]
+__all__ = ["PackedSequences", "Readout", "causal_windows", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,22 @@ def window_tokens(sequences: PackedSequences, window: int) -> torch.Tensor:
     if window == 2:
         return torch.stack([ids, after, absent.expand(sequences.num_tokens)], dim=1)
     return torch.stack([before, ids, after], dim=1)
+
+
+def causal_windows(sequences: PackedSequences, window: int) -> torch.Tensor:
+    """Each token behind the up to ``window`` - 1 before it, as a decoder looks it up: int32 [T, 3].
+
+    In the order of the text; -1 fills up behind the token.
+    """
+    ids, places = sequences.input_ids, sequences.positions()
+    windows = torch.full((sequences.num_tokens, 3), -1, dtype=torch.int32)
+    for distance in range(window):
+        # Tokens with at most ``distance`` before them stand at their own place; the rest at the last one.
+        column = places.clamp(max=window - 1) - distance
+        has_one = column >= 0
+        tokens = torch.arange(sequences.num_tokens)[has_one]
+        windows[tokens, column[has_one]] = ids[tokens - distance]
+    return windows
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,10 @@ class TrafficSaver:
         """
         if interval_seconds < 0:
             raise ValueError(f"traffic_interval is {interval_seconds}, must be at least 0 seconds")
-        self.recorder = TrafficRecorder(store.general.window, max_bytes=max_bytes, spill=self._keep)
+        general = store.general
+        self.recorder = TrafficRecorder(
+            general.window, max_bytes=max_bytes, is_causal=general.is_causal, spill=self._keep
+        )
         self._store = store
         self._interval_seconds = interval_seconds
         self._clock = clock

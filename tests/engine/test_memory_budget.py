@@ -13,7 +13,12 @@ import hmi_engine as hmi
 from hmi_engine.errors import InsufficientMemoryError, InvalidSizeError, OverloadedError
 
 ENCODERS = {"host_memory": "4MiB", "overlay_memory": "1MiB", "traffic_memory": "2MiB"}
-DECODERS = {"host_memory": "2MiB", "overlay_memory": "1MiB", "cache_memory": "3MiB"}
+DECODERS = {
+    "host_memory": "1MiB",
+    "overlay_memory": "1MiB",
+    "traffic_memory": "1MiB",
+    "cache_memory": "3MiB",
+}
 MIB = 2**20
 
 

@@ -197,27 +197,27 @@ def test_a_sketch_merged_with_itself_is_doubled(make: type) -> None:
     check(sketch, true + true)
 
 
-def window_keys(sequence: list[int], window: int) -> Counter[tuple[int, ...]]:
+def window_keys(sequence: list[int], window: int, is_causal: bool) -> Counter[tuple[int, ...]]:
     pairs = Counter((a, b, -1) for a, b in pairwise(sequence))
     if window == 2:
         return pairs
-    right = Counter((-1, a, b) for a, b in pairwise(sequence))
+    right = Counter() if is_causal else Counter((-1, a, b) for a, b in pairwise(sequence))
     return pairs + right + Counter(zip(sequence, sequence[1:], sequence[2:], strict=False))
 
 
 @MAKERS
-@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize(("window", "is_causal"), [(2, False), (3, False), (2, True), (3, True)])
 @settings(deadline=None, max_examples=60)
 @given(sequences=st.lists(st.lists(st.integers(0, 5), max_size=7), min_size=1, max_size=6), data=st.data())
 def test_windows_of_chosen_sequences(
-    make: type, window: int, sequences: list[list[int]], data: st.DataObject
+    make: type, window: int, is_causal: bool, sequences: list[list[int]], data: st.DataObject
 ) -> None:
     numbers = data.draw(st.lists(st.integers(0, len(sequences) - 1), max_size=6))
     ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int32)
     offsets = int64([0, *map(len, sequences)]).cumsum(0)
     sketch = new_sketch(make, 1000)
-    sketch.add_windows(ids, offsets, int64(numbers), window=window, weight=4)
-    true = sum((window_keys(sequences[number], window) for number in numbers), Counter())
+    sketch.add_windows(ids, offsets, int64(numbers), window=window, is_causal=is_causal, weight=4)
+    true = sum((window_keys(sequences[number], window, is_causal) for number in numbers), Counter())
     keys, weights = sketch.items()
     slots = map(tuple, ngram_tokens(keys).tolist())
     assert dict(zip(slots, weights.tolist(), strict=True)) == {key: 4 * n for key, n in true.items()}
@@ -247,6 +247,7 @@ def test_bad_arguments_add_nothing(make: type) -> None:
         (ids - 3, offsets, [0], 2),
         (ids, offsets, [0], 4),
     ):
-        with pytest.raises(ValueError):
-            sketch.add_windows(bad_ids, bad_offsets, int64(numbers), window=window)
+        for is_causal in (False, True):
+            with pytest.raises(ValueError):
+                sketch.add_windows(bad_ids, bad_offsets, int64(numbers), window=window, is_causal=is_causal)
     assert (len(sketch), sketch.total) == (0, 0)
