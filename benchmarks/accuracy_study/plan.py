@@ -157,7 +157,10 @@ class Plan:
 
     def teacher_rate(self, labelled: StudySet, records: RunRecords) -> float | None:
         """The learning rate that full fine-tuning of a set was found to be best with; None before."""
-        return self.chosen_rate(labelled, FullFineTuning(), records)
+        for method in self.methods:
+            if isinstance(method, FullFineTuning) and not method.frozen_layers:
+                return self.chosen_rate(labelled, method, records)
+        return None
 
     def is_possible(self, run: Run, records: RunRecords) -> bool:
         """Whether the base that a run needs is there, and known how its teacher is made."""

@@ -55,6 +55,7 @@ def test_every_method_on_both_kinds_of_sets(options, tiny_bert, monkeypatch):
         WholeBase(),
         LOOKED_UP,
         Hierarchical(2, PLAIN, miss="exact"),
+        Hierarchical(2, PLAIN, teacher=True),
     )
     monkeypatch.setattr(accuracy, "packaged_model", lambda: tiny_bert)
     monkeypatch.setattr(accuracy, "MAIN_METHODS", methods)

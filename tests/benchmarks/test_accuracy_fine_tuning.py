@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import BertModel
+from transformers import BertModel, pipeline
 
 from benchmarks.accuracy_study import fine_tuning
 from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
@@ -38,6 +38,15 @@ def test_a_tagger_learns_words_in_long_sentences(tiny_bert, texts):
     counts = outcome.outcomes.counts(labelled)
     assert counts.shape == (len(labelled.test), 1, 3)
     assert score("entity F1", counts) > 0.9
+
+
+def test_a_saved_model_answers_as_the_one_that_was_scored(tiny_bert, texts, tmp_path):
+    examples = tuple(Example(text, "ab"[line % 2], line) for line, text in enumerate(texts[:64]))
+    labelled = ClassificationSet("words", examples[:32], examples[32:40], examples[40:])
+    outcome = fine_tune(tiny_bert, labelled, replace(RECIPE, epochs=1), seed=0, save=tmp_path)
+    classify = pipeline("text-classification", model=str(tmp_path))
+    found = [each["label"] for each in classify([example.text for example in labelled.test])]
+    assert found == [labelled.labels[answer] for answer in outcome.outcomes.answers]
 
 
 def test_frozen_layers_stay_as_they_are(tiny_bert, texts, monkeypatch):

@@ -13,7 +13,14 @@ from benchmarks.accuracy_study.methods import (
     FullFineTuning,
     Hierarchical,
 )
-from benchmarks.accuracy_study.plan import Plan, base_identity, expected_seconds, num_epochs, run_name
+from benchmarks.accuracy_study.plan import (
+    Plan,
+    base_identity,
+    expected_seconds,
+    num_epochs,
+    run_name,
+    taught_epochs,
+)
 from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.sets import ClassificationSet
 from hmi_engine.knowledge.examples import Example
@@ -99,7 +106,7 @@ def test_patterns_leave_the_rest_out(records):
 def test_the_shipped_base_is_not_waited_for(records, tmp_path):
     method = Hierarchical(3, SHIPPED)
     plan = made_plan(methods=(method,), sets=("one",))
-    assert plan.is_possible(plan.next_run(records))
+    assert plan.is_possible(plan.next_run(records), records)
     folder = tmp_path / "general"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -109,6 +116,17 @@ def test_the_shipped_base_is_not_waited_for(records, tmp_path):
     records.add(run.name, made_record(run, base=base_identity(folder)))
     assert made.is_done(run, records) and plan.is_done(run, records)
     assert not replace(made, shipped=tmp_path).is_done(run, records), "another base is another run"
+
+
+def test_a_teacher_waits_for_the_best_full_fine_tuning(records, tmp_path):
+    taught = replace(LOOKED_UP, teacher=True)
+    plan = made_plan(methods=(taught, FULL), sets=("one",), seeds=(0,))
+    (labelled,) = plan.sets
+    assert plan.teacher_rate(labelled, records) is None
+    names = carry_out(plan, records, dev=lambda run: 0.9 if run.learning_rate == 5e-5 else 0.5)
+    assert [name.split(".")[1].split("-")[0] for name in names] == ["full", "full", "k3"]
+    assert plan.teacher_rate(labelled, records) == 5e-5
+    assert not plan.is_possible(plan.runs(records)[0], RunRecords(tmp_path / "others"))
 
 
 def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
@@ -130,6 +148,8 @@ def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
 def test_epochs_and_costs(records):
     assert num_epochs(made_set("small", 320)) == 10
     assert num_epochs(made_set("large", 7320)) == 3
+    assert taught_epochs(made_set("small", 320), 8000) == 6
+    assert taught_epochs(made_set("large", 7320), 8000) == 3
     plan = made_plan()
     run = plan.next_run(records)
     assert expected_seconds(run, records) == 10 * 10 * 1.5

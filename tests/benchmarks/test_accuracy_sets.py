@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
 from benchmarks.accuracy_study.sets import ClassificationSet, TaggingSet, read_sets
-from benchmarks.accuracy_study.stores import table_texts
+from benchmarks.accuracy_study.stores import table_texts, unlabelled_texts
 from hmi_engine.construct.objectives.token_classification import sentence_text
 from hmi_engine.errors import HmiError, TrainingDataError
 from hmi_engine.knowledge.examples import Example, TaggedExample
@@ -114,6 +114,19 @@ def test_tables_hold_no_held_out_text():
     half = table_texts("half", first, sets)
     assert len(half) == len(set(half)) == round(len(allowed) / 2) and set(half) < set(allowed)
     assert half == table_texts("half", first, sets)
+
+
+def test_unlabelled_texts_are_those_of_the_other_sets():
+    def made(name, train, test):
+        return ClassificationSet(
+            name, *(tuple(Example(text, "a", 0) for text in split) for split in (train, train[:1], test))
+        )
+
+    first = made("first", [f"first {number}" for number in range(20)], ["second 3"])
+    second = made("second", [f"second {number}" for number in range(20)], ["first 4"])
+    found = unlabelled_texts(first, [first, second])
+    assert set(found) == {f"second {number}" for number in range(1, 20) if number != 3}
+    assert found == unlabelled_texts(first, [first, second])
 
 
 WORDS = st.sampled_from(["the", "cat", "catalysis", "p53", "under", "a-b-c", "intracellularly", "42", "."])
