@@ -15,7 +15,7 @@ from benchmarks.result import BenchmarkResult, Case, Ratio, System, Table
 from hmi_engine.construct.bootstrap import bootstrap_intervals
 from hmi_engine.construct.joint_training import TenantExamples
 from hmi_engine.construct.training_settings import TrainingSettings
-from hmi_engine.demo.base_model import packaged_model
+from hmi_engine.demo.base_model import DISTILLATION, packaged_model
 from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.tasks import PARENT_DOMAIN, DemoData, documentation_data, folder_data
 from hmi_engine.demo.timing import interleave
@@ -36,8 +36,9 @@ NOTES = (
     "PEFT trains one tenant after the other: transformers' model, LoRA of query and value, a data loader "
     "that pads to the longest text of the batch; on all layers, and on the upper layers alone, below which "
     "no gradient flows. HMI's LoRA is at the same places of the same upper layers.",
-    "Looked up: the lower half of the layers comes from the domain's table, with back-off, undistilled. "
-    "Computed: a store without tables, whose lower half is computed once for each text.",
+    "Looked up: the lower half of the layers comes from the domain's table, with back-off; the base is the "
+    "distilled form that HMI brings along. Computed: a store of the plain base without tables, whose lower "
+    "half is computed once for each text.",
     "Accuracy is the mean over tenants; its 95 % interval is bootstrapped over tenants.",
 )
 
@@ -51,7 +52,7 @@ class _Sizes:
     repetitions: int
 
 
-FULL = _Sizes(tenants=32, train=160, test=100, epochs=4, repetitions=1)
+FULL = _Sizes(tenants=32, train=96, test=100, epochs=4, repetitions=1)
 QUICK = _Sizes(tenants=4, train=40, test=20, epochs=1, repetitions=1)
 
 
@@ -188,8 +189,8 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     accuracies: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         stores = [
-            Store.create(Path(folder) / str(layers), general=model, plot_layers=layers)
-            for layers in (None, 0)
+            Store.create(Path(folder) / "looked-up", general=model, distilled=DISTILLATION),
+            Store.create(Path(folder) / "computed", general=model, plot_layers=0),
         ]
         try:
             stores[0].add_domain(PARENT_DOMAIN, iter(_corpus(data)))

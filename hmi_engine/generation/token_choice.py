@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ class NextToken(NamedTuple):
     likeliest: int
 
 
-@dataclass(frozen=True)
-class ChosenToken:
+class ChosenToken(NamedTuple):
     """A token, and its log-probability by the model's own logits where that was asked for."""
 
     token_id: int
@@ -38,12 +36,13 @@ class TokenChooser:
     def __init__(self, sampling: Sampling) -> None:
         """Nothing is drawn yet."""
         self._sampling = sampling
+        self._takes_likeliest = sampling.is_greedy and sampling.repetition_penalty == 1.0
         self._random = random.Random(sampling.seed)
 
     def choose(self, following: NextToken, seen: Sequence[int]) -> ChosenToken:
         """The next token, where the tokens ``seen`` are in prompt and text."""
         sampling, logits = self._sampling, following.logits
-        if sampling.is_greedy and sampling.repetition_penalty == 1.0:
+        if self._takes_likeliest:
             token = following.likeliest
         else:
             scores = _penalized(logits, seen, sampling.repetition_penalty)
