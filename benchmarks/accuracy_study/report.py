@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from benchmarks.accuracy_study.methods import Hierarchical, Method
+from benchmarks.accuracy_study.methods import RECIPES, Hierarchical, Method, Recipe
 from benchmarks.accuracy_study.plan import Plan
 from benchmarks.accuracy_study.records import RunRecord, RunRecords
 from benchmarks.accuracy_study.scores import Resampling
@@ -42,6 +42,11 @@ class StudyReport:
             method for method in self.plan.methods if any(self._finished(each, method) for each in self._sets)
         ]
 
+    @cached_property
+    def rows(self) -> list[Method | Recipe]:
+        """These, and the recipes that are measured on every set."""
+        return [*self.methods, *(each for each in RECIPES if self._mean(each) is not None)]
+
     @property
     def _sets(self) -> Sequence[StudySet]:
         return self.plan.sets
@@ -66,7 +71,7 @@ class StudyReport:
         }
         return {key: resampling for key, resampling in found.items() if resampling is not None}
 
-    def _mean(self, method: Method, *, over: Method | None = None) -> Resampling | None:
+    def _mean(self, method: Method | Recipe, *, over: Method | None = None) -> Resampling | None:
         """The mean over all sets, or that of the differences from ``over``; None while a set is missing."""
         parts = []
         for labelled in self._sets:
@@ -76,8 +81,10 @@ class StudyReport:
             parts.append(part)
         return Resampling.mean(parts)
 
-    def _difference(self, labelled: StudySet, method: Method, over: Method | None) -> Resampling | None:
-        part = self._main.get((labelled.name, method))
+    def _difference(
+        self, labelled: StudySet, method: Method | Recipe, over: Method | None
+    ) -> Resampling | None:
+        part = self._main.get((labelled.name, _method_for(labelled, method)))
         if part is None or over is None:
             return part
         other = self._main.get((labelled.name, over))
@@ -94,12 +101,12 @@ class StudyReport:
             (
                 method.title,
                 *(
-                    self._cell(self._main.get((each.name, method)), self._seeds(each, method))
+                    self._cell(self._difference(each, method, None), self._seeds(each, method))
                     for each in self._sets
                 ),
                 self._cell(self._mean(method), min(self._seeds(each, method) for each in self._sets)),
             )
-            for method in self.methods
+            for method in self.rows
         ]
         return Table(
             title="Scores on the test splits, %", columns=("method", *columns, "mean"), rows=tuple(rows)
@@ -108,7 +115,7 @@ class StudyReport:
     def _differences(self) -> Table:
         baseline = self.plan.methods[0]
         rows = []
-        for method in self.methods:
+        for method in self.rows:
             if method == baseline:
                 continue
             parts = [self._difference(labelled, method, baseline) for labelled in self._sets]
@@ -168,8 +175,8 @@ class StudyReport:
         names = (labelled.name for labelled in self._sets)
         return Table(title="Missing: seeds that are done", columns=("method", *names), rows=tuple(rows))
 
-    def _seeds(self, labelled: StudySet, method: Method) -> int:
-        return len(self._finished(labelled, method))
+    def _seeds(self, labelled: StudySet, method: Method | Recipe) -> int:
+        return len(self._finished(labelled, _method_for(labelled, method)))
 
     def _cell(self, resampling: Resampling | None, seeds: int, *, signed: bool = False) -> str:
         if resampling is None:
@@ -189,6 +196,12 @@ class StudyReport:
             return None
         interval = resampling.interval()
         return Interval(value=100 * interval.value, low=100 * interval.low, high=100 * interval.high)
+
+
+def _method_for(labelled: StudySet, row: Method | Recipe) -> Method:
+    if not isinstance(row, Recipe):
+        return row
+    return row.of_texts if isinstance(labelled, ClassificationSet) else row.of_words
 
 
 def _points(interval: Interval, *, signed: bool) -> str:

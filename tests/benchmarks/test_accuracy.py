@@ -5,8 +5,9 @@ from accuracy_records import made_record
 from conftest import write_jsonl
 
 import benchmarks.accuracy as accuracy
+import benchmarks.accuracy_study.report as report_module
 from benchmarks.accuracy_study.curves import curves
-from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchical, WholeBase
+from benchmarks.accuracy_study.methods import PLAIN, FullFineTuning, Hierarchical, Recipe, WholeBase
 from benchmarks.accuracy_study.plan import Plan
 from benchmarks.accuracy_study.records import LabelOutcomes, RunRecords, TagOutcomes, Work
 from benchmarks.accuracy_study.report import StudyReport
@@ -133,6 +134,20 @@ def test_tables_of_what_is_there(study):
     assert work[1:] == ("30 (80)", "")
     missing = tables["Missing: seeds that are done"].rows
     assert [row[1:] for row in missing] == [("2 of 2", "0 of 2"), ("1 of 2", "0 of 2")]
+
+
+def test_a_recipe_takes_each_set_as_it_says(study, monkeypatch):
+    plan, records = study
+    recipes = (Recipe("both", FULL, LOOKED_UP), Recipe("unfinished", LOOKED_UP, FULL))
+    monkeypatch.setattr(report_module, "RECIPES", recipes)
+    for seed in (0, 1):
+        finish(plan, records, FULL, "labels", seed, LabelOutcomes(answers=(0, 1, 0, 0)))
+        finish(plan, records, LOOKED_UP, "tags", seed, TagOutcomes(entities=((1, 1, 1),) * 4))
+    scores = StudyReport(plan, records).tables()[0]
+    assert [row[0] for row in scores.rows] == [FULL.title, LOOKED_UP.title, "both"]
+    both = scores.rows[-1]
+    assert both[1].startswith("75.0 (") and both[2] == "100.0 (100.0 to 100.0)"
+    assert both[3].startswith("87.5 (")
 
 
 def test_means_need_every_set(study):
