@@ -185,9 +185,7 @@ def test_a_teacher_without_weight_changes_nothing(store, topics_teacher, topic_e
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("task", "plot_layers"), [("classification", 0), ("token_classification", 0), ("token_classification", 2)]
-)
+@pytest.mark.parametrize(("task", "plot_layers"), [("classification", 0), ("token_classification", 2)])
 def test_the_teacher_is_learned(make_store, tiny_bert, tmp_path, topic_examples, tagged, task, plot_layers):
     """Labels say nothing here; whoever learns the teacher's answers agrees with it on new texts."""
     store = make_store(plot_layers=plot_layers)
