@@ -17,7 +17,8 @@ from benchmarks.accuracy_study.plan import (
 )
 from benchmarks.accuracy_study.records import Outcome, RunRecord
 from benchmarks.accuracy_study.stores import StudyStores, unlabelled_texts
-from benchmarks.accuracy_study.tenants import Lesson, train_and_serve
+from benchmarks.accuracy_study.tenants import train_and_serve
+from hmi_engine.construct.lesson import Teaching
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.environment import installed_versions
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
@@ -69,35 +70,35 @@ class Execution:
         return planned if self.max_epochs is None else min(planned, self.max_epochs)
 
     def _fine_tune(self, run: Run) -> tuple[dict[str, object], Outcome]:
-        recipe = FineTuning(
-            learning_rate=run.learning_rate,
-            epochs=self._limited(num_epochs(run.labelled)),
-            batch_size=BATCH_SIZE,
-            max_tokens=MAX_TOKENS,
+        recipe = dataclasses.replace(
+            self._full_fine_tuning(run, run.learning_rate),
             lora_rank=run.method.rank if isinstance(run.method, WholeBase) else None,
             frozen_layers=run.method.frozen_layers if isinstance(run.method, FullFineTuning) else 0,
         )
         return dataclasses.asdict(recipe), fine_tune(self.base, run.labelled, recipe, run.seed)
 
-    def _lesson(self, run: Run, learning_rate: float) -> Lesson:
-        recipe = FineTuning(
+    def _full_fine_tuning(self, run: Run, learning_rate: float) -> FineTuning:
+        return FineTuning(
             learning_rate=learning_rate,
             epochs=self._limited(num_epochs(run.labelled)),
             batch_size=BATCH_SIZE,
             max_tokens=MAX_TOKENS,
         )
+
+    def _teaching(self, run: Run, learning_rate: float) -> Teaching:
+        recipe = self._full_fine_tuning(run, learning_rate)
         folder = self.stores.teacher(self.base, run.labelled, recipe, run.seed)
-        return Lesson(folder, unlabelled_texts(run.labelled, self.stores.sets))
+        return Teaching(folder, unlabelled_texts(run.labelled, self.stores.sets))
 
     def _train_tenant(
         self, run: Run, method: WholeBase | Hierarchical, base: Path, teacher_rate: float | None
     ) -> tuple[dict[str, object], Outcome]:
-        lesson = None
+        teaching = None
         epochs = self._limited(num_epochs(run.labelled))
         if isinstance(method, Hierarchical) and method.teacher:
             assert teacher_rate is not None
-            lesson = self._lesson(run, teacher_rate)
-            epochs = self._limited(taught_epochs(run.labelled, len(lesson.unlabelled)))
+            teaching = self._teaching(run, teacher_rate)
+            epochs = self._limited(taught_epochs(run.labelled, len(teaching.texts)))
         settings = TrainingSettings(
             kind=method.kind,
             rank=method.rank,
@@ -118,5 +119,5 @@ class Execution:
             domain = self.stores.domain(store, method, run.labelled)
             changes |= {"miss": method.miss, "dropout": method.dropout}
         settings = settings.model_copy(update=changes)
-        outcome = train_and_serve(store, domain, run.labelled, settings, lesson)
+        outcome = train_and_serve(store, domain, run.labelled, settings, teaching)
         return settings.model_dump(mode="json", exclude_none=True), outcome

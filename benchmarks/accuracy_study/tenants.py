@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Protocol
 
 from transformers import AutoTokenizer
@@ -14,6 +12,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy_study.pieces import cut_sentences, join_tags
 from benchmarks.accuracy_study.records import LabelOutcomes, Outcome, TagOutcomes, Work
 from benchmarks.accuracy_study.sets import ClassificationSet, StudySet, TaggingSet
+from hmi_engine.construct.lesson import Teaching
 from hmi_engine.construct.objectives.token_classification import sentence_text, tags_of_words
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.engine import Engine
@@ -21,17 +20,9 @@ from hmi_engine.knowledge.examples import AnyExample, Example, TaggedExample, Ta
 from hmi_engine.request import Request, Response
 from hmi_engine.store import Store
 
-__all__ = ["Lesson", "train_and_serve"]
+__all__ = ["train_and_serve"]
 
 TENANT = "study"
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """Folder of a fine-tuned model, and the texts that it labels for a tenant."""
-
-    folder: Path
-    unlabelled: Sequence[str]
 
 
 def train_and_serve(
@@ -39,7 +30,7 @@ def train_and_serve(
     domain: str,
     labelled: StudySet,
     settings: TrainingSettings,
-    lesson: Lesson | None = None,
+    teaching: Teaching | None = None,
 ) -> Outcome:
     """Trains a tenant on the training split, its epoch chosen on dev; an engine answers the test split.
 
@@ -57,8 +48,8 @@ def train_and_serve(
         domain=domain,
         validation_examples=task.dev,
         settings=settings.model_copy(update={"task": task.name}),
-        teacher=None if lesson is None else lesson.folder,
-        unlabelled=() if lesson is None else lesson.unlabelled,
+        teacher=None if teaching is None else teaching.folder,
+        unlabelled=() if teaching is None else teaching.texts,
         replace=True,
     ).report
     with Engine(store, miss=settings.miss, record_traffic=False) as engine:

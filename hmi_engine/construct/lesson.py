@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from hmi_engine.construct.bootstrap import RESAMPLES
 from hmi_engine.construct.objectives.objective import IGNORED, Objective
-from hmi_engine.construct.teacher import TEACHABLE_TASKS, Teacher
+from hmi_engine.construct.teacher import Teacher
 from hmi_engine.construct.training_data import Split, TaskData
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.construct.training_settings import TeacherReport, TrainingProgress, TrainingSettings
@@ -113,11 +113,9 @@ def take_lesson(
         TrainingDataError: the task learns from no teacher.
         UnsupportedModelError: there is no such model, or its labels are not those of the examples.
     """
+    unlabelled = objective.encode_unlabelled(teaching.texts, encoder, settings.max_tokens)
     teacher = _load(teaching, objective, data, settings)
-    everything, texts_sha256 = data, None
-    if teaching.texts:
-        unlabelled = objective.encode_unlabelled(teaching.texts, encoder, settings.max_tokens)
-        everything, texts_sha256 = data.followed_by(unlabelled), unlabelled.sha256
+    everything = data.followed_by(unlabelled)
     said = teacher.probabilities(everything, objective.labels, progress)
 
     def judged(answers: Sequence[Tensor], examples: TaskData, numbers: Sequence[int]) -> Metrics:
@@ -131,7 +129,7 @@ def take_lesson(
     report = TeacherReport(
         sha256=teacher.sha256,
         num_unlabelled=len(teaching.texts),
-        texts_sha256=texts_sha256,
+        texts_sha256=unlabelled.sha256 if teaching.texts else None,
         validation=judged(said, data, split.validation),
         test=test,
     )
@@ -142,11 +140,6 @@ def take_lesson(
 
 
 def _load(teaching: Teaching, objective: Objective, data: TaskData, settings: TrainingSettings) -> Teacher:
-    if objective.task not in TEACHABLE_TASKS:
-        raise TrainingDataError(
-            f"the task {objective.task} learns from no teacher; those that do are "
-            f"{', '.join(TEACHABLE_TASKS)}"
-        )
     teacher = Teacher.load(teaching.folder, objective.task, settings.max_tokens)
     occurring = {
         objective.labels[number]

@@ -19,13 +19,13 @@ from hmi_engine.knowledge.examples import Task
 
 __all__ = ["TEACHABLE_TASKS", "Teacher"]
 
-TEACHABLE_TASKS: tuple[Task, ...] = ("classification", "token_classification")
-"""Tasks whose answer is one of some labels, for each text or each word."""
-
-_CLASSES = {
+_CLASSES: dict[Task, str] = {
     "classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
 }
+TEACHABLE_TASKS = tuple(_CLASSES)
+"""Tasks whose answer is one of some labels, for each text or each word."""
+
 _TEXTS_PER_BATCH = 64
 _STAGE = "asking the teacher"
 

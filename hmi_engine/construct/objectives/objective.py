@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hmi_engine.construct.teacher import TEACHABLE_TASKS
 from hmi_engine.construct.training_data import Split, TaskData, random_split
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.construct.training_settings import TrainingSettings
@@ -103,9 +104,12 @@ class Objective(ABC):
     def encode_unlabelled(self, texts: Sequence[str], encoder: TextEncoder, max_tokens: int) -> TaskData:
         """Texts without a label, whose targets are :data:`IGNORED`, for a teacher to say something of.
 
-        Of tasks that have none (``hmi_engine.construct.teacher.TEACHABLE_TASKS``) it is not asked for.
+        Raises:
+            TrainingDataError: the task learns from no teacher.
         """
-        raise NotImplementedError(self.task)
+        raise TrainingDataError(
+            f"the task {self.task} learns from no teacher; those that do are {', '.join(TEACHABLE_TASKS)}"
+        )
 
     def split(self, data: TaskData, fraction: float, generator: torch.Generator) -> Split:
         """Holds out ``fraction`` of the examples, at random.
