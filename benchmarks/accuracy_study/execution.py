@@ -70,12 +70,17 @@ class Execution:
         return planned if self.max_epochs is None else min(planned, self.max_epochs)
 
     def _fine_tune(self, run: Run) -> tuple[dict[str, object], Outcome]:
-        recipe = dataclasses.replace(
-            self._full_fine_tuning(run, run.learning_rate),
-            lora_rank=run.method.rank if isinstance(run.method, WholeBase) else None,
-            frozen_layers=run.method.frozen_layers if isinstance(run.method, FullFineTuning) else 0,
-        )
-        return dataclasses.asdict(recipe), fine_tune(self.base, run.labelled, recipe, run.seed)
+        recipe = self._full_fine_tuning(run, run.learning_rate)
+        if run.method == FullFineTuning(candidates=run.method.candidates):
+            outcome = self.stores.fine_tuned(self.base, run.labelled, recipe, run.seed)
+        else:
+            recipe = dataclasses.replace(
+                recipe,
+                lora_rank=run.method.rank if isinstance(run.method, WholeBase) else None,
+                frozen_layers=run.method.frozen_layers if isinstance(run.method, FullFineTuning) else 0,
+            )
+            outcome = fine_tune(self.base, run.labelled, recipe, run.seed)
+        return dataclasses.asdict(recipe), outcome
 
     def _full_fine_tuning(self, run: Run, learning_rate: float) -> FineTuning:
         return FineTuning(

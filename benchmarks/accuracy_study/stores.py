@@ -12,6 +12,7 @@ from types import TracebackType
 from benchmarks.accuracy_study.fine_tuning import FineTuning, fine_tune
 from benchmarks.accuracy_study.methods import SHIPPED, Hierarchical, TableText
 from benchmarks.accuracy_study.plan import base_identity
+from benchmarks.accuracy_study.records import Outcome
 from benchmarks.accuracy_study.sets import StudySet
 from hmi_engine.demo.base_model import DISTILLATION, packaged_model
 from hmi_engine.store import Store
@@ -77,17 +78,27 @@ class StudyStores(AbstractContextManager["StudyStores"]):
         with Store.open(path, read_only=True) as store:
             return store.general_folder
 
-    def teacher(self, base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Path:
-        """Folder of the model that full fine-tuning makes, which is done now if it is not there."""
-        name = f"{base_identity(base)}-{labelled.name}-lr{recipe.learning_rate:g}-seed{seed}"
-        path = self._folder / "teachers" / name
-        if not path.exists():
-            with TemporaryDirectory(dir=self._folder) as folder:
-                made = Path(folder) / "model"
-                fine_tune(base, labelled, recipe, seed, save=made)
+    def fine_tuned(self, base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Outcome:
+        """Full fine-tuning; its model is kept, as a teacher of tenants."""
+        path = self._teacher_folder(base, labelled, recipe, seed)
+        with TemporaryDirectory(dir=self._folder) as folder:
+            made = Path(folder) / "model"
+            outcome = fine_tune(base, labelled, recipe, seed, save=made)
+            if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 made.rename(path)
+        return outcome
+
+    def teacher(self, base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Path:
+        """Folder of the model that full fine-tuning makes, which is done now if it is not there."""
+        path = self._teacher_folder(base, labelled, recipe, seed)
+        if not path.exists():
+            self.fine_tuned(base, labelled, recipe, seed)
         return path
+
+    def _teacher_folder(self, base: Path, labelled: StudySet, recipe: FineTuning, seed: int) -> Path:
+        name = f"{base_identity(base)}-{labelled.name}-lr{recipe.learning_rate:g}-seed{seed}"
+        return self._folder / "teachers" / name
 
     def domain(self, store: Store, method: Hierarchical, labelled: StudySet) -> str:
         """Name of the domain of ``store`` with the table that a method needs on a set."""
