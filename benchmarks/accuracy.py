@@ -21,6 +21,7 @@ from benchmarks.accuracy_study.methods import (
     ABLATIONS,
     MAIN_METHODS,
     PLAIN,
+    SHIPPED,
     FullFineTuning,
     Hierarchical,
     WholeBase,
@@ -128,7 +129,7 @@ def measure(options: Options) -> BenchmarkResult:
         plan = _plan(options)
         records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
-        if options.data is not None:
+        if any(isinstance(method, Hierarchical) and method.base == SHIPPED for method in plan.methods):
             plan = replace(plan, shipped=stores.shipped_base())
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
         while not options.report_only and (run := plan.next_run(records)) is not None:

@@ -16,7 +16,7 @@ namespace {
 using cuda::CopyMethod;
 
 // Python has one type for these errors, whichever module they come from.
-void translate(std::exception_ptr thrown) {
+void translate_cuda_error(std::exception_ptr thrown) {
   try {
     if (thrown) std::rethrow_exception(thrown);
   } catch (const cuda::CudaError& error) {
@@ -72,7 +72,7 @@ bool is_capturing(Address stream) { return cuda::is_capturing(stream_of(stream))
 
 void define_cuda_copies(py::module_& m) {
   define_pool_types(m);
-  py::register_exception_translator(&translate);
+  py::register_exception_translator(&translate_cuda_error);
   py::class_<cuda::Event>(m, "Event")
       .def(py::init<>())
       .def("record", &record, py::arg("stream"), WithoutLock())

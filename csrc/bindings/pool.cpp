@@ -13,7 +13,7 @@ void raise_as(const char* type, const std::exception& error) {
   py::set_error(py::module_::import("hmi_kernels.errors").attr(type), error.what());
 }
 
-void translate(std::exception_ptr thrown) {
+void translate_pool_error(std::exception_ptr thrown) {
   try {
     if (thrown) std::rethrow_exception(thrown);
   } catch (const PoolClosed& error) {
@@ -48,7 +48,7 @@ py::cpp_function getter(Getter get) {
 
 void define_pool_types(py::module_& m) {
   if (py::detail::get_type_info(typeid(BlockPool)) != nullptr) return;
-  py::register_exception_translator(&translate);
+  py::register_exception_translator(&translate_pool_error);
   // To free page-locked memory can wait for the device.
   py::class_<Block>(m, "Block", py::buffer_protocol(), py::release_gil_before_calling_cpp_dtor())
       .def_buffer(&bytes_of);

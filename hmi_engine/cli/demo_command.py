@@ -25,6 +25,6 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Build a store from real text, train tenants, and compare with what people use today."""
-    from hmi_engine.demo import run_demo  # loads transformers, which no other command needs
+    from hmi_engine.demo.run import run_demo  # loads transformers, which no other command needs
 
     run_demo(directory, model=model, data=data, quick=quick, console=console, as_json=as_json)

@@ -15,6 +15,7 @@ from benchmarks.result import read_results  # noqa: E402
 from hmi_engine.errors import HmiError  # noqa: E402
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path: Path) -> None:
     generation.main(["--quick", "--out", str(tmp_path / "generation.json")])
     (result,) = read_results(tmp_path)

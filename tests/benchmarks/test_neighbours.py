@@ -9,6 +9,7 @@ neighbours = pytest.importorskip("benchmarks.neighbours", reason="the benchmark 
 from benchmarks.result import read_results  # noqa: E402
 
 
+@pytest.mark.slow
 def test_quick_run(tmp_path, monkeypatch) -> None:
     # Others slow every batch down to a second, which is what they are there for.
     every = neighbours._neighbours

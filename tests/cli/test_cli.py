@@ -146,6 +146,13 @@ def test_doctor_says_why():
     assert "Kernels" in hmi("doctor").stdout
 
 
+def test_nothing_loads_transformers_before_it_is_needed():
+    """Importing it takes longer than all the rest together, and ``hmi --help`` would wait for it."""
+    code = "import sys, hmi_engine.cli; print(sorted({'transformers', 'peft', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_in_a_process_of_its_own(made):
     """The script that pip installs, with a real standard input and a reader that goes away."""
     command = [sys.executable, "-c", "from hmi_engine.cli import main; main()", "run", str(made)]

@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 import hmi_engine as hmi
-from hmi_engine.demo import DemoResult, run_demo
 from hmi_engine.demo import run as demo_run
 from hmi_engine.demo.base_model import packaged_model
 from hmi_engine.demo.display import print_result, query_command
 from hmi_engine.demo.peers import HmiPeer, PeftMixedBatch
 from hmi_engine.demo.peers.export import export_tenants
+from hmi_engine.demo.result import DemoResult
+from hmi_engine.demo.run import run_demo
 from hmi_engine.demo.settings import DemoSettings
 from hmi_engine.errors import InvalidAdapterError, MissingDependencyError, StoreExistsError
 

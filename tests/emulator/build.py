@@ -86,11 +86,11 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "plain": Variant("-O2", "-O2"),
+    "plain": Variant("-O1", "-O2"),
     # -fsanitize=thread without its library: src/memory_access.cpp defines what it calls. Without SRA a load
     # of a struct stays one access, as of a uint4 on the device.
-    "race": Variant("-O1 -g -fsanitize=thread -fno-tree-sra", "-O2", observes=True),
-    "sanitize": Variant(f"-O1 -g {SANITIZERS}", f"-O1 -g {SANITIZERS}", SANITIZERS),
+    "race": Variant("-O1 -g1 -fsanitize=thread -fno-tree-sra", "-O2", observes=True),
+    "sanitize": Variant(f"-O1 -g1 {SANITIZERS}", f"-O1 -g1 {SANITIZERS}", SANITIZERS),
 }
 
 
@@ -246,14 +246,16 @@ def ninja_file(flags: str, modules: dict[Path, tuple[list[Compilation], str]]) -
 
 
 def compilations(folder: Path, program: Program, variant: str) -> list[Compilation]:
-    """The object files of a module, in the order of linking."""
+    """The object files of a module, in the order of linking. Writes the file that joins its bindings."""
     module = module_name(program, variant)
     how = VARIANTS[variant]
     # A table of bound types for each module: several modules bind the same types.
     isolation = f"-DPYBIND11_BUILD_ABI='\"_{module}\"'"
     module_flags = f"-DHMI_EMULATOR_MODULE={module} -DHMI_EMULATOR_OBSERVES={int(how.observes)} {isolation}"
-    host = [source for source in _sources((*RUNTIME, *program.host)) if source != MODULE]
-    bindings = [source for source in host if "bindings" in (source.stem[-8:], source.parent.name)]
+    host = _sources((*RUNTIME, *program.host))
+    bindings = [
+        source for source in host if source == MODULE or "bindings" in (source.stem[-8:], source.parent.name)
+    ]
     others = [source for source in host if source not in bindings]
 
     def compiled(source: Path, subfolder: str, file_flags: str) -> Compilation:
@@ -263,14 +265,23 @@ def compilations(folder: Path, program: Program, variant: str) -> list[Compilati
     # Variants share what they compile alike.
     shared = "sanitized" if how.link else "optimized"
     return [
-        # Bindings hold no kernel; they need no optimization, and pybind11 is slow to compile.
-        compiled(MODULE, module, f"-O0 {module_flags}"),
-        *(compiled(source, module, f"-O0 {isolation}") for source in bindings),
+        # Bindings hold no kernel and need no optimization. All in one: most of the time goes into pybind11.
+        Compilation(
+            _joined(bindings, folder / module), folder / module / "bindings.o", f"-O0 -I{ROOT} {module_flags}"
+        ),
         *(compiled(source, shared, how.others) for source in others),
         # Kernels last: of an inline function that is in several objects the first is kept, which must not be
         # an observed one.
         *(compiled(source, variant, how.kernels) for source in _sources(program.kernels)),
     ]
+
+
+def _joined(sources: list[Path], folder: Path) -> Path:
+    """A file that includes the sources, by their paths from the repository's root."""
+    path = folder / "bindings.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(path, "".join(f'#include "{source.relative_to(ROOT)}"\n' for source in sources))
+    return path
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def _users(folder: Path, changed: set[Path]) -> set[Path]:
 def _mutated(original: Compilation, folder: Path, overlay: Path, changed: set[Path]) -> Compilation:
     source = original.source
     assert source is not None
-    includes = f"-I{overlay / 'csrc'} -iquote {source.parent}"
+    includes = f"-I{overlay} -I{overlay / 'csrc'} -iquote {source.parent}"
     if source in changed:
         source = overlay / source.relative_to(ROOT)
     return Compilation(source, folder / original.target.name, f"{includes} {original.flags}")

@@ -173,7 +173,7 @@ def some(points: list[str], count: int, seed: str) -> list[int]:
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize(
-    "count", [pytest.param(10, id="some"), pytest.param(100_000, id="all", marks=pytest.mark.slow)]
+    "count", [pytest.param(6, id="some"), pytest.param(100_000, id="all", marks=pytest.mark.slow)]
 )
 def test_a_change_killed_at_a_chosen_step(
     runner: CrashRunner,
@@ -206,7 +206,7 @@ def test_a_change_killed_at_a_chosen_step(
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize(
-    "count", [pytest.param(4, id="some"), pytest.param(100, id="many", marks=pytest.mark.slow)]
+    "count", [pytest.param(2, id="some"), pytest.param(100, id="many", marks=pytest.mark.slow)]
 )
 def test_a_change_killed_at_a_random_moment(
     runner: CrashRunner,

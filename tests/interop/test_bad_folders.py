@@ -80,7 +80,16 @@ def test_the_sound_folders_are_imported(sound, bad_store):
 
 
 @pytest.mark.parametrize(
-    "name", ["double_seq_bn", "lora", "union", "LoRA, ranks and alphas by module", "IA3"]
+    "name",
+    [
+        "double_seq_bn",
+        "lora",
+        "IA3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("union", "LoRA, ranks and alphas by module")
+        ),
+    ],
 )
 def test_every_field_wrong_in_every_way(sound, bad_store, tmp_path, name):
     """Most must be refused; all are, or mean the same as in the library (None is its default)."""

@@ -122,9 +122,20 @@ def test_merge_of_rows_of_each_type(
     assert_merged(case, tables, merge(case, tables, case.lookup()))
 
 
-@pytest.mark.parametrize("compute_type", COMPUTE_TYPES, ids=str)
 @pytest.mark.parametrize("window", [2, 3])
-@pytest.mark.parametrize("hidden_size", [8, 256, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("hidden_size", "compute_type"),
+    [
+        *((8, compute_type) for compute_type in COMPUTE_TYPES),
+        (256, torch.float16),
+        *(
+            pytest.param(hidden_size, compute_type, marks=pytest.mark.slow)
+            for hidden_size in (256, 1024)
+            for compute_type in COMPUTE_TYPES
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("piece_size", [4, 8])
 def test_merge_of_codes(window: int, hidden_size: int, piece_size: int, compute_type: torch.dtype) -> None:
     case = make_case(window, share=0.4)
