@@ -209,14 +209,19 @@ def _main_methods() -> tuple[Method, ...]:
         WholeBase(),
         _TAUGHT,
         _WIDEST,
-        _WIDE,
-        replace(_WIDE, miss="exact"),
+        replace(_WIDEST, miss="exact"),
     ]
-    for plot_layers in (3, 2, 4):
-        for base in (DISTILLED, PLAIN):
-            own = Hierarchical(plot_layers, base)
-            methods += [own, replace(own, miss="exact"), replace(own, table="all")]
-    for base in (DISTILLED, PLAIN):
+    for plot_layers, base in (
+        (3, SHIPPED),
+        (3, PLAIN),
+        (2, DISTILLED),
+        (2, PLAIN),
+        (4, DISTILLED),
+        (4, PLAIN),
+    ):
+        own = Hierarchical(plot_layers, base)
+        methods += [own, replace(own, miss="exact"), replace(own, table="all")]
+    for base in (SHIPPED, PLAIN):
         methods += [Hierarchical(3, base, table="half"), Hierarchical(3, base, table="quarter")]
     return tuple(methods)
 
@@ -232,9 +237,12 @@ RECIPES = (
 
 
 def _ablations() -> tuple[Method, ...]:
-    """Each changes one thing about K = 3, distilled, served by back-off from the set's own text."""
+    """Each changes one thing about K = 3, distilled anew, served by back-off from the set's own text."""
     base = Hierarchical(3, DISTILLED)
     return (
+        base,
+        replace(base, miss="exact"),
+        _WIDE,
         FullFineTuning(candidates=(1e-3,), frozen_layers=3),
         WholeBase(kind="lora", rank=32, layers=(3, 4, 5), all_linear=True, candidates=LORA_RATES),
         WholeBase(layers=(3, 4, 5)),

@@ -54,6 +54,7 @@ class StudyStores(AbstractContextManager["StudyStores"]):
     def __init__(self, folder: Path, sets: Sequence[StudySet]) -> None:
         """Stores go into ``folder``, and what an earlier run left there is used again."""
         self._folder, self.sets = folder, sets
+        folder.mkdir(parents=True, exist_ok=True)
         self._opened: dict[str, Store] = {}
         self._exits = ExitStack()
 

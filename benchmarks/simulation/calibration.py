@@ -6,31 +6,34 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import psutil
 
+from benchmarks.load_cases import LATENCY_TARGET, run_open
 from benchmarks.load_fleet import Fleet, open_engine
 from benchmarks.load_generator import LoadGenerator
-from benchmarks.load_traffic import Arrivals, zipf_popularity
+from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.machine import Costs
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
 from hmi_engine.request import Request
 from hmi_engine.schedule.cost_model import StageCoefficients, StageCosts, StageWork
+from hmi_engine.serving_core import EngineStatistics
 from hmi_engine.store import Store
 
 __all__ = ["Calibration", "calibrate", "num_cores"]
 
-_STAGES = ("tokenise", "fetch", "search", "compute", "respond")
+_STAGES = ("fetch", "search", "compute", "respond")
 _DRIVERS = {"fetch": "tenants"}
 _REMEMBER_ALL = 1e9
 _SERVED_TOKENS = 128  # of a small batch under load
 _QUANTILES = 64
 _COLD_BATCHES = 4  # that memory for the cold engine holds
+_ADMISSIONS, _ADMITTED_TOGETHER = 100, 64
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,15 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
     known = {name: fit for name, fit in fits.items() if fit is not None}
     queueing = _observe_loop(fleet, seconds)
     contention = _observe_contention(fleet, seconds, compute_cores)
-    tokenise = known["tokenise"]
+    variation = _variation(known["compute"], observed)
+    per_token = _observe_admission(fleet, rounds) + queueing.admit
+    lost = _observe_arrivals(fleet, seconds, known, float(np.mean(variation)), queueing.requests_per_second)
+    # As much admission as makes computing lose that, beside it.
+    single = lost / (contention * max(1.0, (compute_cores + 1) / num_cores()) - 1)
+    fixed = max(0.0, single - per_token * float(np.mean(fleet.num_tokens)))
     return Calibration(
         costs=Costs(
-            admit=StageCoefficients(
-                tokenise.fixed, tokenise.per_token + queueing.admit, tokenise.per_tenant, 0.0
-            ),
+            admit=StageCoefficients(fixed, per_token, 0.0, 0.0),
             form=StageCoefficients(0.0, queueing.form, 0.0, 0.0),
             fetch=known["fetch"],
             search=known["search"],
@@ -89,7 +95,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
         ),
         compute_cores=compute_cores,
         contention=contention,
-        variation=_variation(known["compute"], observed),
+        variation=variation,
         requests_per_second=queueing.requests_per_second,
     )
 
@@ -158,25 +164,30 @@ def _observe_batches(
                 Request(tenant_name(tenant), fleet.texts[text])
                 for tenant, text in zip(case.tenants, case.texts, strict=True)
             ]
-            before = _stage_seconds(engine)
+            before = engine.stats()
             processor, began = time.process_time(), time.perf_counter()
             for response in engine.run(requests):
                 if response.error is not None:
                     raise response.error
             processor, taken = time.process_time() - processor, time.perf_counter() - began
-            after = _stage_seconds(engine)
+            worked = _stage_seconds(engine.stats(), before)
             if len(requests) >= 32 and not case.is_cold:
                 busy, wall = busy + processor, wall + taken
             for name, costs in stages.items():
-                work, spent = _work(fleet, case, name), after[name] - before.get(name, 0.0)
+                work, spent = _work(fleet, case, name), worked[name]
                 costs.observe(work, spent)
                 if name == "compute":
                     computed.append((work, spent))
     return max(1.0, min(float(num_cores()), busy / wall)), computed
 
 
-def _stage_seconds(engine: Engine) -> dict[str, float]:
-    return {name: float(times["busy_seconds"]) for name, times in (engine.stats().stages or {}).items()}
+def _stage_seconds(after: EngineStatistics, before: EngineStatistics) -> dict[str, float]:
+    """What each stage worked from one moment to another."""
+    started = before.stages or {}
+    return {
+        name: float(times["busy_seconds"]) - float(started.get(name, {}).get("busy_seconds", 0.0))
+        for name, times in (after.stages or {}).items()
+    }
 
 
 def _work(fleet: Fleet, case: _Case, stage: str) -> StageWork:
@@ -217,21 +228,64 @@ def _observe_loop(fleet: Fleet, seconds: float) -> _Queueing:
         after, admitted = engine.stats(), _thread_seconds("hmi-admit") - admitted
     tokens = after.tokens - before.tokens
     num_requests = after.requests - before.requests
-    spent = {
-        name: float(times["busy_seconds"])
-        - float((before.stages or {}).get(name, {}).get("busy_seconds", 0.0))
-        for name, times in (after.stages or {}).items()
-    }
-    computing = sum(spent[name] for name in ("fetch", "search", "compute", "respond"))
+    worked = _stage_seconds(after, before)
     return _Queueing(
-        admit=(max(0.0, admitted - spent["tokenise"]) + run.generator_seconds) / tokens,
-        form=max(0.0, taken - computing) / tokens,
+        admit=(max(0.0, admitted - worked["tokenise"]) + run.generator_seconds) / tokens,
+        form=max(0.0, taken - sum(worked[name] for name in _STAGES)) / tokens,
         requests_per_second=num_requests / taken,
     )
 
 
+def _observe_admission(fleet: Fleet, rounds: int) -> float:
+    """Seconds for each token of requests that are admitted many at once, while nothing else runs."""
+    generator = np.random.default_rng(2)
+    taken, tokens = [], 0
+    with Store.open(fleet.store, read_only=True) as store:
+        for _ in range(rounds * _ADMISSIONS):
+            tenants = generator.integers(len(fleet.adapter_bytes), size=_ADMITTED_TOGETHER)
+            texts = generator.integers(len(fleet.texts), size=_ADMITTED_TOGETHER)
+            requests = fleet.requests(Arrivals(tenants, texts, np.zeros(_ADMITTED_TOGETHER)))
+            began = time.perf_counter()
+            admit(requests, store.tenants, store.encoder)
+            taken.append(time.perf_counter() - began)
+            tokens += sum(fleet.num_tokens[text] for text in texts.tolist())
+    return float(np.median(taken)) * len(taken) / tokens
+
+
+def _observe_arrivals(
+    fleet: Fleet, seconds: float, costs: Mapping[str, StageCoefficients], variation: float, capacity: float
+) -> float:
+    """Seconds that computing loses for each request that arrives meanwhile, in an open loop at half capacity.
+
+    Far more than admitting takes: two threads wake up, and the team that computes waits for the one of its
+    threads whose core they take. It is what the stages took over what they cost alone.
+    """
+    popularity = zipf_popularity(len(fleet.adapter_bytes), 1.0)
+    arrivals = draw_arrivals(popularity, len(fleet.texts), capacity / 2, seconds, 3)
+    with open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine:
+        run_open(engine, fleet, popularity, rate=capacity / 4, seconds=min(2.0, seconds), seed=4)
+        before = engine.stats()
+        run = LoadGenerator(engine).open_loop(fleet.requests(arrivals), arrivals.due)
+        after = engine.stats()
+    batches, requests = after.batches - before.batches, after.requests - before.requests
+    work = StageWork(
+        after.tokens - before.tokens, requests, sum(fleet.adapter_bytes[each] for each in arrivals.tenants)
+    )
+    alone = 0.0
+    for name, cost in costs.items():
+        done = StageWork() if name == "fetch" else work if name == "compute" else StageWork(work.tokens)
+        alone += (cost.seconds(done) + (batches - 1) * cost.fixed) * (variation if name == "compute" else 1.0)
+    worked = _stage_seconds(after, before)
+    spent = sum(worked[name] for name in costs)
+    return max(0.0, spent - alone) / (requests * spent / run.seconds)
+
+
 def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> float:
-    """Batches without and beside a thread that admits requests one by one, all the time."""
+    """Batches without and beside a thread that admits requests one by one, all the time.
+
+    The simulation slows both down alike; in truth the team of threads that computes loses more than the
+    thread that admits. So what counts is what compute loses for a second of admission.
+    """
     requests = fleet.requests(
         Arrivals(np.arange(512) % len(fleet.names), np.arange(512) % len(fleet.texts), np.zeros(512))
     )
@@ -246,15 +300,30 @@ def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> f
     ):
         engine.prefetch(fleet.names)
         stop = threading.Event()
+        num_admitted = 0
 
         def admit_all_the_time() -> None:
+            nonlocal num_admitted
             for request in itertools.cycle(requests):
                 if stop.is_set():
                     return
                 admit([request], store.tenants, store.encoder)
+                num_admitted += 1
+
+        def seconds_of_an_admission(meanwhile: Callable[[], None]) -> float:
+            thread, before = threading.Thread(target=admit_all_the_time), num_admitted
+            stop.clear()
+            began = time.perf_counter()
+            thread.start()
+            meanwhile()
+            stop.set()
+            taken = time.perf_counter() - began
+            thread.join()
+            return taken / (num_admitted - before)
 
         def batch_seconds() -> list[float]:
-            before, end, taken = engine.stats().compute_seconds, time.perf_counter() + seconds / 4, []
+            before, end = engine.stats().compute_seconds, time.perf_counter() + seconds / 4
+            taken: list[float] = []
             for first in itertools.cycle(range(0, len(requests), 16)):
                 if time.perf_counter() >= end:
                     return taken
@@ -265,17 +334,17 @@ def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> f
             raise AssertionError  # cycles do not end
 
         batch_seconds()
-        alone, beside = [], []
+        alone, beside = list[float](), list[float]()
+        admission_alone, admission_beside = list[float](), list[float]()
         for _ in range(2):
             alone += batch_seconds()
-            thread = threading.Thread(target=admit_all_the_time)
-            thread.start()
-            beside += batch_seconds()
-            stop.set()
-            thread.join()
-            stop.clear()
+            admission_alone.append(seconds_of_an_admission(lambda: time.sleep(seconds / 16)))
+            admission_beside.append(seconds_of_an_admission(lambda: beside.extend(batch_seconds())))
     slower = float(np.median(beside) / np.median(alone))
-    return max(1.0, slower / max(1.0, (compute_cores + 1) / num_cores()))
+    lost = float(np.mean(admission_beside)) * (1 - 1 / slower)
+    return max(
+        1.0, (1 + lost / float(np.mean(admission_alone))) / max(1.0, (compute_cores + 1) / num_cores())
+    )
 
 
 def _thread_seconds(name: str) -> float:
