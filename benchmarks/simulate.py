@@ -34,13 +34,12 @@ NOTES = (
     "(SimPy) runs the engine's own scheduler and eviction on simulated time; stages only take time, by "
     "costs that are fixed for a batch, and for each token, tenant and byte.",
     "The check: costs of the stages are measured on this machine, one batch at a time, and fitted with the "
-    "engine's cost model; what is left of a loop without a pipeline is taken for queueing, and what computing "
-    "loses for each request that arrives meanwhile is measured in an open loop at half of its capacity. With "
-    "these the simulation predicts runs that it has not seen: the same requests at the same times, other depths and "
-    "loads, cold tenants. What batches took to compute over what their costs say is drawn again for each "
-    "batch. Stages that run at a time share the processor's cores, and lose what was measured "
-    "beside that. A measured run whose host "
-    "took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one that "
+    "engine's cost model; what is left of a loop without a pipeline is taken for queueing, and what "
+    "computing loses for each request that arrives meanwhile is measured in an open loop at half of its "
+    "capacity. With these the simulation predicts runs that it has not seen: the same requests at the same "
+    "times, other depths and loads, cold tenants. What batches took to compute over what their costs say is "
+    "drawn again for each batch. Stages that run at a time share the processor's cores, and lose what was "
+    "measured beside that. A measured run whose host took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one that "
     "lost least is taken.",
     "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open; a disk of "
     "{disk_ms:g} ms and {disk_megabytes:.0f} MB/s, for the engine by `hmi_kernels.set_read_latency`.",
