@@ -40,7 +40,9 @@ NOTES = (
     "times, other depths and loads, cold tenants. What batches took to compute over what their costs say is "
     "drawn again for each batch. Stages that run at a time share the processor's cores, and lose what was "
     "measured beside that. A measured run whose host took more than {most_stolen:.0%} of the processors' "
-    "time is repeated, up to two times, and the one that lost least is taken.",
+    "time is repeated, up to two times, and the one that lost least is taken. Hosts also become slower and "
+    "faster: the same batches are timed before and after each run, and all costs are multiplied by what they "
+    "took, over what they took in calibration.",
     "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open; a disk of "
     "{disk_ms:g} ms and {disk_megabytes:.0f} MB/s, for the engine by `hmi_kernels.set_read_latency`.",
     "The GPUs: numbers of data sheets and assumptions, all in the table below, for BERT-base with half of "

@@ -17,6 +17,7 @@ from benchmarks.load_fleet import Fleet, open_engine
 from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.machine import Costs
+from benchmarks.simulation.slowness import SlownessProbe
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
@@ -262,11 +263,16 @@ def _observe_arrivals(
     """
     popularity = zipf_popularity(len(fleet.adapter_bytes), 1.0)
     arrivals = draw_arrivals(popularity, len(fleet.texts), capacity / 2, seconds, 3)
-    with open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine:
+    with (
+        open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine,
+        SlownessProbe.opened(fleet, costs["compute"]) as probe,
+    ):
         run_open(engine, fleet, popularity, rate=capacity / 4, seconds=min(2.0, seconds), seed=4)
+        slowness = probe.measure()
         before = engine.stats()
         run = LoadGenerator(engine).open_loop(fleet.requests(arrivals), arrivals.due)
         after = engine.stats()
+        slowness = (slowness + probe.measure()) / 2
     batches, requests = after.batches - before.batches, after.requests - before.requests
     work = StageWork(
         after.tokens - before.tokens, requests, sum(fleet.adapter_bytes[each] for each in arrivals.tenants)
@@ -277,7 +283,8 @@ def _observe_arrivals(
         alone += (cost.seconds(done) + (batches - 1) * cost.fixed) * (variation if name == "compute" else 1.0)
     worked = _stage_seconds(after, before)
     spent = sum(worked[name] for name in costs)
-    return max(0.0, spent - alone) / (requests * spent / run.seconds)
+    lost = max(0.0, spent / slowness - alone)
+    return lost / (requests * spent / run.seconds)
 
 
 def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> float:

@@ -32,6 +32,7 @@ from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
 from benchmarks.simulation.engine import EngineTimes, SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
+from benchmarks.simulation.slowness import SlownessProbe, slowed
 from benchmarks.stolen_time import least_disturbed
 from hmi_engine.async_engine import AsyncEngine
 
@@ -99,10 +100,27 @@ def validate(
 ) -> list[Agreement]:
     """Measures the real engine, and predicts each figure without looking at it.
 
-    What the prediction takes from the measured runs is the rate at which requests were sent.
+    What the prediction takes from the measured runs is the rate at which requests were sent; and from what
+    the probe took before and after them, how slow the machine was.
     """
-    bench = _Bench(fleet, calibration, validation, steps)
-    return [*bench.warm(), *bench.cold()]
+    with SlownessProbe.opened(fleet, calibration.costs.compute) as probe:
+        bench = _Bench(fleet, calibration, validation, steps, probe)
+        return [*bench.warm(), *bench.cold()]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A run of the real engine.
+
+    Attributes:
+        sample: of what it answered.
+        hidden_share: of fetch and search, in the engine's life.
+        slowness: of the machine just before and after, beside when costs were measured.
+    """
+
+    sample: Sample
+    hidden_share: float | None
+    slowness: float
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class _Bench:
     calibration: Calibration
     validation: Validation
     steps: KeptSteps
+    probe: SlownessProbe
 
     def warm(self) -> Iterator[Agreement]:
         """All tenants in memory: a closed loop, then open loops."""
@@ -120,23 +139,27 @@ class _Bench:
         with open_engine(self.fleet, **options) as engine:
             self._warm(engine, popularity)
             closed = partial(self._measure_closed, engine, popularity, 31)
-            measured, _ = self.steps.take("validate-closed", tuple[Sample, float | None], closed)
-        predicted, _ = self._predict_closed(machine, popularity, 31, is_warm=True)
-        yield from _agreements("all in memory, closed loop", measured, predicted, ("answered", "p50", "p99"))
-        capacity = summarise([measured], DEADLINE).answered
+            measured = self.steps.take("validate-closed", _Measured, closed)
+        predicted, _ = self._predict_closed(_then(machine, measured), popularity, 31, is_warm=True)
+        yield from _agreements(
+            "all in memory, closed loop", measured.sample, predicted, ("answered", "p50", "p99")
+        )
+        capacity = summarise([measured.sample], DEADLINE).answered
         limits = queue_limits(capacity)
         with open_engine(self.fleet, limits=limits, **options) as engine:
             self._warm(engine, popularity)
             for number, load in enumerate(self.validation.loads):
                 rate, seed = load * capacity, 40 + number
                 measure = partial(self._measure_open, engine, popularity, rate, seed)
-                measured = self.steps.take(f"validate-open-{load:g}", Sample, measure)
+                measured = self.steps.take(f"validate-open-{load:g}", _Measured, measure)
                 arrivals = self._arrivals(popularity, rate, seed)
-                cluster = Cluster(machine, limits=limits, timeout=TIMEOUT)
+                cluster = Cluster(_then(machine, measured), limits=limits, timeout=TIMEOUT)
                 outcomes = open_loop(cluster, self._workload(arrivals), arrivals.due, self._fill).outcomes
                 predicted = settled(outcomes, arrivals, self.validation.seconds, None)
                 figures = ("p50", "p99") if load < 1 else ("goodput", "p50", "p99")
-                yield from _agreements(f"open loop, {load:.0%} of capacity", measured, predicted, figures)
+                yield from _agreements(
+                    f"open loop, {load:.0%} of capacity", measured.sample, predicted, figures
+                )
 
     def cold(self) -> Iterator[Agreement]:
         """Every request finds its tenant cold, on a slow disk, without and with a pipeline."""
@@ -153,34 +176,34 @@ class _Bench:
             ):
                 self._warm(engine, popularity)
                 closed = partial(self._measure_closed, engine, popularity, 60)
-                measured, hidden = self.steps.take(
-                    f"validate-cold-{depth}", tuple[Sample, float | None], closed
-                )
-            predicted, times = self._predict_closed(machine, popularity, 60, is_warm=False)
+                measured = self.steps.take(f"validate-cold-{depth}", _Measured, closed)
+            predicted, times = self._predict_closed(_then(machine, measured), popularity, 60, is_warm=False)
             case = f"cold tenants, {depth} in flight, closed loop"
-            yield from _agreements(case, measured, predicted, ("answered", "p50", "p99"))
-            if depth > 1 and hidden is not None and times.hidden_share is not None:
-                yield Agreement(case, "hidden share", hidden, times.hidden_share)
+            yield from _agreements(case, measured.sample, predicted, ("answered", "p50", "p99"))
+            if depth > 1 and measured.hidden_share is not None and times.hidden_share is not None:
+                yield Agreement(case, "hidden share", measured.hidden_share, times.hidden_share)
 
-    def _measure_closed(
-        self, engine: AsyncEngine, popularity: _Floats, seed: int
-    ) -> tuple[Sample, float | None]:
+    def _measure_closed(self, engine: AsyncEngine, popularity: _Floats, seed: int) -> _Measured:
         requests = self.fleet.requests(draw_closed(popularity, len(self.fleet.texts), _CYCLE, seed))
         seconds = self.validation.seconds
-        run = least_disturbed(
-            lambda: LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds),
-            most_stolen=MOST_STOLEN,
-            attempts=_ATTEMPTS,
-        ).value
-        return _closed_sample(run.outcomes, seconds), engine.stats().hidden_share
+
+        def run() -> _Measured:
+            before = self.probe.measure()
+            closed = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
+            slowness = (before + self.probe.measure()) / 2
+            return _Measured(_closed_sample(closed.outcomes, seconds), engine.stats().hidden_share, slowness)
+
+        return least_disturbed(run, most_stolen=MOST_STOLEN, attempts=_ATTEMPTS).value
 
     def _warm(self, engine: AsyncEngine, popularity: _Floats) -> None:
         """Has an engine learn what its stages cost."""
         run_open(engine, self.fleet, popularity, rate=50.0, seconds=3.0, seed=30)
 
-    def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> Sample:
+    def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> _Measured:
         seconds = self.validation.seconds
-        return run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed).sample
+        before = self.probe.measure()
+        point = run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed)
+        return _Measured(point.sample, engine.stats().hidden_share, (before + self.probe.measure()) / 2)
 
     def _predict_closed(
         self, machine: Machine, popularity: _Floats, seed: int, *, is_warm: bool
@@ -210,6 +233,11 @@ class _Bench:
     def _fill(self, engines: Sequence[SimulatedEngine], _: AffinityRouter) -> None:
         for engine in engines:
             engine.memory.warm_up([np.arange(len(self.fleet.adapter_bytes))], ())
+
+
+def _then(machine: Machine, measured: _Measured) -> Machine:
+    """The machine as slow as it was in a measured run."""
+    return replace(machine, costs=slowed(machine.costs, measured.slowness))
 
 
 def _closed_sample(outcomes: Outcomes, seconds: float) -> Sample:

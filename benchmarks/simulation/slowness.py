@@ -1,0 +1,92 @@
+"""How slow this machine is now, beside when its stages were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.load_fleet import Fleet
+from benchmarks.load_traffic import Arrivals
+from benchmarks.simulation.machine import Costs
+from hmi_engine.engine import Engine
+from hmi_engine.request import Request
+from hmi_engine.schedule.cost_model import StageCoefficients, StageWork
+from hmi_engine.store import Store
+
+__all__ = ["SlownessProbe", "slowed"]
+
+_BATCHES, _BATCH_REQUESTS = 16, 32
+
+
+@dataclass(frozen=True)
+class SlownessProbe:
+    """The same batches each time, one by one, while nothing else runs.
+
+    Hosts that are shared become slower or faster by a third within minutes, which no count of stolen time
+    shows. The simulation is of the engine, not of its host.
+    """
+
+    engine: Engine
+    batches: Sequence[Sequence[Request]]
+    expected: Sequence[float]
+
+    @classmethod
+    @contextmanager
+    def opened(cls, fleet: Fleet, compute: StageCoefficients) -> Iterator[SlownessProbe]:
+        """Of how ``compute`` has changed, on an engine that has all tenants of the fleet in memory."""
+        numbers = np.arange(_BATCHES * _BATCH_REQUESTS)
+        drawn = Arrivals(
+            numbers % len(fleet.adapter_bytes), numbers % len(fleet.texts), np.zeros(len(numbers))
+        )
+        requests = fleet.requests(drawn)
+        tokens = np.array(fleet.num_tokens)[drawn.texts].reshape(_BATCHES, -1).sum(1).tolist()
+        sizes = np.array(fleet.adapter_bytes)[drawn.tenants].reshape(_BATCHES, -1).sum(1).tolist()
+        with (
+            Store.open(fleet.store, read_only=True) as store,
+            Engine(
+                store,
+                pipeline_depth=1,
+                record_traffic=False,
+                host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20),
+            ) as engine,
+        ):
+            engine.prefetch(fleet.names)
+            yield cls(
+                engine,
+                [
+                    requests[first : first + _BATCH_REQUESTS]
+                    for first in range(0, len(requests), _BATCH_REQUESTS)
+                ],
+                [
+                    compute.seconds(StageWork(count, _BATCH_REQUESTS, size))
+                    for count, size in zip(tokens, sizes, strict=True)
+                ],
+            )
+
+    def measure(self) -> float:
+        """What batches take to compute over what they took when costs were measured, the median."""
+        self.engine.run(self.batches[0])
+        ratios = []
+        for batch, expected in zip(self.batches, self.expected, strict=True):
+            before = self.engine.stats().compute_seconds
+            self.engine.run(batch)
+            ratios.append((self.engine.stats().compute_seconds - before) / expected)
+        return float(np.median(ratios))
+
+
+def slowed(costs: Costs, slowness: float) -> Costs:
+    """What all stages cost on a machine that is so many times as slow."""
+    return Costs(
+        **{
+            name: StageCoefficients(
+                slowness * cost.fixed,
+                slowness * cost.per_token,
+                slowness * cost.per_tenant,
+                slowness * cost.per_byte,
+            )
+            for name, cost in vars(costs).items()
+        }
+    )
