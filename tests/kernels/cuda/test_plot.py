@@ -132,6 +132,7 @@ def test_merge_of_rows_of_each_type(
             pytest.param(hidden_size, compute_type, marks=pytest.mark.slow)
             for hidden_size in (256, 1024)
             for compute_type in COMPUTE_TYPES
+            if (hidden_size, compute_type) != (256, torch.float16)
         ),
     ],
     ids=str,
