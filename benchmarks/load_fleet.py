@@ -19,6 +19,7 @@ from benchmarks.tenant_fleet import FLEET, fleet_tenants, tenant_name
 from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.demo.base_model import packaged_model
 from hmi_engine.demo.stream import cut_to_tokens
+from hmi_engine.engine import Engine
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.request import Request
 from hmi_engine.schedule.limits import QueueLimits
@@ -26,7 +27,7 @@ from hmi_engine.schedule.queued_request import QueuedRequest
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.store import Store
 
-__all__ = ["Fleet", "build_fleet", "open_engine"]
+__all__ = ["Fleet", "build_fleet", "open_engine", "resident_engine"]
 
 DOMAIN = "documentation"
 MAX_TOKENS = 64
@@ -122,6 +123,22 @@ def open_engine(
             yield engine
         finally:
             asyncio.run(engine.close(finish=False))
+
+
+@contextmanager
+def resident_engine(fleet: Fleet) -> Iterator[tuple[Store, Engine]]:
+    """An engine without a pipeline that has all tenants in memory, and its store."""
+    with (
+        Store.open(fleet.store, read_only=True) as store,
+        Engine(
+            store,
+            pipeline_depth=1,
+            record_traffic=False,
+            host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20),
+        ) as engine,
+    ):
+        engine.prefetch(fleet.names)
+        yield store, engine
 
 
 def _open(store: Store, limits: QueueLimits | None, is_fair: bool, options: dict[str, Any]) -> AsyncEngine:

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from benchmarks.load_cases import LATENCY_TARGET, run_open
-from benchmarks.load_fleet import Fleet, open_engine
+from benchmarks.load_fleet import Fleet, open_engine, resident_engine
 from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.machine import Costs
@@ -83,7 +83,8 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
     per_token = _observe_admission(fleet, rounds) + queueing.admit
     lost = _observe_arrivals(fleet, seconds, known, float(np.mean(variation)), queueing.requests_per_second)
     # As much admission as makes computing lose that, beside it.
-    single = lost / (contention * max(1.0, (compute_cores + 1) / num_cores()) - 1)
+    slower = contention * max(1.0, (compute_cores + 1) / num_cores())
+    single = lost / (slower - 1) if slower > 1 else 0.0
     fixed = max(0.0, single - per_token * float(np.mean(fleet.num_tokens)))
     return Calibration(
         costs=Costs(
@@ -296,16 +297,7 @@ def _observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> f
     requests = fleet.requests(
         Arrivals(np.arange(512) % len(fleet.names), np.arange(512) % len(fleet.texts), np.zeros(512))
     )
-    with (
-        Store.open(fleet.store, read_only=True) as store,
-        Engine(
-            store,
-            pipeline_depth=1,
-            record_traffic=False,
-            host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20),
-        ) as engine,
-    ):
-        engine.prefetch(fleet.names)
+    with resident_engine(fleet) as (store, engine):
         stop = threading.Event()
         num_admitted = 0
 

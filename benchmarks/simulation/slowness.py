@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.load_fleet import Fleet
+from benchmarks.load_fleet import Fleet, resident_engine
 from benchmarks.load_traffic import Arrivals
 from benchmarks.simulation.machine import Costs
 from hmi_engine.engine import Engine
 from hmi_engine.request import Request
 from hmi_engine.schedule.cost_model import StageCoefficients, StageWork
-from hmi_engine.store import Store
 
 __all__ = ["SlownessProbe", "slowed"]
 
@@ -44,16 +43,7 @@ class SlownessProbe:
         requests = fleet.requests(drawn)
         tokens = np.array(fleet.num_tokens)[drawn.texts].reshape(_BATCHES, -1).sum(1).tolist()
         sizes = np.array(fleet.adapter_bytes)[drawn.tenants].reshape(_BATCHES, -1).sum(1).tolist()
-        with (
-            Store.open(fleet.store, read_only=True) as store,
-            Engine(
-                store,
-                pipeline_depth=1,
-                record_traffic=False,
-                host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20),
-            ) as engine,
-        ):
-            engine.prefetch(fleet.names)
+        with resident_engine(fleet) as (_, engine):
             yield cls(
                 engine,
                 [
