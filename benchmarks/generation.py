@@ -29,7 +29,7 @@ from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.errors import HmiError
-from hmi_engine.generation.step import KeyValueCache
+from hmi_engine.generation.cache import KeyValueCache
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.request import Request
 from hmi_engine.sampling import Sampling

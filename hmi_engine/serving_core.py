@@ -34,7 +34,16 @@ from hmi_engine.serving_options import EngineOptions
 from hmi_engine.serving_traffic import open_traffic, start_updates
 from hmi_engine.store import Store
 
-__all__ = ["BatchFlow", "EngineStatistics", "ServingCore", "WaitingBatch", "open_plots", "open_residency"]
+__all__ = [
+    "BatchFlow",
+    "EngineStatistics",
+    "ServingCore",
+    "WaitingBatch",
+    "compute_dtype",
+    "device_bytes_of",
+    "open_plots",
+    "open_residency",
+]
 
 
 @dataclass
@@ -105,9 +114,16 @@ class ServingCore:
 
     def _open(self, look_ahead: Callable[[], None] | None) -> None:
         store, options = self.store, self.options
-        self._dtype = _compute_dtype(options, self.streams)
-        device_bytes = _device_bytes(options, self.streams)
-        self.residency = open_residency(store, options, self.streams, device_bytes, self._dtype)
+        self._dtype = compute_dtype(options, self.streams)
+        device_bytes = device_bytes_of(options, self.streams)
+        self.residency = open_residency(
+            store,
+            options,
+            self.streams,
+            device_bytes,
+            self._dtype,
+            batches_in_flight=options.pipeline_depth,
+        )
         # In bytes of float32, in which the catalog reckons.
         store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
         self.residency.load_pinned(store.tenants.pinned())
@@ -240,7 +256,7 @@ def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
     return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
 
 
-def _compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
+def compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
     """What the device computes in; raises ValueError if it does not compute in what was asked for."""
     if options.dtype == "auto":
         return streams.preferred_dtype
@@ -253,7 +269,7 @@ def _compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtyp
     return dtype
 
 
-def _device_bytes(options: EngineOptions, streams: DeviceStreams) -> int:
+def device_bytes_of(options: EngineOptions, streams: DeviceStreams) -> int:
     """The budget in the memory with which the device computes."""
     if options.device_memory != "auto":
         return parse_bytes(options.device_memory)
@@ -276,7 +292,13 @@ def open_plots(store: Store, options: EngineOptions) -> PlotLibrary | None:
 
 
 def open_residency(
-    store: Store, options: EngineOptions, streams: DeviceStreams, device_bytes: int, dtype: torch.dtype
+    store: Store,
+    options: EngineOptions,
+    streams: DeviceStreams,
+    device_bytes: int,
+    dtype: torch.dtype,
+    *,
+    batches_in_flight: int,
 ) -> AdapterResidency:
     """The memory for a store's tenants, where a device computes with ``device_bytes`` of it in ``dtype``."""
     host_bytes: int | None = parse_bytes(options.host_memory)
@@ -292,7 +314,7 @@ def open_residency(
         arena_bytes,
         host_bytes=host_bytes,
         streams=streams,
-        batches_in_flight=options.pipeline_depth,
+        batches_in_flight=batches_in_flight,
         read_timeout=options.read_timeout,
         dtype=dtype,
     )

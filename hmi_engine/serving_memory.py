@@ -47,6 +47,6 @@ def _parts(store: Store, options: EngineOptions, *, computes_on_gpu: bool) -> di
         names.append("overlay_memory")
         if records_traffic(store, options):
             names.append("traffic_memory")
-    if general.is_causal:
+    if general.is_causal and not computes_on_gpu:
         names.append("cache_memory")
     return {name: parse_bytes(getattr(options, name)) for name in names}

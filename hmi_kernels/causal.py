@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import COMPUTE_TYPES, require_tensor, require_vector
-from hmi_kernels.library import Implementation, define
+from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
-from hmi_kernels.plot import native_row_table, native_row_tables, refused_pieces
+from hmi_kernels.plot import native_row_table, native_row_tables, refused_pieces, with_decoding
 from hmi_kernels.plot_index import require_index
 from hmi_kernels.row_tables import require_row_tables
 
-__all__ = ["causal_lookup", "causal_merge"]
+__all__ = ["MergeArguments", "causal_lookup", "causal_merge"]
 
 _WINDOW = 3
 _COLUMNS = 2
@@ -111,7 +111,9 @@ class _LookupArguments(NamedTuple):
         return self.windows.new_empty(self.windows.shape[0], _COLUMNS, dtype=torch.int64)
 
 
-class _MergeArguments(NamedTuple):
+class MergeArguments(NamedTuple):
+    """What :func:`causal_merge` is given."""
+
     input_ids: Tensor
     positions: Tensor
     references: Tensor
@@ -126,7 +128,16 @@ class _MergeArguments(NamedTuple):
     codebooks: Sequence[Tensor] = ()
 
     def new_hidden_states(self) -> Tensor:
+        """Memory for the result."""
         return self.position_embeddings.new_empty(self.input_ids.shape[0], self.position_embeddings.shape[1])
+
+    def row_tables_with_decoding(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The row tables, those of int8 with their scales, those of codes with their codebooks."""
+        return with_decoding(self.row_tables, self.row_scales, self.codebooks)
+
+    def refused_pieces(self) -> str:
+        """Why no kernel but the reference takes the codebooks; "" if they can."""
+        return refused_pieces(self.codebooks)
 
 
 def _check_lookup(arguments: _LookupArguments) -> None:
@@ -153,7 +164,7 @@ def _lookup_on_cpu(arguments: _LookupArguments) -> Tensor:
     return references
 
 
-def _check_merge(arguments: _MergeArguments) -> None:
+def _check_merge(arguments: MergeArguments) -> None:
     require_vector("input_ids", arguments.input_ids, torch.int32)
     num_tokens = arguments.input_ids.shape[0]
     require_vector("positions", arguments.positions, torch.int64, num_tokens)
@@ -173,7 +184,7 @@ def _check_merge(arguments: _MergeArguments) -> None:
     require_vector("layer_norm_bias", arguments.layer_norm_bias, embeddings.dtype, hidden_size)
 
 
-def _merge_on_cpu(arguments: _MergeArguments) -> Tensor:
+def _merge_on_cpu(arguments: MergeArguments) -> Tensor:
     output = arguments.new_hidden_states()
     num_positions, hidden_size = arguments.position_embeddings.shape
     native.causal_merge(
@@ -196,14 +207,14 @@ def _merge_on_cpu(arguments: _MergeArguments) -> Tensor:
     return output
 
 
-def _merge_refuses_on_cpu(arguments: _MergeArguments) -> str:
+def _merge_refuses_on_cpu(arguments: MergeArguments) -> str:
     dtype = arguments.position_embeddings.dtype
     if dtype is not torch.float32:
         return f"position_embeddings must be torch.float32, not {dtype}"
     tables = (*arguments.row_tables, *arguments.unigram_tables)
     if any(table.dtype is torch.bfloat16 for table in tables):
         return "row_tables and unigram_tables must not be torch.bfloat16"
-    return refused_pieces(arguments.codebooks)
+    return arguments.refused_pieces()
 
 
 _causal_lookup = define(
@@ -219,9 +230,12 @@ _causal_merge = define(
     "Tensor[] unigram_tables, Tensor token_unigram_tables, Tensor position_embeddings, "
     "Tensor layer_norm_weight, Tensor layer_norm_bias, *, float layer_norm_eps, Tensor[] row_scales, "
     "Tensor[] codebooks) -> Tensor",
-    arguments=_MergeArguments,
+    arguments=MergeArguments,
     check=_check_merge,
-    implementations={"cpu": Implementation(_merge_on_cpu, _merge_refuses_on_cpu)},
+    implementations={
+        "triton": implemented_in("hmi_kernels.triton.causal_merge", "causal_merge"),
+        "cpu": Implementation(_merge_on_cpu, _merge_refuses_on_cpu),
+    },
     reference=reference.causal_merge,
-    fake=_MergeArguments.new_hidden_states,
+    fake=MergeArguments.new_hidden_states,
 )

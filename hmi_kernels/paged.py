@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hmi_kernels import reference
 from hmi_kernels.checks import COMPUTE_TYPES, require_rows, require_tensor, require_vector
-from hmi_kernels.library import Implementation, define
+from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 
-__all__ = ["paged_attention"]
+__all__ = ["PagedArguments", "paged_attention"]
 
 
 def paged_attention(
@@ -36,8 +36,8 @@ def paged_attention(
     of threads, bit for bit (backend ``cpu``).
 
     Args:
-        query: [tokens, heads * d]; rows may lie apart (a column slice of a wider tensor). float32, in the
-            reference also of 16 bits.
+        query: [tokens, heads * d]; rows may lie apart (a column slice of a wider tensor). float32, or on a
+            GPU and in the reference float16 or bfloat16.
         key: of the same dtype and shape, likewise.
         value: likewise.
         key_cache: [blocks, heads, d, block_size] of that dtype; changed in place.
@@ -51,6 +51,7 @@ def paged_attention(
         [tokens, heads * d] of that dtype. Sums are made in float32.
 
     Raises TypeError or ValueError on arguments of another kind or out of bounds; then the cache is unchanged.
+    On a GPU values are not checked: a sequence that cannot be gets zeros, and nothing is written for it.
     """
     result: Tensor = _paged_attention(
         query, key, value, key_cache, value_cache, block_tables, query_offsets, context_lengths
@@ -58,7 +59,9 @@ def paged_attention(
     return result
 
 
-class _Arguments(NamedTuple):
+class PagedArguments(NamedTuple):
+    """What :func:`paged_attention` is given."""
+
     query: Tensor
     key: Tensor
     value: Tensor
@@ -68,8 +71,12 @@ class _Arguments(NamedTuple):
     query_offsets: Tensor
     context_lengths: Tensor
 
+    def new_output(self) -> Tensor:
+        """Memory for the result."""
+        return self.query.new_empty(self.query.shape)
 
-def _check(arguments: _Arguments) -> None:
+
+def _check(arguments: PagedArguments) -> None:
     require_rows("query", arguments.query, (None, None), COMPUTE_TYPES)
     dtype, (num_tokens, hidden_size) = arguments.query.dtype, arguments.query.shape
     require_rows("key", arguments.key, (num_tokens, hidden_size), (dtype,))
@@ -90,19 +97,15 @@ def _check(arguments: _Arguments) -> None:
     require_tensor("block_tables", arguments.block_tables, torch.int32, (num_sequences, None))
 
 
-def _make_output(arguments: _Arguments) -> Tensor:
-    return arguments.query.new_empty(arguments.query.shape)
-
-
-def _cpu_refuses(arguments: _Arguments) -> str:
+def _cpu_refuses(arguments: PagedArguments) -> str:
     dtype = arguments.query.dtype
     return "" if dtype is torch.float32 else f"query must be torch.float32, not {dtype}"
 
 
-def _run_on_cpu(arguments: _Arguments) -> Tensor:
+def _run_on_cpu(arguments: PagedArguments) -> Tensor:
     query, key, value = arguments.query, arguments.key, arguments.value
     num_blocks, num_heads, head_size, block_size = arguments.key_cache.shape
-    output = _make_output(arguments)
+    output = arguments.new_output()
     native.paged_attention(
         query.data_ptr(),
         query.stride(0),
@@ -132,9 +135,12 @@ def _run_on_cpu(arguments: _Arguments) -> Tensor:
 _paged_attention = define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor block_tables, Tensor query_offsets, Tensor context_lengths) -> Tensor",
-    arguments=_Arguments,
+    arguments=PagedArguments,
     check=_check,
-    implementations={"cpu": Implementation(_run_on_cpu, _cpu_refuses)},
+    implementations={
+        "triton": implemented_in("hmi_kernels.triton.paged_attention", "paged_attention"),
+        "cpu": Implementation(_run_on_cpu, _cpu_refuses),
+    },
     reference=reference.paged_attention,
-    fake=_make_output,
+    fake=PagedArguments.new_output,
 )

@@ -17,7 +17,14 @@ from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
 from hmi_kernels.row_tables import require_row_tables
 
-__all__ = ["native_row_table", "native_row_tables", "plot_lookup", "plot_merge", "refused_pieces"]
+__all__ = [
+    "native_row_table",
+    "native_row_tables",
+    "plot_lookup",
+    "plot_merge",
+    "refused_pieces",
+    "with_decoding",
+]
 
 PIECE_SIZES = (4, 8)
 """Elements that a code can stand for, but in the reference, which takes any."""
@@ -170,15 +177,21 @@ class MergeArguments(NamedTuple):
 
     def row_tables_with_decoding(self) -> list[tuple[Tensor, Tensor | None]]:
         """The row tables, those of int8 with their scales, those of codes with their codebooks."""
-        sides = {torch.int8: self.row_scales, torch.uint8: self.codebooks}
-        return [
-            (table, sides[table.dtype][i] if table.dtype in sides else None)
-            for i, table in enumerate(self.row_tables)
-        ]
+        return with_decoding(self.row_tables, self.row_scales, self.codebooks)
 
     def refused_pieces(self) -> str:
         """Why no kernel but the reference takes the codebooks; "" if they can."""
         return refused_pieces(self.codebooks)
+
+
+def with_decoding(
+    row_tables: Sequence[Tensor], row_scales: Sequence[Tensor], codebooks: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Row tables, each with the scales (int8) or codebooks (uint8) that its rows are read with, or None."""
+    sides = {torch.int8: row_scales, torch.uint8: codebooks}
+    return [
+        (table, sides[table.dtype][i] if table.dtype in sides else None) for i, table in enumerate(row_tables)
+    ]
 
 
 def refused_pieces(codebooks: Sequence[Tensor]) -> str:

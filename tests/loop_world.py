@@ -7,6 +7,7 @@ import zlib
 import torch
 
 from hmi_engine.errors import UnknownTenantError
+from hmi_engine.generation.adapter_budget import AdapterBudget
 from hmi_engine.generation.block_pool import BlockPool, PrefixKeys
 from hmi_engine.generation.loop import GenerationLoop
 from hmi_engine.generation.sequence import DecoderSequence
@@ -38,11 +39,12 @@ def head_output_of(tenant, token_ids):
 class CacheRunner:
     """Writes tokens into blocks as a model would write keys; what it says follows from what it reads."""
 
-    def __init__(self, num_blocks, block_size, max_step_tokens, max_running):
+    def __init__(self, num_blocks, block_size, max_step_tokens, max_running, most_tenants):
         self.blocks = [[None] * block_size for _ in range(num_blocks)]
         self.block_size = block_size
         self.max_step_tokens = max_step_tokens
         self.max_running = max_running
+        self.most_tenants = most_tenants
         self.failing_steps = set()
         self.num_steps = 0
         self.problems = []
@@ -78,6 +80,7 @@ class CacheRunner:
         assert sum(each.num_tokens for each in scheduled) <= self.max_step_tokens
         tenants = [sequence.tenant.name for sequence in sequences]
         assert tenants == sorted(tenants), "a tenant's sequences stand together"
+        assert len(set(tenants)) <= self.most_tenants, "there is room for their adapters"
         written = {
             each.sequence.blocks[(each.sequence.num_computed + ahead) // self.block_size]
             for each in scheduled
@@ -111,15 +114,18 @@ class CacheRunner:
 class World:
     """A loop, and what became of each sequence."""
 
-    def __init__(self, tokenizer, *, num_blocks=6, block_size=2, max_step_tokens=8, max_running=8):
+    def __init__(
+        self, tokenizer, *, num_blocks=6, block_size=2, max_step_tokens=8, max_running=8, most_tenants=100
+    ):
         self.tokenizer = tokenizer
         self.pool = BlockPool(num_blocks)
-        self.runner = CacheRunner(num_blocks, block_size, max_step_tokens, max_running)
+        self.runner = CacheRunner(num_blocks, block_size, max_step_tokens, max_running, most_tenants)
         self.loop = GenerationLoop(
             self.runner,
-            types.SimpleNamespace(block_size=block_size),
             self.pool,
+            AdapterBudget(lambda tenant: 10, lambda: 10 * most_tenants),
             self.finish,
+            block_size=block_size,
             max_step_tokens=max_step_tokens,
             max_running=max_running,
         )
@@ -134,7 +140,9 @@ class World:
         sampling = sampling or Sampling()
         sequence = DecoderSequence(
             request=Request(tenant, input_ids=prompt, sampling=sampling, id={"fails_at": fails_at}),
-            tenant=types.SimpleNamespace(name=tenant, weights=tenant[0]),
+            tenant=types.SimpleNamespace(
+                name=tenant, weights=tenant[0], id=tenant, generation=1, sha256=tenant[0]
+            ),
             token_ids=list(prompt),
             num_prompt=len(prompt),
             is_generating=not tenant.endswith("head"),

@@ -82,7 +82,7 @@ def documentation_data(
     *,
     num_topics: int = len(TOPICS),
     background_words: int | None = None,
-    max_train: int = 1200,
+    max_train: int = 800,
     max_test: int = 300,
     max_words: int = 40,
     seed: int = 0,

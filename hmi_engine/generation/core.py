@@ -11,24 +11,36 @@ from pathlib import Path
 import torch
 
 import hmi_kernels
-from hmi_engine.errors import DeviceUnavailableError, HmiError, InvalidRequestError, TextTooLongError
+from hmi_engine.errors import HmiError, InvalidRequestError, TextTooLongError
+from hmi_engine.generation.adapter_budget import AdapterBudget
 from hmi_engine.generation.block_pool import BlockPool, PrefixKeys
+from hmi_engine.generation.cache import KeyValueCache
+from hmi_engine.generation.device_steps import DeviceSteps
 from hmi_engine.generation.loop import GenerationLoop
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
-from hmi_engine.generation.step import KeyValueCache, StepRunner
+from hmi_engine.generation.step import StepRunner
+from hmi_engine.generation.step_compute import HostSteps, StepCompute
 from hmi_engine.generation.text_stream import TextStream
 from hmi_engine.generation.text_traffic import TextTraffic
 from hmi_engine.generation.token_choice import TokenChooser
 from hmi_engine.inbox import Emit
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.sizes import parse_bytes
-from hmi_engine.memory.streams import HostStreams
+from hmi_engine.memory.device_choice import open_streams
+from hmi_engine.memory.device_rows import DeviceRows
+from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
 from hmi_engine.pipeline.read_out import HeadOutput
 from hmi_engine.pipeline.respond import respond
 from hmi_engine.pipeline.stage_clock import StageClock, Trace
 from hmi_engine.request import Request, Response, Timing, Usage
-from hmi_engine.serving_core import EngineStatistics, open_plots, open_residency
+from hmi_engine.serving_core import (
+    EngineStatistics,
+    compute_dtype,
+    device_bytes_of,
+    open_plots,
+    open_residency,
+)
 from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.serving_traffic import open_traffic, start_updates
@@ -44,40 +56,35 @@ class DecoderCore:
 
     def __init__(self, store: Store, options: EngineOptions) -> None:
         """Opens; raises as :class:`hmi_engine.Engine` does."""
-        if options.device not in ("auto", "cpu"):
-            raise DeviceUnavailableError(
-                f"device is {options.device!r}, but this release generates on the CPU alone: use 'cpu'"
-            )
         self.store = store
         self.options = options
         self.trace = None if options.trace is None else Trace()
         self.clock = StageClock(self.trace)
         self.statistics = EngineStatistics()
-        with reserving_memory(self, store, options, computes_on_gpu=False):
+        self.streams = open_streams(options.device)
+        with reserving_memory(self, store, options, computes_on_gpu=self.streams.is_asynchronous):
             self._open()
         self._end_token = store.encoder.token_id_of_end()
 
     def _open(self) -> None:
         store, options, general = self.store, self.options, self.store.general
-        device_bytes = parse_bytes(
-            options.host_memory if options.device_memory == "auto" else options.device_memory
+        dtype, device_bytes = compute_dtype(options, self.streams), device_bytes_of(options, self.streams)
+        # Of all texts under way there is one step at a time.
+        self.residency = open_residency(
+            store, options, self.streams, device_bytes, dtype, batches_in_flight=1
         )
-        self.residency = open_residency(store, options, HostStreams(), device_bytes, torch.float32)
         store.catalog.arena_bytes[self] = 4 * self.residency.arena.memory.numel()
         self.residency.load_pinned(store.tenants.pinned())
         self.plots = open_plots(store, options)
-        self._num_blocks = max(
-            1,
-            parse_bytes(options.cache_memory)
-            // (KeyValueCache.bytes_per_token(general) * options.block_tokens),
-        )
-        cache = KeyValueCache(general, self._num_blocks, options.block_tokens)
+        block_bytes = KeyValueCache.bytes_per_token(general, dtype) * options.block_tokens
+        num_blocks = max(1, parse_bytes(options.cache_memory) // block_bytes)
+        cache = KeyValueCache(general, num_blocks, options.block_tokens, self.streams.device, dtype)
         self.runner = StepRunner(
             general,
             store.decoder,
             self.plots,
             self.residency,
-            cache,
+            self._computer(cache, dtype, device_bytes),
             miss=options.miss,
             exact_budget=options.exact_budget,
             clock=self.clock,
@@ -89,12 +96,21 @@ class DecoderCore:
         self._updater = start_updates(store, options, self.traffic)
         self.loop = GenerationLoop(
             self.runner,
-            cache,
-            BlockPool(self._num_blocks),
+            BlockPool(num_blocks),
+            AdapterBudget(self.residency.expected_bytes, lambda: self.residency.batch_bytes),
             self._finish,
+            block_size=options.block_tokens,
             max_step_tokens=options.max_step_tokens,
             max_running=options.max_running,
         )
+
+    def _computer(self, cache: KeyValueCache, dtype: torch.dtype, device_bytes: int) -> StepCompute:
+        store, general, streams = self.store, self.store.general, self.streams
+        if not streams.is_asynchronous:
+            return HostSteps(general, store.decoder, cache, self.clock)
+        model = HierarchicalGpt2.load(store.general_folder, general.plot_layers, streams.device, dtype)
+        rows = DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes)
+        return DeviceSteps(general, model, streams, rows, cache, self.clock)
 
     def use_backend(self) -> AbstractContextManager[None]:
         """The kernels that the options ask for, in the block."""

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmi_engine.errors import HmiError, OverloadedError
+from hmi_engine.generation.adapter_budget import AdapterBudget
 from hmi_engine.generation.block_pool import BlockPool
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
-from hmi_engine.generation.step import KeyValueCache, Scheduled, StepOutput, StepRunner
+from hmi_engine.generation.step import StepRunner
+from hmi_engine.generation.step_compute import Scheduled, StepOutput
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.read_out import HeadOutput
 
@@ -55,16 +57,18 @@ class GenerationLoop:
 
     Texts that are under way go first, a token each; what is left of the token budget takes prompts, in the
     order in which they came, a prompt in pieces if it is longer (Agrawal et al., "Sarathi-Serve", OSDI 2024).
-    Where the cache is full, the sequence that came last gives its blocks up and is computed again later.
+    Where the cache is full, the sequence that came last gives its blocks up and is computed again later. Who
+    comes first waits while there is no room for the tenant's adapter beside those of the texts under way.
     """
 
     def __init__(
         self,
         runner: StepRunner,
-        cache: KeyValueCache,
         pool: BlockPool,
+        adapters: AdapterBudget,
         finish: Finish,
         *,
+        block_size: int,
         max_step_tokens: int,
         max_running: int,
     ) -> None:
@@ -72,15 +76,17 @@ class GenerationLoop:
 
         Args:
             runner: computes steps.
-            cache: the runner's.
             pool: of the cache's blocks.
+            adapters: room for those of the texts under way.
             finish: is told of the ends.
+            block_size: tokens of a block.
             max_step_tokens: most tokens of a step.
             max_running: most sequences that hold blocks; no more than a step has tokens.
         """
         self._runner = runner
-        self._block_size = cache.block_size
+        self._block_size = block_size
         self._pool = pool
+        self._adapters = adapters
         self._finish = finish
         self._max_step_tokens = max_step_tokens
         self._max_running = min(max_running, max_step_tokens)  # each text gets a token in each step
@@ -122,9 +128,9 @@ class GenerationLoop:
     def abandon(self) -> list[DecoderSequence]:
         """Takes everything out that has not ended; it holds nothing any more."""
         left = [*self._running, *self._waiting]
-        for sequence in self._running:
-            self._give_up(sequence)
-        self._running, self._waiting = [], deque()
+        for sequence in list(self._running):
+            self._leave(sequence)
+        self._waiting.clear()
         self._runner.rest()
         return left
 
@@ -149,8 +155,7 @@ class GenerationLoop:
 
     def _drop_cancelled(self) -> None:
         for sequence in [each for each in self._running if each.is_cancelled]:
-            self._running.remove(sequence)
-            self._give_up(sequence)
+            self._leave(sequence)
             self._finish(sequence, FinishReason.STOP)
         # Asked once: another thread, or who is told of an end, may cancel more meanwhile.
         cancelled = [each for each in self._waiting if each.is_cancelled]
@@ -167,11 +172,15 @@ class GenerationLoop:
                 planned[sequence] = count
                 budget -= count
         while budget and self._waiting and len(self._running) < self._max_running:
-            count = self._begin(self._waiting[0], budget)
+            sequence = self._waiting[0]
+            if not self._adapters.has_room_for(sequence.tenant):
+                break
+            count = self._begin(sequence, budget)
             if not count:
                 break
-            sequence = self._waiting.popleft()
+            self._waiting.popleft()
             self._running.append(sequence)
+            self._adapters.add(sequence.tenant)
             planned[sequence] = count
             budget -= count
         # Sequences of one tenant are one segment of the grouped kernels.
@@ -214,10 +223,15 @@ class GenerationLoop:
         return True
 
     def _preempt(self, sequence: DecoderSequence) -> None:
-        self._running.remove(sequence)
-        self._give_up(sequence)
+        self._leave(sequence)
         self._waiting.appendleft(sequence)
         self._statistics.preemptions += 1
+
+    def _leave(self, sequence: DecoderSequence) -> None:
+        """Takes a sequence out of those under way, with all that it holds."""
+        self._running.remove(sequence)
+        self._adapters.remove(sequence.tenant)
+        self._give_up(sequence)
 
     def _give_up(self, sequence: DecoderSequence) -> None:
         self._pool.release(sequence.blocks)
@@ -253,6 +267,5 @@ class GenerationLoop:
             sequence.num_kept = full
 
     def _end(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> None:
-        self._running.remove(sequence)
-        self._give_up(sequence)
+        self._leave(sequence)
         self._finish(sequence, result)

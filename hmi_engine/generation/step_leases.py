@@ -11,6 +11,7 @@ from hmi_engine.memory.causal_view import CausalPlotView
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency, HeldTenants
 from hmi_engine.memory.resident_tenant import ResidentTenant
+from hmi_engine.memory.streams import Arrival
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 
 __all__ = ["StepLeases"]
@@ -56,6 +57,11 @@ class StepLeases:
         is_whole = not any(isinstance(outcome, HmiError) for outcome in held.outcomes)
         self._tenants = list(tenants) if is_whole else []
         return held.outcomes
+
+    @property
+    def arrivals(self) -> list[Arrival]:
+        """What brings tenants of :meth:`residents` that are still on their way to the device."""
+        return [] if self._held is None else self._held.arrivals
 
     def adapters(self, tenants: Sequence[ResidentTenant], token_counts: list[int]) -> AdapterBatch:
         """Segments of the tenants that are held, ``token_counts`` tokens each."""

@@ -14,9 +14,14 @@ __all__ = ["ChosenToken", "NextToken", "TokenChooser"]
 
 
 class NextToken(NamedTuple):
-    """What the model says of a text's next token: logits float32 [V], and the token with the largest."""
+    """What the model says of a text's next token.
 
-    logits: torch.Tensor
+    Attributes:
+        logits: float32 [V] in host memory; None where the text's chooser does not need them.
+        likeliest: the token with the largest.
+    """
+
+    logits: torch.Tensor | None
     likeliest: int
 
 
@@ -39,9 +44,17 @@ class TokenChooser:
         self._takes_likeliest = sampling.is_greedy and sampling.repetition_penalty == 1.0
         self._random = random.Random(sampling.seed)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the likeliest token is not all that it asks for."""
+        return not self._takes_likeliest or self._sampling.logprobs
+
     def choose(self, following: NextToken, seen: Sequence[int]) -> ChosenToken:
         """The next token, where the tokens ``seen`` are in prompt and text."""
+        if not self.needs_logits:
+            return ChosenToken(following.likeliest, None)
         sampling, logits = self._sampling, following.logits
+        assert logits is not None  # as they are needed
         if self._takes_likeliest:
             token = following.likeliest
         else:

@@ -11,10 +11,10 @@ import torch
 
 import hmi_kernels
 from hmi_engine.memory.missing_windows import MissingWindows, most_wanted
-from hmi_engine.memory.plot_view import PlotView
+from hmi_engine.memory.plot_view import KernelTable, PlotView
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 
-__all__ = ["CausalPlotView", "CausalTokens"]
+__all__ = ["CausalMergeInputs", "CausalPlotView", "CausalTokens", "merge_causal_rows"]
 
 
 class CausalTokens(NamedTuple):
@@ -31,6 +31,21 @@ class CausalTokens(NamedTuple):
     input_ids: torch.Tensor
     positions: torch.Tensor
     domains: Sequence[str]
+
+
+class CausalMergeInputs(NamedTuple):
+    """A step's tokens, rows and domains, as ``hmi_kernels.causal_merge`` takes them.
+
+    ``references`` int64 [T, 2] are to rows of ``tables``; ``unigrams_of_tokens`` int32 [T] say which of
+    ``unigrams`` [V, 1, H] each token uses.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    references: torch.Tensor
+    tables: tuple[KernelTable, ...]
+    unigrams: tuple[torch.Tensor, ...]
+    unigrams_of_tokens: torch.Tensor
 
 
 class CausalPlotView(AbstractContextManager["CausalPlotView"]):
@@ -106,21 +121,36 @@ class CausalPlotView(AbstractContextManager["CausalPlotView"]):
             complete[part.positions, 0] = numbers[part.members]
         return complete, sum(len(part.keys) for part in missing)
 
-    def merge(self, tokens: CausalTokens, references: torch.Tensor) -> torch.Tensor:
-        """Layer K's input: rows and positions through the merge's LayerNorm, float32 [T, H]."""
-        tables = self._view.kernel_tables
-        norm = self._model.merge_norm
-        return hmi_kernels.causal_merge(
+    def merge_inputs(self, tokens: CausalTokens, references: torch.Tensor) -> CausalMergeInputs:
+        """What :meth:`merge` reads, all in host memory."""
+        return CausalMergeInputs(
             tokens.input_ids,
             tokens.positions,
             references,
-            [table.rows for table in tables],
-            self._view.unigram_tables,
+            tuple(self._view.kernel_tables),
+            tuple(self._view.unigram_tables),
             self._view.places_of(tokens.domains).int(),
-            self._model.merge_positions,
-            norm.weight,
-            norm.bias,
-            layer_norm_eps=norm.eps,
-            row_scales=[table.row_scales for table in tables],
-            codebooks=[table.codebooks for table in tables],
         )
+
+    def merge(self, tokens: CausalTokens, references: torch.Tensor) -> torch.Tensor:
+        """Layer K's input: rows and positions through the merge's LayerNorm, float32 [T, H]."""
+        return merge_causal_rows(self._model, self.merge_inputs(tokens, references))
+
+
+def merge_causal_rows(model: HierarchicalGpt2, inputs: CausalMergeInputs) -> torch.Tensor:
+    """The input of layer K, [T, H], where model and inputs are: see :meth:`CausalPlotView.merge`."""
+    norm = model.merge_norm
+    return hmi_kernels.causal_merge(
+        inputs.input_ids,
+        inputs.positions,
+        inputs.references,
+        [table.rows for table in inputs.tables],
+        inputs.unigrams,
+        inputs.unigrams_of_tokens,
+        model.merge_positions,
+        norm.weight,
+        norm.bias,
+        layer_norm_eps=norm.eps,
+        row_scales=[table.row_scales for table in inputs.tables],
+        codebooks=[table.codebooks for table in inputs.tables],
+    )

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import hmi_kernels
+from hmi_engine.memory.causal_view import CausalMergeInputs
 from hmi_engine.memory.plot_view import KernelTable, MergeInputs
 from hmi_engine.memory.streams import DeviceStreams
 
 __all__ = ["DeviceRows", "LaidOut"]
 
 _ROW_MASK = (1 << hmi_kernels.ROW_BITS) - 1
+
+Inputs = TypeVar("Inputs", MergeInputs, CausalMergeInputs)
+"""Of an encoder's batch or a decoder's step."""
 
 LaidOut = Callable[[Sequence[tuple[tuple[int, ...], torch.dtype]]], list[tuple[Tensor, Tensor]]]
 """Gives for shapes and dtypes tensors in page-locked memory, and on the device those that will equal them."""
@@ -39,7 +44,7 @@ class DeviceRows:
         self._copies: dict[int, Tensor] = {}
         self._bytes_of_tables: dict[int, int] = {}
 
-    def bring(self, inputs: MergeInputs, lay_out: LaidOut) -> MergeInputs:
+    def bring(self, inputs: Inputs, lay_out: LaidOut) -> Inputs:
         """The inputs with tables and unigrams on the device; other tensors stay in host memory.
 
         Rows of tables that are not there are written to what ``lay_out`` gives, and references changed to

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ __all__ = ["HierarchicalGpt2"]
 class HierarchicalGpt2:
     """The shared base of hGPT: embeddings, domain layers, merge parameters, upper layers, language head.
 
-    See docs/architecture.md. All tensors are float32; every tenant shares them. Nothing here follows
-    gradients.
+    See docs/architecture.md. All tensors are float32, or of 16 bits on a GPU; every tenant shares them.
+    Nothing here follows gradients.
     """
 
     def __init__(
@@ -44,19 +46,27 @@ class HierarchicalGpt2:
             tensors["ln_f.weight"], tensors["ln_f.bias"], configuration.layer_norm_eps
         )
         self.pooler: SharedLinear | None = None
-        self._language_head = SharedLinear(self.words, torch.zeros(configuration.vocab_size))
+        self._language_head = SharedLinear(self.words, self.words.new_zeros(configuration.vocab_size))
 
     @classmethod
-    def load(cls, directory: Path, plot_layers: int) -> HierarchicalGpt2:
-        """Loads the ``general`` folder of a store.
+    def load(
+        cls,
+        directory: Path,
+        plot_layers: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> HierarchicalGpt2:
+        """Loads the ``general`` folder of a store onto a device, in ``dtype``.
 
         Raises:
             StoreCorruptError: a file is missing or damaged.
         """
         configuration = load_gpt2_configuration(directory)
-        return cls(
-            configuration, load_gpt2_tensors(directory, configuration), load_merge(directory), plot_layers
+        tensors, merge = (
+            {name: tensor.to(dtype).to(device) for name, tensor in loaded.items()}
+            for loaded in (load_gpt2_tensors(directory, configuration), load_merge(directory))
         )
+        return cls(configuration, tensors, merge, plot_layers)
 
     @functools.cached_property
     def window_states(self) -> CausalWindowLayers:
@@ -74,10 +84,15 @@ class HierarchicalGpt2:
         *,
         first: int,
         adapters: AdapterApplication | None = None,
+        around_layer: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> torch.Tensor:
-        """Layers ``first`` to the end over packed hidden states [T, H] of new tokens; no final LayerNorm."""
+        """Layers ``first`` to the end over packed hidden states [T, H] of new tokens; no final LayerNorm.
+
+        ``around_layer`` gives a context for the layer of an index, to see what it takes.
+        """
         for layer in self.layers[first:]:
-            hidden_states = layer.forward(hidden_states, attend, adapters)
+            with nullcontext() if around_layer is None else around_layer(layer.index):
+                hidden_states = layer.forward(hidden_states, attend, adapters)
         return hidden_states
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -140,12 +140,15 @@ class _Deferring(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            with self:  # in inference mode torch leaves them whole: `to` may or may not be a view
+                return func.decompose(*args, **kwargs)
         schema = func._schema
         if not schema.is_mutable and any(returned.alias_info is not None for returned in schema.returns):
             return func(*args, **kwargs)  # a view
         if func is torch.ops.aten._local_scalar_dense.default:
             raise AssertionError("a value is read on the host while it is on its way: a GPU would wait here")
-        if schema.is_mutable:
+        if schema.is_mutable and all(returned.alias_info is not None for returned in schema.returns):
             self._put(lambda: func(*args, **kwargs))
             return _written(schema, args, kwargs)
         results = _promised(func, args, kwargs)

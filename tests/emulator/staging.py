@@ -27,6 +27,7 @@ __all__ = ["ALIGNMENT", "HOST_OPS", "STAGED_OPS", "Staged", "StagedStorages"]
 STAGED_OPS = frozenset(
     f"hmi::{name}"
     for name in (
+        "causal_merge",
         "grouped_bottleneck",
         "grouped_lora",
         "grouped_scale",
@@ -36,6 +37,7 @@ STAGED_OPS = frozenset(
         "grouped_product",
         "grouped_weight_gradient",
         "packed_attention",
+        "paged_attention",
         "plot_lookup",
         "plot_merge",
     )
@@ -45,9 +47,7 @@ HOST_OPS = frozenset(
     f"hmi::{name}"
     for name in (
         "causal_lookup",
-        "causal_merge",
         "count_ngrams",
-        "paged_attention",
         "plot_index_build",
         "plot_index_find",
         "plot_index_insert",

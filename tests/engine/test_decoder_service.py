@@ -126,7 +126,7 @@ async def come_and_go(store: hmi.Store, count: int) -> dict:
     """Random requests, of which many leave at a random moment; what the engine holds in the end."""
     draw = random.Random(3)
     names = [*store.tenants, "nobody"]
-    options = {"cache_memory": 60_000, "max_running": 24, "max_step_tokens": 48}
+    options = {"cache_memory": 36_000, "max_running": 24, "max_step_tokens": 48}
     async with hmi.AsyncEngine(store, **options) as engine:
 
         async def one(number: int) -> None:

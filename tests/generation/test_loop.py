@@ -94,9 +94,10 @@ ARRIVALS = st.lists(
     max_running=st.sampled_from([1, 3, 5, 7, 9]),
     extra_tokens=st.sampled_from([0, 1, 3, 50]),
     failing_steps=st.sets(st.integers(1, 12), max_size=1) | st.just(set()),
+    most_tenants=st.sampled_from([1, 2, 100]),
 )
 def test_texts_are_those_of_requests_alone(
-    byte_tokenizer, arrivals, cache_tokens, block_size, max_running, extra_tokens, failing_steps
+    byte_tokenizer, arrivals, cache_tokens, block_size, max_running, extra_tokens, failing_steps, most_tenants
 ):
     num_blocks = cache_tokens // block_size
     world = World(
@@ -105,6 +106,7 @@ def test_texts_are_those_of_requests_alone(
         block_size=block_size,
         max_step_tokens=max_running + extra_tokens,
         max_running=max_running,
+        most_tenants=most_tenants,
     )
     world.runner.failing_steps = failing_steps
     cancelled_at = collections.defaultdict(list)
@@ -277,6 +279,19 @@ def test_abandoned_sequences_hold_nothing(byte_tokenizer):
     assert world.loop.abandon() == world.begun
     assert world.pool.num_held == 0 and len(world.loop) == 0 and world.runner.is_resting
     assert not world.loop.step() and not world.results
+
+
+def test_who_has_no_room_for_its_adapter_waits_in_turn(byte_tokenizer):
+    world = World(byte_tokenizer, num_blocks=100, most_tenants=2)
+    for tenant in ("a", "b", "a", "c", "a"):
+        world.add(world.sequence(tenant, [7, 8], Sampling(max_tokens=4, ignore_end=True)))
+    *first_three, third_tenant, last = world.begun
+    world.run()
+    steps = world.runner.first_steps
+    assert [steps[sequence] for sequence in first_three] == [1, 1, 1]
+    # The last one would have had room at once, but may not pass by who came before it.
+    assert 1 < steps[third_tenant] <= steps[last]
+    check_all(world)
 
 
 @pytest.mark.parametrize("max_running", [1, 3])

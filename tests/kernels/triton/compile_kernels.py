@@ -28,10 +28,20 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from hmi_kernels import causal
 from hmi_kernels.adapters import BottleneckArguments, LoraArguments
+from hmi_kernels.paged import PagedArguments
 from hmi_kernels.plot import LookupArguments, MergeArguments
 from hmi_kernels.products import ProductArguments, WeightGradientArguments
-from hmi_kernels.triton import adapters, plot_lookup, plot_merge, products, vectors
+from hmi_kernels.triton import (
+    adapters,
+    causal_merge,
+    paged_attention,
+    plot_lookup,
+    plot_merge,
+    products,
+    vectors,
+)
 from hmi_kernels.vectors import VectorArguments
 
 TARGETS = {
@@ -153,6 +163,26 @@ def run_vectors_and_plot(dtype: torch.dtype) -> None:
             plot_merge.plot_merge(MergeArguments(*merged, 1e-12, window, scales))
 
 
+def run_decoding(dtype: torch.dtype) -> None:
+    size, heads, block_size, count = 768, 12, 16, 8
+    rows, vector = torch.zeros(count, 3 * size, dtype=dtype), torch.zeros(size, dtype=dtype)
+    cache = torch.zeros(4, heads, size // heads, block_size, dtype=dtype)
+    tables, lengths = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([count])
+    bounds = torch.tensor([0, count])
+    paged_attention.paged_attention(
+        PagedArguments(*rows.chunk(3, dim=1), cache, cache.transpose(2, 3), tables, bounds, lengths)
+    )
+    ids, places = torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.int64)
+    references = torch.zeros(count, 2, dtype=torch.int64)
+    for row_type in (torch.float16, torch.int8):
+        table, unigrams = (
+            torch.zeros(2, 1, size, dtype=row_type),
+            torch.zeros(9, 1, size, dtype=torch.float16),
+        )
+        merged = (ids, places, references, [table], [unigrams], ids, rows[:, :size].contiguous())
+        causal_merge.causal_merge(causal.MergeArguments(*merged, vector, vector, 1e-5, [torch.zeros(2, 1)]))
+
+
 def main(target: str, *, all_configs: bool) -> None:
     driver.set_active(TargetOnly(TARGETS[target]))
     records: list[dict[str, Any]] = []
@@ -162,6 +192,7 @@ def main(target: str, *, all_configs: bool) -> None:
             run_adapters(dtype, rank, 128)
             run_products(dtype, rank, 128)
         run_vectors_and_plot(dtype)
+        run_decoding(dtype)
     print(json.dumps(records))
 
 

@@ -20,6 +20,9 @@ KERNELS = {
     "_vector_kernel",
     "_store_words",
     "_lookup_kernel",
+    "_append_kernel",
+    "_attention_kernel",
+    "_causal_merge_kernel",
     "_merge_kernel",
     "_product_kernel",
     "_weight_gradient_kernel",
@@ -62,7 +65,14 @@ def test_compiles_with_tensor_cores_and_wide_reads(tmp_path: Path) -> None:
             assert record["tensor_core"] and record["copy_16_bytes"], record
         if record["kernel"] in ("_product_kernel", "_weight_gradient_kernel"):
             assert record["tensor_core"], record
-        if record["kernel"] in ("_merge_kernel", "_normalize_kernel", "_vector_kernel"):
+        if record["kernel"] == "_attention_kernel":
+            assert record["tensor_core"], record
+        if record["kernel"] in (
+            "_causal_merge_kernel",
+            "_merge_kernel",
+            "_normalize_kernel",
+            "_vector_kernel",
+        ):
             assert record["read_16_bytes"], record
     for window in (2, 3):  # the whole row of a type in vectors: more types, more of these
         reads = [

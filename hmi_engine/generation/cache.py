@@ -1,0 +1,94 @@
+"""Keys and values of texts under way: the blocks they lie in, and attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+import hmi_kernels
+from hmi_engine.generation.sequence import DecoderSequence
+from hmi_engine.knowledge.general import GeneralInfo
+
+__all__ = ["BlockTables", "KeyValueCache", "PagedAttention"]
+
+
+class KeyValueCache:
+    """Keys and values of the upper layers, in blocks; domain layers have none.
+
+    Attributes:
+        block_size: tokens of a block.
+        keys: per upper layer [blocks, heads, d, block_size].
+        values: per upper layer [blocks, heads, block_size, d].
+    """
+
+    def __init__(
+        self,
+        general: GeneralInfo,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """On the CPU it reserves addresses; the operating system gives pages as blocks are written."""
+        heads, size = general.num_heads, general.hidden_size // general.num_heads
+
+        def blocks(*sizes: int) -> list[torch.Tensor]:
+            shape = (num_blocks, heads, *sizes)
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in general.upper_layers]
+
+        self.block_size = block_size
+        self.keys = blocks(size, block_size)
+        self.values = blocks(block_size, size)
+
+    @staticmethod
+    def bytes_per_token(general: GeneralInfo, dtype: torch.dtype = torch.float32) -> int:
+        """What a token takes in all upper layers together."""
+        return 2 * dtype.itemsize * general.hidden_size * general.num_upper_layers
+
+
+class BlockTables(NamedTuple):
+    """Where the sequences of a step have their tokens, as ``hmi_kernels.paged_attention`` takes it.
+
+    Attributes:
+        blocks: int32 [sequences, width].
+        offsets: int64 [sequences + 1], of the step's new tokens.
+        lengths: int64 [sequences], with the new tokens.
+    """
+
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    lengths: torch.Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequence[DecoderSequence], token_counts: Sequence[int]) -> BlockTables:
+        """Those of sequences, each with so many new tokens, for which it has blocks."""
+        width = max(len(sequence.blocks) for sequence in sequences)
+        blocks: list[int] = []
+        for sequence in sequences:
+            blocks += sequence.blocks + [-1] * (width - len(sequence.blocks))
+        lengths = [each.num_computed + count for each, count in zip(sequences, token_counts, strict=True)]
+        return cls(
+            torch.tensor(blocks, dtype=torch.int32).view(-1, width),
+            torch.tensor([0, *accumulate(token_counts)]),
+            torch.tensor(lengths),
+        )
+
+
+class PagedAttention:
+    """Attention of a step's tokens over the cache; a ``hmi_engine.models.gpt2_block.Attend``."""
+
+    def __init__(self, cache: KeyValueCache, tables: BlockTables, first_layer: int) -> None:
+        """Of the layers from ``first_layer`` on; ``tables`` are where the cache is."""
+        self._cache, self._tables, self._first_layer = cache, tables, first_layer
+
+    def __call__(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Attend, and keep the new keys and values."""
+        place = layer - self._first_layer
+        return hmi_kernels.paged_attention(
+            query, key, value, self._cache.keys[place], self._cache.values[place], *self._tables
+        )

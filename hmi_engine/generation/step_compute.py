@@ -1,0 +1,158 @@
+"""What computes a step of a decoder: layers, language head and tenants' heads. Here: the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+
+from hmi_engine.errors import HmiError
+from hmi_engine.generation.cache import BlockTables, KeyValueCache, PagedAttention
+from hmi_engine.generation.sequence import DecoderSequence
+from hmi_engine.generation.token_choice import NextToken
+from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.memory.adapter_batch import AdapterBatch
+from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
+from hmi_engine.memory.resident_tenant import ResidentTenant
+from hmi_engine.memory.streams import Arrival
+from hmi_engine.models.gpt2 import HierarchicalGpt2
+from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.stage_clock import StageClock
+
+__all__ = ["HostSteps", "Scheduled", "SearchedStep", "StepCompute", "StepOutput", "StepReadout"]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A sequence's part of a step: its next ``num_tokens`` tokens, for which it has blocks."""
+
+    sequence: DecoderSequence
+    num_tokens: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all its tokens are in the cache after the step, so that it goes on or ends."""
+        return self.num_tokens == self.sequence.num_waiting
+
+
+StepOutput = NextToken | HeadOutput | HmiError | None
+"""Of a text's next token, what a head says, an error, or None where a prompt goes on."""
+
+
+@dataclass(frozen=True)
+class SearchedStep:
+    """What a step needs to be computed.
+
+    Attributes:
+        scheduled: the sequences, those of a tenant together.
+        tenants: of each, its tenant.
+        tokens: their new tokens, in host memory like all that follows.
+        view: the lease on their domains' tables, and ``references`` int64 [T, 2] into them; None where no
+            layers are looked up.
+        adapters: what the layers apply.
+        arrivals: what brings tenants that are still on their way to the device.
+    """
+
+    scheduled: Sequence[Scheduled]
+    tenants: Sequence[ResidentTenant]
+    tokens: CausalTokens
+    view: CausalPlotView | None
+    references: torch.Tensor | None
+    adapters: AdapterBatch
+    arrivals: Sequence[Arrival]
+
+    def block_tables(self) -> BlockTables:
+        """Where the sequences have their tokens in the cache."""
+        return BlockTables.of(
+            [each.sequence for each in self.scheduled], [each.num_tokens for each in self.scheduled]
+        )
+
+
+@dataclass(frozen=True)
+class StepReadout:
+    """Which of a step's rows somebody reads: the last ones of sequences that are complete after it.
+
+    Attributes:
+        texts: of sequences that generate, by their places in the step; ``text_rows`` are their rows.
+        heads: of sequences that a tenant's head reads; ``head_rows`` likewise.
+        drawn: which of ``texts`` need their logits, being more than the likeliest token's text.
+    """
+
+    texts: list[int]
+    text_rows: list[int]
+    heads: list[int]
+    head_rows: list[int]
+    drawn: list[int]
+
+    @classmethod
+    def of(cls, scheduled: Sequence[Scheduled]) -> StepReadout:
+        """What a step's sequences are asked for."""
+        ends = [end - 1 for end in accumulate(each.num_tokens for each in scheduled)]
+        complete = [index for index, each in enumerate(scheduled) if each.is_complete]
+        texts = [index for index in complete if scheduled[index].sequence.is_generating]
+        heads = [index for index in complete if not scheduled[index].sequence.is_generating]
+        choosers = [scheduled[index].sequence.chooser for index in texts]
+        return cls(
+            texts,
+            [ends[index] for index in texts],
+            heads,
+            [ends[index] for index in heads],
+            [place for place, chooser in enumerate(choosers) if chooser is None or chooser.needs_logits],
+        )
+
+
+class StepCompute(Protocol):
+    """Computes steps, on the device that it was made for. For one thread."""
+
+    def run(self, step: SearchedStep) -> list[StepOutput]:
+        """What each of the step's sequences gets; all is in host memory, and the step at its end."""
+
+
+class HostSteps:
+    """Computes on the CPU."""
+
+    def __init__(
+        self, general: GeneralInfo, model: HierarchicalGpt2, cache: KeyValueCache, clock: StageClock
+    ) -> None:
+        """``cache`` lies in host memory."""
+        self._general, self._model, self._cache, self._clock = general, model, cache, clock
+
+    # Under no_grad alone each op of ours would go through autograd's wrapper in Python, a third of its time.
+    @torch.inference_mode()
+    def run(self, step: SearchedStep) -> list[StepOutput]:
+        """See :meth:`StepCompute.run`."""
+        tokens = step.tokens
+        if step.view is None or step.references is None:
+            hidden_states = self._model.embed(tokens.input_ids, tokens.positions)
+        else:
+            hidden_states = step.view.merge(tokens, step.references)
+        first = self._general.plot_layers
+        hidden_states = self._model.run_layers(
+            hidden_states,
+            PagedAttention(self._cache, step.block_tables(), first),
+            first=first,
+            adapters=step.adapters,
+            around_layer=self._clock.around_layer,
+        )
+        return self._read(step, hidden_states)
+
+    def _read(self, step: SearchedStep, hidden_states: torch.Tensor) -> list[StepOutput]:
+        readout = StepReadout.of(step.scheduled)
+        outputs: list[StepOutput] = [None] * len(step.scheduled)
+        if readout.texts:
+            logits = self._model.logits(hidden_states[torch.tensor(readout.text_rows)])
+            # All at once: a call for each text would take longer than a small model's layer.
+            likeliest = logits.argmax(-1).tolist()
+            for index, row, token in zip(readout.texts, logits.unbind(), likeliest, strict=True):
+                outputs[index] = NextToken(row, token)
+        if readout.heads:
+            states = self._model.final_norm(hidden_states[torch.tensor(readout.head_rows)]).split(1)
+            tenants = [step.tenants[index] for index in readout.heads]
+            for index, output in zip(
+                readout.heads, read_out(tenants, states, self._model.pooler), strict=True
+            ):
+                outputs[index] = output
+        return outputs

@@ -1,0 +1,270 @@
+"""A decoder on a device writes the CPU's texts, in whatever order the device's streams come to run."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import classification_head, sentences
+from decoder_stores import PROMPTS, adapters, make_store
+
+import hmi_engine as hmi
+from devices.deferred_streams import DeferredStreams, ForgottenEvent
+from hmi_engine.generation.device_steps import DeviceSteps
+from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.device_rows import DeviceRows
+from hmi_engine.memory.streams import Arrival
+from hmi_engine.models import linear
+from hmi_engine.models.gpt2 import HierarchicalGpt2
+from hmi_engine.pipeline.device_buffers import StagedBuffer
+
+SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
+OPTIONS = {"record_traffic": False, "cache_memory": "4MiB", "max_step_tokens": 24}
+SAMPLINGS = (
+    hmi.Sampling(max_tokens=6, ignore_end=True),
+    hmi.Sampling(max_tokens=6, ignore_end=True, logprobs=True),
+    hmi.Sampling(max_tokens=6, temperature=0.8, top_k=20, seed=7, ignore_end=True),
+    hmi.Sampling(max_tokens=6, repetition_penalty=1.3, ignore_end=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def plain_products(monkeypatch):
+    """A device has no weights that oneDNN reordered."""
+    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def store(tiny_gpt2, tmp_path_factory):
+    """Tenants of every kind of adapter, and one whose head reads the prompt."""
+    path = tmp_path_factory.mktemp("decoders") / "store"
+    with make_store(path, tiny_gpt2, 2) as opened:
+        for name, adapter in adapters(opened).items():
+            opened.add_tenant(name, domain="news", adapter=adapter, head=hmi.GenerationHead())
+        lora = adapters(opened)["lora"]
+        head = classification_head(opened.general, pooling="last")
+        opened.add_tenant("judge", domain="news", adapter=lora, head=head)
+        yield opened
+
+
+@pytest.fixture
+def deferred_engine(store, monkeypatch):
+    """A function: an engine on deferred streams of a seed."""
+
+    @contextmanager
+    def opened(seed, **options):
+        streams = DeferredStreams(seed)
+        monkeypatch.setattr("hmi_engine.generation.core.open_streams", lambda name: streams)
+        with hmi.Engine(store, **OPTIONS | options) as engine:
+            yield engine
+        assert streams.num_run, "the device was used"
+
+    return opened
+
+
+def requests_of(store, count=18, seed=9):
+    """Tenants in turn; texts by every way of choosing tokens."""
+    names, texts = list(store.tenants), sentences(count, seed=seed, longest=10)
+    return [
+        hmi.Request(names[n % len(names)], text, sampling=SAMPLINGS[n % len(SAMPLINGS)])
+        for n, text in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def expected(store):
+    """Requests, and what the CPU answers."""
+    requests = requests_of(store)
+    with hmi.Engine(store, **OPTIONS) as engine:
+        return requests, engine.run(requests)
+
+
+def same(responses, expected, tolerance=1e-4):
+    """Equal tokens, and equal numbers to the tolerance."""
+    for response, wanted in zip(responses, expected, strict=True):
+        assert response.error is None, response.error
+        assert (response.kind, response.token_ids) == (wanted.kind, wanted.token_ids)
+        assert response.logprobs == pytest.approx(wanted.logprobs, abs=tolerance)
+        if wanted.scores is not None:
+            assert response.scores == pytest.approx(wanted.scores, abs=tolerance)
+
+
+def memory_for(store, share):
+    """A device budget whose arena holds this share of all tenants."""
+    return 2 * int(share * sum(AdapterArena.allocated_bytes(t.bytes // 4) for t in store.tenants.values()))
+
+
+@pytest.mark.parametrize("share", [0.6, 2])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_order_gives_the_same_texts(store, expected, deferred_engine, seed, share):
+    requests, wanted = expected
+    with deferred_engine(seed, device_memory=memory_for(store, share), max_running=5) as engine:
+        same(engine.run(requests), wanted)
+        same(engine.run(requests[::-1]), wanted[::-1])
+        statistics = engine.stats()
+    assert statistics.generation["blocks_held"] == 0
+    assert (statistics.adapters["evictions"] > 0) == (share < 1)
+
+
+@pytest.mark.parametrize("miss", ["exact", "budget"])
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_windows_that_are_missing_are_computed_too(store, deferred_engine, miss, seed):
+    requests = requests_of(store, seed=4)
+    with hmi.Engine(store, miss=miss, **OPTIONS) as engine:
+        wanted = engine.run(requests)
+    with deferred_engine(seed, miss=miss, device_memory="64MiB") as engine:
+        same(engine.run(requests), wanted)
+        assert engine.stats().plot["windows_computed"] > 0
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_rows_that_do_not_fit_are_sent_for_each_step(expected, deferred_engine, seed, monkeypatch):
+    requests, wanted = expected
+    monkeypatch.setattr(DeviceRows, "_whole", lambda self, table: None)
+    with deferred_engine(seed, device_memory="64MiB") as engine:
+        same(engine.run(requests), wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_without_layers_that_are_looked_up(tiny_gpt2, tmp_path, deferred_engine, seed, monkeypatch):
+    streams = DeferredStreams(seed)
+    requests = [hmi.Request("plain", text, sampling=SAMPLINGS[1]) for text in PROMPTS]
+    with make_store(tmp_path / "s", tiny_gpt2, 0) as plain:
+        with hmi.Engine(plain, **OPTIONS) as engine:
+            wanted = engine.run(requests)
+        monkeypatch.setattr("hmi_engine.generation.core.open_streams", lambda name: streams)
+        with hmi.Engine(plain, device_memory="64MiB", **OPTIONS) as engine:
+            same(engine.run(requests), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 0.15)])
+def test_16_bits_say_what_float32_says(store, deferred_engine, dtype, tolerance):
+    """Of the first token: later ones depend on it. The log-probabilities are of -1 to -10."""
+    names = [name for name in store.tenants if name != "judge"]
+    sampling = hmi.Sampling(max_tokens=1, ignore_end=True, logprobs=True)
+    requests = [
+        hmi.Request(name, text, sampling=sampling) for name, text in zip(names, PROMPTS, strict=False)
+    ]
+    judged = [hmi.Request("judge", text) for text in PROMPTS]
+    with hmi.Engine(store, **OPTIONS) as engine:
+        wanted, judgements = engine.run(requests), engine.run(judged)
+    with deferred_engine(1, dtype=dtype, device_memory="64MiB") as engine:
+        for response, expected in zip(engine.run(requests), wanted, strict=True):
+            assert response.logprobs == pytest.approx(expected.logprobs, abs=tolerance)
+        for response, expected in zip(engine.run(judged), judgements, strict=True):
+            assert response.scores == pytest.approx(expected.scores, abs=tolerance / 2)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_nothing_is_allocated_once_it_is_warm(expected, deferred_engine, monkeypatch, seed):
+    requests, _ = expected
+    with deferred_engine(seed, device_memory="64MiB") as engine:
+        engine.run(requests)
+        reserve, reserved = StagedBuffer._reserve, []
+
+        def noting(buffer, num_bytes):
+            before = buffer._device.data_ptr()
+            reserve(buffer, num_bytes)
+            reserved.append(buffer._device.data_ptr() == before)
+
+        monkeypatch.setattr(StagedBuffer, "_reserve", noting)
+        engine.run(requests)
+    assert reserved and all(reserved)
+
+
+def test_a_step_that_fails_leaves_the_next_ones_alone(store, expected, deferred_engine, monkeypatch):
+    requests, wanted = expected
+    run_layers, calls = HierarchicalGpt2.run_layers, []
+
+    def third_fails(model, *arguments, **options):
+        result = run_layers(model, *arguments, **options)
+        calls.append(None)
+        if len(calls) == 3:
+            raise ZeroDivisionError("on purpose")
+        return result
+
+    with deferred_engine(1, device_memory="64MiB", max_running=4) as engine:
+        monkeypatch.setattr(HierarchicalGpt2, "run_layers", third_fails)
+        responses = engine.run(requests)
+        failed = [response for response in responses if response.error is not None]
+        assert 0 < len(failed) < len(responses) / 2
+        good = [n for n, response in enumerate(responses) if response.error is None]
+        same([responses[n] for n in good], [wanted[n] for n in good])
+        assert not engine._core.residency._num_held
+        same(engine.run(requests), wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_many_callers_are_answered(store, expected, monkeypatch, seed):
+    requests, wanted = expected
+    streams = DeferredStreams(seed)
+    monkeypatch.setattr("hmi_engine.generation.core.open_streams", lambda name: streams)
+
+    async def ask():
+        async with hmi.AsyncEngine(store, device_memory=memory_for(store, 0.6), **OPTIONS) as engine:
+            return await asyncio.gather(*(engine.submit(request) for request in requests))
+
+    same(asyncio.run(ask()), wanted)
+
+
+def forget_layers(monkeypatch):
+    """Layers do not wait for their adapters."""
+    monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
+
+
+def forget_inputs(monkeypatch):
+    """The first layer does not wait for token ids and the merge."""
+    wait = DeferredStreams.wait
+
+    def impatient(streams, stream, event):
+        # The first wait of a step is for its inputs.
+        if stream == "compute" and streams.step_begins:
+            streams.step_begins = False
+            return
+        wait(streams, stream, event)
+
+    run = DeviceSteps.run
+
+    def begin(computer, step):
+        computer._streams.step_begins = True
+        return run(computer, step)
+
+    monkeypatch.setattr(DeferredStreams, "wait", impatient)
+    monkeypatch.setattr(DeviceSteps, "run", begin)
+
+
+def forget_results(monkeypatch):
+    """The host reads results without waiting for them."""
+    record = DeferredStreams.record
+
+    def forgotten(streams, stream):
+        event = record(streams, stream)
+        return ForgottenEvent() if stream == "compute" else event
+
+    monkeypatch.setattr(DeferredStreams, "record", forgotten)
+
+
+@pytest.mark.parametrize("mistake", [forget_layers, forget_inputs, forget_results])
+def test_each_mistake_is_seen(store, expected, deferred_engine, monkeypatch, mistake):
+    """What the tests above hold, they hold because a missing event gives wrong answers here."""
+    requests, wanted = expected
+    mistake(monkeypatch)
+    for seed in range(12):
+        try:
+            with deferred_engine(seed, device_memory=memory_for(store, 0.6), max_running=5) as engine:
+                for _ in range(2):
+                    same(engine.run(requests), wanted)
+        except (AssertionError, ValueError, IndexError, RuntimeError):
+            return
+    pytest.fail(f"nobody noticed: {mistake.__doc__}")
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(store):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with hmi.Engine(store, **OPTIONS) as engine:
+        assert not engine._core.streams.is_asynchronous
+    with pytest.raises(hmi.errors.DeviceUnavailableError, match="cuda"):
+        hmi.Engine(store, device="cuda", **OPTIONS)
