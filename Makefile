@@ -56,9 +56,10 @@ report: ## Write docs/results.md from benchmarks/results/*.json
 gpu-check: ## Are the kernels right on this GPU? (8 minutes at most)
 	python -m benchmarks.gpu.check
 
-gpu-bench: ## How fast are they, beside what others do? (12 minutes at most, no other load on the GPU)
+gpu-bench: ## How fast are they, beside what others do? (15 minutes at most, no other load on the GPU)
 	python -m benchmarks.gpu.bench
 	python -m benchmarks.gpu.serving
+	python -m benchmarks.gpu.generation
 
 gpu-check-dry: ## The same check on the CPU, by emulator and interpreter
 	python -m benchmarks.gpu.check --dry
@@ -66,6 +67,7 @@ gpu-check-dry: ## The same check on the CPU, by emulator and interpreter
 gpu-bench-dry: ## The same benchmark on the CPU, without measuring
 	python -m benchmarks.gpu.bench --dry
 	python -m benchmarks.gpu.serving --dry
+	python -m benchmarks.gpu.generation --dry
 
 kernel-tables: build ## Count bytes and bank conflicts of the kernels and write them into docs/kernels.md
 	PYTHONPATH=tests python -m kernels.cuda.write_tables

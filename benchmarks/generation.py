@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,7 +36,22 @@ from hmi_engine.request import Request
 from hmi_engine.sampling import Sampling
 from hmi_engine.store import Store
 
-__all__ = ["main", "measure"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = [
+    "DOMAIN",
+    "OURS",
+    "PLAIN",
+    "RANK",
+    "Bench",
+    "Plan",
+    "check_same_work",
+    "main",
+    "measure",
+    "measure_concurrency",
+    "measure_peers",
+]
 
 NAME = "generation"
 QUESTION = "How many tokens a second do decoders of many tenants generate, beside transformers with PEFT?"
@@ -110,27 +126,30 @@ def generate(engine: Engine, prompts: Prompts, count: int) -> list[list[int]]:
     return [list(response.token_ids) for response in responses]
 
 
-def check_same_work(systems: dict[str, Callable[[Prompts], list[list[int]]]], prompts: Prompts) -> None:
-    """Raises HmiError unless all give the same tokens, but for a few that rounding decides."""
-    texts = {name: run(prompts) for name, run in systems.items()}
-    first = next(iter(texts))
-    for name, found in texts.items():
-        equal = np.mean([mine == theirs for mine, theirs in zip(texts[first], found, strict=True)])
+def check_same_work(bench: Bench, engine: Engine, model: PeftModel) -> None:
+    """Raises HmiError unless the engine that computes every layer and both ways of PEFT give the same tokens.
+
+    But for a few that rounding decides.
+    """
+    prompts, count = bench.round(99, len(bench.names)), bench.plan.new_tokens
+    ours = generate(engine, prompts, count)
+    for name, way in ((ONE, generate_one_at_a_time), (MIXED, generate_mixed)):
+        equal = np.mean(
+            [mine == theirs for mine, theirs in zip(ours, way(model, prompts, count), strict=True)]
+        )
         if equal < 0.9:
-            raise HmiError(f"{first} and {name} give the same text for {equal:.0%} of the prompts only")
+            raise HmiError(f"{PLAIN} and {name} give the same text for {equal:.0%} of the prompts only")
 
 
-def measure_peers(bench: Bench, engines: dict[str, Engine]) -> Case:
-    """All systems on one batch of a request of each tenant."""
+def measure_peers(bench: Bench, engines: dict[str, Engine], model: PeftModel) -> Case:
+    """All systems on one batch of a request of each tenant; ``model`` holds all tenants' adapters."""
     count = bench.plan.new_tokens
-    model = load_peft(bench.base, bench.adapters, bench.names)
     systems: dict[str, Callable[[Prompts], list[list[int]]]] = {
         name: lambda prompts, engine=engine: generate(engine, prompts, count)
         for name, engine in engines.items()
     }
     systems[ONE] = lambda prompts: generate_one_at_a_time(model, prompts, count)
     systems[MIXED] = lambda prompts: generate_mixed(model, prompts, count)
-    check_same_work({name: systems[name] for name in (PLAIN, ONE, MIXED)}, bench.round(99, len(bench.names)))
     timed = {
         name: lambda number, run=run: run(bench.round(number, len(bench.names)))
         for name, run in systems.items()
@@ -240,9 +259,11 @@ def _run(arguments: Arguments, model: Path | None, plan: Plan) -> _Found:
             system: stack.enter_context(Engine(store, record_traffic=False, prefix_cache="off"))
             for system, store in stores.items()
         }
+        peft = load_peft(bench.base, bench.adapters, bench.names)
+        check_same_work(bench, engines[PLAIN], peft)
         return _Found(
             general=stores[OURS].general,
-            case=measure_peers(bench, engines),
+            case=measure_peers(bench, engines, peft),
             curves=measure_concurrency(bench, engines),
             product_share=matrix_product_share(engines[OURS], bench),
             loads=measure_tenants(

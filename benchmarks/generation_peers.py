@@ -40,7 +40,14 @@ def write_adapters(base: Path, folder: Path, names: Sequence[str], *, rank: int,
         adapted.save_pretrained(folder / name)
 
 
-def load_peft(base: Path, folder: Path, names: Sequence[str]) -> PeftModel:
+def load_peft(
+    base: Path,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> PeftModel:
     """One base model with all adapters, unmerged."""
     from peft import PeftModel
     from transformers import GPT2LMHeadModel
@@ -51,7 +58,7 @@ def load_peft(base: Path, folder: Path, names: Sequence[str]) -> PeftModel:
     )
     for name in others:
         model.load_adapter(folder / name, adapter_name=name, low_cpu_mem_usage=True)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device, dtype)
 
 
 @torch.no_grad()
@@ -79,8 +86,8 @@ def _generate(model: PeftModel, prompts: list[list[int]], count: int, **options:
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     generated = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,

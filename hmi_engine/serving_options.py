@@ -58,7 +58,8 @@ class EngineOptions:
             thread of the engine; None for no updates. Each writes the domain's table anew, so minutes to
             hours suit large ones.
         update_share: most of its time that this thread works, 0 to 1.
-        cache_memory: a decoder's budget for keys and values, in bytes or as ``"1GiB"``.
+        cache_memory: a decoder's budget for keys and values where it computes, in bytes or as ``"1GiB"``; on a
+            GPU it comes beside ``device_memory``.
         block_tokens: tokens of a block of it.
         max_step_tokens: most tokens of a decoder's step: one of each text under way, and pieces of prompts.
             Larger takes prompts in faster, smaller keeps texts going evenly.

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["WORDS", "number_texts", "write_random_base"]
+__all__ = ["WORDS", "number_texts", "write_random_base", "write_random_decoder"]
 
 WORDS = 2000
 """The texts' vocabulary: numbers below this, a token each."""
 VOCABULARY = 30_522
+GPT2_VOCABULARY = 50_257
+END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -38,6 +40,23 @@ def write_random_base(folder: Path, *, is_tiny: bool = False) -> Path:
         }
     torch.manual_seed(0)
     BertModel(BertConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def write_random_decoder(folder: Path, *, is_tiny: bool = False) -> Path:
+    """The same of GPT-2's shape: 12 layers of width 768."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokens = {token: index for index, token in enumerate([END, UNKNOWN, *map(str, range(WORDS))])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
+    sizes = {"vocab_size": GPT2_VOCABULARY}
+    if is_tiny:
+        sizes = {"vocab_size": len(tokens), "n_embd": 64, "n_layer": 4, "n_head": 4}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     return folder
 
 

@@ -33,7 +33,7 @@ from hmi_engine.knowledge.examples import Example
 from hmi_engine.request import Request
 from hmi_engine.store import Store
 
-__all__ = ["measure"]
+__all__ = ["DRY", "FULL", "PREFIX", "Plan", "measure", "open_store", "request_rounds"]
 
 QUESTION = "How fast is a whole engine on this GPU, from text to answers, beside what people use today?"
 DOMAIN = "numbers"
@@ -55,7 +55,9 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
+    """Sizes of a run."""
+
     tenants: int
     requests: int
     words: int
@@ -64,9 +66,9 @@ class _Plan:
     pipeline: PipelinePlan
 
 
-FULL = _Plan(32, 1024, 40, 9, 96 << 20, PipelinePlan(1024, 1024, 4096, 400, 7))
-QUICK = _Plan(16, 512, 40, 5, 16 << 20, PipelinePlan(256, 256, 2048, 100, 3))
-DRY = _Plan(2, 4, 5, 1, 1 << 20, PipelinePlan(12, 12, 30, 8, 1))
+FULL = Plan(32, 1024, 40, 9, 96 << 20, PipelinePlan(1024, 1024, 4096, 400, 7))
+QUICK = Plan(16, 512, 40, 5, 16 << 20, PipelinePlan(256, 256, 2048, 100, 3))
+DRY = Plan(2, 4, 5, 1, 1 << 20, PipelinePlan(12, 12, 30, 8, 1))
 
 
 def measure(options: Options, console: Console) -> BenchmarkResult:
@@ -77,7 +79,7 @@ def measure(options: Options, console: Console) -> BenchmarkResult:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hmi-gpu-serving-")))
         base = write_random_base(folder / "base", is_tiny=options.is_dry)
         stores = {
-            name: stack.enter_context(_store(folder / name, base, layers, plan))
+            name: stack.enter_context(open_store(folder / name, base, layers, plan))
             for name, layers in (("half", None), ("plain", 0))
         }
         console.print("two stores built")
@@ -111,7 +113,7 @@ def measure(options: Options, console: Console) -> BenchmarkResult:
 
 
 @contextmanager
-def _store(path: Path, base: Path, plot_layers: int | None, plan: _Plan) -> Iterator[Store]:
+def open_store(path: Path, base: Path, plot_layers: int | None, plan: Plan) -> Iterator[Store]:
     """A store with the tenants that all systems serve and, where layers are looked up, the many others."""
     with Store.create(path, general=str(base), plot_layers=plot_layers) as store:
         corpus = number_texts(8 * plan.requests, plan.words, seed=1)
@@ -125,13 +127,13 @@ def _store(path: Path, base: Path, plot_layers: int | None, plan: _Plan) -> Iter
         yield store
 
 
-def _cold(number: int, plan: _Plan) -> str:
+def _cold(number: int, plan: Plan) -> str:
     return tenant_name(number % plan.pipeline.tenants)
 
 
-def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, plan: _Plan) -> list[Case]:
+def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, plan: Plan) -> list[Case]:
     names = [name for name in half.tenants if name.startswith(f"{PREFIX}/")]
-    rounds = _rounds(names, plan)
+    rounds = request_rounds(names, plan)
     device = "cpu" if platform.is_dry else str(platform.device)
     dtype = torch.float32 if platform.is_dry else torch.bfloat16
     served = export_tenants(half, names, folder / "exported")
@@ -189,7 +191,7 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
     ]
 
 
-def _rounds(names: Sequence[str], plan: _Plan) -> list[list[Request]]:
+def request_rounds(names: Sequence[str], plan: Plan) -> list[list[Request]]:
     """New texts for each repetition, for warming up and for the search before; tenants in turn."""
     rounds = []
     for number in range(plan.repetitions + 2):
@@ -198,7 +200,7 @@ def _rounds(names: Sequence[str], plan: _Plan) -> list[list[Request]]:
     return rounds
 
 
-def _systems(peers: Sequence[Peer], seconds: Mapping[str, Sequence[float]], plan: _Plan) -> dict[str, System]:
+def _systems(peers: Sequence[Peer], seconds: Mapping[str, Sequence[float]], plan: Plan) -> dict[str, System]:
     work = [float(plan.requests)] * plan.repetitions
     descriptions = {peer.name: peer.description for peer in peers} | {MANY: "each text of another tenant"}
     return {name: System.of(name, descriptions[name], seconds[name], work, "texts") for name in seconds}
@@ -222,7 +224,7 @@ def _check(store: Store, served: Sequence[ServedTenant], requests: Sequence[Requ
         theirs.close()
 
 
-def _tune(peers: Sequence[Peer], requests: Sequence[Request], plan: _Plan) -> None:
+def _tune(peers: Sequence[Peer], requests: Sequence[Request], plan: Plan) -> None:
     sizes = [size for size in (256, 128, 64, 32) if size <= plan.requests] or [plan.requests]
     for peer in peers:
         if isinstance(peer, TransformersPeer):

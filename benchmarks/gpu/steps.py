@@ -28,7 +28,7 @@ DRY_TESTS = (
     "tests/kernels/triton/test_dispatch.py",
 )
 TRITON_TESTS = ("tests/kernels/triton",)
-ENGINE_TESTS = ("tests/devices/test_gpu.py",)
+ENGINE_TESTS = ("tests/devices/test_gpu.py", "tests/devices/test_gpu_decoder.py")
 DRY_ENGINE_TESTS = ("tests/devices/test_deferred.py::test_each_mistake_is_seen",)
 SANITIZER_ERROR = 99
 OUTPUT_SHOWN = 4000

@@ -56,6 +56,13 @@ def test_serving(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_generation(tmp_path: Path) -> None:
+    result = run_dry("generation", tmp_path / "generation.json")
+    [case] = result["cases"]
+    assert len(case["systems"]) == 4 and len(result["curves"]) == 4
+
+
+@pytest.mark.slow
 def test_check(tmp_path: Path) -> None:
     result = run_dry("check", tmp_path / "check.json")
     assert result["dry"]

@@ -64,7 +64,7 @@ def deferred_engine(store, monkeypatch):
     return opened
 
 
-def requests_of(store, count=18, seed=9):
+def requests_of(store, count=14, seed=9):
     """Tenants in turn; texts by every way of choosing tokens."""
     names, texts = list(store.tenants), sentences(count, seed=seed, longest=10)
     return [
@@ -251,11 +251,10 @@ def test_each_mistake_is_seen(store, expected, deferred_engine, monkeypatch, mis
     """What the tests above hold, they hold because a missing event gives wrong answers here."""
     requests, wanted = expected
     mistake(monkeypatch)
-    for seed in range(12):
+    for seed in (3, 2, *range(12)):  # the first two mostly show it
         try:
             with deferred_engine(seed, device_memory=memory_for(store, 0.6), max_running=5) as engine:
-                for _ in range(2):
-                    same(engine.run(requests), wanted)
+                same(engine.run(requests), wanted)
         except (AssertionError, ValueError, IndexError, RuntimeError):
             return
     pytest.fail(f"nobody noticed: {mistake.__doc__}")

@@ -25,8 +25,8 @@ def attention_bound(rows: Sequence[Tensor], dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", COMPUTE_TYPES)
-@pytest.mark.parametrize(("head_size", "block_size"), [(1, 3), (5, 1), (32, 16), (64, 7)])
-@pytest.mark.parametrize("lengths", [[1], [2, 0, 1, 3], [17, 16, 33, 1], [70], [130, 5]])
+@pytest.mark.parametrize(("head_size", "block_size"), [(1, 3), (32, 16), (60, 7)])
+@pytest.mark.parametrize("lengths", [[1], [2, 0, 1, 3], [17, 16, 130, 1]])
 def test_attention_equals_torch(
     lengths: list[int], head_size: int, block_size: int, dtype: torch.dtype
 ) -> None:
