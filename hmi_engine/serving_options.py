@@ -58,8 +58,8 @@ class EngineOptions:
             thread of the engine; None for no updates. Each writes the domain's table anew, so minutes to
             hours suit large ones.
         update_share: most of its time that this thread works, 0 to 1.
-        cache_memory: a decoder's budget for keys and values where it computes, in bytes or as ``"1GiB"``; on a
-            GPU it comes beside ``device_memory``.
+        cache_memory: a decoder's budget for keys and values where it computes, in bytes or as ``"1GiB"``; on
+            a GPU it comes beside ``device_memory``.
         block_tokens: tokens of a block of it.
         max_step_tokens: most tokens of a decoder's step: one of each text under way, and pieces of prompts.
             Larger takes prompts in faster, smaller keeps texts going evenly.
@@ -67,6 +67,8 @@ class EngineOptions:
         prefix_cache: whether a prompt begins with the keys and values of an earlier one that began alike:
             ``"shared"`` (between all whose weights are equal), ``"tenant"`` (only of the same tenant: then no
             tenant can learn from an answer's time what another one was asked), or ``"off"``.
+        device_graphs: whether a GPU is told of a decoder's steps by CUDA graphs, once they are one token for
+            each text. They take memory for each of a few numbers of texts.
         trace: file for a trace of all stages and layers, written when the engine is closed; Perfetto
             (ui.perfetto.dev) and chrome://tracing show it.
 
@@ -96,6 +98,7 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_running: int = 256
     prefix_cache: PrefixCache = "shared"
+    device_graphs: bool = True
     trace: str | Path | None = None
 
     def __post_init__(self) -> None:

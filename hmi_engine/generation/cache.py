@@ -20,8 +20,9 @@ class KeyValueCache:
 
     Attributes:
         block_size: tokens of a block.
-        keys: per upper layer [blocks, heads, d, block_size].
-        values: per upper layer [blocks, heads, block_size, d].
+        spare_block: one behind the ``num_blocks`` that sequences may have, for tokens that are nobody's.
+        keys: per upper layer [num_blocks + 1, heads, d, block_size].
+        values: per upper layer [num_blocks + 1, heads, block_size, d].
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class KeyValueCache:
         heads, size = general.num_heads, general.hidden_size // general.num_heads
 
         def blocks(*sizes: int) -> list[torch.Tensor]:
-            shape = (num_blocks, heads, *sizes)
+            shape = (num_blocks + 1, heads, *sizes)
             return [torch.empty(shape, dtype=dtype, device=device) for _ in general.upper_layers]
 
         self.block_size = block_size
+        self.spare_block = num_blocks
         self.keys = blocks(size, block_size)
         self.values = blocks(block_size, size)
 

@@ -110,7 +110,9 @@ class DecoderCore:
             return HostSteps(general, store.decoder, cache, self.clock)
         model = HierarchicalGpt2.load(store.general_folder, general.plot_layers, streams.device, dtype)
         rows = DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes)
-        return DeviceSteps(general, model, streams, rows, cache, self.clock)
+        return DeviceSteps(
+            general, model, streams, rows, cache, self.clock, uses_graphs=self.options.device_graphs
+        )
 
     def use_backend(self) -> AbstractContextManager[None]:
         """The kernels that the options ask for, in the block."""

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +15,13 @@ from torch import Tensor
 import hmi_kernels
 from hmi_engine.errors import HmiError
 from hmi_engine.generation.cache import BlockTables, KeyValueCache, PagedAttention
+from hmi_engine.generation.decode_graphs import DecodeGraphs
 from hmi_engine.generation.step_compute import SearchedStep, StepOutput, StepReadout
 from hmi_engine.generation.token_choice import NextToken
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.causal_view import CausalMergeInputs, merge_causal_rows
 from hmi_engine.memory.device_rows import DeviceRows
-from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.streams import Arrival, DeviceStreams
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.pipeline.device_buffers import BatchSlot, StagedBuffer
@@ -33,15 +35,23 @@ _ID_ELEMENTS = torch.int64.itemsize // torch.float32.itemsize
 
 @dataclass
 class _Sent:
-    """A step's inputs as they are on the device, or on their way there."""
+    """A step's inputs as they are on the device, or on their way; ``tables`` unless a graph has them."""
 
     input_ids: Tensor
     positions: Tensor
-    tables: BlockTables
     text_rows: Tensor
     head_rows: Tensor
     drawn: Tensor
     merge: CausalMergeInputs | None
+    tables: BlockTables | None
+
+
+class _Read(NamedTuple):
+    """What a step's rows gave, on the device: texts' logits [n, V], their likeliest tokens, and heads."""
+
+    logits: Tensor
+    likeliest: Tensor
+    of_heads: Sequence[HeadOutput | HmiError]
 
 
 class DeviceSteps:
@@ -49,7 +59,8 @@ class DeviceSteps:
 
     ``copy`` brings adapters; ``gather`` brings inputs and PLOT rows, and merges the rows; ``compute`` runs
     each layer when its input and its own adapters are there, then the heads, and copies what they gave back.
-    The segments of the adapters stay on the device while the same texts are under way.
+    The segments of the adapters stay on the device while the same texts are under way. Steps that give each
+    text a token are graphs, where there are such.
     """
 
     def __init__(
@@ -60,6 +71,8 @@ class DeviceSteps:
         rows: DeviceRows,
         cache: KeyValueCache,
         clock: StageClock,
+        *,
+        uses_graphs: bool,
     ) -> None:
         """``model`` and ``cache`` lie on the device of ``streams``; other memory is taken when needed."""
         streams.synchronize()  # some of the model's weights were put together on another stream
@@ -68,6 +81,7 @@ class DeviceSteps:
         self._slot = BatchSlot(streams)
         self._adapter_tables = StagedBuffer(streams)
         self._adapters: tuple[AdapterBatch, AdapterBatch] | None = None
+        self._graphs = DecodeGraphs(general, model, streams, cache) if uses_graphs else None
 
     @torch.inference_mode()
     def run(self, step: SearchedStep) -> list[StepOutput]:
@@ -76,19 +90,79 @@ class DeviceSteps:
             return self._run(step)
         except BaseException:
             self._adapters = None
+            if self._graphs is not None:
+                self._graphs.forget()
             self._streams.synchronize()  # nothing of the step may be in use when the next one begins
             raise
 
     def _run(self, step: SearchedStep) -> list[StepOutput]:
-        readout = StepReadout.of(step.scheduled)
-        sent = self._send(step, readout)
+        readout, tables = StepReadout.of(step.scheduled), step.block_tables()
+        graphs = self._graphs_for(step, readout)
+        if graphs is not None and graphs.send(tables, step.adapters):
+            sent = self._send(step, readout, None)
+            hidden_states = self._enter(sent)
+            for arrival in step.arrivals:
+                self._streams.wait("compute", arrival.everything)
+            return self._finish(step, readout, sent, _Read(*graphs.run(hidden_states), []))
+        sent = self._send(step, readout, tables)
         adapters = self._send_adapters(step.adapters)
+        hidden_states = self._run_layers(step, sent, self._enter(sent), adapters)
+        return self._finish(step, readout, sent, self._read(step, readout, sent, hidden_states))
+
+    def _graphs_for(self, step: SearchedStep, readout: StepReadout) -> DecodeGraphs | None:
+        """The graphs, for a step that gives each of its sequences a token."""
+        count = len(step.scheduled)
+        if self._graphs is None or not self._graphs.takes(count):
+            return None
+        is_decoding = len(step.tokens.input_ids) == count == len(readout.texts)
+        return self._graphs if is_decoding else None
+
+    def _send(self, step: SearchedStep, readout: StepReadout, tables: BlockTables | None) -> _Sent:
+        """Copies all small inputs at once, and the rows of tables that do not lie on the device."""
+        merge = None
+        if step.view is not None and step.references is not None:
+            merge = step.view.merge_inputs(step.tokens, step.references)
+            merge = self._rows.bring(merge, self._slot.rows.lay_out)
+        rows_read = (readout.text_rows, readout.head_rows, readout.drawn)
+        tensors = iter(
+            self._slot.inputs.upload(
+                [
+                    step.tokens.input_ids,
+                    step.tokens.positions,
+                    *(torch.tensor(rows, dtype=torch.int64) for rows in rows_read),
+                    *(tables or ()),
+                    *([] if merge is None else [merge.references, merge.unigrams_of_tokens]),
+                ]
+            )
+        )
+        input_ids, positions, text_rows, head_rows, drawn = islice(tensors, 5)
+        if tables is not None:
+            tables = BlockTables(*islice(tensors, len(tables)))
+        if merge is not None:
+            self._slot.rows.send()
+            merge = merge._replace(
+                input_ids=input_ids,
+                positions=positions,
+                references=next(tensors),
+                unigrams_of_tokens=next(tensors),
+            )
+        return _Sent(input_ids, positions, text_rows, head_rows, drawn, merge, tables)
+
+    def _enter(self, sent: _Sent) -> Tensor:
+        """The input of the first upper layer, for which ``compute`` waits, and for all that was sent."""
         with self._streams.on("gather"):
             if sent.merge is None:
                 hidden_states = self._model.embed(sent.input_ids, sent.positions)
             else:
                 hidden_states = merge_causal_rows(self._model, sent.merge)
         self._streams.wait("compute", self._streams.record("gather"))
+        return hidden_states
+
+    def _run_layers(
+        self, step: SearchedStep, sent: _Sent, hidden_states: Tensor, adapters: AdapterBatch
+    ) -> Tensor:
+        """The upper layers, each when its adapters are there."""
+        assert sent.tables is not None  # no graph has them
         first = self._general.plot_layers
         with self._streams.on("compute"):
             hidden_states = self._model.run_layers(
@@ -100,35 +174,7 @@ class DeviceSteps:
             )
         for arrival in step.arrivals:
             self._streams.wait("compute", arrival.everything)
-        return self._read(step, readout, sent, hidden_states)
-
-    def _send(self, step: SearchedStep, readout: StepReadout) -> _Sent:
-        """Copies all small inputs at once, and the rows of tables that do not lie on the device."""
-        merge = None
-        if step.view is not None and step.references is not None:
-            merge = step.view.merge_inputs(step.tokens, step.references)
-            merge = self._rows.bring(merge, self._slot.rows.lay_out)
-        rows_read = (readout.text_rows, readout.head_rows, readout.drawn)
-        tensors = [
-            step.tokens.input_ids,
-            step.tokens.positions,
-            *step.block_tables(),
-            *(torch.tensor(rows, dtype=torch.int64) for rows in rows_read),
-            *([] if merge is None else [merge.references, merge.unigrams_of_tokens]),
-        ]
-        input_ids, positions, blocks, offsets, lengths, texts, heads, drawn, *of_merge = (
-            self._slot.inputs.upload(tensors)
-        )
-        if merge is not None:
-            self._slot.rows.send()
-            merge = merge._replace(
-                input_ids=input_ids,
-                positions=positions,
-                references=of_merge[0],
-                unigrams_of_tokens=of_merge[1],
-            )
-        tables = BlockTables(blocks, offsets, lengths)
-        return _Sent(input_ids, positions, tables, texts, heads, drawn, merge)
+        return hidden_states
 
     def _send_adapters(self, adapters: AdapterBatch) -> AdapterBatch:
         """The segments on the device, copied where they are not those of the step before."""
@@ -146,22 +192,27 @@ class DeviceSteps:
         traced = self._clock.around_layer
         return nullcontext() if traced is None else traced(index)
 
-    def _read(
-        self, step: SearchedStep, readout: StepReadout, sent: _Sent, hidden_states: Tensor
-    ) -> list[StepOutput]:
-        """Reads the rows on the device, copies what they gave back by two copies, and waits for them."""
-        num_texts, vocabulary = len(readout.texts), self._general.vocab_size
+    def _read(self, step: SearchedStep, readout: StepReadout, sent: _Sent, hidden_states: Tensor) -> _Read:
+        """Reads the rows that somebody asks for."""
         tenants = [step.tenants[index] for index in readout.heads]
         with self._streams.on("compute"):
             logits = self._model.logits(hidden_states[sent.text_rows])
-            likeliest = logits.argmax(-1)
-            drawn = logits[sent.drawn].float()
-            of_heads = self._of_heads(tenants, hidden_states[sent.head_rows])
-            values = [each.values for each in of_heads if isinstance(each, HeadOutput)]
+            of_heads: Sequence[HeadOutput | HmiError] = []
+            if tenants:
+                states = self._model.final_norm(hidden_states[sent.head_rows]).float().split(1)
+                of_heads = read_out(tenants, states, self._model.pooler)
+            return _Read(logits, logits.argmax(-1), of_heads)
+
+    def _finish(self, step: SearchedStep, readout: StepReadout, sent: _Sent, read: _Read) -> list[StepOutput]:
+        """Copies what the rows gave to the host, by two copies, and waits for it."""
+        num_texts, vocabulary = len(readout.texts), self._general.vocab_size
+        with self._streams.on("compute"):
+            drawn = read.logits[sent.drawn].float()
+            values = [each.values for each in read.of_heads if isinstance(each, HeadOutput)]
             floats = torch.cat([each.reshape(-1) for each in (drawn, *values)])
             host = self._slot.results(_ID_ELEMENTS * num_texts + floats.numel())
             ids = host[: _ID_ELEMENTS * num_texts].view(torch.int64)
-            ids.copy_(likeliest, non_blocking=True)
+            ids.copy_(read.likeliest, non_blocking=True)
             host[_ID_ELEMENTS * num_texts :].copy_(floats, non_blocking=True)
         self._streams.record("compute").synchronize()
         hmi_kernels.raise_faults(self._streams.device.index or 0)
@@ -172,18 +223,10 @@ class DeviceSteps:
         outputs: list[StepOutput] = [None] * len(step.scheduled)
         for place, (index, token) in enumerate(zip(readout.texts, ids.tolist(), strict=True)):
             outputs[index] = NextToken(rows.get(place), token)
-        for index, output in zip(readout.heads, of_heads, strict=True):
+        for index, output in zip(readout.heads, read.of_heads, strict=True):
             if isinstance(output, HmiError):
                 outputs[index] = output
                 continue
             own, left = left.tensor_split([output.values.numel()])
             outputs[index] = replace(output, values=own.view(output.values.shape))
         return outputs
-
-    def _of_heads(
-        self, tenants: Sequence[ResidentTenant], hidden_states: Tensor
-    ) -> Sequence[HeadOutput | HmiError]:
-        if not tenants:
-            return []
-        states = self._model.final_norm(hidden_states).float().split(1)
-        return read_out(tenants, states, self._model.pooler)

@@ -16,6 +16,9 @@ from hmi_engine.memory.slot_tables import PlaceTables
 
 __all__ = ["AdapterBatch"]
 
+NO_SLOT = -1
+"""Of a segment without an adapter, as the kernels know it."""
+
 
 class AdapterBatch:
     """Segments of tokens by slot over the arena; an ``hmi_engine.models.layer_parts.AdapterApplication``."""
@@ -41,6 +44,29 @@ class AdapterBatch:
         self._segment_slots = torch.tensor([tenants[run[0]].slot for run in runs], dtype=torch.int32)
         self._token_offsets = _offsets([sum(token_counts[index] for index in run) for run in runs])
         self._readout_offsets = _offsets([sum(readout_counts[index] for index in run) for run in runs])
+        self._num_empty = 0
+        self._max_ranks: dict[tuple[int, Site], int] | None = None
+
+    def padded(self, num_segments: int) -> AdapterBatch:
+        """The same with empty segments behind, for all places where any tenant so far has had a block.
+
+        So batches of other tenants have the same form, which a graph that was captured of one can take.
+        """
+        padded = copy.copy(self)
+        padded._max_ranks = self._slots.max_ranks()
+        padded._used = frozenset(
+            (layer, site.value)
+            for (layer, site), rank in padded._max_ranks.items()
+            if rank or not KIND_OF_SITE[site].has_rank
+        )
+        padded._num_empty = num_segments - len(self._segment_slots)
+        return padded
+
+    @property
+    def form(self) -> tuple[tuple[tuple[int, str], int], ...]:
+        """Of a padded batch its places, and the largest rank at each: what kernels are launched by."""
+        assert self._max_ranks is not None
+        return tuple(((layer, site.value), rank) for (layer, site), rank in self._max_ranks.items())
 
     def is_used(self, layer: int, site: str) -> bool:
         """Whether any tenant of the batch has a block at this place."""
@@ -88,13 +114,14 @@ class AdapterBatch:
         The tables hold the entries of the batch's own tenants alone, a slot for each segment, so that nothing
         of them changes while a device reads them.
         """
-        columns = self._segment_slots.long()
+        columns, num_empty = self._segment_slots.long(), self._num_empty
         entries = [self._slots.at(layer, site)[:4] for layer, site in self._places()]
+        parts = (_stacked([entry[part][columns] for entry in entries], columns) for part in range(4))
         return [
-            self._token_offsets,
-            self._readout_offsets,
-            torch.arange(len(columns), dtype=torch.int32),
-            *(_stacked([entry[part][columns] for entry in entries], columns) for part in range(4)),
+            _extended(self._token_offsets, num_empty, int(self._token_offsets[-1])),
+            _extended(self._readout_offsets, num_empty, int(self._readout_offsets[-1])),
+            _extended(torch.arange(len(columns), dtype=torch.int32), num_empty, NO_SLOT),
+            *(_extended(part, num_empty, 0) for part in parts),
         ]
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> AdapterBatch:
@@ -104,10 +131,14 @@ class AdapterBatch:
         offsets, ranks, activations, scales = islice(tensors, 4)
         moved._tables = {}
         columns, places = self._segment_slots.long(), self._places()
+        known = self._max_ranks
         moved._slots = PlaceTables(
             (offsets, ranks, activations, scales),
             {place: row for row, place in enumerate(places)},
-            [int(self._slots.at(layer, site).ranks[columns].max()) for layer, site in places],
+            [
+                int(self._slots.at(*place).ranks[columns].max()) if known is None else known[place]
+                for place in places
+            ],
         )
         return moved
 
@@ -122,6 +153,11 @@ class AdapterBatch:
 def _stacked(rows: list[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
     """[places, segments], with no places if there are none."""
     return torch.stack(rows) if rows else torch.empty(0, len(columns))
+
+
+def _extended(rows: torch.Tensor, count: int, value: int) -> torch.Tensor:
+    """[..., n] with ``count`` times ``value`` behind."""
+    return rows if not count else torch.nn.functional.pad(rows, (0, count), value=value)
 
 
 def _offsets(counts: Sequence[int]) -> torch.Tensor:

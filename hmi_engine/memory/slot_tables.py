@@ -42,6 +42,10 @@ class PlaceTables:
         offsets, ranks, activations, scales = self._tables
         return SlotTable(offsets[row], ranks[row], activations[row], scales[row], self._max_ranks[row])
 
+    def max_ranks(self) -> dict[tuple[int, Site], int]:
+        """All places where any slot so far had a block, and the largest rank there; as they are now."""
+        return {place: self._max_ranks[row] for place, row in list(self._rows.items())}
+
     def at_projections(self, layer: int) -> SlotTable:
         """The same for query, key and value together, [3, slots] each; raises KeyError likewise."""
         first = self._rows[layer, QUERY_KEY_VALUE[0]]

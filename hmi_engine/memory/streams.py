@@ -7,16 +7,26 @@ the host has gone on: who needs what another stream does lets his own wait for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 import hmi_kernels
 
-__all__ = ["Arrival", "CudaStreams", "DeviceStreams", "HostStreams", "StreamEvent", "StreamName"]
+__all__ = [
+    "Arrival",
+    "CudaStreams",
+    "DeviceGraph",
+    "DeviceStreams",
+    "HostStreams",
+    "StreamEvent",
+    "StreamName",
+]
+
+Captured = TypeVar("Captured")
 
 StreamName = Literal["copy", "gather", "compute"]
 """``copy``: adapters; ``gather``: a batch's inputs and PLOT rows, and their merge; ``compute``: layers."""
@@ -34,6 +44,13 @@ class StreamEvent(Protocol):
         """Waits until it has."""
 
 
+class DeviceGraph(Protocol):
+    """Work that was captured: what a replay reads and writes lies where it lay then."""
+
+    def replay(self) -> None:
+        """Puts all of it on its stream once more, by one call."""
+
+
 class DeviceStreams(Protocol):
     """The streams of one device. Safe to use from many threads."""
 
@@ -42,6 +59,8 @@ class DeviceStreams(Protocol):
     """Whether the host goes on before what it put on a stream has run."""
     preferred_dtype: torch.dtype
     """What engines compute in there unless they are told otherwise."""
+    has_graphs: bool
+    """Whether ``capture`` can be called."""
 
     def on(self, stream: StreamName) -> AbstractContextManager[None]:
         """What the block does on the device is put on this stream."""
@@ -54,6 +73,13 @@ class DeviceStreams(Protocol):
 
     def copy(self, destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """Puts copies on the stream ``copy``: contiguous tensors of equal sizes, here and in host memory."""
+
+    def capture(self, stream: StreamName, work: Callable[[], Captured]) -> tuple[DeviceGraph, Captured]:
+        """A graph of what ``work`` puts on the stream, which is not run, and the tensors for its results.
+
+        ``work`` waits for no event and reads nothing on the host. It has run before: a kernel's first launch
+        may do more. Raises RuntimeError on what cannot be captured.
+        """
 
     def synchronize(self) -> None:
         """Waits until all that was put on the device has run."""
@@ -78,6 +104,7 @@ class HostStreams:
     device = torch.device("cpu")
     is_asynchronous = False
     preferred_dtype = torch.float32
+    has_graphs = False
 
     def on(self, stream: StreamName) -> AbstractContextManager[None]:
         """Changes nothing."""
@@ -94,6 +121,10 @@ class HostStreams:
         """Copies, on as many threads as that is worth."""
         hmi_kernels.copy_batch_async(destinations, sources)
 
+    def capture(self, stream: StreamName, work: Callable[[], Captured]) -> tuple[DeviceGraph, Captured]:
+        """The CPU has none."""
+        raise RuntimeError("the CPU has no graphs")
+
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
@@ -106,6 +137,7 @@ class CudaStreams:
     """Streams of a GPU, by torch."""
 
     is_asynchronous = True
+    has_graphs = True
 
     def __init__(self, device: torch.device) -> None:
         """Makes them on ``cuda:<index>``."""
@@ -117,6 +149,7 @@ class CudaStreams:
         self._streams = {name: torch.cuda.Stream(device) for name in STREAM_NAMES}
         # Without compiled CUDA kernels (Triton alone) there are no batches of copies.
         self._has_batches = hmi_kernels.backends()["cuda"].available
+        self._graph_memory: Any = None
 
     def on(self, stream: StreamName) -> AbstractContextManager[None]:
         """Makes it torch's current stream, and the device the current one."""
@@ -145,6 +178,24 @@ class CudaStreams:
             for destination, source in zip(destinations, sources, strict=True):
                 destination.copy_(source, non_blocking=True)
 
+    def capture(self, stream: StreamName, work: Callable[[], Captured]) -> tuple[DeviceGraph, Captured]:
+        """A CUDA graph; all of them share memory for what lies between, as one stream runs them in turn."""
+        if self._graph_memory is None:
+            self._graph_memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on with copies meanwhile.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(
+                graph,
+                pool=self._graph_memory,
+                stream=self._streams[stream],
+                capture_error_mode="thread_local",
+            ),
+        ):
+            results = work()
+        return _CudaGraph(graph, self._streams[stream]), results
+
     def synchronize(self) -> None:
         """Waits for the device: for torch's own stream too."""
         torch.cuda.synchronize(self.device)
@@ -152,6 +203,17 @@ class CudaStreams:
     def pinned(self, num_bytes: int) -> Tensor:
         """Page-locked memory of torch's."""
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+class _CudaGraph:
+    """A graph of torch, replayed on the stream that it was captured of."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        self._graph, self._stream = graph, stream
+
+    def replay(self) -> None:
+        with torch.cuda.stream(self._stream):
+            self._graph.replay()
 
 
 class Arrival:

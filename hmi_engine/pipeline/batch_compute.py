@@ -92,6 +92,8 @@ class HostCompute:
     def send(self, searched: SearchedBatch) -> None:
         """All is there."""
 
+    # Under no_grad alone each op of ours would go through autograd's wrapper in Python.
+    @torch.inference_mode()
     def launch(self, searched: SearchedBatch) -> Callable[[], Outputs]:
         """Computes; the result is there."""
         hidden_states = self._model.run_layers(

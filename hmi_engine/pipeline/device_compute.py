@@ -90,6 +90,8 @@ class DeviceCompute:
                 sent.hidden_states = merge_rows(self._model, sent.merge, window=self._general.window)
         sent.ready = self._streams.record("gather")
 
+    # Under no_grad alone each op of ours would go through autograd's wrapper in Python.
+    @torch.inference_mode()
     def launch(self, searched: SearchedBatch) -> Callable[[], Outputs]:
         """Puts layers and heads on the stream; the result waits until the device has run them."""
         sent: _Sent = searched.sent

@@ -54,12 +54,25 @@ class ForgottenEvent(_Event):
         pass
 
 
+class _Graph:
+    """Work that is queued again, on the tensors that it was captured with."""
+
+    def __init__(self, streams: DeferredStreams, stream: str, captured: list[Callable[[], None]]) -> None:
+        self._streams, self._stream, self._captured = streams, stream, captured
+
+    def replay(self) -> None:
+        self._streams.num_replays += 1
+        for work in self._captured:
+            self._streams._put(self._stream, work)
+
+
 class DeferredStreams:
     """``hmi_engine.memory.streams.DeviceStreams`` in the hand of a random generator."""
 
     device = torch.device("cpu")
     is_asynchronous = True
     preferred_dtype = torch.float32
+    has_graphs = True
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -68,7 +81,7 @@ class DeferredStreams:
         self._eagerness = self._random.choice((0.0, 0.1, 0.6))
         self._queues: dict[str, deque[Callable[[], None] | _Event]] = {n: deque() for n in STREAM_NAMES}
         self._lock = threading.RLock()
-        self.num_run = 0
+        self.num_run = self.num_replays = 0
 
     @contextmanager
     def on(self, stream: str) -> Iterator[None]:
@@ -91,6 +104,12 @@ class DeferredStreams:
         with self.on("copy"):
             for destination, source in zip(destinations, sources, strict=True):
                 destination.copy_(source)
+
+    def capture(self, stream: str, work: Callable[[], Any]) -> tuple[_Graph, Any]:
+        captured: list[Callable[[], None]] = []
+        with _Deferring(captured.append):
+            results = work()
+        return _Graph(self, stream, captured), results
 
     def synchronize(self) -> None:
         self.run_until(lambda: not any(self._queues.values()))
@@ -119,7 +138,7 @@ class DeferredStreams:
         (chosen,) = self._random.choices(runnable, [self._weights[name] for name in runnable])
         work = self._queues[chosen].popleft()
         if not isinstance(work, _Event):
-            with torch.no_grad(), _disable_current_modes():  # also if some `on` is being put together
+            with torch.inference_mode(), _disable_current_modes():  # also if some `on` is being put together
                 work()
             self.num_run += 1
         return True

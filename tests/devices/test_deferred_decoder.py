@@ -12,6 +12,7 @@ from decoder_stores import PROMPTS, adapters, make_store
 
 import hmi_engine as hmi
 from devices.deferred_streams import DeferredStreams, ForgottenEvent
+from hmi_engine.generation.decode_graphs import DecodeGraphs
 from hmi_engine.generation.device_steps import DeviceSteps
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
@@ -60,6 +61,7 @@ def deferred_engine(store, monkeypatch):
         with hmi.Engine(store, **OPTIONS | options) as engine:
             yield engine
         assert streams.num_run, "the device was used"
+        assert bool(streams.num_replays) == options.get("device_graphs", True)
 
     return opened
 
@@ -108,6 +110,53 @@ def test_every_order_gives_the_same_texts(store, expected, deferred_engine, seed
     assert (statistics.adapters["evictions"] > 0) == (share < 1)
 
 
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_without_graphs(expected, deferred_engine, seed):
+    requests, wanted = expected
+    with deferred_engine(seed, device_memory="64MiB", device_graphs=False) as engine:
+        same(engine.run(requests), wanted)
+
+
+def test_graphs_follow_what_tenants_bring(store, expected, deferred_engine, monkeypatch):
+    """Kinds of adapters come one after another, each at places where there was nothing before."""
+    requests, wanted = expected
+    captures, capture = [], DecodeGraphs._capture
+
+    def noting(graphs, number, *arguments):
+        captures.append(number)
+        return capture(graphs, number, *arguments)
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", noting)
+    with deferred_engine(0, device_memory="64MiB") as engine:
+        for request, answer in zip(requests, wanted, strict=True):
+            same(engine.run([request]), [answer])
+        assert 1 < len(captures) <= len(store.tenants) and set(captures) == {1}
+        captures.clear()
+        for request, answer in zip(requests, wanted, strict=True):
+            same(engine.run([request]), [answer])
+        assert not captures
+        same(engine.run(requests), wanted)
+        assert len(captures) == len(set(captures)) > 1
+
+
+def test_where_steps_cannot_be_captured_they_are_launched(expected, deferred_engine, monkeypatch, caplog):
+    requests, wanted = expected
+
+    def refuse(streams, stream, work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with deferred_engine(0, device_memory="64MiB", device_graphs=False) as engine:
+        computer = engine._core.runner._computer
+        computer._graphs = DecodeGraphs(
+            computer._general, computer._model, computer._streams, computer._cache
+        )
+        monkeypatch.setattr(DeferredStreams, "capture", refuse)
+        same(engine.run(requests), wanted)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        same(engine.run(requests), wanted)
+    assert "not permitted" in caplog.text and len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("miss", ["exact", "budget"])
 @pytest.mark.parametrize("seed", SEEDS[:2])
 def test_windows_that_are_missing_are_computed_too(store, deferred_engine, miss, seed):
@@ -150,7 +199,7 @@ def test_16_bits_say_what_float32_says(store, deferred_engine, dtype, tolerance)
     judged = [hmi.Request("judge", text) for text in PROMPTS]
     with hmi.Engine(store, **OPTIONS) as engine:
         wanted, judgements = engine.run(requests), engine.run(judged)
-    with deferred_engine(1, dtype=dtype, device_memory="64MiB") as engine:
+    with deferred_engine(1, dtype=dtype, device_memory="64MiB", device_graphs=False) as engine:
         for response, expected in zip(engine.run(requests), wanted, strict=True):
             assert response.logprobs == pytest.approx(expected.logprobs, abs=tolerance)
         for response, expected in zip(engine.run(judged), judgements, strict=True):
@@ -246,7 +295,19 @@ def forget_results(monkeypatch):
     monkeypatch.setattr(DeferredStreams, "record", forgotten)
 
 
-@pytest.mark.parametrize("mistake", [forget_layers, forget_inputs, forget_results])
+def keep_segments(monkeypatch):
+    """A graph reads the segments of the texts that it was captured with."""
+    send = DecodeGraphs.send
+
+    def once(graphs, tables, adapters):
+        for size in graphs._sizes.values():
+            size.adapters = adapters if size.captured is not None else None
+        return send(graphs, tables, adapters)
+
+    monkeypatch.setattr(DecodeGraphs, "send", once)
+
+
+@pytest.mark.parametrize("mistake", [forget_layers, forget_inputs, forget_results, keep_segments])
 def test_each_mistake_is_seen(store, expected, deferred_engine, monkeypatch, mistake):
     """What the tests above hold, they hold because a missing event gives wrong answers here."""
     requests, wanted = expected

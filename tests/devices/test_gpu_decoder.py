@@ -71,11 +71,12 @@ def check(responses, wanted, tolerance):
             assert response.scores == pytest.approx(other.scores, abs=tolerance)
 
 
-@pytest.mark.parametrize("share", [0.6, 4])
-def test_writes_the_texts_of_the_cpu(store, expected, share):
+@pytest.mark.parametrize(("share", "device_graphs"), [(0.6, True), (4, True), (4, False)])
+def test_writes_the_texts_of_the_cpu(store, expected, share, device_graphs):
     requests, wanted = expected
     total = sum(AdapterArena.allocated_bytes(info.bytes // 4) for info in store.tenants.values())
-    with on_gpu(store, device_memory=int(2 * share * total)) as engine:
+    options = {"device_memory": int(2 * share * total), "device_graphs": device_graphs}
+    with on_gpu(store, **options) as engine:
         for _ in range(3):
             responses = engine.run(requests)
             check(responses, wanted, 1e-2)
@@ -85,6 +86,8 @@ def test_writes_the_texts_of_the_cpu(store, expected, share):
         assert equal >= 0.9 * len(requests)
         assert engine.stats().generation["blocks_held"] == 0
         assert (engine.stats().adapters["evictions"] > 0) == (share < 1)
+        graphs = engine._core.runner._computer._graphs
+        assert graphs is None if not device_graphs else graphs._sizes, "none was refused"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-2), ("bfloat16", 0.4)])
