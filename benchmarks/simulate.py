@@ -18,7 +18,8 @@ from benchmarks.kept_steps import KeptSteps
 from benchmarks.load_cases import CONCURRENCY, LATENCY_TARGET, MOST_STOLEN
 from benchmarks.load_fleet import Fleet, build_fleet
 from benchmarks.result import BenchmarkResult, Curve, Quantity, Table
-from benchmarks.simulation.calibration import Calibration, calibrate, num_cores
+from benchmarks.simulation.calibration import Calibration, calibrate
+from benchmarks.simulation.company import num_cores
 from benchmarks.simulation.gpu import LINKS, STATED
 from benchmarks.simulation.scenarios import LOAD, Forecast, Scenario, forecast
 from benchmarks.simulation.validation import COLD_DISK, Agreement, Validation, validate

@@ -27,8 +27,9 @@ from benchmarks.load_fleet import Fleet, open_engine
 from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_outcomes import Outcomes, Sample, summarise
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
-from benchmarks.simulation.calibration import Calibration, num_cores
+from benchmarks.simulation.calibration import Calibration
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
+from benchmarks.simulation.company import num_cores
 from benchmarks.simulation.engine import EngineTimes, SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
