@@ -54,8 +54,13 @@ class StudyReport:
     def _finished(self, labelled: StudySet, method: Method) -> list[RunRecord]:
         return [self.records[name] for name in self.plan.finished(labelled, method, self.records)]
 
-    def _resampled(self, labelled: StudySet, method: Method, name: str) -> Resampling | None:
-        records = self._finished(labelled, method)
+    def _resampled(
+        self, labelled: StudySet, method: Method, name: str, seeds: frozenset[int] | None = None
+    ) -> Resampling | None:
+        """A score, of all seeds or of some."""
+        records = [
+            record for record in self._finished(labelled, method) if seeds is None or record.seed in seeds
+        ]
         if not records:
             return None
         counts = [record.outcomes.counts(labelled) for record in records]
@@ -84,11 +89,21 @@ class StudyReport:
     def _difference(
         self, labelled: StudySet, method: Method | Recipe, over: Method | None
     ) -> Resampling | None:
-        part = self._main.get((labelled.name, _method_for(labelled, method)))
-        if part is None or over is None:
-            return part
-        other = self._main.get((labelled.name, over))
-        return None if other is None else part.minus(other)
+        """A method's main score on a set, or its difference from another's: of the seeds that both have."""
+        chosen = _method_for(labelled, method)
+        if over is None:
+            return self._main.get((labelled.name, chosen))
+        seeds = self._seeds_of(labelled, chosen) & self._seeds_of(labelled, over)
+        part, other = (self._of_seeds(labelled, each, seeds) for each in (chosen, over))
+        return None if part is None or other is None else part.minus(other)
+
+    def _of_seeds(self, labelled: StudySet, method: Method, seeds: frozenset[int]) -> Resampling | None:
+        if seeds == self._seeds_of(labelled, method):
+            return self._main.get((labelled.name, method))
+        return self._resampled(labelled, method, main_score(labelled), seeds)
+
+    def _seeds_of(self, labelled: StudySet, method: Method) -> frozenset[int]:
+        return frozenset(record.seed for record in self._finished(labelled, method))
 
     def tables(self) -> list[Table]:
         """Scores, differences from the first method, macro-F1, and the work that was skipped."""
@@ -120,10 +135,10 @@ class StudyReport:
                 continue
             parts = [self._difference(labelled, method, baseline) for labelled in self._sets]
             cells = [
-                self._cell(part, min(self._seeds(each, method), self._seeds(each, baseline)), signed=True)
+                self._cell(part, self._common_seeds(each, method, baseline), signed=True)
                 for each, part in zip(self._sets, parts, strict=True)
             ]
-            fewest = min(self._seeds(each, chosen) for each in self._sets for chosen in (method, baseline))
+            fewest = min(self._common_seeds(each, method, baseline) for each in self._sets)
             rows.append(
                 (method.title, *cells, self._cell(self._mean(method, over=baseline), fewest, signed=True))
             )
@@ -177,6 +192,9 @@ class StudyReport:
 
     def _seeds(self, labelled: StudySet, method: Method | Recipe) -> int:
         return len(self._finished(labelled, _method_for(labelled, method)))
+
+    def _common_seeds(self, labelled: StudySet, method: Method | Recipe, over: Method) -> int:
+        return len(self._seeds_of(labelled, _method_for(labelled, method)) & self._seeds_of(labelled, over))
 
     def _cell(self, resampling: Resampling | None, seeds: int, *, signed: bool = False) -> str:
         if resampling is None:

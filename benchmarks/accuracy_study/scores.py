@@ -136,7 +136,7 @@ class Resampling:
         return Interval(value=self.value, low=low, high=high)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=8)
 def _drawn_texts(set_name: str, num_texts: int, replicates: int) -> Floats:
     """How often each text is in each resampled split, [B, S]."""
     draws = _generator(set_name).multinomial(num_texts, np.full(num_texts, 1 / num_texts), size=replicates)
