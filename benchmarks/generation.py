@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ __all__ = [
     "RANK",
     "Bench",
     "Plan",
+    "all_systems",
     "check_same_work",
     "main",
     "measure",
@@ -126,30 +127,33 @@ def generate(engine: Engine, prompts: Prompts, count: int) -> list[list[int]]:
     return [list(response.token_ids) for response in responses]
 
 
-def check_same_work(bench: Bench, engine: Engine, model: PeftModel) -> None:
-    """Raises HmiError unless the engine that computes every layer and both ways of PEFT give the same tokens.
-
-    But for a few that rounding decides.
-    """
-    prompts, count = bench.round(99, len(bench.names)), bench.plan.new_tokens
-    ours = generate(engine, prompts, count)
-    for name, way in ((ONE, generate_one_at_a_time), (MIXED, generate_mixed)):
-        equal = np.mean(
-            [mine == theirs for mine, theirs in zip(ours, way(model, prompts, count), strict=True)]
-        )
-        if equal < 0.9:
-            raise HmiError(f"{PLAIN} and {name} give the same text for {equal:.0%} of the prompts only")
+Generate = Callable[[Prompts], list[list[int]]]
 
 
-def measure_peers(bench: Bench, engines: dict[str, Engine], model: PeftModel) -> Case:
-    """All systems on one batch of a request of each tenant; ``model`` holds all tenants' adapters."""
-    count = bench.plan.new_tokens
-    systems: dict[str, Callable[[Prompts], list[list[int]]]] = {
+def all_systems(engines: Mapping[str, Engine], model: PeftModel, count: int) -> dict[str, Generate]:
+    """By name what generates ``count`` tokens; ``model`` holds all tenants' adapters."""
+    systems: dict[str, Generate] = {
         name: lambda prompts, engine=engine: generate(engine, prompts, count)
         for name, engine in engines.items()
     }
     systems[ONE] = lambda prompts: generate_one_at_a_time(model, prompts, count)
     systems[MIXED] = lambda prompts: generate_mixed(model, prompts, count)
+    return systems
+
+
+def check_same_work(systems: Mapping[str, Generate], prompts: Prompts) -> None:
+    """Raises HmiError unless all give the same tokens, but for a few that rounding decides."""
+    texts = {name: run(prompts) for name, run in systems.items()}
+    first = next(iter(texts))
+    for name, found in texts.items():
+        equal = np.mean([mine == theirs for mine, theirs in zip(texts[first], found, strict=True)])
+        if equal < 0.9:
+            raise HmiError(f"{first} and {name} give the same text for {equal:.0%} of the prompts only")
+
+
+def measure_peers(bench: Bench, systems: Mapping[str, Generate]) -> Case:
+    """All systems on one batch of a request of each tenant."""
+    count = bench.plan.new_tokens
     timed = {
         name: lambda number, run=run: run(bench.round(number, len(bench.names)))
         for name, run in systems.items()
@@ -260,10 +264,13 @@ def _run(arguments: Arguments, model: Path | None, plan: Plan) -> _Found:
             for system, store in stores.items()
         }
         peft = load_peft(bench.base, bench.adapters, bench.names)
-        check_same_work(bench, engines[PLAIN], peft)
+        systems = all_systems(engines, peft, plan.new_tokens)
+        check_same_work(
+            {name: systems[name] for name in (PLAIN, ONE, MIXED)}, bench.round(99, len(bench.names))
+        )
         return _Found(
             general=stores[OURS].general,
-            case=measure_peers(bench, engines, peft),
+            case=measure_peers(bench, systems),
             curves=measure_concurrency(bench, engines),
             product_share=matrix_product_share(engines[OURS], bench),
             loads=measure_tenants(

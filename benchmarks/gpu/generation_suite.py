@@ -17,6 +17,7 @@ from benchmarks.generation import (
     RANK,
     Bench,
     Plan,
+    all_systems,
     check_same_work,
     measure_concurrency,
     measure_peers,
@@ -62,13 +63,15 @@ def measure(options: Options, console: Console) -> BenchmarkResult:
         console.print("two stores built")
         peft = load_peft(bench.base, bench.adapters, bench.names, device=device)
         with _engine(stores[PLAIN], device, "float32") as engine:
-            check_same_work(bench, engine, peft)
+            check_same_work(
+                all_systems({PLAIN: engine}, peft, plan.new_tokens), bench.round(99, len(bench.names))
+            )
         console.print("same tokens in float32")
         peft = peft.to(torch.float32 if platform.is_dry else torch.bfloat16)
         engines = {
             name: stack.enter_context(_engine(store, device, "auto")) for name, store in stores.items()
         }
-        case = measure_peers(bench, engines, peft)
+        case = measure_peers(bench, all_systems(engines, peft, plan.new_tokens))
         curves = measure_concurrency(bench, engines)
         general = stores[OURS].general
     return BenchmarkResult(
