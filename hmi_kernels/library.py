@@ -91,7 +91,36 @@ def define(
     _LIBRARY.impl(name, lambda *args, **kwargs: run("cpu", args, kwargs), "CPU")
     _LIBRARY.impl(name, lambda *args, **kwargs: run("cuda", args, kwargs), "CUDA")
     torch.library.register_fake(f"hmi::{name}", make_fake, lib=_LIBRARY)
-    return getattr(torch.ops.hmi, name).default
+    return _Op(getattr(torch.ops.hmi, name).default, run)
+
+
+class _Op:
+    """A registered op, which is called without torch's dispatcher where nobody looks.
+
+    That is in inference mode, where there are no gradients, if nobody compiles, profiles or intercepts ops:
+    there the dispatcher, which calls back into Python, would take longer than the kernel of a small batch.
+    """
+
+    def __init__(self, registered: Any, run: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self._registered, self._run = registered, run
+        self.name = registered.name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or _is_anybody_looking():
+            return self._registered(*args, **kwargs)
+        first = args[0]
+        if type(first) is not Tensor:
+            return self._registered(*args, **kwargs)
+        return self._run(first.device.type, args, kwargs)
+
+
+def _is_anybody_looking() -> bool:
+    """Whether the profiler runs, or something takes ops for itself."""
+    return (
+        torch._C._autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
 
 
 def define_gradient(

@@ -121,7 +121,8 @@ class StepRunner:
         view = self._leases.tables(tokens.domains)
         if view is None:
             return None, None
-        references = view.lookup(tokens)
+        with torch.inference_mode():  # see HostSteps
+            references = view.lookup(tokens)
         statistics = self.plot_statistics
         statistics.tokens += len(references)
         statistics.windows += int((tokens.windows[:, 1] >= 0).sum())

@@ -146,8 +146,9 @@ class HostSteps:
             logits = self._model.logits(hidden_states[torch.tensor(readout.text_rows)])
             # All at once: a call for each text would take longer than a small model's layer.
             likeliest = logits.argmax(-1).tolist()
-            for index, row, token in zip(readout.texts, logits.unbind(), likeliest, strict=True):
-                outputs[index] = NextToken(row, token)
+            rows = {place: logits[place] for place in readout.drawn}
+            for place, (index, token) in enumerate(zip(readout.texts, likeliest, strict=True)):
+                outputs[index] = NextToken(rows.get(place), token)
         if readout.heads:
             states = self._model.final_norm(hidden_states[torch.tensor(readout.head_rows)]).split(1)
             tenants = [step.tenants[index] for index in readout.heads]

@@ -80,9 +80,10 @@ class AdapterPlaces:
             return
         if any(map(self.is_used, _PROJECTIONS)):
             self._adapters.apply_projections(self._layer, output, hidden_states)
-        for linear, columns in zip(_PROJECTIONS, output.chunk(len(_PROJECTIONS), dim=-1), strict=True):
+        for place, linear in enumerate(_PROJECTIONS):
             for site in _AFTER_LINEAR[linear][1:]:
-                self.change(site, columns)
+                if self.is_used(site):
+                    self.change(site, output.chunk(len(_PROJECTIONS), dim=-1)[place])
 
     def after_linear(self, linear: str, output: torch.Tensor, hidden_states: torch.Tensor) -> None:
         """All that acts on a linear layer's output."""
