@@ -134,7 +134,12 @@ def interrupt_at(stage: str, step: int):
 
 
 @pytest.mark.parametrize(
-    ("stage", "step"), [("distilling, stage 1", 1), ("distilling, stage 1", 3), ("distilling, stage 2", 3)]
+    ("stage", "step"),
+    [
+        pytest.param("distilling, stage 1", 1, marks=pytest.mark.slow),
+        ("distilling, stage 1", 3),
+        ("distilling, stage 2", 3),
+    ],
 )
 def test_what_was_interrupted_goes_on_to_the_same_bits(store, tmp_path, corpus, stage, step) -> None:
     """Before the first checkpoint, and one step after one in either stage."""

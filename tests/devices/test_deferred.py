@@ -242,7 +242,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(0, 12, 3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_tenants_that_come_and_go_for_good(store, in_turn_of_tenants, deferred_engine, same, seed):
     requests, wanted = in_turn_of_tenants
     with deferred_engine(seed, pipeline_depth=3, device_memory=memory_for(store, 0.5)) as engine:
