@@ -7,13 +7,12 @@ graphs, of torch.compile and of the sanitizers run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 import hmi_kernels
+from benchmarks.gpu.decoding_cases import decoding_cases
+from benchmarks.gpu.op_case import OpCase, int32, random_tensor
 from hmi_kernels.row_tables import quantize_rows
 
 __all__ = ["OpCase", "op_cases"]
@@ -25,22 +24,6 @@ DECODE = (1, 1, 0, 2, 1)
 SLOTS = (2, 1, 0, -1, 3)
 VOCABULARY = 7
 NUM_ROWS = 30
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """One call.
-
-    Attributes:
-        name: op and hazard.
-        arguments: tensors of the call; ``run`` reads them where they lie.
-        run: does the call, in place on a copy of its start, and returns the tensor that it changed or made.
-        refill: puts new random values into the tensors, from a seed.
-    """
-
-    name: str
-    run: Callable[[], Tensor]
-    refill: Callable[[int], None]
 
 
 def op_cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[OpCase]:
@@ -56,12 +39,7 @@ def op_cases(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> list[OpCa
     for window in (2, 3):
         cases.append(_lookup(window, device))
         cases += [_merge(window, row_type, device) for row_type in (torch.float16, torch.int8, torch.uint8)]
-    return cases
-
-
-def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
+    return [*cases, *decoding_cases(device, dtypes)]
 
 
 class _Segments:
@@ -73,8 +51,8 @@ class _Segments:
         self.lengths = lengths
         self.offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
         self.slots = torch.tensor(SLOTS, dtype=torch.int32, device=device)
-        self.x = _random((sum(lengths), HIDDEN_SIZE), device, dtype)
-        self.start = _random((sum(lengths), columns), device, dtype, seed=1)
+        self.x = random_tensor((sum(lengths), HIDDEN_SIZE), device, dtype)
+        self.start = random_tensor((sum(lengths), columns), device, dtype, seed=1)
         self._wide = torch.empty(sum(lengths), columns + 64, device=device, dtype=dtype)
         self.output = self._wide[:, 32 : 32 + columns]
 
@@ -82,26 +60,22 @@ class _Segments:
         turned = [self.lengths[(place + seed) % len(self.lengths)] for place in range(len(self.lengths))]
         self.offsets.copy_(torch.tensor([0, *turned]).cumsum(0))
         for tensor, number in ((self.x, 2 * seed), (self.start, 2 * seed + 1)):
-            tensor.copy_(_random(tuple(tensor.shape), tensor.device, tensor.dtype, number))
+            tensor.copy_(random_tensor(tuple(tensor.shape), tensor.device, tensor.dtype, number))
 
 
 def _arena(sizes: list[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Blocks of these sizes, values of a size that keeps sums near one, and where they begin."""
     padded = [-(-size // 8) * 8 + 8 for size in sizes]
     starts = torch.tensor([0, *padded]).cumsum(0)
-    return _random((int(starts[-1]),), device, dtype, seed=2) / HIDDEN_SIZE**0.5, starts[:-1].to(device)
-
-
-def _int32(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    return random_tensor((int(starts[-1]),), device, dtype, seed=2) / HIDDEN_SIZE**0.5, starts[:-1].to(device)
 
 
 def _bottleneck(name: str, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> OpCase:
     segments = _Segments(lengths, HIDDEN_SIZE, device, dtype)
     arena, starts = _arena([(2 * HIDDEN_SIZE + 1) * rank + HIDDEN_SIZE for rank in RANKS], device, dtype)
-    ranks, activations = _int32([*RANKS], device), _int32([0, 1, 2, 3], device)
+    ranks, activations = int32([*RANKS], device), int32([0, 1, 2, 3], device)
     scales = torch.tensor([1.0, -0.5, 2.0, 1.0], device=device)
-    weight, bias = _random((2, HIDDEN_SIZE), device, dtype, seed=3)
+    weight, bias = random_tensor((2, HIDDEN_SIZE), device, dtype, seed=3)
 
     def run() -> Tensor:
         segments.output.copy_(segments.start)
@@ -130,7 +104,7 @@ def _lora(
     segments = _Segments(lengths, sum(sizes), device, dtype)
     blocks = [(HIDDEN_SIZE + size) * rank for size in sizes for rank in RANKS]
     arena, starts = _arena(blocks, device, dtype)
-    tables = starts.view(len(sizes), -1), _int32([*RANKS] * len(sizes), device).view(len(sizes), -1)
+    tables = starts.view(len(sizes), -1), int32([*RANKS] * len(sizes), device).view(len(sizes), -1)
     scales = torch.linspace(-1, 2, len(blocks), device=device).view(len(sizes), -1)
 
     def run() -> Tensor:
@@ -164,8 +138,8 @@ class _Sequences:
         self.offsets = lengths.cumsum(0).to(device)
         self.ids = torch.zeros(int(lengths.sum()), dtype=torch.int32, device=device)
         num_sequences = len(lengths) - 1
-        self.chains = _int32([0, 1, 1, 0, 0, -1, 1, -1, 0, 1], device).view(num_sequences, 2)
-        self.unigram_table_of = _int32([0, 1, 0, 1, 0], device)
+        self.chains = int32([0, 1, 1, 0, 0, -1, 1, -1, 0, 1], device).view(num_sequences, 2)
+        self.unigram_table_of = int32([0, 1, 0, 1, 0], device)
         places = [torch.arange(VOCABULARY)] * 2 if window == 2 else [torch.arange(-1, VOCABULARY)] * 3
         every = torch.cartesian_prod(*places).to(torch.int32)
         every = every if window == 2 else every[every[:, 1] >= 0]
@@ -196,7 +170,7 @@ def _merge(window: int, row_type: torch.dtype, device: torch.device) -> OpCase:
     sequences = _Sequences(window, device)
     references = sequences.lookup().clone()
     rows = [
-        _random((count, window, HIDDEN_SIZE), device, torch.float16, seed=count + table)
+        random_tensor((count, window, HIDDEN_SIZE), device, torch.float16, seed=count + table)
         for table, count in enumerate(sequences.num_rows)
     ]
     scales: list[Tensor] = []
@@ -207,9 +181,13 @@ def _merge(window: int, row_type: torch.dtype, device: torch.device) -> OpCase:
     if row_type is torch.uint8:  # codes: any byte is one
         rows = [(part[:, :, : HIDDEN_SIZE // 4] * 1000).long().to(torch.uint8) for part in rows]
         pieces = (window, HIDDEN_SIZE // 4, 256, 4)
-        codebooks = [_random(pieces, device, torch.float16, seed=6 + table) for table in range(len(rows))]
-    unigrams = [_random((VOCABULARY, 3, HIDDEN_SIZE), device, torch.float16, seed=seed) for seed in (3, 4)]
-    norm = _random((42, HIDDEN_SIZE), device, torch.float16, seed=5)
+        codebooks = [
+            random_tensor(pieces, device, torch.float16, seed=6 + table) for table in range(len(rows))
+        ]
+    unigrams = [
+        random_tensor((VOCABULARY, 3, HIDDEN_SIZE), device, torch.float16, seed=seed) for seed in (3, 4)
+    ]
+    norm = random_tensor((42, HIDDEN_SIZE), device, torch.float16, seed=5)
 
     def run() -> Tensor:
         return hmi_kernels.plot_merge(

@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu.checks.program import CheckFailedError, faults_raised, run_check
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.op_cases import OpCase
+    from benchmarks.gpu.op_case import OpCase
     from benchmarks.gpu.platform import Platform
 
 DTYPES = (torch.float16, torch.bfloat16)
