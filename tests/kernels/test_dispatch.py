@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hmi_kernels
+from hmi_kernels import vectors
 from hmi_kernels.adapters import BottleneckArguments, LoraArguments
 from hmi_kernels.cuda import adapters as cuda_adapters
 from hmi_kernels.cuda import driver
@@ -182,3 +184,44 @@ def test_every_fault_of_the_kernels_has_a_text() -> None:
     source = (Path(__file__).parents[2] / "csrc" / "cuda" / "fault.h").read_text()
     enumerators = source.split("enum class Fault", 1)[1].split("}", 1)[0].count("\n  k")
     assert enumerators == len(driver._FAULTS)
+
+
+class Watcher(TorchDispatchMode):
+    """Notes what ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def scaled() -> tuple[Tensor, Tensor]:
+    """Rows of ones by a vector, and the vector."""
+    output, arena = torch.ones(3, 8), torch.arange(8.0)
+    offsets, slots = torch.tensor([0, 3]), torch.tensor([0], dtype=torch.int32)
+    hmi_kernels.grouped_scale(output, arena, offsets, slots, torch.tensor([0]))
+    return output, arena
+
+
+def test_in_inference_mode_ops_go_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors._grouped_scale, "_registered", None)
+    with torch.inference_mode():
+        output, arena = scaled()
+        assert torch.equal(output, arena.expand(3, 8))
+        with pytest.raises(ValueError, match="segment_offsets"):
+            offsets, slots = torch.tensor([0, 9]), torch.tensor([0], dtype=torch.int32)
+            hmi_kernels.grouped_scale(output, arena, offsets, slots, torch.tensor([0]))
+    with pytest.raises(TypeError):
+        scaled()
+
+
+def test_who_looks_sees_ops_in_inference_mode_too() -> None:
+    with torch.inference_mode(), Watcher() as watcher:
+        scaled()
+    assert "hmi::grouped_scale" in watcher.seen
+    with torch.inference_mode(), torch.profiler.profile() as profiled:
+        scaled()
+    assert "hmi::grouped_scale" in [event.key for event in profiled.key_averages()]
