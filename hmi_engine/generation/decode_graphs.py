@@ -130,7 +130,10 @@ class DecodeGraphs:
         _logger.warning("steps cannot be captured as graphs and will take longer: %s", reason)
 
     def _size(self, count: int) -> _Size:
-        return self._sizes.setdefault(_bucket(count), _Size(self._streams))
+        number = _bucket(count)
+        if number not in self._sizes:
+            self._sizes[number] = _Size(self._streams)
+        return self._sizes[number]
 
     def _capture(self, number: int, tables: BlockTables, adapters: AdapterBatch) -> _Captured:
         """A graph for a form of adapters, whose work is run once before."""
