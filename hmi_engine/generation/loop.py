@@ -168,7 +168,8 @@ class GenerationLoop:
         planned: dict[DecoderSequence, int] = {}
         for sequence in sorted(self._running, key=lambda each: each.num_waiting > 1):
             count = min(sequence.num_waiting, budget)
-            if count and sequence in self._running and self._reserve(sequence, count, planned):
+            # One that has given its blocks up meanwhile is not under way any more.
+            if count and sequence.blocks and self._reserve(sequence, count, planned):
                 planned[sequence] = count
                 budget -= count
         while budget and self._waiting and len(self._running) < self._max_running:
