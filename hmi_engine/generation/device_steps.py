@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,10 +20,11 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.causal_view import CausalMergeInputs, merge_causal_rows
 from hmi_engine.memory.device_rows import DeviceRows
-from hmi_engine.memory.streams import Arrival, DeviceStreams
+from hmi_engine.memory.streams import DeviceStreams
 from hmi_engine.models.gpt2 import HierarchicalGpt2
+from hmi_engine.pipeline.arriving_adapters import ArrivingAdapters
 from hmi_engine.pipeline.device_buffers import BatchSlot, StagedBuffer
-from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.read_out import HeadOutput, read_out, with_own_values
 from hmi_engine.pipeline.stage_clock import StageClock
 
 __all__ = ["DeviceSteps"]
@@ -101,8 +100,7 @@ class DeviceSteps:
         if graphs is not None and graphs.send(tables, step.adapters):
             sent = self._send(step, readout, None)
             hidden_states = self._enter(sent)
-            for arrival in step.arrivals:
-                self._streams.wait("compute", arrival.everything)
+            ArrivingAdapters(self._streams, step.arrivals, self._clock).before_heads()
             return self._finish(step, readout, sent, _Read(*graphs.run(hidden_states), []))
         sent = self._send(step, readout, tables)
         adapters = self._send_adapters(step.adapters)
@@ -164,16 +162,16 @@ class DeviceSteps:
         """The upper layers, each when its adapters are there."""
         assert sent.tables is not None  # no graph has them
         first = self._general.plot_layers
+        arriving = ArrivingAdapters(self._streams, step.arrivals, self._clock)
         with self._streams.on("compute"):
             hidden_states = self._model.run_layers(
                 hidden_states,
                 PagedAttention(self._cache, sent.tables, first),
                 first=first,
                 adapters=adapters,
-                around_layer=partial(self._before_layer, step.arrivals),
+                around_layer=arriving.before_layer,
             )
-        for arrival in step.arrivals:
-            self._streams.wait("compute", arrival.everything)
+        arriving.before_heads()
         return hidden_states
 
     def _send_adapters(self, adapters: AdapterBatch) -> AdapterBatch:
@@ -182,15 +180,6 @@ class DeviceSteps:
             tensors = iter(self._adapter_tables.upload(adapters.tensors()))
             self._adapters = adapters, adapters.with_tensors(tensors)
         return self._adapters[1]
-
-    def _before_layer(self, arrivals: Sequence[Arrival], index: int) -> AbstractContextManager[None]:
-        """Lets the stream wait for the layer's adapters; the trace shows how long the host is busy."""
-        for arrival in arrivals:
-            event = arrival.before_layer(index)
-            if event is not None:
-                self._streams.wait("compute", event)
-        traced = self._clock.around_layer
-        return nullcontext() if traced is None else traced(index)
 
     def _read(self, step: SearchedStep, readout: StepReadout, sent: _Sent, hidden_states: Tensor) -> _Read:
         """Reads the rows that somebody asks for."""
@@ -217,16 +206,11 @@ class DeviceSteps:
         self._streams.record("compute").synchronize()
         hmi_kernels.raise_faults(self._streams.device.index or 0)
         # What is kept outlives the step; the slot's memory is the next one's.
-        left = host[_ID_ELEMENTS * num_texts :].clone()
-        of_drawn, left = left.tensor_split([vocabulary * len(readout.drawn)])
-        rows = dict(zip(readout.drawn, of_drawn.view(-1, vocabulary), strict=True))
+        of_drawn, of_heads = host[_ID_ELEMENTS * num_texts :].tensor_split([vocabulary * len(readout.drawn)])
+        rows = dict(zip(readout.drawn, of_drawn.clone().view(-1, vocabulary), strict=True))
         outputs: list[StepOutput] = [None] * len(step.scheduled)
         for place, (index, token) in enumerate(zip(readout.texts, ids.tolist(), strict=True)):
             outputs[index] = NextToken(rows.get(place), token)
-        for index, output in zip(readout.heads, read.of_heads, strict=True):
-            if isinstance(output, HmiError):
-                outputs[index] = output
-                continue
-            own, left = left.tensor_split([output.values.numel()])
-            outputs[index] = replace(output, values=own.view(output.values.shape))
+        for index, output in zip(readout.heads, with_own_values(read.of_heads, of_heads), strict=True):
+            outputs[index] = output
         return outputs

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import hmi_kernels
-from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.plot_view import MergeInputs, merge_rows
-from hmi_engine.memory.streams import Arrival, DeviceStreams, StreamEvent
+from hmi_engine.memory.streams import DeviceStreams, StreamEvent
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.pipeline.arriving_adapters import ArrivingAdapters
 from hmi_engine.pipeline.batch_compute import Outputs, SearchedBatch
 from hmi_engine.pipeline.device_buffers import BatchSlot, SlotRing
-from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.read_out import HeadOutput, read_out, with_own_values
 from hmi_engine.pipeline.stage_clock import StageClock
 
 __all__ = ["DeviceCompute"]
@@ -97,6 +96,7 @@ class DeviceCompute:
         sent: _Sent = searched.sent
         assert sent.ready is not None  # it was sent
         self._streams.wait("compute", sent.ready)
+        arriving = ArrivingAdapters(self._streams, searched.arrivals, self._clock)
         with self._streams.on("compute"):
             if sent.hidden_states is None:
                 sent.hidden_states = self._model.embed(sent.sequences.input_ids, sent.positions)
@@ -106,10 +106,9 @@ class DeviceCompute:
                 first=self._general.plot_layers,
                 adapters=sent.adapters,
                 readout=sent.readout,
-                around_layer=partial(self._before_layer, searched.arrivals),
+                around_layer=arriving.before_layer,
             )
-        for arrival in searched.arrivals:
-            self._streams.wait("compute", arrival.everything)
+        arriving.before_heads()
         with self._streams.on("compute"):
             parts = hidden_states.float().split(searched.rows_read)
             outputs = read_out(searched.tenants, parts, self._model.pooler)
@@ -157,28 +156,12 @@ class DeviceCompute:
             )
         return _Sent(slot, sequences, positions, readout, adapters, merge)
 
-    def _before_layer(self, arrivals: Sequence[Arrival], index: int) -> AbstractContextManager[None]:
-        """Lets the stream wait for the layer's adapters; the trace shows how long the host is busy."""
-        for arrival in arrivals:
-            event = arrival.before_layer(index)
-            if event is not None:
-                self._streams.wait("compute", event)
-        traced = self._clock.around_layer
-        return nullcontext() if traced is None else traced(index)
-
     def _finish(self, sent: _Sent, outputs: Outputs, values: Tensor, computed: StreamEvent) -> Outputs:
         """The outputs, on tensors of the host of their own."""
         computed.synchronize()
         sent.is_finished = True
         hmi_kernels.raise_faults(self._streams.device.index or 0)
-        finished: Outputs = []
-        for output in outputs:
-            if isinstance(output, HmiError):
-                finished.append(output)
-                continue
-            own, values = values.tensor_split([output.values.numel()])
-            finished.append(replace(output, values=own.clone().view(output.values.shape)))
-        return finished
+        return with_own_values(outputs, values)
 
 
 def _copy_back(outputs: Sequence[HeadOutput], slot: BatchSlot) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -24,7 +24,7 @@ from hmi_engine.models.activations import ACTIVATION_FUNCTIONS
 from hmi_engine.models.heads import pool
 from hmi_engine.models.linear import SharedLinear
 
-__all__ = ["HeadOutput", "apply_dense", "read_out"]
+__all__ = ["HeadOutput", "apply_dense", "read_out", "with_own_values"]
 
 
 _MOST_STACKED = 1 << 16
@@ -125,6 +125,20 @@ def _output(tenant: ResidentTenant, hidden_states: torch.Tensor, pooled: torch.T
         if not isinstance(head, RegressionHead):
             values = values.sigmoid() if multi_label else values.softmax(dim=-1)
     return HeadOutput(head.kind, head.labels, values, multi_label)
+
+
+def with_own_values(
+    outputs: Sequence[HeadOutput | HmiError], values: torch.Tensor
+) -> list[HeadOutput | HmiError]:
+    """Outputs with copies of their parts of ``values``, float32 [n], which holds all of them in turn."""
+    finished: list[HeadOutput | HmiError] = []
+    for output in outputs:
+        if isinstance(output, HmiError):
+            finished.append(output)
+            continue
+        own, values = values.tensor_split([output.values.numel()])
+        finished.append(replace(output, values=own.clone().view(output.values.shape)))
+    return finished
 
 
 def apply_dense(layer: DenseLayer, rows: torch.Tensor) -> torch.Tensor:

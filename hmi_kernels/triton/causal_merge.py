@@ -6,8 +6,6 @@ once, added to its position's in float32, normalized in registers and written on
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hmi_kernels.triton.address_table import address_table
 from hmi_kernels.triton.language import rounded
-from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalized, row_tile
-from hmi_kernels.triton.plot_rows import add_vector, first_found, table_words
+from hmi_kernels.triton.layer_norm import normalized, row_tile
+from hmi_kernels.triton.plot_rows import MergeTables, add_vector, first_found, merge_refuses
 
 if TYPE_CHECKING:
     from hmi_kernels.causal import MergeArguments
@@ -34,8 +31,7 @@ def causal_merge(arguments: MergeArguments) -> Tensor:
     output = arguments.new_hidden_states()
     if num_tokens == 0:
         return output
-    rows = [table_words(*table) for table in arguments.row_tables_with_decoding()]
-    unigrams = [table_words(table, None) for table in arguments.unigram_tables]
+    tables = MergeTables.of(arguments)
     tile_rows, num_warps = row_tile(hidden_size)
     with torch.cuda.device_of(input_ids):
         _causal_merge_kernel[(triton.cdiv(num_tokens, tile_rows),)](
@@ -44,9 +40,9 @@ def causal_merge(arguments: MergeArguments) -> Tensor:
             arguments.positions,
             num_tokens,
             arguments.references,
-            address_table([*rows, *unigrams], input_ids.device),
-            len(rows),
-            len(unigrams),
+            tables.addresses,
+            tables.num_rows,
+            tables.num_unigrams,
             arguments.token_unigram_tables,
             positions,
             num_positions,
@@ -55,20 +51,14 @@ def causal_merge(arguments: MergeArguments) -> Tensor:
             arguments.layer_norm_eps,
             hidden_size=hidden_size,
             block=triton.next_power_of_2(hidden_size),
-            types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
-            is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
+            **tables.constants,
             tile_rows=tile_rows,
             num_warps=num_warps,
         )
     return output
 
 
-def causal_merge_refuses(arguments: MergeArguments) -> str:
-    """Why this kernel cannot take the arguments; "" if it can."""
-    hidden_size = arguments.position_embeddings.shape[1]
-    if hidden_size > MAX_HIDDEN_SIZE:
-        return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
-    return arguments.refused_pieces()
+causal_merge_refuses = merge_refuses
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_row_tables", "num_unigram_tables", "num_positions"])

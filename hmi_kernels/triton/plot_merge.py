@@ -7,8 +7,6 @@ summed in float32 with the position's row, normalized and written once.
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hmi_kernels.triton.address_table import address_table
 from hmi_kernels.triton.language import rounded
-from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE, normalized, row_tile
-from hmi_kernels.triton.plot_rows import MISSING, add_vector, first_found, table_words
+from hmi_kernels.triton.layer_norm import normalized, row_tile
+from hmi_kernels.triton.plot_rows import MISSING, MergeTables, add_vector, first_found, merge_refuses
 from hmi_kernels.triton.segments import last_at_most
 
 if TYPE_CHECKING:
@@ -38,8 +35,7 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
     output = arguments.new_hidden_states()
     if 0 in (num_tokens, num_sequences):
         return output.zero_()
-    rows = [table_words(*table) for table in arguments.row_tables_with_decoding()]
-    unigrams = [table_words(table, None) for table in arguments.unigram_tables]
+    tables = MergeTables.of(arguments)
     tile_rows, num_warps = row_tile(hidden_size)
     with torch.cuda.device_of(input_ids):
         _merge_kernel[(triton.cdiv(num_tokens, tile_rows),)](
@@ -49,9 +45,9 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
             arguments.sequence_offsets,
             num_sequences,
             arguments.references,
-            address_table([*rows, *unigrams], input_ids.device),
-            len(rows),
-            len(unigrams),
+            tables.addresses,
+            tables.num_rows,
+            tables.num_unigrams,
             arguments.sequence_unigram_tables,
             positions,
             num_positions,
@@ -61,20 +57,14 @@ def plot_merge(arguments: MergeArguments) -> Tensor:
             window=arguments.window,
             hidden_size=hidden_size,
             block=triton.next_power_of_2(hidden_size),
-            types=reduce(or_, (words[2] for words in (*rows, *unigrams)), 0),
-            is_aligned=all(words[0] % 16 == 0 for words in (*rows, *unigrams)),
+            **tables.constants,
             tile_rows=tile_rows,
             num_warps=num_warps,
         )
     return output
 
 
-def plot_merge_refuses(arguments: MergeArguments) -> str:
-    """Why these kernels cannot take the arguments; "" if they can."""
-    hidden_size = arguments.position_embeddings.shape[1]
-    if hidden_size > MAX_HIDDEN_SIZE:
-        return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
-    return arguments.refused_pieces()
+plot_merge_refuses = merge_refuses
 
 
 @triton.jit(

@@ -6,15 +6,24 @@ that the device can read).
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hmi_kernels.reference import ROW_BITS
-from hmi_kernels.triton.address_table import WORDS_PER_TABLE
+from hmi_kernels.triton.address_table import WORDS_PER_TABLE, address_table
+from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE
 
-__all__ = ["MISSING", "add_vector", "first_found", "table_words"]
+if TYPE_CHECKING:
+    from hmi_kernels.causal import MergeArguments as CausalMergeArguments
+    from hmi_kernels.plot import MergeArguments
+
+__all__ = ["MISSING", "MergeTables", "add_vector", "first_found", "merge_refuses"]
 
 ELEMENT_TYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 4, torch.int8: 8}
 CODE_TYPES = {4: 16, 8: 32}
@@ -33,7 +42,44 @@ MISSING = tl.constexpr(-1)
 _VECTOR_BYTES = tl.constexpr(16)
 
 
-def table_words(table: Tensor, decoding: Tensor | None) -> tuple[int, int, int, int]:
+class MergeTables(NamedTuple):
+    """The tables of a merge as its kernel takes them.
+
+    Attributes:
+        addresses: of tables of rows, then of unigrams, on the device.
+        num_rows: how many tables of rows.
+        num_unigrams: how many of unigrams.
+        constants: the element types that there are, and whether all begin at multiples of 16 bytes.
+    """
+
+    addresses: Tensor
+    num_rows: int
+    num_unigrams: int
+    constants: dict[str, int | bool]
+
+    @classmethod
+    def of(cls, arguments: MergeArguments | CausalMergeArguments) -> MergeTables:
+        """Those of a call."""
+        rows = [_table_words(*table) for table in arguments.row_tables_with_decoding()]
+        unigrams = [_table_words(table, None) for table in arguments.unigram_tables]
+        every = [*rows, *unigrams]
+        constants = {
+            "types": reduce(or_, (words[2] for words in every), 0),
+            "is_aligned": all(words[0] % 16 == 0 for words in every),
+        }
+        addresses = address_table(every, arguments.input_ids.device)
+        return cls(addresses, len(rows), len(unigrams), constants)
+
+
+def merge_refuses(arguments: MergeArguments | CausalMergeArguments) -> str:
+    """Why the kernels that merge cannot take the arguments; "" if they can."""
+    hidden_size = arguments.position_embeddings.shape[1]
+    if hidden_size > MAX_HIDDEN_SIZE:
+        return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
+    return arguments.refused_pieces()
+
+
+def _table_words(table: Tensor, decoding: Tensor | None) -> tuple[int, int, int, int]:
     """Address, rows, element type and address of the scales or codebooks, as the kernel reads them."""
     address, num_rows = table.data_ptr(), table.shape[0]
     if decoding is None:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import pytest
 
 import hmi_engine as hmi
+from devices.deferred_engines import forget_layers, memory_for, note_reservations
 from devices.deferred_streams import DeferredStreams, ForgottenEvent
-from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.streams import Arrival
 from hmi_engine.models import linear
-from hmi_engine.pipeline.device_buffers import SlotRing, StagedBuffer
+from hmi_engine.pipeline.device_buffers import SlotRing
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.step import BatchRunner
 
@@ -56,11 +56,6 @@ def in_turn_of_tenants(expected):
     """The same sorted by tenant: who is not asked for any more is the first to leave the arena."""
     pairs = sorted(zip(*expected, strict=True), key=lambda pair: pair[0].tenant)
     return [request for request, _ in pairs], [answer for _, answer in pairs]
-
-
-def memory_for(store, share):
-    """A device budget whose arena holds this share of all tenants."""
-    return 2 * int(share * sum(AdapterArena.allocated_bytes(t.bytes // 4) for t in store.tenants.values()))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -116,14 +111,7 @@ def test_nothing_is_allocated_once_it_is_warm(expected, deferred_engine, monkeyp
     requests, _ = expected
     with deferred_engine(seed, pipeline_depth=3, device_memory="64MiB") as engine:
         engine.run(requests)
-        reserve, reserved = StagedBuffer._reserve, []
-
-        def noting(buffer, num_bytes):
-            before = buffer._device.data_ptr()
-            reserve(buffer, num_bytes)
-            reserved.append(buffer._device.data_ptr() == before)
-
-        monkeypatch.setattr(StagedBuffer, "_reserve", noting)
+        reserved = note_reservations(monkeypatch)
         engine.run(requests)
     assert reserved and all(reserved)
 
@@ -165,11 +153,6 @@ def test_many_callers_are_answered(store, expected, same, monkeypatch, seed):
             return await asyncio.gather(*(engine.submit(request) for request in requests))
 
     same(asyncio.run(ask()), wanted)
-
-
-def forget_layers(monkeypatch):
-    """Layers do not wait for their adapters."""
-    monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
 
 
 def forget_heads(monkeypatch):

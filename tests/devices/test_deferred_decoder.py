@@ -11,15 +11,13 @@ from conftest import classification_head, sentences
 from decoder_stores import PROMPTS, adapters, make_store
 
 import hmi_engine as hmi
+from devices.deferred_engines import forget_layers, memory_for, note_reservations
 from devices.deferred_streams import DeferredStreams, ForgottenEvent
 from hmi_engine.generation.decode_graphs import DecodeGraphs
 from hmi_engine.generation.device_steps import DeviceSteps
-from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.device_rows import DeviceRows
-from hmi_engine.memory.streams import Arrival
 from hmi_engine.models import linear
 from hmi_engine.models.gpt2 import HierarchicalGpt2
-from hmi_engine.pipeline.device_buffers import StagedBuffer
 
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
 OPTIONS = {"record_traffic": False, "cache_memory": "4MiB", "max_step_tokens": 24}
@@ -91,11 +89,6 @@ def same(responses, expected, tolerance=1e-4):
         assert response.logprobs == pytest.approx(wanted.logprobs, abs=tolerance)
         if wanted.scores is not None:
             assert response.scores == pytest.approx(wanted.scores, abs=tolerance)
-
-
-def memory_for(store, share):
-    """A device budget whose arena holds this share of all tenants."""
-    return 2 * int(share * sum(AdapterArena.allocated_bytes(t.bytes // 4) for t in store.tenants.values()))
 
 
 @pytest.mark.parametrize("share", [0.6, 2])
@@ -211,14 +204,7 @@ def test_nothing_is_allocated_once_it_is_warm(expected, deferred_engine, monkeyp
     requests, _ = expected
     with deferred_engine(seed, device_memory="64MiB") as engine:
         engine.run(requests)
-        reserve, reserved = StagedBuffer._reserve, []
-
-        def noting(buffer, num_bytes):
-            before = buffer._device.data_ptr()
-            reserve(buffer, num_bytes)
-            reserved.append(buffer._device.data_ptr() == before)
-
-        monkeypatch.setattr(StagedBuffer, "_reserve", noting)
+        reserved = note_reservations(monkeypatch)
         engine.run(requests)
     assert reserved and all(reserved)
 
@@ -256,11 +242,6 @@ def test_many_callers_are_answered(store, expected, monkeypatch, seed):
             return await asyncio.gather(*(engine.submit(request) for request in requests))
 
     same(asyncio.run(ask()), wanted)
-
-
-def forget_layers(monkeypatch):
-    """Layers do not wait for their adapters."""
-    monkeypatch.setattr(Arrival, "before_layer", lambda arrival, index: None)
 
 
 def forget_inputs(monkeypatch):
