@@ -25,6 +25,7 @@ from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.flow import Flow
+from hmi_engine.pipeline.layer_graphs import LayerGraphs
 from hmi_engine.pipeline.respond import respond
 from hmi_engine.pipeline.stage_clock import StageClock, StageTimes, Trace
 from hmi_engine.pipeline.step import BatchItem, BatchResult, BatchRunner, PreparedBatch
@@ -150,16 +151,19 @@ class ServingCore:
         self._updater = start_updates(store, options, self.traffic)
 
     def _device_compute(self, device_bytes: int) -> DeviceCompute:
-        general = self.store.general
+        store, streams, options = self.store, self.streams, self.options
+        model = HierarchicalBert.load(
+            store.general_folder, store.general.plot_layers, streams.device, self._dtype
+        )
+        graphs = LayerGraphs(store.general, model, streams, options.max_batch_tokens)
         return DeviceCompute(
-            general,
-            HierarchicalBert.load(
-                self.store.general_folder, general.plot_layers, self.streams.device, self._dtype
-            ),
-            self.streams,
-            DeviceRows(self.streams, device_bytes - self.residency.arena.capacity_bytes),
-            batches_in_flight=self.options.pipeline_depth,
+            store.general,
+            model,
+            streams,
+            DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes),
+            batches_in_flight=options.pipeline_depth,
             clock=self.clock,
+            graphs=graphs if options.device_graphs else None,
         )
 
     def use_backend(self) -> AbstractContextManager[None]:

@@ -67,8 +67,9 @@ class EngineOptions:
         prefix_cache: whether a prompt begins with the keys and values of an earlier one that began alike:
             ``"shared"`` (between all whose weights are equal), ``"tenant"`` (only of the same tenant: then no
             tenant can learn from an answer's time what another one was asked), or ``"off"``.
-        device_graphs: whether a GPU is told of a decoder's steps by CUDA graphs, once they are one token for
-            each text. They take memory for each of a few numbers of texts.
+        device_graphs: whether a GPU is told of an encoder's layers, and of a decoder's steps once they are
+            one token for each text, by CUDA graphs. They are captured as batches of new sizes come, and take
+            memory for each of a few sizes.
         trace: file for a trace of all stages and layers, written when the engine is closed; Perfetto
             (ui.perfetto.dev) and chrome://tracing show it.
 

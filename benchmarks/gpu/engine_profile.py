@@ -1,8 +1,8 @@
 """Where does an engine on this GPU spend its time? ``python -m benchmarks.gpu.engine_profile`` prints it.
 
 For an encoder of BERT-base's shape and 32 tenants: throughput and stages by pipeline depth and batch size,
-torch's profile of the host and of the device, and the layers of a batch alone: launched one by one, and as
-one CUDA graph. ``--dry`` runs what a CPU can of it. Nothing is written.
+with and without CUDA graphs, torch's profile of the host and of the device without them, and the layers of a
+batch alone: launched one by one, and as one graph. ``--dry`` runs what a CPU can of it. Nothing is written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ from hmi_engine.store import Store
 
 __all__ = ["main"]
 
-DEPTHS_AND_TOKENS = ((1, 8192), (2, 8192), (3, 2048), (3, 8192), (3, 32768), (4, 8192))
+PLANS = (
+    {"pipeline_depth": 1},
+    {"pipeline_depth": 2},
+    {"pipeline_depth": 3, "max_batch_tokens": 2048},
+    {"pipeline_depth": 3, "max_batch_tokens": 2048, "device_graphs": False},
+    {"pipeline_depth": 3},
+    {"pipeline_depth": 3, "device_graphs": False},
+    {"pipeline_depth": 3, "max_batch_tokens": 32768},
+    {"pipeline_depth": 4},
+)
 REPETITIONS = 5
 LAYER_TOKENS = (2048, 8192)
 
@@ -43,8 +52,8 @@ def _open(store: Store, device: str, **options: object) -> Engine:
 
 
 def _print_throughput(store: Store, device: str, rounds: Sequence[list[Request]]) -> None:
-    for depth, tokens in DEPTHS_AND_TOKENS:
-        with _open(store, device, pipeline_depth=depth, max_batch_tokens=tokens) as engine:
+    for plan in PLANS:
+        with _open(store, device, **plan) as engine:
             for requests in rounds[:3]:
                 engine.run(requests)
             before = engine.stats().stages or {}
@@ -59,7 +68,7 @@ def _print_throughput(store: Store, device: str, rounds: Sequence[list[Request]]
             name: round(1e3 * (of["busy_seconds"] - before[name]["busy_seconds"]) / REPETITIONS, 2)
             for name, of in after.items()
         }
-        print(f"{depth} in flight, {tokens} tokens: {rate:.0f} texts/s; busy ms a call: {busy}", flush=True)
+        print(f"{plan}: {rate:.0f} texts/s; busy ms a call: {busy}", flush=True)
 
 
 def _print_profile(engine: Engine, rounds: Sequence[list[Request]]) -> None:
@@ -137,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = request_rounds(names, plan)
         _print_throughput(store, device, rounds)
         if not is_dry:
-            engine = stack.enter_context(_open(store, device, pipeline_depth=3))
+            engine = stack.enter_context(_open(store, device, pipeline_depth=3, device_graphs=False))
             engine.run(rounds[0])
             _print_profile(engine, rounds)
             assert isinstance(engine._core, ServingCore)

@@ -42,6 +42,7 @@ TOLERANCE = 5e-3
 """Of probabilities in float32: 2e-3 was seen on an H200, where products are summed in other orders."""
 RANK = 16
 HALF, PLAIN, MANY = "HMI, K = N/2", "HMI, K = 0", "HMI, K = N/2, 1,024 tenants"
+LAUNCHED = "HMI, K = N/2, without CUDA graphs"
 NOTES = (
     "The base has BERT-base's shape and random weights; so have tenants, LoRA of rank 16 on query and value "
     "of the upper half. Texts are numbers drawn by Zipf's law, none of them in the table's corpus.",
@@ -141,8 +142,8 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
     with ExitStack() as stack:
         engines: list[Engine] = []
 
-        def engine(store: Store) -> Engine:
-            opened = _engine(store, device, "auto")
+        def engine(store: Store, **options: bool) -> Engine:
+            opened = _engine(store, device, "auto", **options)
             engines.append(stack.enter_context(opened))
             return opened
 
@@ -151,6 +152,11 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
                 engine(half), name=HALF, description="half of the layers looked up, three batches in flight"
             ),
             HmiPeer(engine(plain), name=PLAIN, description="every layer computed, three batches in flight"),
+            HmiPeer(
+                engine(half, device_graphs=False),
+                name=LAUNCHED,
+                description="layers launched kernel by kernel",
+            ),
             *(
                 peer(plain.general_folder, plain.encoder, device=device, dtype=dtype)
                 for peer in (PeftMixedBatch, PeftOneAtATime, OneModelPerTenant)
@@ -174,7 +180,8 @@ def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, pla
         timed = {peer.name: on_round(peer.run, rounds) for peer in peers}
         timed[MANY] = on_round(fleet.run, many)
         seconds = interleave(timed, plan.repetitions, warm_up=1)
-        stages = {name: each.stats().stages for name, each in zip((HALF, PLAIN, MANY), engines, strict=True)}
+        ours = (HALF, PLAIN, LAUNCHED, MANY)
+        stages = {name: each.stats().stages for name, each in zip(ours, engines, strict=True)}
     systems = _systems(peers, seconds, plan)
     return [
         Case(
@@ -206,9 +213,11 @@ def _systems(peers: Sequence[Peer], seconds: Mapping[str, Sequence[float]], plan
     return {name: System.of(name, descriptions[name], seconds[name], work, "texts") for name in seconds}
 
 
-def _engine(store: Store, device: str, dtype: str) -> Engine:
-    options = {"device_memory": "8GiB"} if device != "cpu" else {}
-    return Engine(store, device=device, dtype=dtype, pipeline_depth=3, record_traffic=False, **options)
+def _engine(store: Store, device: str, dtype: str, **options: bool) -> Engine:
+    memory = {"device_memory": "8GiB"} if device != "cpu" else {}
+    return Engine(
+        store, device=device, dtype=dtype, pipeline_depth=3, record_traffic=False, **memory, **options
+    )
 
 
 def _check(store: Store, served: Sequence[ServedTenant], requests: Sequence[Request], device: str) -> None:

@@ -14,7 +14,7 @@ from hmi_engine.models.bert_loading import BertConfiguration, load_bert_configur
 from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS, load_merge
 from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
 from hmi_engine.models.linear import SharedLinear
-from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.models.packing import RowSelection, SequenceBounds
 from hmi_engine.models.windows import WindowLayers
 
 __all__ = ["HierarchicalBert"]
@@ -79,12 +79,12 @@ class HierarchicalBert:
     def run_layers(
         self,
         hidden_states: torch.Tensor,
-        sequences: PackedSequences,
+        sequences: SequenceBounds,
         *,
         first: int,
         last: int | None = None,
         adapters: AdapterApplication | None = None,
-        readout: Readout | None = None,
+        readout: RowSelection | None = None,
         around_layer: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> torch.Tensor:
         """Layers ``first`` to ``last`` (exclusive; default: to the end) over packed hidden states [T, H].

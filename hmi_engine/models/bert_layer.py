@@ -9,7 +9,7 @@ import hmi_kernels
 from hmi_engine.models.bert_loading import BertConfiguration
 from hmi_engine.models.layer_parts import AdapterApplication, AdapterPlaces, LayerNorm
 from hmi_engine.models.linear import SharedLinear
-from hmi_engine.models.packing import PackedSequences, Readout
+from hmi_engine.models.packing import RowSelection, SequenceBounds
 
 __all__ = ["BertEmbeddings", "BertLayer"]
 
@@ -71,9 +71,9 @@ class BertLayer:
     def forward(
         self,
         hidden_states: torch.Tensor,
-        sequences: PackedSequences,
+        sequences: SequenceBounds,
         adapters: AdapterApplication | None = None,
-        readout: Readout | None = None,
+        readout: RowSelection | None = None,
     ) -> torch.Tensor:
         """hidden_states [T, H] -> [T, H], or [Q, H] for the rows of ``readout`` alone."""
         query, key, value, residual = self._project(hidden_states, adapters, readout)
@@ -96,7 +96,7 @@ class BertLayer:
         return self._feed_forward(attended, at)
 
     def _project(
-        self, hidden_states: torch.Tensor, adapters: AdapterApplication | None, readout: Readout | None
+        self, hidden_states: torch.Tensor, adapters: AdapterApplication | None, readout: RowSelection | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (of the read rows), keys, values, and the rows that the residual connection carries."""
         size = hidden_states.shape[-1]

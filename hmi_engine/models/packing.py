@@ -5,10 +5,42 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
-__all__ = ["PackedSequences", "Readout", "causal_windows", "window_tokens"]
+__all__ = [
+    "PackedSequences",
+    "Readout",
+    "RowSelection",
+    "SequenceBounds",
+    "causal_windows",
+    "window_tokens",
+]
+
+
+class SequenceBounds(Protocol):
+    """What layers ask of packed sequences."""
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """int64 [S+1], as of :class:`PackedSequences`."""
+
+    @property
+    def max_length(self) -> int:
+        """At least the tokens of the longest sequence."""
+
+
+class RowSelection(Protocol):
+    """What the last layer asks of a readout."""
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 [Q], as of :class:`Readout`."""
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """int64 [S+1], likewise."""
 
 
 @dataclass(frozen=True)

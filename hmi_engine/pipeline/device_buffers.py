@@ -5,18 +5,37 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from hmi_engine.memory.streams import DeviceStreams
 
-__all__ = ["BatchSlot", "SlotRing", "StagedBuffer"]
+__all__ = ["BatchSlot", "Shape", "SlotRing", "StagedBuffer", "views_of"]
 
 _ALIGNMENT = 256
 _FIRST_BYTES = 1 << 20
 
 Shape = tuple[torch.Size | tuple[int, ...], torch.dtype]
+
+
+def views_of(memory: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """Parts of ``memory``, uint8 [bytes], one behind the other and each aligned for any kernel."""
+    return [
+        memory[start : start + _num_bytes(shape, dtype)].view(dtype).view(shape)
+        for start, (shape, dtype) in zip(_starts(shapes), shapes, strict=False)
+    ]
+
+
+def _num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _starts(shapes: Sequence[Shape]) -> list[int]:
+    """Where each begins, and where one more would."""
+    sizes = (-(-_num_bytes(*each) // _ALIGNMENT) * _ALIGNMENT for each in shapes)
+    return list(accumulate(sizes, initial=0))
 
 
 class StagedBuffer:
@@ -36,19 +55,14 @@ class StagedBuffer:
 
         What was laid out before must not be in use any more.
         """
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
-        starts = [0]
-        for size in sizes:
-            starts.append(-(-(starts[-1] + size) // _ALIGNMENT) * _ALIGNMENT)
-        self._used = starts[-1]
+        self._used = _starts(shapes)[-1]
         self._reserve(self._used)
-        return [
-            (
-                self._host[start : start + size].view(dtype).view(shape),
-                self._device[start : start + size].view(dtype).view(shape),
-            )
-            for start, size, (shape, dtype) in zip(starts, sizes, shapes, strict=False)
-        ]
+        return list(zip(views_of(self._host, shapes), views_of(self._device, shapes), strict=True))
+
+    @property
+    def laid_out(self) -> Tensor:
+        """What was laid out last, as it is on the device: uint8 [bytes], whose parts ``views_of`` gives."""
+        return self._device[: self._used]
 
     def send(self) -> None:
         """Puts the copy of all that was laid out on the stream ``gather``."""
@@ -77,14 +91,16 @@ class BatchSlot:
     Attributes:
         inputs: token ids, offsets, row references, tables of its adapters.
         rows: PLOT rows that do not lie on the device.
+        graph_tables: what graphs of its layers read beside hidden states.
 
-    Both go by the stream ``gather``: by ``copy`` they would come after the adapters of all layers.
+    All go by the stream ``gather``: by ``copy`` they would come after the adapters of all layers.
     """
 
     def __init__(self, streams: DeviceStreams) -> None:
         """Memory is taken when batches need it."""
         self.inputs = StagedBuffer(streams)
         self.rows = StagedBuffer(streams)
+        self.graph_tables = StagedBuffer(streams)
         self._streams = streams
         self._results = torch.empty(0)
 

@@ -46,6 +46,22 @@ def test_equals_the_cpu_at_every_depth(store, expected, same, depth):
             same(engine.run(requests), wanted, TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_are_graphs(store, expected, same, dtype):
+    requests, wanted = expected
+    with engine_on_gpu(store, dtype=dtype, pipeline_depth=3) as engine:
+        for _ in range(4):
+            same(engine.run(requests), wanted, TOLERANCE if dtype == "float32" else 3e-2)
+        graphs = engine._core.runner._computer._graphs
+        assert any(captured.graphs for captured in graphs._captured.values()), "none was refused"
+
+
+def test_layers_are_launched_where_graphs_are_not_wanted(store, expected, same):
+    requests, wanted = expected
+    with engine_on_gpu(store, device_graphs=False) as engine:
+        same(engine.run(requests), wanted, TOLERANCE)
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_evictions_under_load(store, expected, same, depth):
     requests, wanted = expected
