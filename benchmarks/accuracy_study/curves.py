@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mean
 
-from benchmarks.accuracy_study.methods import DISTILLED, PLAIN, Hierarchical, Method, WholeBase
+from benchmarks.accuracy_study.methods import Method, TableText, WholeBase, looked_up
 from benchmarks.accuracy_study.report import StudyReport
 from benchmarks.result import Curve
 
 __all__ = ["curves"]
 
 LOST = "points below full fine-tuning, mean of the sets"
-_BASES = {DISTILLED: "distilled", PLAIN: "undistilled"}
+_BASES = {"distilled": True, "undistilled": False}
+_TABLES: tuple[TableText, ...] = ("quarter", "half", "own", "all")
 
 
 def curves(report: StudyReport) -> list[Curve]:
@@ -23,8 +24,8 @@ def curves(report: StudyReport) -> list[Curve]:
 
 def _by_layers(report: StudyReport) -> list[Curve]:
     found = []
-    for base, name in _BASES.items():
-        own = [Hierarchical(plot_layers, base) for plot_layers in (2, 3, 4)]
+    for name, is_distilled in _BASES.items():
+        own = [looked_up(plot_layers, is_distilled=is_distilled) for plot_layers in (2, 3, 4)]
         found += [
             _curve(report, f"{name}, back-off", own),
             _curve(report, f"{name}, exact", [replace(method, miss="exact") for method in own]),
@@ -53,8 +54,9 @@ def _curve(report: StudyReport, name: str, methods: Sequence[Method]) -> Curve |
 
 def _by_hits(report: StudyReport) -> list[Curve]:
     found = []
-    for base, name in _BASES.items():
-        methods = [Hierarchical(3, base, table=table) for table in ("quarter", "half", "own", "all")]
+    for name, is_distilled in _BASES.items():
+        base = looked_up(3, is_distilled=is_distilled)
+        methods = [replace(base, table=table) for table in _TABLES]
         lost = [report.lost_points(method) for method in methods]
         values = [interval.value for interval in lost if interval is not None]
         if len(values) == len(methods):

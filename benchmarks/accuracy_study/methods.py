@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "TableText",
     "WholeBase",
+    "looked_up",
 ]
 
 PLAIN = "plain"
@@ -203,6 +204,13 @@ _WIDEST = replace(
 _TAUGHT = replace(_WIDEST, teacher=True)
 
 
+def looked_up(plot_layers: int, *, is_distilled: bool = True) -> Hierarchical:
+    """The recipe by labels alone for other K: 3 as shipped, others distilled anew; or the base as it is."""
+    if not is_distilled:
+        return replace(_WIDEST, plot_layers=plot_layers, base=PLAIN)
+    return _WIDEST if plot_layers == 3 else replace(_WIDEST, plot_layers=plot_layers, base=DISTILLED)
+
+
 def _main_methods() -> tuple[Method, ...]:
     methods: list[Method] = [
         FullFineTuning(),
@@ -211,18 +219,12 @@ def _main_methods() -> tuple[Method, ...]:
         _WIDEST,
         replace(_WIDEST, miss="exact"),
     ]
-    for plot_layers, base in (
-        (3, SHIPPED),
-        (3, PLAIN),
-        (2, DISTILLED),
-        (2, PLAIN),
-        (4, DISTILLED),
-        (4, PLAIN),
-    ):
-        own = Hierarchical(plot_layers, base)
-        methods += [own, replace(own, miss="exact"), replace(own, table="all")]
-    for base in (SHIPPED, PLAIN):
-        methods += [Hierarchical(3, base, table="half"), Hierarchical(3, base, table="quarter")]
+    for plot_layers in (2, 4):
+        other = looked_up(plot_layers)
+        methods += [other, replace(other, miss="exact")]
+    # What a table finds of a text: of all sets' text above, of less and less text here.
+    methods += [replace(_WIDEST, table=table) for table in ("own", "half", "quarter")]
+    methods += [looked_up(plot_layers, is_distilled=False) for plot_layers in (3, 2, 4)]
     return tuple(methods)
 
 
@@ -241,6 +243,7 @@ def _ablations() -> tuple[Method, ...]:
     base = Hierarchical(3, DISTILLED)
     return (
         base,
+        replace(base, base=PLAIN),
         replace(base, miss="exact"),
         _WIDE,
         FullFineTuning(candidates=(1e-3,), frozen_layers=3),
