@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +31,13 @@ from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.calibration import Calibration
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
 from benchmarks.simulation.company import num_cores
-from benchmarks.simulation.engine import EngineTimes, SimulatedEngine, Workload
+from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
 from benchmarks.simulation.slowness import SlownessProbe, slowed
 from benchmarks.stolen_time import least_disturbed
 from hmi_engine.async_engine import AsyncEngine
+from hmi_engine.schedule.limits import QueueLimits
 
 __all__ = ["Agreement", "Validation", "cpu_machine", "validate"]
 
@@ -53,17 +55,39 @@ COLD_BATCHES, COLD_BATCH_REQUESTS = 4, 32
 
 @dataclass(frozen=True)
 class Agreement:
-    """One figure, as it was measured and as it was predicted."""
+    """One figure, as it was measured and as it was predicted.
+
+    Attributes:
+        case: what was run.
+        figure: of it.
+        runs: the figure in each run of the same requests: they differ by what the host was doing.
+        predictions: the prediction of each run.
+    """
 
     case: str
     figure: str
-    measured: float
-    predicted: float
+    runs: Sequence[float]
+    predictions: Sequence[float]
+
+    @property
+    def measured(self) -> float:
+        """The median run."""
+        return median(self.runs)
+
+    @property
+    def predicted(self) -> float:
+        """The median prediction."""
+        return median(self.predictions)
 
     @property
     def error(self) -> float:
         """How far off the prediction is, as a share of what was measured."""
         return self.predicted / self.measured - 1
+
+    @property
+    def is_between_runs(self) -> bool:
+        """Whether the prediction is as near as one run of the engine is to another."""
+        return min(self.runs) <= self.predicted <= max(self.runs)
 
 
 @dataclass(frozen=True)
@@ -73,10 +97,12 @@ class Validation:
     Attributes:
         loads: of the open loops, over the capacity that was measured.
         seconds: of each run.
+        runs: of the same requests, spread over the time of the check.
     """
 
     loads: tuple[float, ...]
     seconds: float
+    runs: int
 
 
 def cpu_machine(
@@ -98,15 +124,18 @@ def cpu_machine(
 
 def validate(
     fleet: Fleet, calibration: Calibration, validation: Validation, steps: KeptSteps
-) -> list[Agreement]:
+) -> tuple[list[Agreement], float]:
     """Measures the real engine, and predicts each figure without looking at it.
+
+    Returns the figures, and how many times as slow the machine was at its slowest as at its fastest.
 
     What the prediction takes from the measured runs is the rate at which requests were sent; and from what
     the probe took before and after them, how slow the machine was.
     """
     with SlownessProbe.opened(fleet, calibration.costs.compute) as probe:
         bench = _Bench(fleet, calibration, validation, steps, probe)
-        return [*bench.warm(), *bench.cold()]
+        agreements = [*bench.warm(), *bench.cold()]
+    return agreements, max(bench.slowness) / min(bench.slowness)
 
 
 @dataclass(frozen=True)
@@ -124,6 +153,10 @@ class _Measured:
     slowness: float
 
 
+_Prediction = tuple[Sample, float | None]
+"""A sample, and the hidden share."""
+
+
 @dataclass(frozen=True)
 class _Bench:
     fleet: Fleet
@@ -131,6 +164,7 @@ class _Bench:
     validation: Validation
     steps: KeptSteps
     probe: SlownessProbe
+    slowness: list[float] = field(default_factory=list)
 
     def warm(self) -> Iterator[Agreement]:
         """All tenants in memory: a closed loop, then open loops."""
@@ -140,27 +174,26 @@ class _Bench:
         with open_engine(self.fleet, **options) as engine:
             self._warm(engine, popularity)
             closed = partial(self._measure_closed, engine, popularity, 31)
-            measured = self.steps.take("validate-closed", _Measured, closed)
-        predicted, _ = self._predict_closed(_then(machine, measured), popularity, 31, is_warm=True)
-        yield from _agreements(
-            "all in memory, closed loop", measured.sample, predicted, ("answered", "p50", "p99")
-        )
-        capacity = summarise([measured.sample], DEADLINE).answered
+            measured = [self._take(f"closed-{number}", closed) for number in self._runs]
+        predicted = [
+            self._predict_closed(_then(machine, run), popularity, 31, is_warm=True) for run in measured
+        ]
+        figures = ("answered", "p50", "p99")
+        yield from _agreements("all in memory, closed loop", measured, predicted, figures)
+        capacity = median(summarise([run.sample], DEADLINE).answered for run in measured)
         limits = queue_limits(capacity)
         with open_engine(self.fleet, limits=limits, **options) as engine:
             self._warm(engine, popularity)
-            for number, load in enumerate(self.validation.loads):
-                rate, seed = load * capacity, 40 + number
-                measure = partial(self._measure_open, engine, popularity, rate, seed)
-                measured = self.steps.take(f"validate-open-{load:g}", _Measured, measure)
-                arrivals = self._arrivals(popularity, rate, seed)
-                cluster = Cluster(_then(machine, measured), limits=limits, timeout=TIMEOUT)
-                outcomes = open_loop(cluster, self._workload(arrivals), arrivals.due, self._fill).outcomes
-                predicted = settled(outcomes, arrivals, self.validation.seconds, None)
-                figures = ("p50", "p99") if load < 1 else ("goodput", "p50", "p99")
-                yield from _agreements(
-                    f"open loop, {load:.0%} of capacity", measured.sample, predicted, figures
-                )
+            runs: dict[float, list[_Measured]] = {load: [] for load in self.validation.loads}
+            for number in self._runs:
+                for place, load in enumerate(runs):
+                    measure = partial(self._measure_open, engine, popularity, load * capacity, 40 + place)
+                    runs[load].append(self._take(f"open-{load:g}-{number}", measure))
+        for place, (load, measured) in enumerate(runs.items()):
+            arrivals = self._arrivals(popularity, load * capacity, 40 + place)
+            predicted = [self._predict_open(_then(machine, run), limits, arrivals) for run in measured]
+            figures = ("p50", "p99") if load < 1 else ("goodput", "p50", "p99")
+            yield from _agreements(f"open loop, {load:.0%} of capacity", measured, predicted, figures)
 
     def cold(self) -> Iterator[Agreement]:
         """Every request finds its tenant cold, on a slow disk, without and with a pipeline."""
@@ -177,12 +210,24 @@ class _Bench:
             ):
                 self._warm(engine, popularity)
                 closed = partial(self._measure_closed, engine, popularity, 60)
-                measured = self.steps.take(f"validate-cold-{depth}", _Measured, closed)
-            predicted, times = self._predict_closed(_then(machine, measured), popularity, 60, is_warm=False)
+                measured = [self._take(f"cold-{depth}-{number}", closed) for number in self._runs]
+            predicted = [
+                self._predict_closed(_then(machine, run), popularity, 60, is_warm=False) for run in measured
+            ]
             case = f"cold tenants, {depth} in flight, closed loop"
-            yield from _agreements(case, measured.sample, predicted, ("answered", "p50", "p99"))
-            if depth > 1 and measured.hidden_share is not None and times.hidden_share is not None:
-                yield Agreement(case, "hidden share", measured.hidden_share, times.hidden_share)
+            yield from _agreements(case, measured, predicted, ("answered", "p50", "p99"))
+            if depth > 1:
+                shares = [run.hidden_share for run in measured], [share for _, share in predicted]
+                yield Agreement(case, "hidden share", *([each or 0.0 for each in of] for of in shares))
+
+    @property
+    def _runs(self) -> range:
+        return range(self.validation.runs)
+
+    def _take(self, name: str, measure: Callable[[], _Measured]) -> _Measured:
+        measured = self.steps.take(f"validate-{name}", _Measured, measure)
+        self.slowness.append(measured.slowness)
+        return measured
 
     def _measure_closed(self, engine: AsyncEngine, popularity: _Floats, seed: int) -> _Measured:
         requests = self.fleet.requests(draw_closed(popularity, len(self.fleet.texts), _CYCLE, seed))
@@ -206,9 +251,14 @@ class _Bench:
         point = run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed)
         return _Measured(point.sample, engine.stats().hidden_share, (before + self.probe.measure()) / 2)
 
+    def _predict_open(self, machine: Machine, limits: QueueLimits, arrivals: Arrivals) -> _Prediction:
+        cluster = Cluster(machine, limits=limits, timeout=TIMEOUT)
+        found = open_loop(cluster, self._workload(arrivals), arrivals.due, self._fill)
+        return settled(found.outcomes, arrivals, self.validation.seconds, None), found.times.hidden_share
+
     def _predict_closed(
         self, machine: Machine, popularity: _Floats, seed: int, *, is_warm: bool
-    ) -> tuple[Sample, EngineTimes]:
+    ) -> _Prediction:
         drawn = draw_closed(popularity, len(self.fleet.texts), _CYCLE, seed)
         workload = self._workload(drawn)
         count = int(_FASTEST * self.validation.seconds)
@@ -222,7 +272,7 @@ class _Bench:
             seconds=self.validation.seconds,
             warm_up=self._fill if is_warm else None,
         )
-        return _closed_sample(found.outcomes, self.validation.seconds), found.times
+        return _closed_sample(found.outcomes, self.validation.seconds), found.times.hidden_share
 
     def _arrivals(self, popularity: _Floats, rate: float, seed: int) -> Arrivals:
         return draw_arrivals(popularity, len(self.fleet.texts), rate, self.validation.seconds, seed)
@@ -250,11 +300,12 @@ def _closed_sample(outcomes: Outcomes, seconds: float) -> Sample:
 
 
 def _agreements(
-    case: str, measured: Sample, predicted: Sample, figures: Sequence[str]
+    case: str, measured: Sequence[_Measured], predicted: Sequence[_Prediction], figures: Sequence[str]
 ) -> Iterator[Agreement]:
-    real, simulated = (vars(summarise([sample], DEADLINE)) for sample in (measured, predicted))
+    real = [vars(summarise([run.sample], DEADLINE)) for run in measured]
+    simulated = [vars(summarise([sample], DEADLINE)) for sample, _ in predicted]
     for figure in figures:
-        yield Agreement(case, figure, real[figure], simulated[figure])
+        yield Agreement(case, figure, [run[figure] for run in real], [run[figure] for run in simulated])
 
 
 @contextmanager

@@ -16,8 +16,13 @@ from benchmarks.simulation.validation import Agreement  # noqa: E402
 
 
 def test_errors_are_shares_of_what_was_measured() -> None:
-    assert Agreement("run", "p50", measured=2.0, predicted=2.5).error == pytest.approx(0.25)
-    assert Agreement("run", "p50", measured=2.0, predicted=1.0).error == pytest.approx(-0.5)
+    high = Agreement("run", "p50", runs=[1.0, 2.0, 3.0], predictions=[2.5, 2.4, 9.0])
+    assert (high.measured, high.predicted) == (2.0, 2.5)
+    assert high.error == pytest.approx(0.25)
+    assert high.is_between_runs
+    low = Agreement("run", "p50", runs=[2.0], predictions=[1.0])
+    assert low.error == pytest.approx(-0.5)
+    assert not low.is_between_runs
 
 
 @pytest.mark.slow
@@ -30,7 +35,8 @@ def test_the_quick_benchmark_runs(tmp_path: Path) -> None:
     assert sum("Simulated, not measured" in title for title in titles) == 2
     agreements = result.tables[0].rows
     assert {"measured", "predicted", "error, %"} < set(result.tables[0].columns)
-    for name, measured, predicted, error in agreements:
+    for name, measured, least, most, predicted, error in agreements:
+        assert least <= measured <= most, name
         assert error == pytest.approx(100 * (predicted / measured - 1)), name
         assert measured > 0 and predicted > 0
     assert all(row[1] > 0 for table in result.tables[1:3] for row in table.rows)
