@@ -122,7 +122,7 @@ def observe_arrivals(
     arrivals = draw_arrivals(popularity, len(fleet.texts), capacity / 2, seconds, 3)
     with (
         open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine,
-        SlownessProbe.opened(fleet, costs["compute"]) as probe,
+        SlownessProbe.opened(fleet, costs["compute"], variation=variation, seconds=seconds / 3) as probe,
     ):
         run_open(engine, fleet, popularity, rate=capacity / 4, seconds=min(2.0, seconds), seed=4)
         slowness = probe.measure()

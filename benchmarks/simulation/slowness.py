@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +33,18 @@ class SlownessProbe:
     engine: Engine
     batches: Sequence[Sequence[Request]]
     expected: Sequence[float]
+    seconds: float
 
     @classmethod
     @contextmanager
-    def opened(cls, fleet: Fleet, compute: StageCoefficients) -> Iterator[SlownessProbe]:
-        """Of how ``compute`` has changed, on an engine that has all tenants of the fleet in memory."""
+    def opened(
+        cls, fleet: Fleet, compute: StageCoefficients, *, variation: float, seconds: float
+    ) -> Iterator[SlownessProbe]:
+        """Of how ``compute`` has changed, on an engine that has all tenants of the fleet in memory.
+
+        ``variation`` is what batches took over what it says, on average, when it was measured; ``seconds``
+        are those of a measurement: such hosts change from one second to the next.
+        """
         numbers = np.arange(_BATCHES * _BATCH_REQUESTS)
         drawn = Arrivals(
             numbers % len(fleet.adapter_bytes), numbers % len(fleet.texts), np.zeros(len(numbers))
@@ -51,20 +60,22 @@ class SlownessProbe:
                     for first in range(0, len(requests), _BATCH_REQUESTS)
                 ],
                 [
-                    compute.seconds(StageWork(count, _BATCH_REQUESTS, size))
+                    variation * compute.seconds(StageWork(count, _BATCH_REQUESTS, size))
                     for count, size in zip(tokens, sizes, strict=True)
                 ],
+                seconds,
             )
 
     def measure(self) -> float:
-        """What batches take to compute over what they took when costs were measured, the median."""
+        """What batches take to compute over what they took when costs were measured, the mean."""
         self.engine.run(self.batches[0])
-        ratios = []
-        for batch, expected in zip(self.batches, self.expected, strict=True):
-            before = self.engine.stats().compute_seconds
-            self.engine.run(batch)
-            ratios.append((self.engine.stats().compute_seconds - before) / expected)
-        return float(np.median(ratios))
+        before, end, expected = self.engine.stats().compute_seconds, time.perf_counter() + self.seconds, 0.0
+        for number in itertools.count():
+            if time.perf_counter() >= end and number >= len(self.batches):
+                break
+            self.engine.run(self.batches[number % len(self.batches)])
+            expected += self.expected[number % len(self.batches)]
+        return (self.engine.stats().compute_seconds - before) / expected
 
 
 def slowed(costs: Costs, slowness: float) -> Costs:

@@ -132,7 +132,10 @@ def validate(
     What the prediction takes from the measured runs is the rate at which requests were sent; and from what
     the probe took before and after them, how slow the machine was.
     """
-    with SlownessProbe.opened(fleet, calibration.costs.compute) as probe:
+    usual = float(np.mean(calibration.variation))
+    with SlownessProbe.opened(
+        fleet, calibration.costs.compute, variation=usual, seconds=validation.seconds / 2
+    ) as probe:
         bench = _Bench(fleet, calibration, validation, steps, probe)
         agreements = [*bench.warm(), *bench.cold()]
     return agreements, max(bench.slowness) / min(bench.slowness)
