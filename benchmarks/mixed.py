@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 from unittest import mock
 
+import torch
 from pydantic import JsonValue
 
 from benchmarks.arguments import Arguments, read_arguments, read_texts
@@ -26,6 +27,7 @@ from hmi_engine.demo.tasks import DemoData, Task
 from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.errors import HmiError
+from hmi_engine.models.linear import has_bfloat16_products
 from hmi_engine.request import Request, Response
 from hmi_engine.store import Store
 
@@ -39,6 +41,7 @@ MAX_WORDS = 60
 WARM_UP = 1
 TOLERANCE = 1e-3
 DEFAULT, EXACT, NO_PLOT = "HMI back-off, K = N/2", "HMI exact, K = N/2", "HMI, K = 0"
+HALF = f"{DEFAULT}, bfloat16"
 NOTES = (
     "Every batch holds one request of each of 32 tenants, with random LoRA of rank 16 on query and value of "
     "the upper half of the layers and random heads, the same weights in every system.",
@@ -50,6 +53,8 @@ NOTES = (
     "PEFT's forward passes hold as many texts, sorted by length, as a search beforehand found "
     "fastest; so do those of one model per tenant, whose word embeddings are held once.",
     "'plain torch linear' turns the oneDNN weight layout off that HMI's shared layers use, to show its part.",
+    "'bfloat16', where the processor multiplies it: HMI's products with the shared weights (the option "
+    "`dtype`), all of PEFT's model.",
 )
 
 
@@ -81,6 +86,12 @@ class PlainLinearPeer(HmiPeer):
         """Answers one batch."""
         with plain_linear():
             return super().run(requests)
+
+
+class HalfPeftMixedBatch(PeftMixedBatch):
+    """PEFT's mixed batch, all of it in bfloat16."""
+
+    name = f"{PeftMixedBatch.name}, bfloat16"
 
 
 def check_same_work(
@@ -173,8 +184,8 @@ class _Bench:
             name: info.domain for name, info in self.half.tenants.items() if name.startswith(f"{prefix}/")
         }
 
-    def engine(self, store: Store, miss: Literal["backoff", "exact"]) -> Engine:
-        return self.stack.enter_context(Engine(store, miss=miss))
+    def engine(self, store: Store, miss: Literal["backoff", "exact"], dtype: str = "auto") -> Engine:
+        return self.stack.enter_context(Engine(store, miss=miss, dtype=dtype))
 
 
 def _mixed_case(bench: _Bench) -> tuple[list[Case], list[Quantity]]:
@@ -212,7 +223,13 @@ def _mixed_case(bench: _Bench) -> tuple[list[Case], list[Quantity]]:
     exact = next(system for system in case.systems if system.name == EXACT)
     compared = (PeftMixedBatch.name, OneModelPerTenant.name)
     others = [system for system in case.systems if system.name in compared]
-    case = case.model_copy(update={"ratios": (*case.ratios, *(Ratio.of(exact, other) for other in others))})
+    ratios = [*case.ratios, *(Ratio.of(exact, other) for other in others)]
+    halves = {
+        system.name: system for system in case.systems if system.name in (HALF, HalfPeftMixedBatch.name)
+    }
+    if halves:
+        ratios.append(Ratio.of(halves[HALF], halves[HalfPeftMixedBatch.name]))
+    case = case.model_copy(update={"ratios": tuple(ratios)})
     return [case], [*_hit_rates(engines, before), *_token_counts(bench.half, rounds)]
 
 
@@ -221,6 +238,11 @@ def _mixed_peers(bench: _Bench, engines: Mapping[str, Engine]) -> list[Peer]:
     backoff_plain, no_plot = bench.engine(bench.half, "backoff"), bench.engine(bench.plain, "backoff")
     no_plot_plain = bench.engine(bench.plain, "backoff")
     torch_note = "the same with plain torch linear"
+    halves: list[Peer] = []
+    if has_bfloat16_products():
+        half = bench.engine(bench.half, "backoff", "bfloat16")
+        halves.append(HmiPeer(half, name=HALF, description="products with shared weights in bfloat16"))
+        halves.append(HalfPeftMixedBatch(base, encoder, dtype=torch.bfloat16))
     return [
         HmiPeer(
             engines["backoff"], name=DEFAULT, description="default engine; a missing bigram adds nothing"
@@ -232,6 +254,7 @@ def _mixed_peers(bench: _Bench, engines: Mapping[str, Engine]) -> list[Peer]:
         PeftMixedBatch(base, encoder),
         PeftOneAtATime(base, encoder),
         OneModelPerTenant(base, encoder),
+        *halves,
     ]
 
 

@@ -22,7 +22,9 @@ from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.streams import DeviceStreams
 from hmi_engine.memory.tenant_reader import Digest, digest_of
 from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.linear import has_bfloat16_products
 from hmi_engine.pipeline.admission import AdmittedRequest, admit
+from hmi_engine.pipeline.batch_compute import BatchCompute, HostCompute
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.flow import Flow
 from hmi_engine.pipeline.layer_graphs import LayerGraphs
@@ -44,6 +46,7 @@ __all__ = [
     "device_bytes_of",
     "open_plots",
     "open_residency",
+    "product_dtype",
 ]
 
 
@@ -139,7 +142,7 @@ class ServingCore:
             exact_budget=options.exact_budget,
             recorder=self.traffic.recorder if self.traffic is not None else None,
             clock=self.clock,
-            computer=self._device_compute(device_bytes) if self.streams.is_asynchronous else None,
+            computer=self._computer(device_bytes),
         )
         self.flow: BatchFlow = Flow(
             self.runner,
@@ -150,8 +153,14 @@ class ServingCore:
         self._warned: set[str] = set()
         self._updater = start_updates(store, options, self.traffic)
 
-    def _device_compute(self, device_bytes: int) -> DeviceCompute:
+    def _computer(self, device_bytes: int) -> BatchCompute:
         store, streams, options = self.store, self.streams, self.options
+        if not streams.is_asynchronous:
+            products = product_dtype(options, streams)
+            shared = store.model
+            if products is not self._dtype:
+                shared = shared.with_products_in(products)
+            return HostCompute(store.general, shared, self.clock)
         model = HierarchicalBert.load(
             store.general_folder, store.general.plot_layers, streams.device, self._dtype
         )
@@ -261,15 +270,29 @@ def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
 
 
 def compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
-    """What the device computes in; raises ValueError if it does not compute in what was asked for."""
-    if options.dtype == "auto":
+    """Of hidden states and adapters on the device; raises ValueError where there is no such thing."""
+    if options.dtype == "auto" or not streams.is_asynchronous:
+        product_dtype(options, streams)
         return streams.preferred_dtype
-    if options.dtype != "float32" and not streams.is_asynchronous:
-        raise ValueError(
-            f"dtype is {options.dtype!r}, but the engine computes on the CPU, in float32: leave dtype out, "
-            "or choose a GPU by device"
-        )
     dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def product_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
+    """Of products with the base's upper layers; raises ValueError likewise."""
+    dtype = streams.preferred_dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    if streams.is_asynchronous or dtype is torch.float32:
+        return dtype
+    if dtype is not torch.bfloat16:
+        raise ValueError(
+            f"dtype is {options.dtype!r}, but the engine computes on the CPU, in float32 or bfloat16: leave "
+            "dtype out, or choose a GPU by device"
+        )
+    if not has_bfloat16_products():
+        raise ValueError(
+            f"dtype is {options.dtype!r}, but this processor has no instructions that multiply it "
+            "(AVX512-BF16 or AMX): leave dtype out to compute in float32"
+        )
     return dtype
 
 

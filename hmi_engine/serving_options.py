@@ -32,8 +32,10 @@ class EngineOptions:
             one that can be used.
         backend: kernels: ``"auto"``, ``"cpu"`` (on the CPU) or ``"reference"`` (plain torch, slow).
         dtype: what a GPU computes in and holds adapters in: ``"float32"``, ``"float16"``, ``"bfloat16"``, or
-            ``"auto"``: bfloat16 where the GPU has it, else float16. The CPU computes in float32: there it is
-            ``"auto"`` or ``"float32"``. Heads are float32 everywhere.
+            ``"auto"``: bfloat16 where the GPU has it, else float16. The CPU computes in float32; with
+            ``"bfloat16"`` products with the base's upper layers are in it, where the processor multiplies it
+            (AVX512-BF16, AMX), and all between them, adapters, keys and values stay float32. Heads are
+            float32 everywhere.
         device_memory: budget for adapters where the device computes with them, in bytes or as ``"512MiB"``,
             before which ``host_memory`` is a second tier. ``"auto"`` on the CPU: there is one tier, of
             ``host_memory``. On a GPU half of it is for PLOT tables, and ``"auto"`` is half of what is free.

@@ -13,7 +13,7 @@ import hmi_kernels
 from hmi_engine.cli.output import AsJson, console, print_json
 from hmi_engine.demo.environment import PACKAGES, installed_versions
 from hmi_engine.memory.device_choice import cuda_reason
-from hmi_engine.models.linear import has_packed_matmul
+from hmi_engine.models.linear import has_bfloat16_products, has_packed_matmul
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -47,6 +47,9 @@ def _examine() -> dict[str, dict[str, Any]]:
             "shared layers": "oneDNN, weights reordered"
             if has_packed_matmul()
             else "torch.nn.functional.linear",
+            "bfloat16": "multiplied: an engine may have dtype='bfloat16'"
+            if has_bfloat16_products()
+            else "not multiplied: engines on the CPU compute in float32",
             "GPU": _gpu(),
             "nvcc": shutil.which("nvcc") or "not found: CUDA kernels are not compiled",
         },

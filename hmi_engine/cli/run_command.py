@@ -45,7 +45,8 @@ def run(
     dtype: Annotated[
         str,
         typer.Option(
-            help="What a GPU computes in: float32, float16, bfloat16, or auto: 16 bits. CPU: float32."
+            help="What a GPU computes in: float32, float16, bfloat16, or auto: 16 bits. CPU: float32, or "
+            "bfloat16 for products with the base."
         ),
     ] = "auto",
     host_memory: Annotated[str, typer.Option(help="Budget for adapters in host memory.")] = "2GiB",

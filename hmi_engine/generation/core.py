@@ -40,6 +40,7 @@ from hmi_engine.serving_core import (
     device_bytes_of,
     open_plots,
     open_residency,
+    product_dtype,
 )
 from hmi_engine.serving_memory import release_memory, reserving_memory
 from hmi_engine.serving_options import EngineOptions
@@ -107,7 +108,10 @@ class DecoderCore:
     def _computer(self, cache: KeyValueCache, dtype: torch.dtype, device_bytes: int) -> StepCompute:
         store, general, streams = self.store, self.store.general, self.streams
         if not streams.is_asynchronous:
-            return HostSteps(general, store.decoder, cache, self.clock)
+            decoder, products = store.decoder, product_dtype(self.options, streams)
+            if products is not dtype:
+                decoder = decoder.with_products_in(products)
+            return HostSteps(general, decoder, cache, self.clock)
         model = HierarchicalGpt2.load(store.general_folder, general.plot_layers, streams.device, dtype)
         rows = DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes)
         return DeviceSteps(

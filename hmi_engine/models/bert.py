@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
 from hmi_engine.models.bert_loading import BertConfiguration, load_bert_configuration, load_bert_tensors
 from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS, load_merge
 from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
-from hmi_engine.models.linear import SharedLinear
+from hmi_engine.models.linear import SharedLinear, with_products_in
 from hmi_engine.models.packing import RowSelection, SequenceBounds
 from hmi_engine.models.windows import WindowLayers
 
@@ -70,6 +71,13 @@ class HierarchicalBert:
             for loaded in (load_bert_tensors(directory, configuration), load_merge(directory))
         )
         return cls(configuration, tensors, merge, plot_layers)
+
+    def with_products_in(self, dtype: torch.dtype) -> HierarchicalBert:
+        """The same model, products of its upper layers in another dtype; float32 between."""
+        changed = copy.copy(self)
+        domain, upper = self.layers[: self.plot_layers], self.layers[self.plot_layers :]
+        changed.layers = [*domain, *(with_products_in(layer, dtype) for layer in upper)]
+        return changed
 
     @functools.cached_property
     def window_states(self) -> WindowLayers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from hmi_engine.models.general_folder import MERGE_LAYER_NORM_EPS, load_merge
 from hmi_engine.models.gpt2_block import Attend, Gpt2Block
 from hmi_engine.models.gpt2_loading import Gpt2Configuration, load_gpt2_configuration, load_gpt2_tensors
 from hmi_engine.models.layer_parts import AdapterApplication, LayerNorm
-from hmi_engine.models.linear import SharedLinear
+from hmi_engine.models.linear import SharedLinear, with_products_in
 
 __all__ = ["HierarchicalGpt2"]
 
@@ -67,6 +68,14 @@ class HierarchicalGpt2:
             for loaded in (load_gpt2_tensors(directory, configuration), load_merge(directory))
         )
         return cls(configuration, tensors, merge, plot_layers)
+
+    def with_products_in(self, dtype: torch.dtype) -> HierarchicalGpt2:
+        """The same, products of its upper layers and language head in another dtype; float32 between."""
+        changed = copy.copy(self)
+        changed._language_head = self._language_head.in_dtype(dtype)
+        domain, upper = self.layers[: self.plot_layers], self.layers[self.plot_layers :]
+        changed.layers = [*domain, *(with_products_in(layer, dtype) for layer in upper)]
+        return changed
 
     @functools.cached_property
     def window_states(self) -> CausalWindowLayers:

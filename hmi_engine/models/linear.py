@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
 
-__all__ = ["SharedLinear", "has_packed_matmul"]
+__all__ = ["SharedLinear", "has_bfloat16_products", "has_packed_matmul", "with_products_in"]
+
+Layer = TypeVar("Layer")
 
 
 @functools.cache
@@ -29,11 +33,21 @@ def has_packed_matmul() -> bool:
     return torch.allclose(y, functional.gelu(functional.linear(x, weight, bias)), atol=1e-4)
 
 
+@functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies bfloat16 (AVX512-BF16 or AMX), through the packed matmul."""
+    # Named so since torch 2.6; where they are gone nothing is known, and nothing lost but speed.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has_instructions = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return has_instructions and has_packed_matmul()
+
+
 class SharedLinear:
     """``y = activation(x @ weight.T + bias)``; weight [out, in], bias [out], of one dtype.
 
-    Under ``torch.no_grad`` on a CPU, of float32, the product runs on a reordered copy of the weight, made at
-    first use; otherwise it runs through ``torch.nn.functional.linear``.
+    Under ``torch.no_grad`` on a CPU, of float32 or, where the processor has it, bfloat16, the product runs on
+    a reordered copy of the weight, made at first use; otherwise through ``torch.nn.functional.linear``. Of an
+    ``x`` of another dtype than the weights, only the product is in theirs, and ``y`` in that of ``x``.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
@@ -48,8 +62,16 @@ class SharedLinear:
 
     def __call__(self, x: torch.Tensor, *, gelu: str | None = None) -> torch.Tensor:
         """x [T, in] -> [T, out]; ``gelu`` applies GELU in the same pass, ``"none"`` exactly or ``"tanh"``."""
-        is_float32_on_cpu = x.device.type == "cpu" and x.dtype is torch.float32
-        if torch.is_grad_enabled() or not is_float32_on_cpu or not has_packed_matmul():
+        if x.dtype is self.weight.dtype:
+            return self._product(x, gelu)
+        return self._product(x.to(self.weight.dtype), gelu).to(x.dtype)
+
+    def in_dtype(self, dtype: torch.dtype) -> SharedLinear:
+        """The same layer with weights of another dtype."""
+        return SharedLinear(self.weight.to(dtype), self.bias.to(dtype))
+
+    def _product(self, x: torch.Tensor, gelu: str | None) -> torch.Tensor:
+        if torch.is_grad_enabled() or not _is_packed(x):
             y = functional.linear(x, self.weight, self.bias)
             return y if gelu is None else functional.gelu(y, approximate=gelu)
         if self._packed is None:
@@ -60,3 +82,24 @@ class SharedLinear:
             x, self._packed, self.bias, activation, [], algorithm
         )
         return result
+
+
+def _is_packed(x: torch.Tensor) -> bool:
+    """Whether the packed matmul takes it."""
+    if x.device.type != "cpu":
+        return False
+    if x.dtype is torch.float32:
+        return has_packed_matmul()
+    return x.dtype is torch.bfloat16 and has_bfloat16_products()
+
+
+def with_products_in(layer: Layer, dtype: torch.dtype) -> Layer:
+    """A copy of a layer, or of another owner of shared linear layers, whose products are in ``dtype``.
+
+    It shares everything else, and what lies between the products stays as it was.
+    """
+    changed = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, SharedLinear):
+            setattr(changed, name, value.in_dtype(dtype))
+    return changed
