@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from hmi_engine.models.gpt2_block import Gpt2Block
+from hmi_engine.models.linear import rounded_rows
 
 __all__ = ["CausalWindowLayers"]
 
@@ -48,7 +49,10 @@ class CausalWindowLayers:
         for length in range(1, tokens.shape[1] + 1):
             chosen = (lengths == length).nonzero()[:, 0]
             for part in chosen.split(max(1, ROWS_PER_STEP // length)) if chosen.numel() else ():
-                rows[part, 0] = self._last_states(tokens[part, :length])
+                # More windows than there are, so that products come in few sizes.
+                missing = rounded_rows(len(part)) - len(part)
+                windows = functional.pad(tokens[part, :length], (0, 0, 0, missing))
+                rows[part, 0] = self._last_states(windows)[: len(part)]
         return rows
 
     def _last_states(self, tokens: torch.Tensor) -> torch.Tensor:

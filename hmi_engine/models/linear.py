@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch.nn import functional
 
-__all__ = ["SharedLinear", "has_bfloat16_products", "has_packed_matmul", "with_products_in"]
+__all__ = ["SharedLinear", "has_bfloat16_products", "has_packed_matmul", "rounded_rows", "with_products_in"]
 
 Layer = TypeVar("Layer")
 
@@ -40,6 +40,25 @@ def has_bfloat16_products() -> bool:
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     has_instructions = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
     return has_instructions and has_packed_matmul()
+
+
+ROW_STEPS = ((64, 4), (256, 8), (1024, 16))
+"""Numbers of rows up to the first are rounded up to a multiple of the second; larger ones of:"""
+LARGE_ROW_STEP = 32
+
+
+def rounded_rows(count: int) -> int:
+    """The next of the few numbers of rows that products should have, at most 31 more than ``count``.
+
+    oneDNN compiles a product for each size that it meets. That takes half a millisecond, in which it would
+    multiply ninety rows of 384 with a matrix for 1,536, for each of the eight or so products of a batch; and
+    it keeps a thousand of them, so that batches of all sizes are mostly new to it. Where nothing is compiled
+    this is ``count``.
+    """
+    if not has_packed_matmul():
+        return count
+    step = next((step for most, step in ROW_STEPS if count <= most), LARGE_ROW_STEP)
+    return -(-count // step) * step
 
 
 class SharedLinear:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn import functional
 
 from hmi_engine.models.bert_layer import BertEmbeddings, BertLayer
+from hmi_engine.models.linear import rounded_rows
 from hmi_engine.models.token_projections import TokenProjections
 
 __all__ = ["DEFAULT_PROJECTION_BYTES", "WindowLayers", "fill_places"]
@@ -89,12 +91,16 @@ class WindowLayers:
         step = max(1, ROWS_PER_STEP // len(slots))
         for start in range(0, len(tokens), step):
             part = tokens[start : start + step]
+            count, missing = len(part), rounded_rows(len(part)) - len(part)
+            # More windows than there are, so that products come in few sizes.
+            part = functional.pad(part, (0, 0, 0, missing))
             hidden_states, projected = self._projections.look_up(part, slots)
             for number, layer in enumerate(self._layers):
                 if number:
                     projected = layer.query_key_value(hidden_states)
                 hidden_states = _window_layer(layer, hidden_states, projected, len(slots))
-            result[start : start + len(part)] = hidden_states.view(len(slots), len(part), -1).transpose(0, 1)
+            states = hidden_states.view(len(slots), len(part), -1)[:, :count]
+            result[start : start + count] = states.transpose(0, 1)
 
 
 def _window_layer(

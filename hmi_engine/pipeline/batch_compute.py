@@ -17,6 +17,7 @@ from hmi_engine.memory.streams import Arrival
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
 from hmi_engine.pipeline.read_out import HeadOutput, read_out
+from hmi_engine.pipeline.row_padding import pad_batch
 from hmi_engine.pipeline.stage_clock import StageClock
 
 __all__ = ["BatchCompute", "HostCompute", "Outputs", "SearchedBatch"]
@@ -96,15 +97,18 @@ class HostCompute:
     @torch.inference_mode()
     def launch(self, searched: SearchedBatch) -> Callable[[], Outputs]:
         """Computes; the result is there."""
+        padded = pad_batch(searched.sequences, searched.readout)
         hidden_states = self._model.run_layers(
-            self._enter(searched),
-            searched.sequences,
+            padded.pad(self._enter(searched)),
+            padded.sequences,
             first=self._general.plot_layers,
             adapters=searched.adapters,
-            readout=searched.readout,
+            readout=padded.readout,
             around_layer=self._clock.around_layer,
         )
-        outputs = read_out(searched.tenants, hidden_states.split(searched.rows_read), self._model.pooler)
+        rows_read = searched.rows_read
+        parts = hidden_states[: sum(rows_read)].split(rows_read)
+        outputs = read_out(searched.tenants, parts, self._model.pooler)
         # Whoever keeps one embedding should not keep those of the whole batch.
         own = [
             output if isinstance(output, HmiError) else replace(output, values=output.values.clone())
