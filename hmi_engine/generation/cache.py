@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 import hmi_kernels
 from hmi_engine.generation.sequence import DecoderSequence
@@ -76,6 +77,16 @@ class BlockTables(NamedTuple):
             torch.tensor(blocks, dtype=torch.int32).view(-1, width),
             torch.tensor([0, *accumulate(token_counts)]),
             torch.tensor(lengths),
+        )
+
+    def with_spare(self, num_tokens: int, block: int) -> BlockTables:
+        """With a sequence of so many tokens behind, all of them in a block that nobody has."""
+        blocks = functional.pad(self.blocks, (0, 0, 0, 1), value=-1)
+        blocks[-1, 0] = block
+        return BlockTables(
+            blocks,
+            functional.pad(self.offsets, (0, 1), value=int(self.offsets[-1]) + num_tokens),
+            functional.pad(self.lengths, (0, 1), value=num_tokens),
         )
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Protocol
 
 import torch
+from torch.nn import functional
 
 from hmi_engine.errors import HmiError
 from hmi_engine.generation.cache import BlockTables, KeyValueCache, PagedAttention
@@ -19,6 +20,7 @@ from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.streams import Arrival
 from hmi_engine.models.gpt2 import HierarchicalGpt2
+from hmi_engine.models.linear import rounded_rows
 from hmi_engine.pipeline.read_out import HeadOutput, read_out
 from hmi_engine.pipeline.stage_clock import StageClock
 
@@ -129,10 +131,14 @@ class HostSteps:
             hidden_states = self._model.embed(tokens.input_ids, tokens.positions)
         else:
             hidden_states = step.view.merge(tokens, step.references)
-        first = self._general.plot_layers
+        first, tables = self._general.plot_layers, step.block_tables()
+        spare = rounded_rows(len(hidden_states)) - len(hidden_states)
+        if 0 < spare <= self._cache.block_size:  # so that products come in few sizes
+            hidden_states = functional.pad(hidden_states, (0, 0, 0, spare))
+            tables = tables.with_spare(spare, self._cache.spare_block)
         hidden_states = self._model.run_layers(
             hidden_states,
-            PagedAttention(self._cache, step.block_tables(), first),
+            PagedAttention(self._cache, tables, first),
             first=first,
             adapters=step.adapters,
             around_layer=self._clock.around_layer,
