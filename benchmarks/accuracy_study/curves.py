@@ -41,7 +41,7 @@ def _curve(report: StudyReport, name: str, methods: Sequence[Method]) -> Curve |
     if len(values) < len(methods):
         return None
     return Curve(
-        figure="lost by layers looked up",
+        figure="lost-by-layers",
         name=name,
         x_label="layers looked up, % of all",
         y_label=LOST,
@@ -62,7 +62,7 @@ def _by_hits(report: StudyReport) -> list[Curve]:
         if len(values) == len(methods):
             found.append(
                 Curve(
-                    figure="lost by hits",
+                    figure="lost-by-hits",
                     name=f"{name}, K = 3, back-off",
                     x_label="bigrams found, %, mean of the sets",
                     y_label=LOST,
