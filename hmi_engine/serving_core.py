@@ -156,15 +156,14 @@ class ServingCore:
     def _computer(self, device_bytes: int) -> BatchCompute:
         store, streams, options = self.store, self.streams, self.options
         if not streams.is_asynchronous:
-            products = product_dtype(options, streams)
-            shared = store.model
-            if products is not self._dtype:
-                shared = shared.with_products_in(products)
+            shared = store.model.with_products_in(product_dtype(options, streams))
             return HostCompute(store.general, shared, self.clock)
         model = HierarchicalBert.load(
             store.general_folder, store.general.plot_layers, streams.device, self._dtype
         )
-        graphs = LayerGraphs(store.general, model, streams, options.max_batch_tokens)
+        graphs = None
+        if options.device_graphs:
+            graphs = LayerGraphs(store.general, model, streams, options.max_batch_tokens)
         return DeviceCompute(
             store.general,
             model,
@@ -172,7 +171,7 @@ class ServingCore:
             DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes),
             batches_in_flight=options.pipeline_depth,
             clock=self.clock,
-            graphs=graphs if options.device_graphs else None,
+            graphs=graphs,
         )
 
     def use_backend(self) -> AbstractContextManager[None]:
@@ -271,16 +270,13 @@ def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
 
 def compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
     """Of hidden states and adapters on the device; raises ValueError where there is no such thing."""
-    if options.dtype == "auto" or not streams.is_asynchronous:
-        product_dtype(options, streams)
-        return streams.preferred_dtype
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    return dtype
+    products = product_dtype(options, streams)
+    return products if streams.is_asynchronous else streams.preferred_dtype
 
 
 def product_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:
     """Of products with the base's upper layers; raises ValueError likewise."""
-    dtype = streams.preferred_dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    dtype: torch.dtype = streams.preferred_dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if streams.is_asynchronous or dtype is torch.float32:
         return dtype
     if dtype is not torch.bfloat16:

@@ -108,9 +108,7 @@ class DecoderCore:
     def _computer(self, cache: KeyValueCache, dtype: torch.dtype, device_bytes: int) -> StepCompute:
         store, general, streams = self.store, self.store.general, self.streams
         if not streams.is_asynchronous:
-            decoder, products = store.decoder, product_dtype(self.options, streams)
-            if products is not dtype:
-                decoder = decoder.with_products_in(products)
+            decoder = store.decoder.with_products_in(product_dtype(self.options, streams))
             return HostSteps(general, decoder, cache, self.clock)
         model = HierarchicalGpt2.load(store.general_folder, general.plot_layers, streams.device, dtype)
         rows = DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes)

@@ -74,6 +74,8 @@ class HierarchicalBert:
 
     def with_products_in(self, dtype: torch.dtype) -> HierarchicalBert:
         """The same model, products of its upper layers in another dtype; float32 between."""
+        if dtype is self.merge_norm.weight.dtype:
+            return self
         changed = copy.copy(self)
         domain, upper = self.layers[: self.plot_layers], self.layers[self.plot_layers :]
         changed.layers = [*domain, *(with_products_in(layer, dtype) for layer in upper)]

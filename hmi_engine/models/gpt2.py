@@ -71,6 +71,8 @@ class HierarchicalGpt2:
 
     def with_products_in(self, dtype: torch.dtype) -> HierarchicalGpt2:
         """The same, products of its upper layers and language head in another dtype; float32 between."""
+        if dtype is self.merge_norm.weight.dtype:
+            return self
         changed = copy.copy(self)
         changed._language_head = self._language_head.in_dtype(dtype)
         domain, upper = self.layers[: self.plot_layers], self.layers[self.plot_layers :]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 __all__ = [
     "PackedSequences",
+    "PaddedBounds",
+    "PaddedSelection",
     "Readout",
     "RowSelection",
     "SequenceBounds",
@@ -41,6 +43,20 @@ class RowSelection(Protocol):
     @property
     def offsets(self) -> torch.Tensor:
         """int64 [S+1], likewise."""
+
+
+class PaddedBounds(NamedTuple):
+    """:class:`SequenceBounds` of a batch with sequences that nobody reads behind."""
+
+    offsets: torch.Tensor
+    max_length: int
+
+
+class PaddedSelection(NamedTuple):
+    """:class:`RowSelection` of such a batch."""
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hmi_engine.models.packing import PackedSequences
 
-__all__ = ["BatchBounds", "FirstRows", "GraphShape"]
+__all__ = ["GraphShape"]
 
 SHORT = 128
 """Attention is launched for sequences of up to so many tokens, or for the longest that the model takes."""
@@ -20,20 +20,6 @@ LEAST_PADDING = 8
 """Tokens, so that there is always a sequence of padding; products like multiples of 8."""
 STEPS = 4
 """Numbers of tokens between a power of two and the next."""
-
-
-class BatchBounds(NamedTuple):
-    """Where sequences lie; an ``hmi_engine.models.packing.SequenceBounds``."""
-
-    offsets: Tensor
-    max_length: int
-
-
-class FirstRows(NamedTuple):
-    """The first row of each sequence; an ``hmi_engine.models.packing.RowSelection``."""
-
-    rows: Tensor
-    offsets: Tensor
 
 
 class GraphShape(NamedTuple):

@@ -21,10 +21,11 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.streams import DeviceGraph, DeviceStreams
 from hmi_engine.models.bert import HierarchicalBert
+from hmi_engine.models.packing import PaddedBounds, PaddedSelection
 from hmi_engine.pipeline.arriving_adapters import ArrivingAdapters
 from hmi_engine.pipeline.batch_compute import SearchedBatch
 from hmi_engine.pipeline.device_buffers import BatchSlot, Shape, views_of
-from hmi_engine.pipeline.graph_shape import BatchBounds, FirstRows, GraphShape
+from hmi_engine.pipeline.graph_shape import GraphShape
 
 __all__ = ["LayerGraphs", "SentTables"]
 
@@ -58,8 +59,8 @@ class _Captured:
         self.form = sent.adapters.form
         self.tables = torch.empty_like(sent.tables)
         tensors = iter(views_of(self.tables, sent.layout))
-        self.bounds = BatchBounds(next(tensors), sent.shape.max_length)
-        self.first_rows = FirstRows(next(tensors), next(tensors))
+        self.bounds = PaddedBounds(next(tensors), sent.shape.max_length)
+        self.first_rows = PaddedSelection(next(tensors), next(tensors))
         self.adapters = sent.adapters.with_tensors(tensors)
         self.has_run = False
         self.graphs: Sequence[DeviceGraph] = ()
@@ -148,13 +149,14 @@ class LayerGraphs:
 
     def _shape(self, sent: SentTables) -> _Captured:
         """What there is of a shape, or its beginning."""
-        captured = self._captured.get(sent.shape)
+        captured = self._captured.pop(sent.shape, None)
         if captured is None or captured.form != sent.adapters.form:
-            captured = self._captured[sent.shape] = _Captured(sent)
-        self._captured.move_to_end(sent.shape)
-        if len(self._captured) > MOST_SHAPES:
-            self._streams.synchronize()  # it may still run
-            self._captured.popitem(last=False)
+            if captured is not None or len(self._captured) >= MOST_SHAPES:
+                self._streams.synchronize()  # what goes may still run
+            while len(self._captured) >= MOST_SHAPES:
+                self._captured.popitem(last=False)
+            captured = _Captured(sent)
+        self._captured[sent.shape] = captured  # behind those that came before
         return captured
 
     def _rows(self, shape: GraphShape) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmi_engine.models.linear import rounded_rows
-from hmi_engine.models.packing import PackedSequences, Readout, RowSelection, SequenceBounds
+from hmi_engine.models.packing import (
+    PackedSequences,
+    PaddedBounds,
+    PaddedSelection,
+    Readout,
+    RowSelection,
+    SequenceBounds,
+)
 
 __all__ = ["PaddedBatch", "pad_batch"]
-
-
-class _Bounds(NamedTuple):
-    offsets: Tensor
-    max_length: int
-
-
-class _Selection(NamedTuple):
-    rows: Tensor
-    offsets: Tensor
 
 
 class PaddedBatch(NamedTuple):
@@ -44,7 +41,7 @@ def pad_batch(sequences: PackedSequences, readout: Readout | None) -> PaddedBatc
     """
     num_tokens = rounded_rows(sequences.num_tokens)
     spare = num_tokens - sequences.num_tokens
-    bounds = _Bounds(_continued(sequences.offsets, num_tokens, spare), max(sequences.max_length, spare))
+    bounds = PaddedBounds(_continued(sequences.offsets, num_tokens, spare), max(sequences.max_length, spare))
     if readout is None:
         return PaddedBatch(num_tokens, bounds, None)
     num_rows = rounded_rows(len(readout.rows))
@@ -52,7 +49,7 @@ def pad_batch(sequences: PackedSequences, readout: Readout | None) -> PaddedBatc
     offsets = readout.offsets.clone()
     offsets[-1] = num_rows
     # An added sequence is read nowhere.
-    return PaddedBatch(num_tokens, bounds, _Selection(rows, _continued(offsets, num_rows, spare)))
+    return PaddedBatch(num_tokens, bounds, PaddedSelection(rows, _continued(offsets, num_rows, spare)))
 
 
 def _continued(offsets: Tensor, end: int, spare: int) -> Tensor:

@@ -21,7 +21,7 @@ from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.packing import PackedSequences, Readout
-from hmi_engine.pipeline.batch_compute import BatchCompute, HostCompute, Outputs, SearchedBatch
+from hmi_engine.pipeline.batch_compute import BatchCompute, Outputs, SearchedBatch
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.read_out import HeadOutput
 from hmi_engine.pipeline.stage_clock import StageClock
@@ -116,9 +116,9 @@ class BatchRunner:
         *,
         miss: MissPolicy,
         exact_budget: float,
+        computer: BatchCompute,
         recorder: TrafficRecorder | None = None,
         clock: StageClock | None = None,
-        computer: BatchCompute | None = None,
     ) -> None:
         """Runs nothing yet.
 
@@ -129,9 +129,9 @@ class BatchRunner:
             residency: loads adapters.
             miss: what to do where the tables have no row.
             exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
+            computer: runs the model.
             recorder: counts what is looked up, which a budget goes by.
             clock: adds up what the stages take.
-            computer: runs the model; default on the CPU.
         """
         self._general = general
         self._model = model
@@ -141,7 +141,7 @@ class BatchRunner:
         self._exact_budget = exact_budget
         self._recorder = recorder
         self._clock = clock or StageClock()
-        self._computer = computer or HostCompute(general, model, self._clock)
+        self._computer = computer
         self.is_asynchronous = self._computer.is_asynchronous
         self._num_batches = 0
         self.plot_statistics = PlotStatistics()

@@ -8,6 +8,14 @@ import torch
 import hmi_engine as hmi
 from hmi_engine.knowledge.adapter_kinds import KINDS
 from hmi_engine.knowledge.adapters import random_adapter
+from hmi_engine.models import linear
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    """A device made of the CPU has no weights that oneDNN reordered."""
+    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
+
 
 LABELS = ("no", "yes", "maybe")
 NUM_TENANTS = 12

@@ -12,20 +12,15 @@ from devices.deferred_engines import forget_layers, memory_for, note_reservation
 from devices.deferred_streams import DeferredStreams, ForgottenEvent
 from hmi_engine.memory.device_rows import DeviceRows
 from hmi_engine.memory.streams import Arrival
-from hmi_engine.models import linear
 from hmi_engine.pipeline.device_buffers import SlotRing
 from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.step import BatchRunner
 
+pytestmark = pytest.mark.usefixtures("plain_products")
+
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
 HALVES = [("float16", 5e-3), ("bfloat16", 3e-2)]
 """Types, and what probabilities and elements of embeddings may be off."""
-
-
-@pytest.fixture(autouse=True)
-def plain_products(monkeypatch):
-    """A device has no weights that oneDNN reordered."""
-    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from devices.deferred_streams import DeferredStreams, ForgottenEvent
 from hmi_engine.generation.decode_graphs import DecodeGraphs
 from hmi_engine.generation.device_steps import DeviceSteps
 from hmi_engine.memory.device_rows import DeviceRows
-from hmi_engine.models import linear
 from hmi_engine.models.gpt2 import HierarchicalGpt2
+
+pytestmark = pytest.mark.usefixtures("plain_products")
 
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
 OPTIONS = {"record_traffic": False, "cache_memory": "4MiB", "max_step_tokens": 24}
@@ -27,12 +28,6 @@ SAMPLINGS = (
     hmi.Sampling(max_tokens=6, temperature=0.8, top_k=20, seed=7, ignore_end=True),
     hmi.Sampling(max_tokens=6, repetition_penalty=1.3, ignore_end=True),
 )
-
-
-@pytest.fixture(autouse=True)
-def plain_products(monkeypatch):
-    """A device has no weights that oneDNN reordered."""
-    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
 
 
 @pytest.fixture(scope="module")

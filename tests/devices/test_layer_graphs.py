@@ -10,17 +10,12 @@ import torch
 import hmi_engine as hmi
 from devices.deferred_engines import memory_for
 from devices.deferred_streams import DeferredStreams
-from hmi_engine.models import linear
 from hmi_engine.pipeline import layer_graphs
 from hmi_engine.pipeline.layer_graphs import LayerGraphs
 
+pytestmark = pytest.mark.usefixtures("plain_products")
+
 OPTIONS = {"record_traffic": False, "max_batch_tokens": 60, "device_memory": "64MiB"}
-
-
-@pytest.fixture(autouse=True)
-def plain_products(monkeypatch):
-    """A device has no weights that oneDNN reordered."""
-    monkeypatch.setattr(linear, "has_packed_matmul", lambda: False)
 
 
 @pytest.fixture
