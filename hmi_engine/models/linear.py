@@ -33,13 +33,16 @@ def has_packed_matmul() -> bool:
     return torch.allclose(y, functional.gelu(functional.linear(x, weight, bias)), atol=1e-4)
 
 
-@functools.cache
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies bfloat16 (AVX512-BF16 or AMX), through the packed matmul."""
+    return has_packed_matmul() and _has_bfloat16_instructions()
+
+
+@functools.cache
+def _has_bfloat16_instructions() -> bool:
     # Named so since torch 2.6; where they are gone nothing is known, and nothing lost but speed.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    has_instructions = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-    return has_instructions and has_packed_matmul()
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
 ROW_STEPS = ((64, 4), (256, 8), (1024, 16))
