@@ -35,6 +35,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.simulate
 	python -m benchmarks.neighbours
 	python -m benchmarks.generation
+	python -m benchmarks.shared_prompts
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store
 	python -m benchmarks.plot

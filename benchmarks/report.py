@@ -32,6 +32,7 @@ ORDER = (
     "simulate",
     "neighbours",
     "generation",
+    "shared_prompts",
     "perplexity",
     "residency",
     "tenant_store",

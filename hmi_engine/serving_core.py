@@ -61,7 +61,8 @@ class EngineStatistics:
     hold the fields of ``PlotStatistics`` (tokens, windows) and ``ResidencyStatistics`` (tenants, bytes);
     ``host_adapters`` those of ``HostStatistics``, or None where host memory is no tier of its own;
     ``traffic`` and ``updates`` those of ``TrafficStatistics`` and ``UpdateStatistics``, or None where the
-    engine does neither. ``generation`` holds those of ``GenerationStatistics``, None but for decoders.
+    engine does neither. ``generation`` holds those of ``GenerationStatistics``, and
+    ``shared_tokens`` of prompts that began at their tenant's first adapted layer; None but for decoders.
     """
 
     requests: int = 0

@@ -49,4 +49,6 @@ def _parts(store: Store, options: EngineOptions, *, computes_on_gpu: bool) -> di
             names.append("traffic_memory")
     if general.is_causal and not computes_on_gpu:
         names.append("cache_memory")
+        if options.prefix_cache == "shared":
+            names.append("shared_prefix_memory")
     return {name: parse_bytes(getattr(options, name)) for name in names}

@@ -69,6 +69,9 @@ class EngineOptions:
         prefix_cache: whether a prompt begins with the keys and values of an earlier one that began alike:
             ``"shared"`` (between all whose weights are equal), ``"tenant"`` (only of the same tenant: then no
             tenant can learn from an answer's time what another one was asked), or ``"off"``.
+        shared_prefix_memory: ``prefix_cache="shared"``: budget for what prompts that begin alike have in
+            common below the first layer that a tenant adapts, where tenants do not adapt all; beside
+            ``cache_memory``, and where that is. 0: such tenants share nothing.
         device_graphs: whether a GPU is told of an encoder's layers, and of a decoder's steps once they are
             one token for each text, by CUDA graphs. They are captured as batches of new sizes come, and take
             memory for each of a few sizes.
@@ -101,6 +104,7 @@ class EngineOptions:
     max_step_tokens: int = 512
     max_running: int = 256
     prefix_cache: PrefixCache = "shared"
+    shared_prefix_memory: int | str = "64MiB"
     device_graphs: bool = True
     trace: str | Path | None = None
 

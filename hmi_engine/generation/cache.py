@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 
 import hmi_kernels
-from hmi_engine.generation.sequence import DecoderSequence
 from hmi_engine.knowledge.general import GeneralInfo
 
 __all__ = ["BlockTables", "KeyValueCache", "PagedAttention"]
@@ -66,15 +65,16 @@ class BlockTables(NamedTuple):
     lengths: torch.Tensor
 
     @classmethod
-    def of(cls, sequences: Sequence[DecoderSequence], token_counts: Sequence[int]) -> BlockTables:
-        """Those of sequences, each with so many new tokens, for which it has blocks."""
-        width = max(len(sequence.blocks) for sequence in sequences)
-        blocks: list[int] = []
-        for sequence in sequences:
-            blocks += sequence.blocks + [-1] * (width - len(sequence.blocks))
-        lengths = [each.num_computed + count for each, count in zip(sequences, token_counts, strict=True)]
+    def of(
+        cls, blocks: Sequence[list[int]], token_counts: Sequence[int], lengths: Sequence[int]
+    ) -> BlockTables:
+        """Those of sequences with blocks for ``lengths`` tokens, the last ``token_counts`` of them new."""
+        width = max(map(len, blocks))
+        filled: list[int] = []
+        for each in blocks:
+            filled += each + [-1] * (width - len(each))
         return cls(
-            torch.tensor(blocks, dtype=torch.int32).view(-1, width),
+            torch.tensor(filled, dtype=torch.int32).view(-1, width),
             torch.tensor([0, *accumulate(token_counts)]),
             torch.tensor(lengths),
         )

@@ -18,6 +18,7 @@ from hmi_engine.generation.cache import KeyValueCache
 from hmi_engine.generation.device_steps import DeviceSteps
 from hmi_engine.generation.loop import GenerationLoop
 from hmi_engine.generation.sequence import DecoderSequence, FinishReason
+from hmi_engine.generation.shared_prefixes import SharedPrefixes
 from hmi_engine.generation.step import StepRunner
 from hmi_engine.generation.step_compute import HostSteps, StepCompute
 from hmi_engine.generation.text_stream import TextStream
@@ -80,6 +81,10 @@ class DecoderCore:
         block_bytes = KeyValueCache.bytes_per_token(general, dtype) * options.block_tokens
         num_blocks = max(1, parse_bytes(options.cache_memory) // block_bytes)
         cache = KeyValueCache(general, num_blocks, options.block_tokens, self.streams.device, dtype)
+        self.shared: SharedPrefixes | None = None
+        shared_bytes = parse_bytes(options.shared_prefix_memory)
+        if options.prefix_cache == "shared" and shared_bytes:
+            self.shared = SharedPrefixes(cache, general.plot_layers, shared_bytes)
         self.runner = StepRunner(
             general,
             store.decoder,
@@ -88,6 +93,7 @@ class DecoderCore:
             self._computer(cache, dtype, device_bytes),
             miss=options.miss,
             exact_budget=options.exact_budget,
+            shared=self.shared,
             clock=self.clock,
         )
         self.traffic = open_traffic(store, options)
@@ -109,11 +115,18 @@ class DecoderCore:
         store, general, streams = self.store, self.store.general, self.streams
         if not streams.is_asynchronous:
             decoder = store.decoder.with_products_in(product_dtype(self.options, streams))
-            return HostSteps(general, decoder, cache, self.clock)
+            return HostSteps(decoder, cache, self.clock, self.shared)
         model = HierarchicalGpt2.load(store.general_folder, general.plot_layers, streams.device, dtype)
         rows = DeviceRows(streams, device_bytes - self.residency.arena.capacity_bytes)
         return DeviceSteps(
-            general, model, streams, rows, cache, self.clock, uses_graphs=self.options.device_graphs
+            general,
+            model,
+            streams,
+            rows,
+            cache,
+            self.clock,
+            self.shared,
+            uses_graphs=self.options.device_graphs,
         )
 
     def use_backend(self) -> AbstractContextManager[None]:
@@ -137,6 +150,7 @@ class DecoderCore:
         request, tenant = admitted.request, admitted.tenant
         is_generating = tenant.head_kind == "generation"
         token_ids = list(admitted.encoded.input_ids)
+        base_weights = self._base_weights(tenant)
         sequence = DecoderSequence(
             request=request,
             tenant=tenant,
@@ -145,7 +159,8 @@ class DecoderCore:
             is_generating=is_generating,
             end_token=self._end_token,
             most_tokens=self.store.general.max_positions,
-            keys=self._keys(tenant),
+            keys=self._keys(tenant, base_weights),
+            base_weights=None if self.shared is None else base_weights,
             respond=respond,
             tickets=([], []),
             emit=emit,
@@ -176,6 +191,7 @@ class DecoderCore:
         current.plot = asdict(self.runner.plot_statistics)
         current.adapters = asdict(self.residency.statistics)
         current.generation = asdict(self.loop.statistics)
+        current.generation["shared_tokens"] = 0 if self.shared is None else self.shared.num_tokens
         current.batches = current.generation["steps"]
         current.traffic = asdict(self.traffic.statistics) if self.traffic is not None else None
         current.updates = asdict(self._updater.statistics) if self._updater is not None else None
@@ -210,15 +226,18 @@ class DecoderCore:
             )
         return admitted
 
-    def _keys(self, tenant: TenantInfo) -> PrefixKeys:
-        """Names for the blocks of a tenant's sequences: its adapter's contents and its domain's tables."""
+    def _keys(self, tenant: TenantInfo, base_weights: bytes) -> PrefixKeys:
+        """Names for the blocks of a tenant's sequences: its adapter's contents and what lies before it."""
         options = self.options
         salt = b"" if options.prefix_cache == "shared" else tenant.name.encode()
         if options.prefix_cache == "off":
             salt += time.monotonic_ns().to_bytes(8, "little") + id(tenant).to_bytes(8, "little")
-        parts = [tenant.sha256, self.store.general.domain_layers, options.miss]
-        parts += self._table_files(tenant.domain)
-        return PrefixKeys("\0".join(parts).encode(), salt, options.block_tokens)
+        return PrefixKeys(tenant.sha256.encode() + b"\0" + base_weights, salt, options.block_tokens)
+
+    def _base_weights(self, tenant: TenantInfo) -> bytes:
+        """What a tenant's hidden states follow from before its first adapter, beside the tokens."""
+        parts = [self.store.general.domain_layers, self.options.miss, *self._table_files(tenant.domain)]
+        return "\0".join(parts).encode()
 
     def _table_files(self, domain: str) -> list[str]:
         """The files of the tables that a domain's rows come from: a change of one changes hidden states."""

@@ -14,7 +14,8 @@ import hmi_kernels
 from hmi_engine.errors import HmiError
 from hmi_engine.generation.cache import BlockTables, KeyValueCache, PagedAttention
 from hmi_engine.generation.decode_graphs import DecodeGraphs
-from hmi_engine.generation.step_compute import SearchedStep, StepOutput, StepReadout
+from hmi_engine.generation.shared_prefixes import SharedPrefixes
+from hmi_engine.generation.step_compute import LayerSpan, SearchedStep, StepOutput, StepReadout, run_spans
 from hmi_engine.generation.token_choice import NextToken
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
@@ -45,6 +46,14 @@ class _Sent:
     tables: BlockTables | None
 
 
+class _SentSpan(NamedTuple):
+    """A span's layers and tokens, with what they need on the device."""
+
+    span: LayerSpan
+    tables: BlockTables
+    adapters: AdapterBatch
+
+
 class _Read(NamedTuple):
     """What a step's rows gave, on the device: texts' logits [n, V], their likeliest tokens, and heads."""
 
@@ -70,15 +79,21 @@ class DeviceSteps:
         rows: DeviceRows,
         cache: KeyValueCache,
         clock: StageClock,
+        shared: SharedPrefixes | None,
         *,
         uses_graphs: bool,
     ) -> None:
-        """``model`` and ``cache`` lie on the device of ``streams``; other memory is taken when needed."""
+        """``model`` and ``cache`` lie on the device of ``streams``; other memory is taken when needed.
+
+        ``shared`` are the beginnings of the cache's prompts, if any are kept.
+        """
         streams.synchronize()  # some of the model's weights were put together on another stream
         self._general, self._model, self._cache = general, model, cache
         self._streams, self._rows, self._clock = streams, rows, clock
         self._slot = BatchSlot(streams)
         self._adapter_tables = StagedBuffer(streams)
+        self._shared = shared
+        self._span_tables: list[StagedBuffer] = []
         self._adapters: tuple[AdapterBatch, AdapterBatch] | None = None
         self._graphs = DecodeGraphs(general, model, streams, cache) if uses_graphs else None
 
@@ -95,16 +110,21 @@ class DeviceSteps:
             raise
 
     def _run(self, step: SearchedStep) -> list[StepOutput]:
-        readout, tables = StepReadout.of(step.scheduled), step.block_tables()
+        readout, whole = StepReadout.of(step.scheduled), step.spans[-1]
+        tables = step.block_tables(whole)
         graphs = self._graphs_for(step, readout)
-        if graphs is not None and graphs.send(tables, step.adapters):
+        if graphs is not None and graphs.send(tables, whole.adapters):
             sent = self._send(step, readout, None)
             hidden_states = self._enter(sent)
             ArrivingAdapters(self._streams, step.arrivals, self._clock).before_heads()
             return self._finish(step, readout, sent, _Read(*graphs.run(hidden_states), []))
         sent = self._send(step, readout, tables)
-        adapters = self._send_adapters(step.adapters)
-        hidden_states = self._run_layers(step, sent, self._enter(sent), adapters)
+        assert sent.tables is not None  # no graph has them
+        spans = [
+            *self._send_spans(step),
+            _SentSpan(whole, sent.tables, self._send_adapters(whole.adapters)),
+        ]
+        hidden_states = self._run_layers(step, self._enter(sent), spans)
         return self._finish(step, readout, sent, self._read(step, readout, sent, hidden_states))
 
     def _graphs_for(self, step: SearchedStep, readout: StepReadout) -> DecodeGraphs | None:
@@ -156,21 +176,36 @@ class DeviceSteps:
         self._streams.wait("compute", self._streams.record("gather"))
         return hidden_states
 
-    def _run_layers(
-        self, step: SearchedStep, sent: _Sent, hidden_states: Tensor, adapters: AdapterBatch
-    ) -> Tensor:
+    def _send_spans(self, step: SearchedStep) -> list[_SentSpan]:
+        """What the spans before the last need."""
+        early = step.spans[:-1]
+        while len(self._span_tables) < len(early):
+            self._span_tables.append(StagedBuffer(self._streams))
+        sent = []
+        for span, memory in zip(early, self._span_tables, strict=False):
+            tables = step.block_tables(span)
+            tensors = iter(memory.upload([*tables, *span.adapters.tensors()]))
+            tables = BlockTables(*islice(tensors, len(tables)))
+            sent.append(_SentSpan(span, tables, span.adapters.with_tensors(tensors)))
+        return sent
+
+    def _run_layers(self, step: SearchedStep, hidden_states: Tensor, spans: Sequence[_SentSpan]) -> Tensor:
         """The upper layers, each when its adapters are there."""
-        assert sent.tables is not None  # no graph has them
-        first = self._general.plot_layers
         arriving = ArrivingAdapters(self._streams, step.arrivals, self._clock)
-        with self._streams.on("compute"):
-            hidden_states = self._model.run_layers(
+
+        def run_span(number: int, hidden_states: Tensor) -> Tensor:
+            span, tables, adapters = spans[number]
+            return self._model.run_layers(
                 hidden_states,
-                PagedAttention(self._cache, sent.tables, first),
-                first=first,
+                PagedAttention(self._cache, tables, self._model.plot_layers),
+                first=span.first,
+                last=span.last,
                 adapters=adapters,
                 around_layer=arriving.before_layer,
             )
+
+        with self._streams.on("compute"):
+            hidden_states = run_spans(step, self._shared, hidden_states, run_span)
         arriving.before_heads()
         return hidden_states
 

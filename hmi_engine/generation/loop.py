@@ -21,6 +21,9 @@ __all__ = ["GenerationLoop", "GenerationStatistics"]
 
 _logger = logging.getLogger("hmi_engine")
 
+_MOST_GIVEN_UP = 4
+"""At most one in so many tokens of a step is left for the next, so that a piece ends with a block."""
+
 Finish = Callable[[DecoderSequence, FinishReason | HeadOutput | HmiError], None]
 """Called once for each sequence that ends or was cancelled, when it holds no blocks any more."""
 
@@ -167,7 +170,7 @@ class GenerationLoop:
         budget = self._max_step_tokens
         planned: dict[DecoderSequence, int] = {}
         for sequence in sorted(self._running, key=lambda each: each.num_waiting > 1):
-            count = min(sequence.num_waiting, budget)
+            count = self._piece(sequence, budget)
             # One that has given its blocks up meanwhile is not under way any more.
             if count and sequence.blocks and self._reserve(sequence, count, planned):
                 planned[sequence] = count
@@ -195,7 +198,7 @@ class GenerationLoop:
         sequence.blocks = self._pool.find(sequence.keys.extend(sequence.token_ids)[:whole])
         sequence.num_kept = len(sequence.blocks)
         sequence.num_computed = sequence.num_kept * self._block_size
-        count = min(sequence.num_waiting, budget)
+        count = self._piece(sequence, budget)
         taken = self._pool.take(self._missing_blocks(sequence, count))
         if taken is None:
             self._give_up(sequence)
@@ -205,6 +208,16 @@ class GenerationLoop:
         sequence.num_reused = max(sequence.num_reused, sequence.num_computed)
         self._statistics.reused_tokens += sequence.num_computed
         return count
+
+    def _piece(self, sequence: DecoderSequence, budget: int) -> int:
+        """How many tokens to compute: all, or about ``budget``, up to the end of a block if it is near.
+
+        What begins with a block can be shared, see ``hmi_engine.generation.shared_prefixes``.
+        """
+        if sequence.num_waiting <= budget:
+            return sequence.num_waiting
+        rest = (sequence.num_computed + budget) % self._block_size
+        return budget - rest if rest <= budget // _MOST_GIVEN_UP else budget
 
     def _missing_blocks(self, sequence: DecoderSequence, count: int) -> int:
         return -(-(sequence.num_computed + count) // self._block_size) - len(sequence.blocks)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
 
 from hmi_engine.errors import HmiError, UnknownTenantError
 from hmi_engine.generation.sequence import DecoderSequence
-from hmi_engine.generation.step_compute import Scheduled, SearchedStep, StepCompute, StepOutput
+from hmi_engine.generation.shared_prefixes import SharedPrefixes
+from hmi_engine.generation.step_compute import (
+    LayerSpan,
+    Scheduled,
+    SearchedStep,
+    StepCompute,
+    StepOutput,
+)
 from hmi_engine.generation.step_leases import StepLeases
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
@@ -37,14 +46,19 @@ class StepRunner:
         *,
         miss: MissPolicy,
         exact_budget: float,
+        shared: SharedPrefixes | None = None,
         clock: StageClock | None = None,
     ) -> None:
-        """Runs nothing yet; arguments as those of ``hmi_engine.pipeline.step.BatchRunner``."""
+        """Runs nothing yet; arguments as those of ``hmi_engine.pipeline.step.BatchRunner``.
+
+        ``shared`` are the beginnings of prompts that ``computer`` keeps, if it keeps any.
+        """
         self._general = general
         self._leases = StepLeases(residency, plots, model, keep_tables=miss == "backoff")
         self._computer = computer
         self._miss = miss
         self._exact_budget = exact_budget
+        self._shared = shared
         self._clock = clock or StageClock()
         self._num_steps = 0
         self.plot_statistics = PlotStatistics()
@@ -79,6 +93,7 @@ class StepRunner:
         chosen = [scheduled[index] for index in served]
         tenants = [cast(ResidentTenant, residents[index]) for index in served]
         with self._clock.working("search", self._num_steps):
+            chosen = self._with_pieces(chosen, tenants)
             tokens = self._tokens(chosen, tenants)
             view, references = self._search(tokens)
             step = SearchedStep(
@@ -87,7 +102,7 @@ class StepRunner:
                 tokens=tokens,
                 view=view,
                 references=references,
-                adapters=self._leases.adapters(tenants, [each.num_tokens for each in chosen]),
+                spans=self._spans(chosen, tenants),
                 arrivals=self._leases.arrivals,
             )
         with self._clock.working("compute", self._num_steps):
@@ -96,6 +111,32 @@ class StepRunner:
             outputs[index] = output
         return outputs
 
+    def _with_pieces(self, scheduled: list[Scheduled], tenants: Sequence[ResidentTenant]) -> list[Scheduled]:
+        """With what is known of each sequence's tokens below its tenant's first layer."""
+        shared = self._shared
+        if shared is None:
+            return scheduled
+        with_pieces = []
+        for each, tenant in zip(scheduled, tenants, strict=True):
+            piece = shared.piece(each.sequence, each.num_tokens, tenant.first_layer)
+            with_pieces.append(each if piece is None else replace(each, piece=piece))
+        return with_pieces
+
+    def _spans(self, scheduled: Sequence[Scheduled], tenants: Sequence[ResidentTenant]) -> list[LayerSpan]:
+        """The upper layers, parted where known tokens enter and where others are to be kept."""
+        general = self._general
+        pieces = [each.piece for each in scheduled]
+        parted = sorted({piece.layer for piece in pieces if piece is not None})
+        bounds = [general.plot_layers, *parted, general.num_layers]
+        whole = [each.num_tokens for each in scheduled]
+        adapters = self._leases.adapters(tenants, whole)
+        spans = []
+        for first, last in pairwise(bounds):
+            counts = [each.num_tokens_at(first) for each in scheduled]
+            batch = adapters if counts == whole else self._leases.new_adapters(tenants, counts)
+            spans.append(LayerSpan(first, last, counts, batch))
+        return spans
+
     def _tokens(self, scheduled: Sequence[Scheduled], tenants: Sequence[ResidentTenant]) -> CausalTokens:
         width = self._general.window
         windows: list[int] = []  # one after another: a list of lists becomes a tensor more slowly
@@ -103,13 +144,13 @@ class StepRunner:
         positions: list[int] = []
         domains: list[str] = []
         for each, tenant in zip(scheduled, tenants, strict=True):
-            sequence, start = each.sequence, each.sequence.num_computed
-            end = start + each.num_tokens
+            sequence, start = each.sequence, each.sequence.num_computed + each.num_known
+            end = each.sequence.num_computed + each.num_tokens
             for index in range(start, end):
                 windows += sequence.window(index, width)
             input_ids += sequence.token_ids[start:end]
             positions += range(start, end)
-            domains += [tenant.info.domain] * each.num_tokens
+            domains += [tenant.info.domain] * (end - start)
         return CausalTokens(
             torch.tensor(windows, dtype=torch.int32).view(-1, 3),
             torch.tensor(input_ids, dtype=torch.int32),

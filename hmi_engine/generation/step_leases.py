@@ -66,10 +66,13 @@ class StepLeases:
     def adapters(self, tenants: Sequence[ResidentTenant], token_counts: list[int]) -> AdapterBatch:
         """Segments of the tenants that are held, ``token_counts`` tokens each."""
         if self._segments is None or self._segments[0] != token_counts or len(tenants) != len(self._tenants):
-            residency = self._residency
-            batch = AdapterBatch(residency.arena.memory, residency.slots, tenants, token_counts, token_counts)
-            self._segments = token_counts, batch
+            self._segments = token_counts, self.new_adapters(tenants, token_counts)
         return self._segments[1]
+
+    def new_adapters(self, tenants: Sequence[ResidentTenant], token_counts: list[int]) -> AdapterBatch:
+        """The same for some of a step's layers, which the next step will not ask for."""
+        arena, slots = self._residency.arena, self._residency.slots
+        return AdapterBatch(arena.memory, slots, tenants, token_counts, token_counts)
 
     def tables(self, domains: Sequence[str]) -> CausalPlotView | None:
         """The tables of the domains, as the store has them now; None where nothing is looked up."""

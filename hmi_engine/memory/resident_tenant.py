@@ -35,6 +35,11 @@ class ResidentTenant:
     arena_offset: int
 
     @functools.cached_property
+    def first_layer(self) -> int | None:
+        """The first that its adapter changes; None if it changes none."""
+        return min((layer for layer, _ in self.places), default=None)
+
+    @functools.cached_property
     def output_head(self) -> Head:
         """The head, its tensors float32 views of ``parameters``."""
         return self.head.build(self.parameters.view(torch.float32))

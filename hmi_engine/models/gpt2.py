@@ -94,14 +94,15 @@ class HierarchicalGpt2:
         attend: Attend,
         *,
         first: int,
+        last: int | None = None,
         adapters: AdapterApplication | None = None,
         around_layer: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> torch.Tensor:
-        """Layers ``first`` to the end over packed hidden states [T, H] of new tokens; no final LayerNorm.
+        """Layers ``first`` to ``last`` - 1, or the end, over hidden states [T, H]; no final LayerNorm.
 
         ``around_layer`` gives a context for the layer of an index, to see what it takes.
         """
-        for layer in self.layers[first:]:
+        for layer in self.layers[first:last]:
             with nullcontext() if around_layer is None else around_layer(layer.index):
                 hidden_states = layer.forward(hidden_states, attend, adapters)
         return hidden_states

@@ -48,10 +48,10 @@ def deferred_engine(store, monkeypatch):
     """A function: an engine on deferred streams of a seed."""
 
     @contextmanager
-    def opened(seed, **options):
+    def opened(seed, served=store, **options):
         streams = DeferredStreams(seed)
         monkeypatch.setattr("hmi_engine.generation.core.open_streams", lambda name: streams)
-        with hmi.Engine(store, **OPTIONS | options) as engine:
+        with hmi.Engine(served, **OPTIONS | options) as engine:
             yield engine
         assert streams.num_run, "the device was used"
         assert bool(streams.num_replays) == options.get("device_graphs", True)
@@ -174,6 +174,27 @@ def test_without_layers_that_are_looked_up(tiny_gpt2, tmp_path, deferred_engine,
         monkeypatch.setattr("hmi_engine.generation.core.open_streams", lambda name: streams)
         with hmi.Engine(plain, device_memory="64MiB", **OPTIONS) as engine:
             same(engine.run(requests), wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+def test_prompts_share_the_layers_below_their_tenants_first(tiny_gpt2, tmp_path, deferred_engine, seed):
+    """Known tokens enter later than others, among prompts that are new and texts under way."""
+    with make_store(tmp_path / "s", tiny_gpt2, 1) as late:
+        names = [(kind, first, letter) for kind in ("lora", "ia3") for first in (1, 2, 3) for letter in "ab"]
+        for number, (kind, first, letter) in enumerate(names):
+            adapter = hmi.random_adapter(late.general, kind, 4, number, layers=range(first, 4))
+            name = f"{kind}-{first}-{letter}"
+            late.add_tenant(name, domain="news", adapter=adapter, head=hmi.GenerationHead())
+        start, options = " ".join(PROMPTS)[:90], {"block_tokens": 4, "max_step_tokens": 96}
+        requests = [
+            hmi.Request(name, f"{start} {text}", sampling=SAMPLINGS[1])
+            for name, text in zip(list(late.tenants)[1:], PROMPTS, strict=False)
+        ]
+        with hmi.Engine(late, prefix_cache="off", **OPTIONS) as engine:
+            wanted = engine.run(requests)
+        with deferred_engine(seed, served=late, max_running=5, device_memory="64MiB", **options) as engine:
+            same(engine.run(requests), wanted)
+            assert engine.stats().generation["shared_tokens"] > 50
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-2), ("bfloat16", 0.15)])

@@ -17,7 +17,8 @@ DECODERS = {
     "host_memory": "1MiB",
     "overlay_memory": "1MiB",
     "traffic_memory": "1MiB",
-    "cache_memory": "3MiB",
+    "cache_memory": "2MiB",
+    "shared_prefix_memory": "1MiB",
 }
 MIB = 2**20
 
@@ -26,8 +27,8 @@ def test_encoders_and_decoders_beside_each_other(store, mixed_store):
     budget = hmi.MemoryBudget("12MiB")
     with hmi.Engine(store, memory=budget, **ENCODERS):
         assert budget.reserved_bytes == 7 * MIB
-        with pytest.raises(InsufficientMemoryError, match=r"7\.0 MiB .*cache_memory 4\.0 MiB.*5\.0 MiB of"):
-            hmi.Engine(mixed_store, memory=budget, **(DECODERS | {"cache_memory": "4MiB"}))
+        with pytest.raises(InsufficientMemoryError, match=r"7\.0 MiB .*cache_memory 3\.0 MiB.*5\.0 MiB of"):
+            hmi.Engine(mixed_store, memory=budget, **(DECODERS | {"cache_memory": "3MiB"}))
         assert budget.available_bytes == 5 * MIB
         with pytest.raises(InsufficientMemoryError):
             hmi.Engine(mixed_store, memory=budget, **DECODERS)
