@@ -209,7 +209,8 @@ class AdapterResidency:
                 acquired = self._acquire(tenants, held)
                 while wait and _lacks_room(acquired) and self._wait_for_release(releases):
                     releases = self._num_releases
-                    again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
+                    distinct = {digest_of(info): info for info in tenants}
+                    again = [info for each, info in distinct.items() if _is_without_room(acquired[each])]
                     acquired |= self._load(again, held)
                 with self._lock:
                     outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
@@ -460,4 +461,8 @@ def _still_coming(held: Sequence[PlacedTenant]) -> list[Arrival]:
 
 
 def _lacks_room(acquired: LoadResults) -> bool:
-    return any(isinstance(result, NoRoomError) for result in acquired.values())
+    return any(_is_without_room(result) for result in acquired.values())
+
+
+def _is_without_room(result: PlacedTenant | HmiError) -> bool:
+    return isinstance(result, NoRoomError)

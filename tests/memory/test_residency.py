@@ -1,6 +1,7 @@
 """Residency where a plain example says more than a random sequence."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hmi_engine.errors import (
     StoreCorruptError,
     UnknownTenantError,
 )
+from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import TenantReader
@@ -327,8 +329,36 @@ def test_closed(open_residency, add_tenant):
         assert residency.arena.memory.nbytes == 0 and residency.num_resident == 0
 
 
+def assert_nothing_is_lost(residency):
+    """All memory that is used is that of tenants which can leave."""
+    placed = residency._placement.all()
+    assert residency.arena.used_bytes == sum(each.size for each in placed)
+    assert not any(each.users or each.claims for each in placed)
+
+
+def test_a_tenant_that_waits_for_room_twice_is_loaded_once(open_residency, add_tenant):
+    *others, late = (add_tenant(name, 64, 0) for name in ("first", "second", "late"))
+    residency = open_residency(2 * AdapterArena.allocated_bytes(late.bytes // 4) // GRANULE + 1)
+    held, found = residency.holding(others), []
+
+    def wait_for_room():
+        with residency.holding([late, late], wait=True) as residents:
+            found.extend(residents)
+
+    thread = threading.Thread(target=wait_for_room)
+    thread.start()
+    while residency.statistics.misses < 3:
+        time.sleep(0.001)
+    held.release()
+    thread.join()
+    assert len(found) == 2 and found[0] is found[1]
+    assert "late" in names_in(residency)
+    assert_nothing_is_lost(residency)
+
+
+@pytest.mark.parametrize("wait", [False, True])
 @pytest.mark.parametrize("host", [None, 40])
-def test_many_threads(open_residency, add_tenant, contents, host):
+def test_many_threads(open_residency, add_tenant, contents, host, wait):
     """Each holds, looks at what it holds, and lets go, in memory for two of eight tenants."""
     infos = [add_tenant(f"t{number}", 64, number % 2) for number in range(8)]
     expected = {info.name: contents(info) for info in infos}
@@ -339,11 +369,12 @@ def test_many_threads(open_residency, add_tenant, contents, host):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(60):
             number = int(torch.randint(0, 8, (), generator=generator))
-            with residency.holding([infos[number]]) as (outcome,):
-                if isinstance(outcome, OverloadedError):
-                    continue
-                if not torch.equal(outcome.parameters, expected[outcome.info.name]):
-                    wrong.append(outcome)
+            with residency.holding([infos[number]] * (1 + number % 2), wait=wait) as outcomes:
+                for outcome in outcomes:
+                    if isinstance(outcome, OverloadedError):
+                        assert not wait
+                    elif not torch.equal(outcome.parameters, expected[outcome.info.name]):
+                        wrong.append(outcome)
             residency.prefetch([infos[(number + 1) % 8]])
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -352,5 +383,5 @@ def test_many_threads(open_residency, add_tenant, contents, host):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert all(placed.users == 0 for placed in residency._placement.all())
+    assert_nothing_is_lost(residency)
     assert residency.statistics.evictions > 10
