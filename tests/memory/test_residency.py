@@ -1,7 +1,6 @@
 """Residency where a plain example says more than a random sequence."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -336,22 +335,18 @@ def assert_nothing_is_lost(residency):
     assert not any(each.users or each.claims for each in placed)
 
 
-def test_a_tenant_that_waits_for_room_twice_is_loaded_once(open_residency, add_tenant):
+def test_a_tenant_that_waits_for_room_twice_is_loaded_once(open_residency, add_tenant, monkeypatch):
     *others, late = (add_tenant(name, 64, 0) for name in ("first", "second", "late"))
     residency = open_residency(2 * AdapterArena.allocated_bytes(late.bytes // 4) // GRANULE + 1)
-    held, found = residency.holding(others), []
+    held, wait = residency.holding(others), residency._wait_for_release
 
-    def wait_for_room():
-        with residency.holding([late, late], wait=True) as residents:
-            found.extend(residents)
+    def end_of_another_batch(since):
+        held.release()
+        return wait(since)
 
-    thread = threading.Thread(target=wait_for_room)
-    thread.start()
-    while residency.statistics.misses < 3:
-        time.sleep(0.001)
-    held.release()
-    thread.join()
-    assert len(found) == 2 and found[0] is found[1]
+    monkeypatch.setattr(residency, "_wait_for_release", end_of_another_batch)
+    with residency.holding([late, late], wait=True) as residents:
+        assert len(residents) == 2 and residents[0] is residents[1]
     assert "late" in names_in(residency)
     assert_nothing_is_lost(residency)
 
