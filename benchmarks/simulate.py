@@ -35,17 +35,18 @@ NOTES = (
     "(SimPy) runs the engine's own scheduler and eviction on simulated time; stages only take time, by "
     "costs that are fixed for a batch, and for each token, tenant and byte.",
     "The check: costs of the stages are measured on this machine, one batch at a time, and fitted with the "
-    "engine's cost model; what is left of a loop without a pipeline is taken for queueing, and what "
-    "computing loses for each request that arrives meanwhile is measured in an open loop at half of its "
-    "capacity. With these the simulation predicts runs that it has not seen: the same requests at the same "
-    "times, other depths and loads, cold tenants. What batches took to compute over what their costs say is "
-    "drawn again for each batch. Stages that run at a time share the processor's cores, and lose what was "
-    "measured beside that. A measured run whose host took more than {most_stolen:.0%} of the processors' "
-    "time is repeated, up to two times, and the one that lost least is taken. Hosts also become slower and "
-    "faster: the same batches are timed before and after each run, and all costs are multiplied by what they "
-    "took, over what they took in calibration. Each run is measured three times with the same requests, one "
-    "after another; measured is the median, beside the least and the most, and predicted the median of the "
-    "predictions of the three.",
+    "engine's cost model; what is left of a loop without a pipeline is taken for queueing. Stages that run "
+    "at a time share the processor's cores, and computing loses more than its share to threads that wake up "
+    "beside it: for each admission, which are fewer than requests where these come together, and for each "
+    "batch, as fitted to open loops at 30%, 50% and 70% of the capacity of an engine without a pipeline; and "
+    "for each tenant that is read, as batches beside a thread that has tenants read show. With these the "
+    "simulation predicts runs that it has not seen: other requests, depths and loads, cold tenants. What "
+    "batches took to compute over what their costs say is drawn again for each batch. A measured run whose "
+    "host took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one "
+    "that lost least is taken. Hosts also become slower and faster: the same batches are timed before and "
+    "after each run, and all costs are multiplied by what they took, over what they took in calibration. "
+    "Each run is measured three times with the same requests, one after another; measured is the median, "
+    "beside the least and the most, and predicted the median of the predictions of the three.",
     "Cold tenants: memory for 128 of them, uniform traffic, {concurrency} requests open; a disk of "
     "{disk_ms:g} ms and {disk_megabytes:.0f} MB/s, for the engine by `hmi_kernels.set_read_latency`.",
     "The GPUs: numbers of data sheets and assumptions, all in the table below, for BERT-base with half of "
@@ -207,6 +208,15 @@ def _cost_table(calibration: Calibration) -> Table:
     )
 
 
+def _toll_table(calibration: Calibration) -> Table:
+    rows = [(name, 1e6 * seconds) for name, seconds in vars(calibration.tolls).items()]
+    return Table(
+        title="What computing loses to threads that wake up beside it, over sharing cores, measured",
+        columns=("for each", "us"),
+        rows=tuple(rows),
+    )
+
+
 def _curves(plan: Plan, rows: Sequence[_Row], found: dict[str, Forecast]) -> list[Curve]:
     return [
         Curve(
@@ -286,7 +296,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     steps = KeptSteps(arguments.out, json.dumps([asdict(plan), str(arguments.data)]))
     with tempfile.TemporaryDirectory() as folder:
         fleet = build_fleet(arguments, Path(folder), num_tenants=plan.tenants, plot_bytes=plan.plot_bytes)
-        costs = partial(calibrate, fleet, rounds=plan.rounds, seconds=plan.loop_seconds)
+        costs = partial(calibrate, fleet, rounds=plan.rounds, seconds=plan.loop_seconds, disk=COLD_DISK)
         calibration = steps.take("costs", Calibration, costs)
         agreements, slowest_over_fastest = validate(fleet, calibration, plan.validation, steps)
     scaled, varied = _scaled(plan), _varied(plan)
@@ -321,6 +331,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
                 cold,
             ),
             _cost_table(calibration),
+            _toll_table(calibration),
             _stated_table(),
         ),
         curves=tuple(_curves(plan, scaled, by_gpus)),

@@ -13,13 +13,12 @@ from benchmarks.simulation.company import (
     STAGES,
     crowding,
     num_cores,
-    observe_admission,
-    observe_arrivals,
     observe_contention,
     observe_loop,
     stage_seconds,
 )
-from benchmarks.simulation.machine import Costs
+from benchmarks.simulation.machine import Costs, Disk, Tolls
+from benchmarks.simulation.tolls import READ_TOGETHER, ArrivalCosts, observe_arrivals, observe_reads
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
 from hmi_engine.request import Request
@@ -46,21 +45,25 @@ class Calibration:
             are fitted so that stalls count for little; queues behind them are what latency is made of.
         contention: how many times as slow compute is, beside a thread that admits requests, as its share of
             the cores alone would make it.
+        tolls: that compute pays to threads which wake up beside it, over its share of the cores.
         requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
     """
 
     costs: Costs
     compute_cores: float
     contention: float
+    tolls: Tolls
     variation: tuple[float, ...]
     requests_per_second: float
 
 
-def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
-    """Measures batches of many sizes, one by one, ``rounds`` times, and a loop of requests for ``seconds``.
+def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calibration:
+    """Measures batches of many sizes, one by one, ``rounds`` times, and then loops of ``seconds`` each.
 
-    The first tell what each stage costs while nothing else runs; the second what queueing, forming batches
-    and the generator cost, which is what is left of the time of an engine without a pipeline.
+    The first tell what each stage costs while nothing else runs. A loop without a pipeline that has always
+    enough to do tells what queueing, forming batches and the generator cost, which is what is left of its
+    time; loops with less to do what computing loses to arrivals, and one beside reads from ``disk`` what it
+    loses to them.
     """
     stages = {
         name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in STAGES
@@ -73,15 +76,21 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
     queueing = observe_loop(fleet, seconds)
     contention = observe_contention(fleet, seconds, compute_cores)
     variation = _variation(known["compute"], observed)
-    per_token = observe_admission(fleet, rounds) + queueing.admit
-    lost = observe_arrivals(fleet, seconds, known, float(np.mean(variation)), queueing.requests_per_second)
-    # As much admission as makes computing lose that, beside it.
     slower = contention * crowding(compute_cores)
-    single = lost / (slower - 1) if slower > 1 else 0.0
-    fixed = max(0.0, single - per_token * float(np.mean(fleet.num_tokens)))
+    arriving = ArrivalCosts.of(
+        observe_arrivals(fleet, seconds, known, float(np.mean(variation)), queueing.requests_per_second),
+        per_token=queueing.admit,
+        slower=slower,
+    )
+    lost_to_reads = observe_reads(fleet, seconds, disk)
+    tolls = Tolls(
+        batch=arriving.batch_toll,
+        admission=arriving.admission_toll,
+        tenant=max(0.0, lost_to_reads - (slower - 1) * _seconds_of_a_read(known["fetch"], fleet)),
+    )
     return Calibration(
         costs=Costs(
-            admit=StageCoefficients(fixed, per_token, 0.0, 0.0),
+            admit=StageCoefficients(arriving.fixed, queueing.admit, 0.0, 0.0),
             form=StageCoefficients(0.0, queueing.form, 0.0, 0.0),
             fetch=known["fetch"],
             search=known["search"],
@@ -90,9 +99,16 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float) -> Calibration:
         ),
         compute_cores=compute_cores,
         contention=contention,
+        tolls=tolls,
         variation=variation,
         requests_per_second=queueing.requests_per_second,
     )
+
+
+def _seconds_of_a_read(fetch: StageCoefficients, fleet: Fleet) -> float:
+    """Of the processor for each tenant, as reads are observed beside computing."""
+    mean_bytes = sum(fleet.adapter_bytes) / len(fleet.adapter_bytes)
+    return fetch.seconds(StageWork(0, READ_TOGETHER, READ_TOGETHER * mean_bytes)) / READ_TOGETHER
 
 
 def _variation(costs: StageCoefficients, observed: Sequence[tuple[StageWork, float]]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What the stages of the real engine cost in company: beside queueing, arrivals and a thread that admits."""
+"""What the stages of the real engine cost in company: beside queueing and a thread that admits."""
 
 from __future__ import annotations
 
@@ -6,38 +6,34 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import psutil
 
-from benchmarks.load_cases import LATENCY_TARGET, run_open
 from benchmarks.load_fleet import Fleet, open_engine, resident_engine
 from benchmarks.load_generator import LoadGenerator
-from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
-from benchmarks.simulation.slowness import SlownessProbe
+from benchmarks.load_traffic import Arrivals, zipf_popularity
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
 from hmi_engine.request import Request
-from hmi_engine.schedule.cost_model import StageCoefficients, StageWork
 from hmi_engine.serving_core import EngineStatistics
 from hmi_engine.store import Store
 
 __all__ = [
     "STAGES",
     "Queueing",
+    "batch_seconds",
     "crowding",
     "num_cores",
-    "observe_admission",
-    "observe_arrivals",
     "observe_contention",
     "observe_loop",
     "stage_seconds",
+    "thread_seconds",
 ]
 
 STAGES = ("fetch", "search", "compute", "respond")
-_ADMISSIONS, _ADMITTED_TOGETHER = 100, 64
 
 
 def num_cores() -> int:
@@ -61,7 +57,13 @@ def stage_seconds(after: EngineStatistics, before: EngineStatistics) -> dict[str
 
 @dataclass(frozen=True)
 class Queueing:
-    """Seconds for each token: of the admitting thread beside tokenising, and of the computing one."""
+    """What a loop takes of the processor beside the stages from fetching on.
+
+    Attributes:
+        admit: seconds for each token, of the threads that send and admit, many requests at a time.
+        form: seconds for each token, of the computing thread.
+        requests_per_second: that were answered.
+    """
 
     admit: float
     form: float
@@ -79,69 +81,19 @@ def observe_loop(fleet: Fleet, seconds: float) -> Queueing:
     with open_engine(fleet, resident=fleet.names, pipeline_depth=1, max_batch_tokens=2048) as engine:
         sender = LoadGenerator(engine)
         sender.closed_loop(requests, concurrency=256, seconds=min(2.0, seconds))
-        before, admitted = engine.stats(), _thread_seconds("hmi-admit")
+        before, admitted = engine.stats(), thread_seconds("hmi-admit")
         began = time.perf_counter()
         run = sender.closed_loop(requests, concurrency=256, seconds=seconds)
         taken = time.perf_counter() - began
-        after, admitted = engine.stats(), _thread_seconds("hmi-admit") - admitted
+        after, admitted = engine.stats(), thread_seconds("hmi-admit") - admitted
     tokens = after.tokens - before.tokens
     num_requests = after.requests - before.requests
     worked = stage_seconds(after, before)
     return Queueing(
-        admit=(max(0.0, admitted - worked["tokenise"]) + run.generator_seconds) / tokens,
+        admit=(admitted + run.generator_seconds) / tokens,
         form=max(0.0, taken - sum(worked[name] for name in STAGES)) / tokens,
         requests_per_second=num_requests / taken,
     )
-
-
-def observe_admission(fleet: Fleet, rounds: int) -> float:
-    """Seconds for each token of requests that are admitted many at once, while nothing else runs."""
-    generator = np.random.default_rng(2)
-    taken, tokens = [], 0
-    with Store.open(fleet.store, read_only=True) as store:
-        for _ in range(rounds * _ADMISSIONS):
-            tenants = generator.integers(len(fleet.adapter_bytes), size=_ADMITTED_TOGETHER)
-            texts = generator.integers(len(fleet.texts), size=_ADMITTED_TOGETHER)
-            requests = fleet.requests(Arrivals(tenants, texts, np.zeros(_ADMITTED_TOGETHER)))
-            began = time.perf_counter()
-            admit(requests, store.tenants, store.encoder)
-            taken.append(time.perf_counter() - began)
-            tokens += sum(fleet.num_tokens[text] for text in texts.tolist())
-    return float(np.median(taken)) * len(taken) / tokens
-
-
-def observe_arrivals(
-    fleet: Fleet, seconds: float, costs: Mapping[str, StageCoefficients], variation: float, capacity: float
-) -> float:
-    """Seconds that computing loses for each request that arrives meanwhile, in an open loop at half capacity.
-
-    Far more than admitting takes: two threads wake up, and the team that computes waits for the one of its
-    threads whose core they take. It is what the stages took over what they cost alone.
-    """
-    popularity = zipf_popularity(len(fleet.adapter_bytes), 1.0)
-    arrivals = draw_arrivals(popularity, len(fleet.texts), capacity / 2, seconds, 3)
-    with (
-        open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine,
-        SlownessProbe.opened(fleet, costs["compute"], variation=variation, seconds=seconds / 3) as probe,
-    ):
-        run_open(engine, fleet, popularity, rate=capacity / 4, seconds=min(2.0, seconds), seed=4)
-        slowness = probe.measure()
-        before = engine.stats()
-        run = LoadGenerator(engine).open_loop(fleet.requests(arrivals), arrivals.due)
-        after = engine.stats()
-        slowness = (slowness + probe.measure()) / 2
-    batches, requests = after.batches - before.batches, after.requests - before.requests
-    work = StageWork(
-        after.tokens - before.tokens, requests, sum(fleet.adapter_bytes[each] for each in arrivals.tenants)
-    )
-    alone = 0.0
-    for name, cost in costs.items():
-        done = StageWork() if name == "fetch" else work if name == "compute" else StageWork(work.tokens)
-        alone += (cost.seconds(done) + (batches - 1) * cost.fixed) * (variation if name == "compute" else 1.0)
-    worked = stage_seconds(after, before)
-    spent = sum(worked[name] for name in costs)
-    lost = max(0.0, spent / slowness - alone)
-    return lost / (requests * spent / run.seconds)
 
 
 def observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> float:
@@ -155,14 +107,14 @@ def observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> fl
     )
     with resident_engine(fleet) as (store, engine):
         admission = _ConstantAdmission(store, requests)
-        _batch_seconds(engine, requests, seconds / 4)
+        batch_seconds(engine, requests, seconds / 4)
         alone, beside = list[float](), list[float]()
         admission_alone, admission_beside = list[float](), list[float]()
         for _ in range(2):
-            alone += _batch_seconds(engine, requests, seconds / 4)
+            alone += batch_seconds(engine, requests, seconds / 4)
             admission_alone.append(admission.seconds_of_one(lambda: time.sleep(seconds / 16)))
             admission_beside.append(
-                admission.seconds_of_one(lambda: beside.extend(_batch_seconds(engine, requests, seconds / 4)))
+                admission.seconds_of_one(lambda: beside.extend(batch_seconds(engine, requests, seconds / 4)))
             )
     slower = float(np.median(beside) / np.median(alone))
     lost = float(np.mean(admission_beside)) * (1 - 1 / slower)
@@ -197,7 +149,7 @@ class _ConstantAdmission:
             self._num_admitted += 1
 
 
-def _batch_seconds(engine: Engine, requests: Sequence[Request], seconds: float) -> list[float]:
+def batch_seconds(engine: Engine, requests: Sequence[Request], seconds: float) -> list[float]:
     """What batches of sixteen take to compute, one after another for so long."""
     before, end = engine.stats().compute_seconds, time.perf_counter() + seconds
     taken: list[float] = []
@@ -211,7 +163,7 @@ def _batch_seconds(engine: Engine, requests: Sequence[Request], seconds: float) 
     return taken
 
 
-def _thread_seconds(name: str) -> float:
+def thread_seconds(name: str) -> float:
     """Processor time of this process's threads of that name."""
     numbers = {thread.native_id for thread in threading.enumerate() if thread.name == name}
     return sum(each.user_time + each.system_time for each in psutil.Process().threads() if each.id in numbers)

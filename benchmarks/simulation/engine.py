@@ -145,6 +145,8 @@ class SimulatedEngine:
         )
         self._generator = np.random.default_rng(0)
         self._cores = SharedCores(environment, machine.cores, contention=machine.contention)
+        self._is_computing = False
+        self._toll = 0.0  # seconds that the batch which computes has yet to lose
         self._formed: deque[_Batch] = deque()
         self._fetched = Counter[int]()  # tenants of formed batches
         self._inbox: deque[tuple[int, float | None]] = deque()
@@ -177,6 +179,7 @@ class SimulatedEngine:
                 yield self._arrived
             arrivals = [self._inbox.popleft() for _ in range(min(_ADMITTED_AT_ONCE, len(self._inbox)))]
             tokens = sum(int(self._workload.tokens[number]) for number, _ in arrivals)
+            self._interrupt(self._machine.tolls.admission)
             yield self._work(self._machine.costs.admit, StageWork(tokens, len(arrivals)))
             for number, deadline in arrivals:
                 self._queue(number, deadline)
@@ -258,9 +261,8 @@ class SimulatedEngine:
         compute, start = self._machine.costs.compute.seconds(batch.work), self._environment.now
         compute *= self._machine.variation[int(self._generator.integers(len(self._machine.variation)))]
         if self._machine.compute_cores:
-            began = self._environment.now
-            yield self._cores.work(compute, self._machine.compute_cores)
-            self.times.compute += self._environment.now - began
+            yield from self._compute_on_cores(compute + self._machine.tolls.batch)
+            self.times.compute += self._environment.now - start
         else:
             now = self._environment.now
             end = max(now, batch.arrived)
@@ -276,6 +278,19 @@ class SimulatedEngine:
         self.times.respond += self._environment.now - began
         self.times.batches += 1
         self.times.tokens += int(batch.work.tokens)
+
+    def _compute_on_cores(self, seconds: float) -> _Steps:
+        """Computes, and then for as long as was lost meanwhile; more may be lost in that time."""
+        self._is_computing = True
+        while seconds > 0:
+            yield self._cores.work(seconds, self._machine.compute_cores)
+            seconds, self._toll = self._toll, 0.0
+        self._is_computing = False
+
+    def _interrupt(self, seconds: float) -> None:
+        """Whatever computes now loses these seconds."""
+        if self._is_computing:
+            self._toll += seconds
 
     def _answer(self, batch: _Batch) -> None:
         self._formed.remove(batch)
@@ -319,6 +334,7 @@ class SimulatedEngine:
         """Returns when the copies for each layer will be there, if any have to be made."""
         num_bytes = self._bytes_of(missing)
         yield self._work(self._machine.costs.fetch, StageWork(0, len(missing), num_bytes))
+        self._interrupt(self._machine.tolls.tenant * len(read))
         if read:
             yield self._environment.timeout(self._machine.disk.seconds(self._workload.sizes[read].tolist()))
         if not missing or self._machine.link is None:

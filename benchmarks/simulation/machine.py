@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hmi_engine.schedule.cost_model import StageCoefficients
 
-__all__ = ["FREE", "Costs", "Disk", "Link", "Machine"]
+__all__ = ["FREE", "Costs", "Disk", "Link", "Machine", "Tolls"]
 
 FREE = StageCoefficients(0.0, 0.0, 0.0, 0.0)
 
@@ -33,6 +33,28 @@ class Costs:
     search: StageCoefficients = FREE
     compute: StageCoefficients = FREE
     respond: StageCoefficients = FREE
+
+
+@dataclass(frozen=True)
+class Tolls:
+    """Seconds that computing loses to what goes on beside it, over its share of the cores.
+
+    Whoever wakes up gets a core at once, and the team of threads that computes waits for the one of its
+    threads that had it; it is computing that stops, not those who wake up.
+
+    Attributes:
+        batch: of each batch that is served, over the same batch alone on the machine.
+        admission: each time that the admitting thread wakes up for what has arrived.
+        tenant: for each tenant that is read, by threads that wake up for it when the disk has answered.
+    """
+
+    batch: float = 0.0
+    admission: float = 0.0
+    tenant: float = 0.0
+
+    def times(self, slowness: float) -> Tolls:
+        """On a machine that is so many times as slow."""
+        return Tolls(slowness * self.batch, slowness * self.admission, slowness * self.tenant)
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,7 @@ class Machine:
         cores: of the processor, shared by all threads.
         compute_cores: that compute asks for of these; 0 for a device of its own.
         contention: how many times as slow threads are that share cores as their shares alone would make them.
+        tolls: what computing loses beside other threads; only where it takes cores.
         variation: what batches took to compute, each over what its costs say; one is drawn for every batch.
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
@@ -102,6 +125,7 @@ class Machine:
     cores: float = math.inf
     compute_cores: float = 0.0
     contention: float = 1.0
+    tolls: Tolls = Tolls()
     variation: tuple[float, ...] = (1.0,)
     upper_layers: int = 1
     depth: int = 2

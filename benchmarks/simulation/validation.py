@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -11,7 +10,6 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-import hmi_kernels
 from benchmarks.kept_steps import KeptSteps
 from benchmarks.load_cases import (
     CONCURRENCY,
@@ -35,6 +33,7 @@ from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
 from benchmarks.simulation.slowness import SlownessProbe, slowed
+from benchmarks.simulation.tolls import slower_disk
 from benchmarks.stolen_time import least_disturbed
 from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.schedule.limits import QueueLimits
@@ -116,6 +115,7 @@ def cpu_machine(
         cores=num_cores(),
         compute_cores=calibration.compute_cores,
         contention=calibration.contention,
+        tolls=calibration.tolls,
         variation=calibration.variation,
         depth=depth,
         latency_target=LATENCY_TARGET,
@@ -206,7 +206,7 @@ class _Bench:
         for depth in (1, 2):
             machine = cpu_machine(self.calibration, arena_bytes=memory, depth=depth, disk=COLD_DISK)
             with (
-                _slower_disk(COLD_DISK),
+                slower_disk(COLD_DISK),
                 open_engine(
                     self.fleet, pipeline_depth=depth, host_memory=memory, latency_target=LATENCY_TARGET
                 ) as engine,
@@ -291,7 +291,11 @@ class _Bench:
 
 def _then(machine: Machine, measured: _Measured) -> Machine:
     """The machine as slow as it was in a measured run."""
-    return replace(machine, costs=slowed(machine.costs, measured.slowness))
+    return replace(
+        machine,
+        costs=slowed(machine.costs, measured.slowness),
+        tolls=machine.tolls.times(measured.slowness),
+    )
 
 
 def _closed_sample(outcomes: Outcomes, seconds: float) -> Sample:
@@ -309,12 +313,3 @@ def _agreements(
     simulated = [vars(summarise([sample], DEADLINE)) for sample, _ in predicted]
     for figure in figures:
         yield Agreement(case, figure, [run[figure] for run in real], [run[figure] for run in simulated])
-
-
-@contextmanager
-def _slower_disk(disk: Disk) -> Iterator[None]:
-    hmi_kernels.set_read_latency(disk.seconds_each, disk.bytes_per_second)
-    try:
-        yield
-    finally:
-        hmi_kernels.set_read_latency(0.0)

@@ -21,7 +21,7 @@ from benchmarks.residency_traces import draw_trace  # noqa: E402
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop  # noqa: E402
 from benchmarks.simulation.cores import SharedCores  # noqa: E402
 from benchmarks.simulation.engine import Workload  # noqa: E402
-from benchmarks.simulation.machine import FREE, Costs, Disk, Link, Machine  # noqa: E402
+from benchmarks.simulation.machine import FREE, Costs, Disk, Link, Machine, Tolls  # noqa: E402
 from benchmarks.simulation.memory import Tier  # noqa: E402
 from benchmarks.simulation.routing import AffinityRouter  # noqa: E402
 from benchmarks.simulation.scenarios import Scenario, forecast  # noqa: E402
@@ -149,6 +149,7 @@ def drawn_loads(draw: st.DrawFn) -> tuple[Cluster, Workload, np.ndarray]:
         link=draw(st.sampled_from([None, Link(0.001, 1e5)])),
         cores=draw(st.sampled_from([1.0, 2.0, math.inf])),
         compute_cores=draw(st.sampled_from([0.0, 2.0])),
+        tolls=draw(st.sampled_from([Tolls(), Tolls(batch=0.01, admission=0.002, tenant=0.005)])),
         upper_layers=3,
         depth=draw(st.integers(1, 4)),
         max_batch_tokens=draw(st.integers(1, 200)),
