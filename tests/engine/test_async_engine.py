@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from arena_accounts import lost_bytes
 
 import hmi_engine as hmi
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, EngineFaultError, OverloadedError
@@ -385,6 +386,7 @@ async def everything_is_free(engine, seconds=20.0):
     while any(held := [residency._queue._waiting, residency._num_held, queue._unanswered, queue._formed]):
         assert time.monotonic() < end, f"never let go of: {held}"
         await asyncio.sleep(0.001)
+    assert not lost_bytes(residency)
 
 
 def stress(store, requests, expected, monkeypatch, seed):

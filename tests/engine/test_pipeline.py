@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from arena_accounts import lost_bytes
 
 import hmi_engine as hmi
 import hmi_kernels
@@ -72,7 +73,8 @@ def test_every_depth_gives_the_same_answers(store, fleet, make_sentences, miss, 
         with hmi.Engine(store, record_traffic=False, **options) as engine:
             answers.append(scores(engine.run(requests)))
             assert engine.stats().batches > 5
-            assert not engine._core.residency._queue._waiting and not engine._core.residency._num_held
+            residency = engine._core.residency
+            assert not residency._queue._waiting and not residency._num_held and not lost_bytes(residency)
             if memory != "all":
                 assert engine.stats().adapters["evictions"] > 0
     if miss == "backoff":

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from arena_accounts import lost_bytes
 
 from hmi_engine.errors import (
     EngineClosedError,
@@ -330,9 +331,8 @@ def test_closed(open_residency, add_tenant):
 
 def assert_nothing_is_lost(residency):
     """All memory that is used is that of tenants which can leave."""
-    placed = residency._placement.all()
-    assert residency.arena.used_bytes == sum(each.size for each in placed)
-    assert not any(each.users or each.claims for each in placed)
+    assert not lost_bytes(residency)
+    assert not any(each.users or each.claims for each in residency._placement.all())
 
 
 def test_a_tenant_that_waits_for_room_twice_is_loaded_once(open_residency, add_tenant, monkeypatch):
