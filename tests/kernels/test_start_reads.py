@@ -346,6 +346,15 @@ def test_a_pool_gets_the_memory_of_a_stuck_read_back(stick: Callable[[str], Stuc
         until(gives_memory)
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where tests were started in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_signals_end_the_main_threads_wait(stick: Callable[[str], StuckFile]) -> None:
     reads = start_reads([stick("stuck").path], [0], [empty(1)])
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
