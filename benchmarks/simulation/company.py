@@ -6,7 +6,8 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ __all__ = [
     "num_cores",
     "observe_contention",
     "observe_loop",
+    "repeating",
+    "requests_in_turn",
     "stage_seconds",
     "thread_seconds",
 ]
@@ -102,9 +105,7 @@ def observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> fl
     The simulation slows both down alike; in truth the team of threads that computes loses more than the
     thread that admits. So what counts is what compute loses for a second of admission.
     """
-    requests = fleet.requests(
-        Arrivals(np.arange(512) % len(fleet.names), np.arange(512) % len(fleet.texts), np.zeros(512))
-    )
+    requests = requests_in_turn(fleet)
     with resident_engine(fleet) as (store, engine):
         admission = _ConstantAdmission(store, requests)
         batch_seconds(engine, requests, seconds / 4)
@@ -121,32 +122,50 @@ def observe_contention(fleet: Fleet, seconds: float, compute_cores: float) -> fl
     return max(1.0, (1 + lost / float(np.mean(admission_alone))) / crowding(compute_cores))
 
 
+def requests_in_turn(fleet: Fleet) -> list[Request]:
+    """512 requests, tenants and texts in turn."""
+    numbers = np.arange(512)
+    return fleet.requests(
+        Arrivals(numbers % len(fleet.names), numbers % len(fleet.texts), np.zeros(len(numbers)))
+    )
+
+
+@contextmanager
+def repeating(work: Callable[[], None]) -> Iterator[None]:
+    """A thread that does ``work`` again and again until the end of the block."""
+    stop = threading.Event()
+
+    def repeat() -> None:
+        while not stop.is_set():
+            work()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 class _ConstantAdmission:
-    """A thread that admits requests one by one, for as long as something else is done."""
+    """Admits requests one by one, for as long as something else is done."""
 
     def __init__(self, store: Store, requests: Sequence[Request]) -> None:
-        self._store, self._requests = store, requests
-        self._stop = threading.Event()
+        self._store, self._requests = store, itertools.cycle(requests)
         self._num_admitted = 0
 
     def seconds_of_one(self, meanwhile: Callable[[], None]) -> float:
         """Seconds that an admission takes while ``meanwhile`` runs."""
-        thread, before = threading.Thread(target=self._admit), self._num_admitted
-        self._stop.clear()
-        began = time.perf_counter()
-        thread.start()
-        meanwhile()
-        self._stop.set()
-        taken = time.perf_counter() - began
-        thread.join()
+        before, began = self._num_admitted, time.perf_counter()
+        with repeating(self._admit):
+            meanwhile()
+            taken = time.perf_counter() - began
         return taken / (self._num_admitted - before)
 
     def _admit(self) -> None:
-        for request in itertools.cycle(self._requests):
-            if self._stop.is_set():
-                return
-            admit([request], self._store.tenants, self._store.encoder)
-            self._num_admitted += 1
+        admit([next(self._requests)], self._store.tenants, self._store.encoder)
+        self._num_admitted += 1
 
 
 def batch_seconds(engine: Engine, requests: Sequence[Request], seconds: float) -> list[float]:

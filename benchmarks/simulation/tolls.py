@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,13 @@ from benchmarks.load_cases import LATENCY_TARGET, run_open
 from benchmarks.load_fleet import Fleet, open_engine, resident_engine
 from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
-from benchmarks.simulation.company import batch_seconds, stage_seconds, thread_seconds
+from benchmarks.simulation.company import (
+    batch_seconds,
+    repeating,
+    requests_in_turn,
+    stage_seconds,
+    thread_seconds,
+)
 from benchmarks.simulation.machine import Disk
 from benchmarks.simulation.slowness import SlownessProbe
 from hmi_engine.async_engine import AsyncEngine
@@ -182,8 +187,7 @@ def _admissions(statistics: EngineStatistics) -> int:
 
 def observe_reads(fleet: Fleet, seconds: float, disk: Disk) -> float:
     """Seconds that computing loses for each tenant that is read from ``disk`` meanwhile, sharing and all."""
-    drawn = Arrivals(np.arange(512) % len(fleet.names), np.arange(512) % len(fleet.texts), np.zeros(512))
-    requests = fleet.requests(drawn)
+    requests = requests_in_turn(fleet)
     memory = _BATCHES_OF_MEMORY * READ_TOGETHER * sum(fleet.adapter_bytes) // len(fleet.adapter_bytes)
     lost, num_read = 0.0, 0
     with (
@@ -201,35 +205,29 @@ def observe_reads(fleet: Fleet, seconds: float, disk: Disk) -> float:
 
 
 class _ConstantReading:
-    """A thread that has one batch of tenants after another read, as the one that prepares does."""
+    """Has one batch of tenants after another read, as the thread that prepares does."""
 
     def __init__(self, residency: AdapterResidency, tenants: Sequence[TenantInfo]) -> None:
         self._residency = residency
         self._batches = itertools.cycle(
             tenants[first : first + READ_TOGETHER] for first in range(0, len(tenants), READ_TOGETHER)
         )
-        self._stop = threading.Event()
 
     def beside(self, work: Callable[[], list[float]]) -> tuple[list[float], int]:
         """What ``work`` returns, and how many tenants were read while it ran."""
         before = self._residency.statistics.files_read
-        self._stop.clear()
-        thread = threading.Thread(target=self._read)
-        thread.start()
-        result = work()
-        num_read = self._residency.statistics.files_read - before
-        self._stop.set()
-        thread.join()
+        with repeating(self._read):
+            result = work()
+            num_read = self._residency.statistics.files_read - before
         return result, num_read
 
     def read_all(self, count: int) -> None:
         """Once each, so that no beginning of a file has to be read any more."""
-        for batch in itertools.islice(self._batches, -(-count // READ_TOGETHER)):
-            self._residency.holding(batch).release()
+        for _ in range(-(-count // READ_TOGETHER)):
+            self._read()
 
     def _read(self) -> None:
-        while not self._stop.is_set():
-            self._residency.holding(next(self._batches)).release()
+        self._residency.holding(next(self._batches)).release()
 
 
 @contextmanager

@@ -160,7 +160,7 @@ class DecoderCore:
             end_token=self._end_token,
             most_tokens=self.store.general.max_positions,
             keys=self._keys(tenant, base_weights),
-            base_weights=None if self.shared is None else base_weights,
+            base_weights=base_weights,
             respond=respond,
             tickets=([], []),
             emit=emit,

@@ -47,7 +47,7 @@ class DecoderSequence:
         most_tokens: of prompt and text together.
         keys: names of full blocks.
         base_weights: a digest of what hidden states follow from before a tenant's first adapter, beside the
-            tokens; None if other tenants are to have nothing of it.
+            tokens.
         base_keys: names of full blocks below that adapter, once they were asked for.
         respond: takes the response, once.
         emit: takes each piece of the text as it comes; None if nobody wants it.
@@ -76,7 +76,7 @@ class DecoderSequence:
     tickets: BatchTickets
     emit: Callable[[TextPiece], None] | None = None
     arrived: float = field(default_factory=time.perf_counter)
-    base_weights: bytes | None = None
+    base_weights: bytes = b""
     base_keys: PrefixKeys | None = None
     chooser: TokenChooser | None = None
     text: TextStream | None = None

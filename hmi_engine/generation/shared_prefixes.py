@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class SharedPiece:
     layer: int
     keys: Sequence[bytes]
     blocks: Sequence[int]
-    known: Sequence[PrefixBlock] = field(default_factory=list)
+    known: Sequence[PrefixBlock]
 
     @property
     def num_known_tokens(self) -> int:
@@ -86,7 +86,7 @@ class SharedPrefixes:
         ``layer`` is the first that the tenant adapts; of one that adapts none, prompts are shared whole.
         """
         size, start = self._cache.block_size, sequence.num_computed
-        if num_tokens < size or layer is None or layer <= self._first_layer or sequence.base_weights is None:
+        if num_tokens < size or layer is None or layer <= self._first_layer:
             return None
         end = min(start + num_tokens, sequence.num_prompt)
         if start % size or end - start < size:

@@ -209,8 +209,7 @@ class AdapterResidency:
                 acquired = self._acquire(tenants, held)
                 while wait and _lacks_room(acquired) and self._wait_for_release(releases):
                     releases = self._num_releases
-                    distinct = {digest_of(info): info for info in tenants}
-                    again = [info for each, info in distinct.items() if _is_without_room(acquired[each])]
+                    again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
                     acquired |= self._load(again, held)
                 with self._lock:
                     outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
@@ -400,7 +399,9 @@ class AdapterResidency:
     def _load(
         self, infos: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
     ) -> LoadResults:
-        loaded = self._loader.load(infos, spare_needed=spare_needed) if infos else LoadResults()
+        """Loads tenants, each once however often it is named; ``held`` gets what was loaded."""
+        distinct = list({digest_of(info): info for info in infos}.values())
+        loaded = self._loader.load(distinct, spare_needed=spare_needed) if distinct else LoadResults()
         held.extend(result for result in loaded.values() if isinstance(result, PlacedTenant))
         return loaded
 
@@ -461,8 +462,4 @@ def _still_coming(held: Sequence[PlacedTenant]) -> list[Arrival]:
 
 
 def _lacks_room(acquired: LoadResults) -> bool:
-    return any(_is_without_room(result) for result in acquired.values())
-
-
-def _is_without_room(result: PlacedTenant | HmiError) -> bool:
-    return isinstance(result, NoRoomError)
+    return any(isinstance(result, NoRoomError) for result in acquired.values())
