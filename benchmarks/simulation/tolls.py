@@ -201,7 +201,7 @@ def observe_reads(fleet: Fleet, seconds: float, disk: Disk) -> float:
             beside, files = reads.beside(lambda: batch_seconds(engine, requests, seconds / 4))
             lost += sum(beside) - len(beside) * float(np.mean(alone))
             num_read += files
-    return max(0.0, lost) / num_read
+    return max(0.0, lost) / num_read if num_read else 0.0  # a quick run ends before a batch is read
 
 
 class _ConstantReading:
