@@ -16,6 +16,7 @@ from hmi_kernels.cuda.driver import raise_faults
 from hmi_kernels.deltas import grouped_bottleneck_delta, grouped_lora_delta
 from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
 from hmi_kernels.file_reads import FileReads, PendingRead, set_read_latency, start_reads
+from hmi_kernels.freed_memory import keep_freed_memory
 from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
 from hmi_kernels.ngrams import NgramCounter, count_ngrams, ngram_keys, ngram_tokens
@@ -60,6 +61,7 @@ __all__ = [
     "grouped_product",
     "grouped_scale",
     "grouped_weight_gradient",
+    "keep_freed_memory",
     "ngram_keys",
     "ngram_tokens",
     "packed_attention",

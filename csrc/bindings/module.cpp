@@ -1,5 +1,6 @@
 // The module _C: the settings and the CPU kernels, which check every value themselves.
 #include "bindings/row_tables.h"
+#include "common/freed_memory.h"
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "cpu/grouped_adapter.h"
@@ -208,6 +209,7 @@ void define_settings(py::module_& m) {
   m.def("available_simd_levels", &hmi::available_simd_levels);
   m.def("set_threads_mode", &set_threads_mode, py::arg("mode"));
   m.def("threads_mode", &threads_mode);
+  m.def("keep_freed_memory", &hmi::keep_freed_memory);
 }
 
 void define_plot(py::module_& m) {

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+import hmi_kernels
 from hmi_engine.errors import HmiError
 from hmi_engine.generation.cache import BlockTables, KeyValueCache, PagedAttention
 from hmi_engine.generation.sequence import DecoderSequence
@@ -191,6 +192,7 @@ class HostSteps:
     ) -> None:
         """``cache`` lies in host memory; ``shared`` are its prompts' beginnings, if any are kept."""
         self._model, self._cache, self._clock, self._shared = model, cache, clock, shared
+        hmi_kernels.keep_freed_memory()
 
     # Under no_grad alone each op of ours would go through autograd's wrapper in Python, a third of its time.
     @torch.inference_mode()

@@ -37,6 +37,8 @@ class AdapterBatch:
         """
         self._arena = arena
         self._slots = slots
+        self._tenants = tenants
+        self._token_counts, self._readout_counts = token_counts, readout_counts
         # Entries of held slots stay as they are, in whatever table they were found.
         self._tables: dict[tuple[int, Site | None], SlotTable] = {}
         self._used = frozenset[tuple[int, str]]().union(*(tenant.places for tenant in tenants))
@@ -46,6 +48,17 @@ class AdapterBatch:
         self._readout_offsets = _offsets([sum(readout_counts[index] for index in run) for run in runs])
         self._num_empty = 0
         self._max_ranks: dict[tuple[int, Site], int] | None = None
+
+    def between(self, first: int, last: int) -> AdapterBatch:
+        """Those of the sequences ``first`` to ``last`` (exclusive)."""
+        part = slice(first, last)
+        return AdapterBatch(
+            self._arena,
+            self._slots,
+            self._tenants[part],
+            self._token_counts[part],
+            self._readout_counts[part],
+        )
 
     def padded(self, num_segments: int) -> AdapterBatch:
         """The same with empty segments behind, for all places where any tenant so far has had a block.

@@ -95,6 +95,13 @@ class PackedSequences:
         """S, the number of sequences."""
         return len(self.lengths)
 
+    def between(self, first: int, last: int) -> PackedSequences:
+        """Sequences ``first`` to ``last`` (exclusive), at least one, as a batch of their own."""
+        start, end = int(self.offsets[first]), int(self.offsets[last])
+        return PackedSequences(
+            self.input_ids[start:end], self.offsets[first : last + 1] - start, self.lengths[first:last]
+        )
+
     def positions(self) -> torch.Tensor:
         """Index of each token in its own sequence, int64 [T]."""
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
@@ -163,3 +170,9 @@ class Readout:
             counts.append(count)
         offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int64)
         return cls(torch.tensor(rows, dtype=torch.int64), offsets, tuple(counts))
+
+    def between(self, sequences: PackedSequences, first: int, last: int) -> Readout:
+        """What is read of ``sequences.between(first, last)``."""
+        start, end = int(self.offsets[first]), int(self.offsets[last])
+        rows = self.rows[start:end] - sequences.offsets[first]
+        return Readout(rows, self.offsets[first : last + 1] - start, self.counts[first:last])

@@ -9,9 +9,17 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertForTo
 
 import hmi_engine as hmi
 from hmi_engine.knowledge.adapters import Site
+from hmi_engine.pipeline import batch_compute
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 MODULES = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+@pytest.fixture(autouse=True, params=["whole", "in pieces"])
+def piece_of_a_batch(request, monkeypatch):
+    """Large batches are computed in pieces; here of 24 tokens and a few sequences."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(batch_compute, "_PIECE_BYTES", 24 * 4 * 64)
 
 
 def save_peft(tiny_bert, folder, seed, *, layers, task=TaskType.SEQ_CLS, **settings):
