@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from benchmarks.simulation.company import (
     stage_seconds,
 )
 from benchmarks.simulation.machine import Costs, Disk, Tolls
+from benchmarks.simulation.slowness import SlownessProbe
 from benchmarks.simulation.tolls import READ_TOGETHER, ArrivalCosts, observe_arrivals, observe_reads
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
@@ -41,20 +42,24 @@ class Calibration:
     Attributes:
         costs: of the stages.
         compute_cores: that compute keeps busy.
+        admission_delay: seconds until the admitting thread runs that has slept, while something computes.
         variation: quantiles, all as far apart, of what batches took to compute over what ``costs`` say. Costs
             are fitted so that stalls count for little; queues behind them are what latency is made of.
         contention: how many times as slow compute is, beside a thread that admits requests, as its share of
             the cores alone would make it.
         tolls: that compute pays to threads which wake up beside it, over its share of the cores.
         requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
+        probe_seconds: of a token of the batches that tell how slow the machine is, while costs were measured.
     """
 
     costs: Costs
     compute_cores: float
     contention: float
     tolls: Tolls
+    admission_delay: float
     variation: tuple[float, ...]
     requests_per_second: float
+    probe_seconds: float
 
 
 def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calibration:
@@ -65,20 +70,25 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calib
     time; loops with less to do what computing loses to arrivals, and one beside reads from ``disk`` what it
     loses to them.
     """
-    stages = {
-        name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in STAGES
-    }
-    # With all rounds as they come: a stolen moment is one of many observations, and outliers weigh little.
-    compute_cores, observed = _observe_batches(fleet, stages, rounds)
-    fits = {name: costs.coefficients for name, costs in stages.items()}
+    with SlownessProbe.opened(fleet, seconds=seconds / 6) as probe:
+        observed = _observe_batches(fleet, rounds, probe)
+    probed, compute_cores = float(np.mean(observed.probed)), observed.compute_cores
+    fits = {name: costs.coefficients for name, costs in observed.stages.items()}
     assert all(fit is not None for fit in fits.values())
     known = {name: fit for name, fit in fits.items() if fit is not None}
     queueing = observe_loop(fleet, seconds)
     contention = observe_contention(fleet, seconds, compute_cores)
-    variation = _variation(known["compute"], observed)
+    variation = _variation(known["compute"], observed.computed)
     slower = contention * crowding(compute_cores)
     arriving = ArrivalCosts.of(
-        observe_arrivals(fleet, seconds, known, float(np.mean(variation)), queueing.requests_per_second),
+        observe_arrivals(
+            fleet,
+            seconds,
+            known,
+            variation=float(np.mean(variation)),
+            usual=probed,
+            capacity=queueing.requests_per_second,
+        ),
         per_token=queueing.admit,
         slower=slower,
     )
@@ -100,8 +110,10 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calib
         compute_cores=compute_cores,
         contention=contention,
         tolls=tolls,
+        admission_delay=arriving.delay,
         variation=variation,
         requests_per_second=queueing.requests_per_second,
+        probe_seconds=probed,
     )
 
 
@@ -128,8 +140,8 @@ class _Case:
     is_cold: bool
 
 
-def _cases(fleet: Fleet, rounds: int) -> Iterator[_Case]:
-    """Batches of many sizes, of one tenant or many, in random order; every text is another one."""
+def _cases(fleet: Fleet, rounds: int) -> Iterator[list[_Case]]:
+    """Rounds of batches of many sizes, of one tenant or many, in random order; every text is another one."""
     generator = np.random.default_rng(0)
     num_tenants, num_texts = len(fleet.adapter_bytes), len(fleet.texts)
     next_text = next_cold = 0
@@ -140,6 +152,7 @@ def _cases(fleet: Fleet, rounds: int) -> Iterator[_Case]:
         if distinct <= num_tenants
     ]
     for _ in range(rounds):
+        cases = []
         for place in generator.permutation(len(shapes)).tolist():
             size, distinct, is_cold = shapes[place]
             if is_cold:  # in turn of all, so that each was evicted since it came last
@@ -149,17 +162,60 @@ def _cases(fleet: Fleet, rounds: int) -> Iterator[_Case]:
                 chosen = generator.choice(num_tenants, distinct, replace=False).tolist()
             texts = [(next_text + step) % num_texts for step in range(size)]
             next_text += size
-            yield _Case([chosen[step % distinct] for step in range(size)], texts, is_cold)
+            cases.append(_Case([chosen[step % distinct] for step in range(size)], texts, is_cold))
+        yield cases
 
 
-def _observe_batches(
-    fleet: Fleet, stages: dict[str, StageCosts], rounds: int
-) -> tuple[float, list[tuple[StageWork, float]]]:
-    """Observes; returns the cores that compute keeps busy, and what each batch took to compute."""
-    computed: list[tuple[StageWork, float]] = []
+@dataclass
+class _Observations:
+    """Of batches that run one by one.
+
+    Attributes:
+        stages: what each stage took.
+        computed: work and seconds of each batch that was computed.
+        busy: seconds of the processor, of larger batches in memory.
+        wall: seconds of the same.
+        probed: what the probe found between them.
+    """
+
+    stages: dict[str, StageCosts]
+    computed: list[tuple[StageWork, float]] = field(default_factory=list)
+    busy: float = 0.0
+    wall: float = 0.0
+    probed: list[float] = field(default_factory=list)
+
+    @property
+    def compute_cores(self) -> float:
+        """The cores that compute keeps busy."""
+        return max(1.0, min(float(num_cores()), self.busy / self.wall))
+
+    def observe(self, fleet: Fleet, case: _Case, engine: Engine) -> None:
+        """Has an engine run a batch."""
+        requests = [
+            Request(tenant_name(tenant), fleet.texts[text])
+            for tenant, text in zip(case.tenants, case.texts, strict=True)
+        ]
+        before = engine.stats()
+        processor, began = time.process_time(), time.perf_counter()
+        for response in engine.run(requests):
+            if response.error is not None:
+                raise response.error
+        processor, taken = time.process_time() - processor, time.perf_counter() - began
+        if len(requests) >= 32 and not case.is_cold:
+            self.busy, self.wall = self.busy + processor, self.wall + taken
+        worked = stage_seconds(engine.stats(), before)
+        for name, costs in self.stages.items():
+            costs.observe(_work(fleet, case, name), worked[name])
+        self.computed.append((_work(fleet, case, "compute"), worked["compute"]))
+
+
+def _observe_batches(fleet: Fleet, rounds: int, probe: SlownessProbe) -> _Observations:
+    """All rounds as they come: a stolen moment is one of many observations, and outliers weigh little."""
+    observed = _Observations(
+        {name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in STAGES}
+    )
     mean_bytes = sum(fleet.adapter_bytes) / len(fleet.adapter_bytes)
     common = {"pipeline_depth": 1, "record_traffic": False, "max_batch_tokens": 1 << 20}
-    busy = wall = 0.0
     with (
         Store.open(fleet.store, read_only=True) as store,
         Engine(store, host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20), **common) as warm,
@@ -169,27 +225,12 @@ def _observe_batches(
         for engine in (warm, cold):  # every layout is known, every path has been taken
             for first in range(0, len(fleet.names), 64):
                 engine.run([Request(name, fleet.texts[0]) for name in fleet.names[first : first + 64]])
-        for case in _cases(fleet, rounds):
-            engine = cold if case.is_cold else warm
-            requests = [
-                Request(tenant_name(tenant), fleet.texts[text])
-                for tenant, text in zip(case.tenants, case.texts, strict=True)
-            ]
-            before = engine.stats()
-            processor, began = time.process_time(), time.perf_counter()
-            for response in engine.run(requests):
-                if response.error is not None:
-                    raise response.error
-            processor, taken = time.process_time() - processor, time.perf_counter() - began
-            worked = stage_seconds(engine.stats(), before)
-            if len(requests) >= 32 and not case.is_cold:
-                busy, wall = busy + processor, wall + taken
-            for name, costs in stages.items():
-                work, spent = _work(fleet, case, name), worked[name]
-                costs.observe(work, spent)
-                if name == "compute":
-                    computed.append((work, spent))
-    return max(1.0, min(float(num_cores()), busy / wall)), computed
+        for cases in _cases(fleet, rounds):
+            observed.probed.append(probe.measure())
+            for case in cases:
+                observed.observe(fleet, case, cold if case.is_cold else warm)
+        observed.probed.append(probe.measure())
+    return observed
 
 
 def _work(fleet: Fleet, case: _Case, stage: str) -> StageWork:

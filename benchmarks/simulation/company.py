@@ -27,6 +27,7 @@ __all__ = [
     "Queueing",
     "batch_seconds",
     "crowding",
+    "hidden_share",
     "num_cores",
     "observe_contention",
     "observe_loop",
@@ -49,13 +50,26 @@ def crowding(compute_cores: float) -> float:
     return max(1.0, (compute_cores + 1) / num_cores())
 
 
-def stage_seconds(after: EngineStatistics, before: EngineStatistics) -> dict[str, float]:
-    """What each stage worked from one moment to another."""
+def stage_seconds(
+    after: EngineStatistics, before: EngineStatistics, of: str = "busy_seconds"
+) -> dict[str, float]:
+    """What each stage worked from one moment to another; or another of the seconds of ``StageTimes``."""
     started = before.stages or {}
     return {
-        name: float(times["busy_seconds"]) - float(started.get(name, {}).get("busy_seconds", 0.0))
+        name: float(times[of]) - float(started.get(name, {}).get(of, 0.0))
         for name, times in (after.stages or {}).items()
     }
+
+
+def hidden_share(after: EngineStatistics, before: EngineStatistics) -> float | None:
+    """Of fetching and searching from one moment to another, what compute did not wait for, as a share.
+
+    None where there was nothing of it.
+    """
+    worked = stage_seconds(after, before)
+    work = worked.get("fetch", 0.0) + worked.get("search", 0.0)
+    waited = stage_seconds(after, before, of="waiting_seconds").get("compute", 0.0)
+    return min(1.0, max(0.0, 1 - waited / work)) if work > 0 else None
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ class SimulatedEngine:
             if not self._inbox:
                 self._arrived = self._environment.event()
                 yield self._arrived
+                if self._is_computing:
+                    yield self._environment.timeout(self._machine.admission_delay)
             arrivals = [self._inbox.popleft() for _ in range(min(_ADMITTED_AT_ONCE, len(self._inbox)))]
             tokens = sum(int(self._workload.tokens[number]) for number, _ in arrivals)
             self._interrupt(self._machine.tolls.admission)

@@ -109,6 +109,8 @@ class Machine:
         compute_cores: that compute asks for of these; 0 for a device of its own.
         contention: how many times as slow threads are that share cores as their shares alone would make them.
         tolls: what computing loses beside other threads; only where it takes cores.
+        admission_delay: seconds until the admitting thread runs that has slept, while something computes.
+            what arrives in this time is admitted together.
         variation: what batches took to compute, each over what its costs say; one is drawn for every batch.
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
@@ -126,6 +128,7 @@ class Machine:
     compute_cores: float = 0.0
     contention: float = 1.0
     tolls: Tolls = Tolls()
+    admission_delay: float = 0.0
     variation: tuple[float, ...] = (1.0,)
     upper_layers: int = 1
     depth: int = 2

@@ -15,7 +15,7 @@ from benchmarks.load_traffic import Arrivals
 from benchmarks.simulation.machine import Costs
 from hmi_engine.engine import Engine
 from hmi_engine.request import Request
-from hmi_engine.schedule.cost_model import StageCoefficients, StageWork
+from hmi_engine.schedule.cost_model import StageCoefficients
 
 __all__ = ["SlownessProbe", "slowed"]
 
@@ -28,54 +28,46 @@ class SlownessProbe:
 
     Hosts that are shared become slower or faster by a third within minutes, which no count of stolen time
     shows. The simulation is of the engine, not of its host.
+
+    Attributes:
+        engine: that has all tenants of the fleet in memory.
+        batches: what it computes, again and again: much of it is found in the caches, so what that takes can
+            only be compared with itself.
+        seconds: of a measurement; hosts change from one second to the next.
+        usual: seconds of a token when costs were measured.
     """
 
     engine: Engine
     batches: Sequence[Sequence[Request]]
-    expected: Sequence[float]
     seconds: float
+    usual: float
 
     @classmethod
     @contextmanager
-    def opened(
-        cls, fleet: Fleet, compute: StageCoefficients, *, variation: float, seconds: float
-    ) -> Iterator[SlownessProbe]:
-        """Of how ``compute`` has changed, on an engine that has all tenants of the fleet in memory.
-
-        ``variation`` is what batches took over what it says, on average, when it was measured; ``seconds``
-        are those of a measurement: such hosts change from one second to the next.
-        """
+    def opened(cls, fleet: Fleet, *, seconds: float, usual: float = 1.0) -> Iterator[SlownessProbe]:
+        """One of the fleet's engine; without ``usual`` it measures seconds of a token."""
         numbers = np.arange(_BATCHES * _BATCH_REQUESTS)
-        drawn = Arrivals(
-            numbers % len(fleet.adapter_bytes), numbers % len(fleet.texts), np.zeros(len(numbers))
+        requests = fleet.requests(
+            Arrivals(numbers % len(fleet.adapter_bytes), numbers % len(fleet.texts), np.zeros(len(numbers)))
         )
-        requests = fleet.requests(drawn)
-        tokens = np.array(fleet.num_tokens)[drawn.texts].reshape(_BATCHES, -1).sum(1).tolist()
-        sizes = np.array(fleet.adapter_bytes)[drawn.tenants].reshape(_BATCHES, -1).sum(1).tolist()
+        batches = [
+            requests[first : first + _BATCH_REQUESTS] for first in range(0, len(requests), _BATCH_REQUESTS)
+        ]
         with resident_engine(fleet) as (_, engine):
-            yield cls(
-                engine,
-                [
-                    requests[first : first + _BATCH_REQUESTS]
-                    for first in range(0, len(requests), _BATCH_REQUESTS)
-                ],
-                [
-                    variation * compute.seconds(StageWork(count, _BATCH_REQUESTS, size))
-                    for count, size in zip(tokens, sizes, strict=True)
-                ],
-                seconds,
-            )
+            for batch in batches:  # no product is of a size that is new
+                engine.run(batch)
+            yield cls(engine, batches, seconds, usual)
 
     def measure(self) -> float:
-        """What batches take to compute over what they took when costs were measured, the mean."""
+        """How many times as long as usual a token takes to compute, on average."""
         self.engine.run(self.batches[0])
-        before, end, expected = self.engine.stats().compute_seconds, time.perf_counter() + self.seconds, 0.0
+        before, end = self.engine.stats(), time.perf_counter() + self.seconds
         for number in itertools.count():
             if time.perf_counter() >= end and number >= len(self.batches):
                 break
             self.engine.run(self.batches[number % len(self.batches)])
-            expected += self.expected[number % len(self.batches)]
-        return (self.engine.stats().compute_seconds - before) / expected
+        after = self.engine.stats()
+        return (after.compute_seconds - before.compute_seconds) / (after.tokens - before.tokens) / self.usual
 
 
 def slowed(costs: Costs, slowness: float) -> Costs:

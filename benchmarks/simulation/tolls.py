@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,20 +58,35 @@ class LoadedRun:
     """An open loop, in seconds of the machine as fast as when the costs of the stages were measured.
 
     Attributes:
+        seconds: that it took.
         batches: that were served.
-        admissions: times that the admitting thread woke up for what had arrived.
-        tokens: of all requests.
+        admissions: times that the admitting thread took what had arrived.
+        requests: that arrived.
+        tokens: of these.
         busy_share: of the time, that the stages worked.
         admission_seconds: processor time of the threads that send and admit.
         lost_seconds: that the stages took over what they cost alone.
     """
 
+    seconds: float
     batches: int
     admissions: int
+    requests: int
     tokens: int
     busy_share: float
     admission_seconds: float
     lost_seconds: float
+
+    @property
+    def admission_delay(self) -> float:
+        """Seconds from an arrival until it is admitted, where nobody was being admitted.
+
+        By how many requests come together: where arrivals are Poisson of rate r, admissions take s and begin
+        d late when there was none, a row of them has 1 + r d + r s exp(r s) requests in exp(r s) admissions.
+        """
+        rate, admission = self.requests / self.seconds, self.admission_seconds / self.admissions
+        together = self.requests / self.admissions
+        return max(0.0, (together - rate * admission) * math.exp(rate * admission) - 1) / rate
 
 
 @dataclass(frozen=True)
@@ -81,11 +97,13 @@ class ArrivalCosts:
         fixed: processor time of an admission, beside that of its tokens.
         admission_toll: that computing loses to it, over its share of the cores.
         batch_toll: that a batch takes longer than alone, whatever arrives.
+        delay: until the admitting thread runs, after it has slept, while something computes.
     """
 
     fixed: float
     admission_toll: float
     batch_toll: float
+    delay: float
 
     @classmethod
     def of(cls, runs: Sequence[LoadedRun], *, per_token: float, slower: float) -> ArrivalCosts:
@@ -103,11 +121,18 @@ class ArrivalCosts:
         # What sharing cores explains, the simulation's cores take.
         left = [run.lost_seconds - run.busy_share * run.admission_seconds * (slower - 1) for run in runs]
         (admission_toll, batch_toll), _ = nnls(np.array(asked), np.array(left))
-        return cls(fixed, float(admission_toll), float(batch_toll))
+        delay = sum(run.admission_delay for run in runs) / sum(run.busy_share for run in runs)
+        return cls(fixed, float(admission_toll), float(batch_toll), delay)
 
 
 def observe_arrivals(
-    fleet: Fleet, seconds: float, costs: Mapping[str, StageCoefficients], variation: float, capacity: float
+    fleet: Fleet,
+    seconds: float,
+    costs: Mapping[str, StageCoefficients],
+    *,
+    variation: float,
+    usual: float,
+    capacity: float,
 ) -> list[LoadedRun]:
     """Open loops at several loads, each for ``seconds``, half of them at a time.
 
@@ -116,6 +141,7 @@ def observe_arrivals(
         seconds: of each load.
         costs: of the stages alone.
         variation: what batches took over what ``costs`` say, on average.
+        usual: what the probe took then, see :class:`SlownessProbe`.
         capacity: requests a second of the engine.
     """
     popularity = zipf_popularity(len(fleet.adapter_bytes), 1.0)
@@ -123,7 +149,7 @@ def observe_arrivals(
     runs = []
     with (
         open_engine(fleet, resident=fleet.names, pipeline_depth=1, latency_target=LATENCY_TARGET) as engine,
-        SlownessProbe.opened(fleet, costs["compute"], variation=variation, seconds=seconds / 6) as probe,
+        SlownessProbe.opened(fleet, seconds=seconds / 6, usual=usual) as probe,
     ):
         run_open(engine, fleet, popularity, rate=capacity / 4, seconds=min(2.0, seconds), seed=4)
         for seed, load in enumerate(_LOADS * _RUNS_OF_A_LOAD, 300):
@@ -151,8 +177,10 @@ def _loaded_run(
     worked = stage_seconds(after, before)
     spent = sum(worked[name] for name in costs)
     return LoadedRun(
+        seconds=taken / slowness,
         batches=after.batches - before.batches,
         admissions=_admissions(after) - _admissions(before),
+        requests=after.requests - before.requests,
         tokens=after.tokens - before.tokens,
         busy_share=spent / taken,
         admission_seconds=(admitting + sent.generator_seconds) / slowness,

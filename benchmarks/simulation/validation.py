@@ -28,7 +28,7 @@ from benchmarks.load_outcomes import Outcomes, Sample, summarise
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.calibration import Calibration
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
-from benchmarks.simulation.company import num_cores
+from benchmarks.simulation.company import hidden_share, num_cores
 from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
@@ -116,6 +116,7 @@ def cpu_machine(
         compute_cores=calibration.compute_cores,
         contention=calibration.contention,
         tolls=calibration.tolls,
+        admission_delay=calibration.admission_delay,
         variation=calibration.variation,
         depth=depth,
         latency_target=LATENCY_TARGET,
@@ -132,9 +133,8 @@ def validate(
     What the prediction takes from the measured runs is the rate at which requests were sent; and from what
     the probe took before and after them, how slow the machine was.
     """
-    usual = float(np.mean(calibration.variation))
     with SlownessProbe.opened(
-        fleet, calibration.costs.compute, variation=usual, seconds=validation.seconds / 2
+        fleet, seconds=validation.seconds / 2, usual=calibration.probe_seconds
     ) as probe:
         bench = _Bench(fleet, calibration, validation, steps, probe)
         agreements = [*bench.warm(), *bench.cold()]
@@ -147,7 +147,7 @@ class _Measured:
 
     Attributes:
         sample: of what it answered.
-        hidden_share: of fetch and search, in the engine's life.
+        hidden_share: of fetch and search, in its time.
         slowness: of the machine just before and after, beside when costs were measured.
     """
 
@@ -237,10 +237,11 @@ class _Bench:
         seconds = self.validation.seconds
 
         def run() -> _Measured:
-            before = self.probe.measure()
+            slowness, before = self.probe.measure(), engine.stats()
             closed = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
-            slowness = (before + self.probe.measure()) / 2
-            return _Measured(_closed_sample(closed.outcomes, seconds), engine.stats().hidden_share, slowness)
+            hidden = hidden_share(engine.stats(), before)
+            slowness = (slowness + self.probe.measure()) / 2
+            return _Measured(_closed_sample(closed.outcomes, seconds), hidden, slowness)
 
         return least_disturbed(run, most_stolen=MOST_STOLEN, attempts=_ATTEMPTS).value
 
@@ -250,9 +251,10 @@ class _Bench:
 
     def _measure_open(self, engine: AsyncEngine, popularity: _Floats, rate: float, seed: int) -> _Measured:
         seconds = self.validation.seconds
-        before = self.probe.measure()
+        slowness, before = self.probe.measure(), engine.stats()
         point = run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed)
-        return _Measured(point.sample, engine.stats().hidden_share, (before + self.probe.measure()) / 2)
+        hidden = hidden_share(engine.stats(), before)
+        return _Measured(point.sample, hidden, (slowness + self.probe.measure()) / 2)
 
     def _predict_open(self, machine: Machine, limits: QueueLimits, arrivals: Arrivals) -> _Prediction:
         cluster = Cluster(machine, limits=limits, timeout=TIMEOUT)

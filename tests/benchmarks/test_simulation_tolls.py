@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,8 +98,43 @@ def test_costs_of_arriving_are_found_again(admission_toll: float, batch_toll: fl
     ]:
         worked = fixed_seconds * admissions + per_token * 40 * requests
         lost = busy_share * (worked * (slower - 1) + admission_toll * admissions) + batch_toll * batches
-        runs.append(LoadedRun(batches, admissions, 40 * requests, busy_share, worked, lost))
+        runs.append(LoadedRun(4.0, batches, admissions, requests, 40 * requests, busy_share, worked, lost))
     found = ArrivalCosts.of(runs, per_token=per_token, slower=slower)
     assert (found.fixed, found.admission_toll, found.batch_toll) == pytest.approx(
         (fixed_seconds, admission_toll, batch_toll)
     )
+
+
+def admissions_one_by_one(due: list[float], admission: float, delay: float) -> int:
+    """How often a thread admits what has arrived, each time for so long, and so late if it has slept."""
+    count, free_at, first = 0, 0.0, 0
+    while first < len(due):
+        has_slept = due[first] > free_at
+        begins = due[first] + delay if has_slept else free_at
+        while first < len(due) and due[first] <= begins:
+            first += 1
+        count, free_at = count + 1, begins + admission
+    return count
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.0003, 0.001])
+@pytest.mark.parametrize("rate", [100.0, 400.0])
+@pytest.mark.parametrize("admission", [0.0002, 0.0008])
+def test_the_delay_is_found_by_how_many_come_together(rate: float, admission: float, delay: float) -> None:
+    requests = 400_000
+    due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, requests))
+    count = admissions_one_by_one(due.tolist(), admission, delay)
+    run = LoadedRun(float(due[-1]), 1, count, requests, 1, 1.0, count * admission, 0.0)
+    assert run.admission_delay == pytest.approx(delay, rel=0.02, abs=2e-5)
+
+
+def test_what_arrives_while_the_admitting_thread_sleeps_is_admitted_together() -> None:
+    """The second comes while the thread is still asleep; nothing computes yet when the first is admitted."""
+    admit = StageCoefficients(0.1, 0.0, 0.0, 0.0)
+    machine = one_by_one(Tolls(admission=0.25), admission_delay=0.5)
+    machine = replace(machine, costs=replace(machine.costs, admit=admit))
+    due = np.array([0.0, 0.3, 0.7])
+    cluster = Cluster(machine, limits=UNLIMITED, is_fair=False)
+    found = open_loop(cluster, requests(3, tenants=1), due)
+    # The first computes from 0.1 on and pays for one admission, of the other two together at 0.8.
+    assert found.outcomes.finished.tolist() == pytest.approx([1.35, 2.35, 3.35])
