@@ -42,7 +42,6 @@ from benchmarks.composition_texts import Sizes, StudyTexts, TextSet, documentati
 from benchmarks.result import BenchmarkResult
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.bert_loading import import_bert, load_bert_configuration
@@ -234,16 +233,12 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             ]
             layers = processes.submit(_study_depths, base, largest, plan).result()
             findings = merged_findings([future.result() for future in futures])
-    return BenchmarkResult(
-        name="composition",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "composition",
+        QUESTION,
         settings=_described(sets, plan, settings),
         notes=NOTES,
-        cases=(),
         quantities=tuple(quantities(findings, layers)),
         curves=tuple(curves(findings, plan.rates, plan.budgets)),
     )

@@ -27,7 +27,6 @@ from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, Sys
 from hmi_engine.construct.row_encoding import RowEncoder
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.knowledge.row_formats import ROW_FORMATS, RowFormat, stored_row_bytes
 from hmi_engine.models.bert import HierarchicalBert
@@ -254,13 +253,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             curves = _budget_curves(subject, plan.budgets)
             quantities = [*_errors(subject), *_near_duplicates(subject.table, plan.sampled_rows)]
         quantities += _accuracy_quantities(task_accuracies(subject, settings, plan.seeds, plan.small_budget))
-    return BenchmarkResult(
-        name="compression",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "compression",
+        QUESTION,
         settings={
             "model": PACKAGE,
             "sets": [texts.name for texts in subject.sets],
@@ -272,8 +268,8 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         },
         notes=NOTES,
         cases=(case,),
-        quantities=tuple(quantities),
-        curves=tuple(curves),
+        quantities=quantities,
+        curves=curves,
     )
 
 

@@ -24,7 +24,6 @@ from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
 from hmi_engine.construct.counting import count_corpus
 from hmi_engine.construct.counting_tokens import corpus_tokenizer
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.corpus import CorpusReport, stream_texts
@@ -217,13 +216,10 @@ def measure(arguments: Arguments, corpus: Sequence[Path]) -> BenchmarkResult:
         size = QUICK_SAMPLE_TEXTS if arguments.quick else SAMPLE_TEXTS
         sample = list(islice(stream_texts(paths), size))
         whole = [_whole_corpus(paths, window, limit) for window in (2, 3) for limit in limits]
-    return BenchmarkResult(
-        name="counting",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "counting",
+        QUESTION,
         settings={
             "tokenizer": PACKAGE,
             "max_tokens": MAX_TOKENS,

@@ -15,7 +15,6 @@ from benchmarks.growth_sets import LabelledSet, read_labelled_sets
 from benchmarks.growth_texts import Group, Mixture, TokenizedTexts, documentation_groups, folder_groups
 from benchmarks.result import BenchmarkResult, Curve, Quantity
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.errors import HmiError
 from hmi_engine.models.tokenization import TextEncoder
 
@@ -179,13 +178,10 @@ def _budget_curve(figure: str, name: str, budgets: Sequence[int], shares: Sequen
 def measure(study: Study, arguments: Arguments) -> BenchmarkResult:
     """Counts all and puts the result together."""
     general, quantities = general_part(study)
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             "vocabulary": PACKAGE,
             "corpus_tokens": study.general().num_tokens,
@@ -194,8 +190,7 @@ def measure(study: Study, arguments: Arguments) -> BenchmarkResult:
             "bytes_of_rows": {name: order * HIDDEN_SIZE * 2 for order, name in ORDERS.items() if order > 1},
         },
         notes=NOTES,
-        cases=(),
-        quantities=tuple(quantities),
+        quantities=quantities,
         curves=(*general, *domain_part(study)),
     )
 

@@ -28,7 +28,6 @@ from benchmarks.drift_policies import (
 from benchmarks.growth_texts import TokenizedTexts, documentation_groups, folder_groups
 from benchmarks.result import BenchmarkResult, Curve, Quantity
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.memory.traffic import TrafficRecorder
@@ -192,13 +191,10 @@ def measure(drift: Drift, names: Sequence[str], arguments: Arguments) -> Benchma
         curves += drawn
         quantities += found
     periods = next(iter(drift.streams.values()))
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             "vocabulary": PACKAGE,
             "domains": list(names),
@@ -209,9 +205,8 @@ def measure(drift: Drift, names: Sequence[str], arguments: Arguments) -> Benchma
             "promotions_per_update": drift.max_promotions,
         },
         notes=NOTES,
-        cases=(),
         quantities=(*quantities, recording_cost(periods)),
-        curves=tuple(curves),
+        curves=curves,
     )
 
 

@@ -26,7 +26,6 @@ from benchmarks.generation_peers import (
     write_adapters,
 )
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, Table
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.errors import HmiError
@@ -287,13 +286,10 @@ def measure(arguments: Arguments, model: Path | None) -> BenchmarkResult:
     """Measures, and says with what and how."""
     plan = QUICK if arguments.quick else FULL
     found = _run(arguments, model, plan)
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             "text": found.text_source,
             "model": "random weights" if model is None else "trained by benchmarks.small_gpt2",

@@ -16,7 +16,6 @@ from hmi_engine.construct.bootstrap import bootstrap_intervals
 from hmi_engine.construct.joint_training import TenantExamples
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.demo.base_model import DISTILLATION, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.tasks import PARENT_DOMAIN, DemoData, documentation_data, folder_data
 from hmi_engine.demo.timing import interleave
 from hmi_engine.errors import HmiError
@@ -232,13 +231,10 @@ def _result(
     ours, others = systems[:3], systems[3:]
     ratios = tuple(Ratio.of(system, other) for system in ours for other in others)
     case = Case(name=f"{sizes.tenants} tenants", settings={}, systems=tuple(systems), ratios=ratios)
-    return BenchmarkResult(
-        name="joint_training",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "joint_training",
+        QUESTION,
         settings={
             "tenants": sizes.tenants,
             "training texts": sizes.train,

@@ -32,7 +32,6 @@ from benchmarks.load_outcomes import Summary, summarise
 from benchmarks.load_traffic import heavy_popularity, zipf_popularity
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, System, Table
 from hmi_engine.async_engine import AsyncEngine
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.schedule.limits import QueueLimits
 
 __all__ = ["main", "measure"]
@@ -374,13 +373,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         "requests",
     )
     steps.forget()
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             **fleet.settings,
             "seconds_of_a_run": plan.open_seconds,

@@ -22,7 +22,6 @@ from hmi_engine.construct.counting import count_corpus
 from hmi_engine.construct.materialise import RowSources, build_table
 from hmi_engine.construct.table_plan import TablePlan, TableSettings, plan_table
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.plot_table import PlotTable
@@ -77,17 +76,14 @@ def measure(arguments: Arguments) -> BenchmarkResult:
                 case, error = _measure_window(store, window, texts, plan)
             cases.append(case)
             quantities.append(Quantity(name=f"{case.name}: largest difference", value=error, unit=""))
-    return BenchmarkResult(
-        name="materialise",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "materialise",
+        QUESTION,
         settings={"text": data.source, "plot_layers": PLOT_LAYERS, "repetitions": plan.repetitions},
         notes=NOTES,
-        cases=tuple(cases),
-        quantities=tuple(quantities),
+        cases=cases,
+        quantities=quantities,
     )
 
 

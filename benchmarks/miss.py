@@ -13,7 +13,6 @@ from benchmarks.miss_costs import miss_cases, sixty_four_token_sequences
 from benchmarks.miss_throughput import WARM_UP, throughput
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.tasks import DemoData
 from hmi_engine.errors import HmiError
 from hmi_engine.store import Store
@@ -69,18 +68,15 @@ def measure(arguments: Arguments) -> BenchmarkResult:
                     cases += part[0]
                     quantities += part[1]
                     curves += part[2]
-    return BenchmarkResult(
-        name="miss",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "miss",
+        QUESTION,
         settings={"text": data.source, "plot_layers": 3, "repetitions": plan.repetitions},
         notes=NOTES,
-        cases=tuple(cases),
-        quantities=tuple(quantities),
-        curves=tuple(curves),
+        cases=cases,
+        quantities=quantities,
+        curves=curves,
     )
 
 

@@ -18,7 +18,6 @@ from benchmarks.peers import OneModelPerTenant, Peer, PeftMixedBatch, PeftOneAtA
 from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.demo.building import add_random_tenants
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.peers import HmiPeer, answer_stream, tune
 from hmi_engine.demo.peers.export import export_tenants
 from hmi_engine.demo.peers.transformers_batch import TransformersPeer
@@ -332,17 +331,14 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             "table_bytes": {name: half.domains[name].bytes for name in half.domains},
             "corpus_tokens": {name: half.domains[name].corpus_tokens for name in half.domains},
         }
-    return BenchmarkResult(
-        name="mixed",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "mixed",
+        QUESTION,
         settings=settings,
         notes=NOTES,
-        cases=tuple(cases),
-        quantities=tuple(quantities),
+        cases=cases,
+        quantities=quantities,
     )
 
 

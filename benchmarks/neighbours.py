@@ -19,7 +19,6 @@ from benchmarks.arguments import Arguments, read_arguments
 from benchmarks.load_fleet import Fleet, build_fleet
 from benchmarks.load_traffic import Arrivals
 from benchmarks.result import BenchmarkResult, Table
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
 from hmi_engine.request import Request
@@ -179,16 +178,12 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     with tempfile.TemporaryDirectory() as folder:
         fleet = build_fleet(arguments, Path(folder), num_tenants=plan.tenants, plot_bytes=plan.plot_bytes)
         table = _table(fleet, plan)
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={**fleet.settings, "torch_threads": torch.get_num_threads()},
         notes=tuple(note.format(batch=BATCH, paced=PACED) for note in NOTES),
-        cases=(),
         tables=(table,),
     )
 

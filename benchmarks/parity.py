@@ -14,7 +14,6 @@ from benchmarks.arguments import read_arguments
 from benchmarks.parity_cases import RECORDED, Reference, largest_errors, peft_references, recorded_references
 from benchmarks.result import BenchmarkResult, Table
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 
 __all__ = ["main", "measure"]
 
@@ -66,17 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _table(f"PEFT, base {'small random BERT' if arguments.quick else 'MiniLM'}", peft, depth),
         _table("AdapterHub's `adapters` 1.3.0, small random base", hub, hub_depth),
     ]
-    result = BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    result = BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={"bar": f"{BAR:.0e}", "texts": NUM_TEXTS},
         notes=NOTES,
-        cases=(),
-        tables=tuple(tables),
+        tables=tables,
     )
     result.write(arguments.out)
     worst = max(error for errors in (*peft.values(), *hub.values()) for error in errors[:-1])

@@ -17,7 +17,6 @@ from benchmarks.result import BenchmarkResult, Case, Ratio, System, Table
 from benchmarks.tenant_fleet import FLEET, fleet_tenants, tenant_name
 from benchmarks.trace_figure import draw_trace
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.stream import cut_to_tokens
 from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
@@ -272,16 +271,13 @@ def measure(arguments: Arguments) -> BenchmarkResult:
                 print(f"{disk.name}: done", flush=True)
         if not arguments.quick:
             draw_trace(trace, Path("docs") / "figures" / "pipeline-trace.svg", seconds=0.5)
-    return BenchmarkResult(
-        name="pipeline",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "pipeline",
+        QUESTION,
         settings=settings,
         notes=NOTES,
-        cases=tuple(cases),
+        cases=cases,
         tables=(Table(title="Where the time goes", columns=COLUMNS, rows=tuple(rows)),),
     )
 

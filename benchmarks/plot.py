@@ -23,7 +23,6 @@ from benchmarks.plot_lookup import lookup_case
 from benchmarks.plot_opening import measure_large_table
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.tasks import DemoData
 from hmi_engine.demo.timing import interleave
 from hmi_engine.errors import HmiError
@@ -285,13 +284,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
         )
         cases.extend(of_large)
         quantities.extend(costs)
-    return BenchmarkResult(
-        name="plot",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "plot",
+        QUESTION,
         settings={
             "model": PACKAGE,
             "text": data.source,
@@ -300,8 +296,8 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             "repetitions": repetitions,
         },
         notes=NOTES,
-        cases=tuple(cases),
-        quantities=tuple(quantities),
+        cases=cases,
+        quantities=quantities,
         curves=tuple(hit_curves(texts.corpus, texts.held_out, num_points=4 if arguments.quick else 9)),
     )
 

@@ -29,7 +29,6 @@ from benchmarks.residency_simulation import (
 from benchmarks.residency_traces import TRACES, Trace, draw_trace
 from benchmarks.result import BenchmarkResult, Curve, Quantity
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.memory.eviction import FIXED_COST_BYTES, HALF_LIFE_TURNOVERS, FrequencyPerByte
 from hmi_engine.memory.placement import MOST_MOVED
@@ -297,13 +296,10 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
             for share in plan.arena_shares:
                 arena += _arena(traced.first(plan.arena_requests), share, load, move)
         print(f"{traced.label}: done")
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             "tenants": plan.tenants,
             "requests": plan.requests,
@@ -313,7 +309,6 @@ def measure(plan: Plan, arguments: Arguments, base: Path) -> BenchmarkResult:
             "half_life_in_the_policy": f"{HALF_LIFE_TURNOVERS:g} turnovers",
         },
         notes=NOTES,
-        cases=(),
         quantities=(*quantities, *arena),
         curves=(*curves, *constants),
     )

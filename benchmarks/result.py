@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from hmi_engine.demo.environment import Machine, Versions
+from benchmarks.arguments import Arguments
+from hmi_engine.demo.environment import Machine, Versions, describe_machine, installed_versions
 from hmi_engine.demo.timing import median, median_interval, ratio_interval
 from hmi_engine.knowledge.atomic import atomic_write
 
@@ -157,6 +158,36 @@ class BenchmarkResult(_Frozen):
     quantities: tuple[Quantity, ...] = ()
     curves: tuple[Curve, ...] = ()
     tables: tuple[Table, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        arguments: Arguments,
+        name: str,
+        question: str,
+        *,
+        settings: dict[str, JsonValue],
+        notes: Sequence[str],
+        cases: Sequence[Case] = (),
+        quantities: Sequence[Quantity] = (),
+        curves: Sequence[Curve] = (),
+        tables: Sequence[Table] = (),
+    ) -> BenchmarkResult:
+        """What was found on this machine, with what is installed on it."""
+        return cls(
+            name=name,
+            question=question,
+            command=arguments.command,
+            is_quick=arguments.quick,
+            machine=describe_machine(),
+            versions=installed_versions(),
+            settings=settings,
+            notes=tuple(notes),
+            cases=tuple(cases),
+            quantities=tuple(quantities),
+            curves=tuple(curves),
+            tables=tuple(tables),
+        )
 
     def ratio_lines(self) -> list[str]:
         """Every ratio of every case in words, as commands print them."""

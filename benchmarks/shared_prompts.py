@@ -17,7 +17,6 @@ from benchmarks.generation import check_same_work, generate
 from benchmarks.generation_model import base_model
 from benchmarks.generation_peers import Prompts, write_adapters
 from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.store import Store
@@ -143,13 +142,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             _measure(plan, base, Path(folder) / str(share), share, corpus, held_out)
             for share in plan.first_layers
         ]
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={
             "text": data.source,
             "model": "random weights",

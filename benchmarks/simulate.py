@@ -23,7 +23,6 @@ from benchmarks.simulation.company import num_cores
 from benchmarks.simulation.gpu import LINKS, STATED
 from benchmarks.simulation.scenarios import LOAD, Forecast, Scenario, forecast
 from benchmarks.simulation.validation import COLD_DISK, Agreement, Validation, validate
-from hmi_engine.demo.environment import describe_machine, installed_versions
 
 __all__ = ["Plan", "main", "measure"]
 
@@ -303,13 +302,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     by_gpus = _simulate(scaled, calibration, fleet, steps)
     cold = _simulate(varied, calibration, fleet, steps)
     steps.forget()
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        NAME,
+        QUESTION,
         settings={**fleet.settings, "latency_target": LATENCY_TARGET},
         notes=tuple(
             note.format(
@@ -321,7 +317,6 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             )
             for note in NOTES
         ),
-        cases=(),
         quantities=tuple(_quantities(agreements, slowest_over_fastest, calibration)),
         tables=(
             _agreement_table(agreements),

@@ -17,7 +17,6 @@ from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, Sys
 from benchmarks.tenant_fleet import FLEET, Traffic, draw_requests, fleet_tenants, tenant_name
 from benchmarks.tenant_workers import BATCH, Answered, EngineOptions, EngineProcess, drop_file_cache
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.stream import cut_to_tokens
 from hmi_engine.demo.timing import interleave
 from hmi_engine.memory.arena import AdapterArena
@@ -279,13 +278,10 @@ def measure(arguments: Arguments) -> BenchmarkResult:
             if count == plan.full:
                 full = _full_cases(bench)
                 bench.quantities.extend(_model_per_tenant(count, model_bytes, bench.arena_bytes))
-    return BenchmarkResult(
-        name="tenants",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "tenants",
+        QUESTION,
         settings=settings,
         notes=tuple(note.replace("{warm_up}", f"{plan.warm_up_requests:,}") for note in NOTES),
         cases=(*full, *cases),

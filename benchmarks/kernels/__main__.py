@@ -14,7 +14,6 @@ import hmi_kernels
 from benchmarks.arguments import Arguments, read_arguments
 from benchmarks.peers.torch_matmul import DenseAdapter, LoopedAdapters
 from benchmarks.result import BenchmarkResult, Case, Ratio, System
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.timing import interleave
 
 __all__ = ["main"]
@@ -159,16 +158,13 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     for kind, rank, tokens in itertools.product(("bottleneck", "lora"), ranks, TOKENS):
         cases.append(_measure(_Problem(kind, rank, tokens), repetitions))
         print(f"{cases[-1].name}: {cases[-1].ratios[0].times.value:.2f} x {cases[-1].ratios[0].baseline}")
-    return BenchmarkResult(
-        name="kernels",
-        question=QUESTION,
-        command=arguments.command,
-        is_quick=arguments.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        arguments,
+        "kernels",
+        QUESTION,
         settings={"repetitions": repetitions, "seconds_per_sample": SECONDS_PER_SAMPLE},
         notes=NOTES,
-        cases=tuple(cases),
+        cases=cases,
     )
 
 
