@@ -94,13 +94,15 @@ class TextEncoder:
 
     def encode(self, texts: list[str], *, words: bool = False) -> list[EncodedText]:
         """Encodes texts; ``words`` asks for word positions too, which token classification reports."""
+        # Not to follow where each token stands in the text saves a fifth of the time.
+        encode_batch = self._tokenizer.encode_batch if words else self._tokenizer.encode_batch_fast
         return [
             EncodedText(
                 encoding.ids,
                 truncated=len(encoding.overflowing) > 0,
                 words=_word_spans(encoding) if words else (),
             )
-            for encoding in self._tokenizer.encode_batch(texts)
+            for encoding in encode_batch(texts)
         ]
 
 
