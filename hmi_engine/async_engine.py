@@ -11,6 +11,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, overload
 
+import hmi_kernels
 from hmi_engine.errors import InvalidRequestError
 from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.service import DecoderService
@@ -79,6 +80,8 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
                 self._core, latency_target=latency_target, limits=limits, tenant_limits=tenant_limits
             )
             self._threads = ServingThreads(self._core, self._queue)
+        # A second team of threads, with which weights were loaded, would slow down that which computes.
+        hmi_kernels.release_team()
         atexit.register(self._threads.stop)
 
     async def submit(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Response:

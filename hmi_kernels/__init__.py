@@ -28,6 +28,7 @@ from hmi_kernels.products import grouped_product, grouped_weight_gradient
 from hmi_kernels.read_files import read_files
 from hmi_kernels.reference import MAX_TOKEN_ID, ROW_BITS
 from hmi_kernels.row_tables import quantize_rows
+from hmi_kernels.thread_teams import release_team
 from hmi_kernels.vectors import grouped_bias, grouped_scale
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "quantize_rows",
     "raise_faults",
     "read_files",
+    "release_team",
     "set_read_latency",
     "start_reads",
     "use_backend",

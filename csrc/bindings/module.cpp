@@ -209,6 +209,7 @@ void define_settings(py::module_& m) {
   m.def("available_simd_levels", &hmi::available_simd_levels);
   m.def("set_threads_mode", &set_threads_mode, py::arg("mode"));
   m.def("threads_mode", &threads_mode);
+  m.def("release_team", &hmi::release_team, WithoutLock());
   m.def("keep_freed_memory", &hmi::keep_freed_memory);
 }
 

@@ -17,6 +17,10 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned num_threads, unsi
 // The entry point that GCC emits for `#pragma omp parallel`; libgomp, libomp and libiomp5 all export it.
 GompParallel find_openmp() { return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 
+// What omp_pause_soft is in <omp.h>: threads may go, and nothing that was set is forgotten.
+constexpr int kPauseSoft = 1;
+using PauseResources = int (*)(int kind);
+
 std::atomic<ThreadsMode> requested_mode{ThreadsMode::kAuto};
 // fork() copies the caller's thread only. What waits for the others would wait for ever, so that the child gets a new
 // pool, and no OpenMP: libgomp cannot be used in a child whose parent has used it.
@@ -69,6 +73,12 @@ void set_threads_mode(ThreadsMode mode) {
 ThreadsMode active_threads_mode() {
   if (requested_mode.load() == ThreadsMode::kPool || is_forked_child.load()) return ThreadsMode::kPool;
   return find_openmp() != nullptr ? ThreadsMode::kOpenMp : ThreadsMode::kPool;
+}
+
+void release_team() noexcept {
+  if (is_forked_child.load()) return;
+  static const auto pause = reinterpret_cast<PauseResources>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
+  if (pause != nullptr) pause(kPauseSoft);
 }
 
 namespace detail {

@@ -14,6 +14,9 @@ enum class ThreadsMode { kAuto, kPool, kOpenMp };
 void set_threads_mode(ThreadsMode mode);
 // What parallel_for uses now: kPool or kOpenMp, never kAuto.
 ThreadsMode active_threads_mode();
+// Ends the OpenMP threads that wait for the calling thread's next parallel region, which starts new ones. Does nothing
+// where there are none, in a region, and where the runtime is older than OpenMP 5.0.
+void release_team() noexcept;
 
 namespace detail {
 using TaskFunction = void (*)(const void* body, int64_t task, int worker);

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import hmi_kernels
 from hmi_engine.domain_store import DomainStore, DomainUpdate
 from hmi_engine.errors import EngineClosedError, StoreBusyError, UnknownDomainError
 
@@ -98,6 +99,7 @@ class DomainUpdater:
             for name in names:
                 if not self._stopped.is_set():
                     self._update(name)
+            hmi_kernels.release_team()  # requests are computed on another
 
     def _waiting_domains(self) -> list[str]:
         waiting = {file.domain_id for file in self._store.catalog.traffic_files()}
