@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import hmi_kernels
 from hmi_engine.errors import InvalidRequestError
+from hmi_engine.frozen_heap import FrozenHeap
 from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.service import DecoderService
 from hmi_engine.request import Request, Response, TextPiece
@@ -82,6 +83,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
             self._threads = ServingThreads(self._core, self._queue)
         # A second team of threads, with which weights were loaded, would slow down that which computes.
         hmi_kernels.release_team()
+        self._frozen_heap = FrozenHeap()
         atexit.register(self._threads.stop)
 
     async def submit(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Response:
@@ -236,6 +238,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
             await self.drain()
         await asyncio.to_thread(self._threads.stop)
         atexit.unregister(self._threads.stop)
+        self._frozen_heap.thaw()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
