@@ -34,7 +34,6 @@ from benchmarks.accuracy_study.stores import StudyStores
 from benchmarks.arguments import RESULTS
 from benchmarks.result import BenchmarkResult
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.environment import describe_machine, installed_versions
 from hmi_engine.demo.tasks import documentation_data
 
 __all__ = ["Options", "main", "measure"]
@@ -142,13 +141,10 @@ def measure(options: Options) -> BenchmarkResult:
             records.add(run.name, record)
             _say(f"{run.name}: dev {record.dev:.3f}, {record.cpu_seconds:.0f} s")
     report = StudyReport(plan, records)
-    return BenchmarkResult(
-        name=NAME,
-        question=QUESTION,
-        command=options.command,
-        is_quick=options.quick,
-        machine=describe_machine(),
-        versions=installed_versions(),
+    return BenchmarkResult.of(
+        options,
+        NAME,
+        QUESTION,
         settings={
             "seeds": len(plan.seeds),
             "batch_size": BATCH_SIZE,
@@ -156,9 +152,8 @@ def measure(options: Options) -> BenchmarkResult:
             "epochs": {labelled.name: num_epochs(labelled) for labelled in plan.sets},
         },
         notes=NOTES,
-        cases=(),
-        tables=tuple(report.tables()),
-        curves=tuple(curves(report)),
+        tables=report.tables(),
+        curves=curves(report),
     )
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from benchmarks.arguments import Arguments
 from hmi_engine.demo.environment import Machine, Versions, describe_machine, installed_versions
 from hmi_engine.demo.timing import median, median_interval, ratio_interval
 from hmi_engine.knowledge.atomic import atomic_write
@@ -16,6 +15,7 @@ from hmi_engine.knowledge.atomic import atomic_write
 __all__ = [
     "BenchmarkResult",
     "Case",
+    "CommandLine",
     "Curve",
     "Interval",
     "Quantity",
@@ -24,6 +24,18 @@ __all__ = [
     "Table",
     "read_results",
 ]
+
+
+class CommandLine(Protocol):
+    """What results keep of a benchmark's options."""
+
+    @property
+    def command(self) -> str:
+        """How to repeat the run."""
+
+    @property
+    def quick(self) -> bool:
+        """Whether sizes were small, to prove that everything runs."""
 
 
 class _Frozen(BaseModel):
@@ -162,7 +174,7 @@ class BenchmarkResult(_Frozen):
     @classmethod
     def of(
         cls,
-        arguments: Arguments,
+        arguments: CommandLine,
         name: str,
         question: str,
         *,

@@ -29,7 +29,7 @@ from hmi_engine.pipeline.device_compute import DeviceCompute
 from hmi_engine.pipeline.flow import Flow
 from hmi_engine.pipeline.layer_graphs import LayerGraphs
 from hmi_engine.pipeline.respond import respond
-from hmi_engine.pipeline.stage_clock import StageClock, StageTimes, Trace
+from hmi_engine.pipeline.stage_clock import StageClock, Trace, hidden_share
 from hmi_engine.pipeline.step import BatchItem, BatchResult, BatchRunner, PreparedBatch
 from hmi_engine.request import Request, Response, Timing
 from hmi_engine.serving_memory import release_memory, reserving_memory
@@ -236,7 +236,7 @@ class ServingCore:
         current.resident_bytes = self.residency.arena.used_bytes
         stages = self.clock.times()
         current.stages = {stage: asdict(times) for stage, times in stages.items()}
-        current.hidden_share = _hidden_share(stages)
+        current.hidden_share = hidden_share(stages)
         current.plot = asdict(self.runner.plot_statistics)
         current.adapters = asdict(self.residency.statistics)
         host = self.residency.host_statistics
@@ -259,14 +259,6 @@ class ServingCore:
         release_memory(self, self.options)
         if self.trace is not None and self.options.trace is not None:
             self.trace.write(Path(self.options.trace))
-
-
-def _hidden_share(stages: dict[str, StageTimes]) -> float | None:
-    """Of fetching and searching, the part that compute did not wait for."""
-    busy = sum(stages[name].busy_seconds for name in ("fetch", "search") if name in stages)
-    if not busy or "compute" not in stages:
-        return None
-    return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
 
 
 def compute_dtype(options: EngineOptions, streams: DeviceStreams) -> torch.dtype:

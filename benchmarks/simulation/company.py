@@ -18,6 +18,7 @@ from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_traffic import Arrivals, zipf_popularity
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
+from hmi_engine.pipeline.stage_clock import StageTimes, hidden_share
 from hmi_engine.request import Request
 from hmi_engine.serving_core import EngineStatistics
 from hmi_engine.store import Store
@@ -27,7 +28,7 @@ __all__ = [
     "Queueing",
     "batch_seconds",
     "crowding",
-    "hidden_share",
+    "hidden_share_between",
     "num_cores",
     "observe_contention",
     "observe_loop",
@@ -61,15 +62,15 @@ def stage_seconds(
     }
 
 
-def hidden_share(after: EngineStatistics, before: EngineStatistics) -> float | None:
+def hidden_share_between(after: EngineStatistics, before: EngineStatistics) -> float | None:
     """Of fetching and searching from one moment to another, what compute did not wait for, as a share.
 
     None where there was nothing of it.
     """
-    worked = stage_seconds(after, before)
-    work = worked.get("fetch", 0.0) + worked.get("search", 0.0)
-    waited = stage_seconds(after, before, of="waiting_seconds").get("compute", 0.0)
-    return min(1.0, max(0.0, 1 - waited / work)) if work > 0 else None
+    worked, waited = stage_seconds(after, before), stage_seconds(after, before, of="waiting_seconds")
+    return hidden_share(
+        {name: StageTimes(busy_seconds=worked[name], waiting_seconds=waited[name]) for name in worked}
+    )
 
 
 @dataclass(frozen=True)

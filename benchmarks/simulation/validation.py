@@ -28,7 +28,7 @@ from benchmarks.load_outcomes import Outcomes, Sample, summarise
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.calibration import Calibration
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
-from benchmarks.simulation.company import hidden_share, num_cores
+from benchmarks.simulation.company import hidden_share_between, num_cores
 from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
@@ -239,7 +239,7 @@ class _Bench:
         def run() -> _Measured:
             slowness, before = self.probe.measure(), engine.stats()
             closed = LoadGenerator(engine).closed_loop(requests, concurrency=CONCURRENCY, seconds=seconds)
-            hidden = hidden_share(engine.stats(), before)
+            hidden = hidden_share_between(engine.stats(), before)
             slowness = (slowness + self.probe.measure()) / 2
             return _Measured(_closed_sample(closed.outcomes, seconds), hidden, slowness)
 
@@ -253,7 +253,7 @@ class _Bench:
         seconds = self.validation.seconds
         slowness, before = self.probe.measure(), engine.stats()
         point = run_open(engine, self.fleet, popularity, rate=rate, seconds=seconds, seed=seed)
-        hidden = hidden_share(engine.stats(), before)
+        hidden = hidden_share_between(engine.stats(), before)
         return _Measured(point.sample, hidden, (slowness + self.probe.measure()) / 2)
 
     def _predict_open(self, machine: Machine, limits: QueueLimits, arrivals: Arrivals) -> _Prediction:

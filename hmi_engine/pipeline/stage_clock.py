@@ -6,14 +6,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hmi_engine.knowledge.atomic import atomic_write
 
-__all__ = ["StageClock", "StageTimes", "Trace"]
+__all__ = ["StageClock", "StageTimes", "Trace", "hidden_share"]
 
 
 @dataclass
@@ -136,3 +136,11 @@ class StageClock:
         """What each stage did so far, by its name, in the order in which they first worked."""
         with self._lock:
             return {stage: replace(times) for stage, times in self._times.items()}
+
+
+def hidden_share(stages: Mapping[str, StageTimes]) -> float | None:
+    """Of fetching and searching, the part that compute did not wait for; None where there was none."""
+    busy = sum(stages[name].busy_seconds for name in ("fetch", "search") if name in stages)
+    if not busy or "compute" not in stages:
+        return None
+    return max(0.0, 1 - stages["compute"].waiting_seconds / busy)
