@@ -53,9 +53,20 @@ def test_batches_find_the_memory_of_those_before():
     kept, faults = observed()
     assert kept
     assert faults < PAGES / 100
-    kept, faults = observed(HMI_KEEP_FREED_MEMORY="0")
+    kept, _ = observed(HMI_KEEP_FREED_MEMORY="0")
     assert not kept
-    assert faults > PAGES / 10, "then there is nothing to mend, and this test proves nothing"
+
+
+@pytest.mark.skipif(not has_glibc(), reason="another malloc")
+def test_page_faults_are_counted():
+    """Else the test above could not fail.
+
+    glibc maps every tensor anew here. Left to itself it gives memory back only where nothing in use
+    lies above it, which differs from one machine to the next.
+    """
+    kept, faults = observed(MALLOC_MMAP_THRESHOLD_="131072")
+    assert not kept
+    assert faults > PAGES * 0.9
 
 
 @pytest.mark.parametrize(
