@@ -35,12 +35,13 @@ NOTES = (
     "costs that are fixed for a batch, and for each token, tenant and byte.",
     "The check: costs of the stages are measured on this machine, one batch at a time, and fitted with the "
     "engine's cost model; what is left of a loop without a pipeline is taken for queueing. Stages that run "
-    "at a time share the processor's cores, and computing loses more than its share to threads that wake up "
-    "beside it: for each admission, which are fewer than requests where these come together, and for each "
-    "batch, as fitted to open loops at 30%, 50% and 70% of the capacity of an engine without a pipeline; and "
-    "for each tenant that is read, as batches beside a thread that has tenants read show. With these the "
-    "simulation predicts runs that it has not seen: other requests, depths and loads, cold tenants. What "
-    "batches took to compute over what their costs say is drawn again for each batch. A measured run whose "
+    "at a time share the processor's cores, and computing loses another part than its share to threads that "
+    "work beside it: to the one that admits, and for each batch, as fitted to open loops at 30%, 50% and 70% "
+    "of the capacity of an engine without a pipeline; to the one that prepares, as batches beside a thread "
+    "that works all the time show; and for each tenant that is read, as batches beside a thread that has "
+    "tenants read show. With these the simulation predicts runs that it has not seen: other requests, depths "
+    "and loads, cold tenants. What batches of like sizes took to compute over what their costs say is drawn "
+    "again for each batch. A measured run whose "
     "host took more than {most_stolen:.0%} of the processors' time is repeated, up to two times, and the one "
     "that lost least is taken. Hosts also become slower and faster: the same batches are timed before and "
     "after each run, and all costs are multiplied by what they took, over what they took in calibration. "
@@ -87,7 +88,7 @@ class Plan:
 QUICK = Plan(80, 1, 1.5, Validation((0.6,), 1.5, 1), (1_000,), (1, 4), (8_000, 4_000), 1 << 20)
 FULL = Plan(
     1_000,
-    6,
+    10,
     15.0,
     Validation((0.4, 0.6, 0.8, 1.2), 12.0, 3),
     (10_000, 1_000_000),
@@ -210,7 +211,7 @@ def _cost_table(calibration: Calibration) -> Table:
 def _toll_table(calibration: Calibration) -> Table:
     rows = [(name, 1e6 * seconds) for name, seconds in vars(calibration.tolls).items()]
     return Table(
-        title="What computing loses to threads that wake up beside it, over sharing cores, measured",
+        title="What computing loses beside other threads, over sharing cores, measured",
         columns=("for each", "us"),
         rows=tuple(rows),
     )
@@ -262,8 +263,13 @@ def _quantities(
         ),
         Quantity(name="cores that compute keeps busy", value=calibration.compute_cores, unit="cores"),
         Quantity(
-            name="slowdown of compute beside another thread, over what sharing cores explains",
+            name="slowdown of compute beside a constant thread, over what sharing cores explains",
             value=calibration.contention,
+            unit="times",
+        ),
+        Quantity(
+            name="slowdown of compute beside the thread that admits, over what sharing cores explains",
+            value=calibration.admission_contention,
             unit="times",
         ),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,11 +18,12 @@ from benchmarks.simulation.company import (
     observe_loop,
     stage_seconds,
 )
-from benchmarks.simulation.machine import Costs, Disk, Tolls
+from benchmarks.simulation.machine import Costs, Disk, Tolls, Variation
 from benchmarks.simulation.slowness import SlownessProbe
 from benchmarks.simulation.tolls import READ_TOGETHER, ArrivalCosts, observe_arrivals, observe_reads
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
+from hmi_engine.frozen_heap import FrozenHeap
 from hmi_engine.request import Request
 from hmi_engine.schedule.cost_model import StageCoefficients, StageCosts, StageWork
 from hmi_engine.store import Store
@@ -30,8 +32,7 @@ __all__ = ["Calibration", "calibrate"]
 
 _DRIVERS = {"fetch": "tenants"}
 _REMEMBER_ALL = 1e9
-_SERVED_TOKENS = 128  # of a small batch under load
-_QUANTILES = 64
+_QUANTILES, _BATCHES_ALIKE = 32, 24
 _COLD_BATCHES = 4  # that memory for the cold engine holds
 
 
@@ -43,10 +44,10 @@ class Calibration:
         costs: of the stages.
         compute_cores: that compute keeps busy.
         admission_delay: seconds until the admitting thread runs that has slept, while something computes.
-        variation: quantiles, all as far apart, of what batches took to compute over what ``costs`` say. Costs
-            are fitted so that stalls count for little; queues behind them are what latency is made of.
-        contention: how many times as slow compute is, beside a thread that admits requests, as its share of
-            the cores alone would make it.
+        variation: what batches took to compute, over what ``costs`` say.
+        contention: how many times as slow compute is, beside a thread that works all the time, as its share
+            of the cores alone would make it.
+        admission_contention: the same beside the thread that admits, which wakes up now and then.
         tolls: that compute pays to threads which wake up beside it, over its share of the cores.
         requests_per_second: of the engine without a pipeline that the costs of queueing were taken from.
         probe_seconds: of a token of the batches that tell how slow the machine is, while costs were measured.
@@ -55,9 +56,10 @@ class Calibration:
     costs: Costs
     compute_cores: float
     contention: float
+    admission_contention: float
     tolls: Tolls
     admission_delay: float
-    variation: tuple[float, ...]
+    variation: Variation
     requests_per_second: float
     probe_seconds: float
 
@@ -79,25 +81,19 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calib
     queueing = observe_loop(fleet, seconds)
     contention = observe_contention(fleet, seconds, compute_cores)
     variation = _variation(known["compute"], observed.computed)
-    slower = contention * crowding(compute_cores)
     arriving = ArrivalCosts.of(
         observe_arrivals(
             fleet,
             seconds,
             known,
-            variation=float(np.mean(variation)),
+            variation=variation,
             usual=probed,
             capacity=queueing.requests_per_second,
         ),
         per_token=queueing.admit,
-        slower=slower,
     )
-    lost_to_reads = observe_reads(fleet, seconds, disk)
-    tolls = Tolls(
-        batch=arriving.batch_toll,
-        admission=arriving.admission_toll,
-        tenant=max(0.0, lost_to_reads - (slower - 1) * _seconds_of_a_read(known["fetch"], fleet)),
-    )
+    shared = (contention * crowding(compute_cores) - 1) * _seconds_of_a_read(known["fetch"], fleet)
+    tolls = Tolls(batch=arriving.batch_toll, tenant=max(0.0, observe_reads(fleet, seconds, disk) - shared))
     return Calibration(
         costs=Costs(
             admit=StageCoefficients(arriving.fixed, queueing.admit, 0.0, 0.0),
@@ -109,6 +105,7 @@ def calibrate(fleet: Fleet, *, rounds: int, seconds: float, disk: Disk) -> Calib
         ),
         compute_cores=compute_cores,
         contention=contention,
+        admission_contention=arriving.slower / crowding(compute_cores),
         tolls=tolls,
         admission_delay=arriving.delay,
         variation=variation,
@@ -123,12 +120,9 @@ def _seconds_of_a_read(fetch: StageCoefficients, fleet: Fleet) -> float:
     return fetch.seconds(StageWork(0, READ_TOGETHER, READ_TOGETHER * mean_bytes)) / READ_TOGETHER
 
 
-def _variation(costs: StageCoefficients, observed: Sequence[tuple[StageWork, float]]) -> tuple[float, ...]:
-    """Quantiles of seconds over those that ``costs`` say, by batches that take long enough to be served."""
-    long = [(work, seconds) for work, seconds in observed if work.tokens >= _SERVED_TOKENS] or observed
-    ratios = [seconds / costs.seconds(work) for work, seconds in long]
-    places = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    return tuple(np.quantile(ratios, places).tolist())
+def _variation(costs: StageCoefficients, observed: Sequence[tuple[StageWork, float]]) -> Variation:
+    ratios = [(work.tokens, seconds / costs.seconds(work)) for work, seconds in observed]
+    return Variation.of(ratios, group=_BATCHES_ALIKE, quantiles=_QUANTILES)
 
 
 @dataclass(frozen=True)
@@ -210,7 +204,10 @@ class _Observations:
 
 
 def _observe_batches(fleet: Fleet, rounds: int, probe: SlownessProbe) -> _Observations:
-    """All rounds as they come: a stolen moment is one of many observations, and outliers weigh little."""
+    """All rounds as they come: a stolen moment is one of many observations, and outliers weigh little.
+
+    Garbage is collected as in an engine that serves.
+    """
     observed = _Observations(
         {name: StageCosts(driven_by=_DRIVERS.get(name, "tokens"), memory=_REMEMBER_ALL) for name in STAGES}
     )
@@ -220,11 +217,13 @@ def _observe_batches(fleet: Fleet, rounds: int, probe: SlownessProbe) -> _Observ
         Store.open(fleet.store, read_only=True) as store,
         Engine(store, host_memory=4 * sum(fleet.adapter_bytes) + (64 << 20), **common) as warm,
         Engine(store, host_memory=int(_COLD_BATCHES * 64 * mean_bytes), **common) as cold,
+        ExitStack() as heap,
     ):
         warm.prefetch(fleet.names)
         for engine in (warm, cold):  # every layout is known, every path has been taken
             for first in range(0, len(fleet.names), 64):
                 engine.run([Request(name, fleet.texts[0]) for name in fleet.names[first : first + 64]])
+        heap.callback(FrozenHeap().thaw)
         for cases in _cases(fleet, rounds):
             observed.probed.append(probe.measure())
             for case in cases:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import heapq
 import math
+from typing import NamedTuple
 
 import simpy
 
 __all__ = ["SharedCores"]
+
+
+class _Job(NamedTuple):
+    cores: float
+    contention: float | None
+    event: simpy.Event
 
 
 class SharedCores:
@@ -17,47 +24,52 @@ class SharedCores:
     at virtual time v and takes s alone ends at virtual time v + s. Method: virtual time as for generalised
     processor sharing (Parekh and Gallager, "A generalized processor sharing approach to flow control in
     integrated services networks", IEEE/ACM Transactions on Networking 1993). Real threads lose more than
-    that, as a team waits for the one of its threads that has to share a core, and all for Python's lock:
-    ``contention`` is how many times as slow they are where they share.
+    that, as a team waits for the one of its threads that has to share a core, and all for Python's lock; or
+    less, where the team has threads to spare. Each job can say how many times as slow all are where it shares
+    (``contention``); of several that do, the largest counts.
     """
 
-    def __init__(
-        self, environment: simpy.Environment, cores: float = math.inf, *, contention: float = 1.0
-    ) -> None:
+    def __init__(self, environment: simpy.Environment, cores: float = math.inf) -> None:
         """Nothing runs.
 
         Raises:
-            ValueError: ``cores`` is not above 0, or ``contention`` is below 1.
+            ValueError: ``cores`` is not above 0.
         """
         if not cores > 0:
             raise ValueError(f"cores is {cores}, must be above 0")
-        if not contention >= 1:
-            raise ValueError(f"contention is {contention}, must be at least 1")
-        self._contention = contention
         self._environment = environment
         self._cores = cores
         self._virtual = 0.0
         self._since = environment.now
         self._asked = 0.0  # cores, by all jobs
-        self._jobs: list[tuple[float, int, float, simpy.Event]] = []  # virtual end, number, cores, event
+        self._jobs: list[tuple[float, int, _Job]] = []  # by virtual end and number
         self._num_jobs = 0
         self._turn = 0
 
-    def work(self, seconds: float, cores: float = 1.0) -> simpy.Event:
-        """An event after ``seconds`` on as many ``cores``, or later where they are shared."""
+    def work(self, seconds: float, cores: float = 1.0, *, contention: float | None = None) -> simpy.Event:
+        """An event after ``seconds`` on as many ``cores``, or later where they are shared.
+
+        Raises:
+            ValueError: ``contention`` is not above 0.
+        """
+        if contention is not None and not contention > 0:
+            raise ValueError(f"contention is {contention}, must be above 0")
         if math.isinf(self._cores) or seconds <= 0:
             return self._environment.timeout(max(0.0, seconds))
         self._advance()
         event = self._environment.event()
         self._num_jobs += 1
-        heapq.heappush(self._jobs, (self._virtual + seconds, self._num_jobs, cores, event))
+        heapq.heappush(self._jobs, (self._virtual + seconds, self._num_jobs, _Job(cores, contention, event)))
         self._asked += cores
         self._await_next()
         return event
 
     @property
     def _speed(self) -> float:
-        return 1.0 if self._asked <= self._cores else self._cores / (self._asked * self._contention)
+        if self._asked <= self._cores:
+            return 1.0
+        said = [job.contention for _, _, job in self._jobs if job.contention is not None]
+        return min(1.0, self._cores / (self._asked * max(said, default=1.0)))
 
     def _advance(self) -> None:
         if self._jobs:
@@ -77,9 +89,9 @@ class SharedCores:
         self._since = self._environment.now
         self._virtual = self._jobs[0][0]
         while self._jobs and self._jobs[0][0] <= self._virtual:
-            _, _, cores, event = heapq.heappop(self._jobs)
-            self._asked -= cores
-            event.succeed()
+            _, _, job = heapq.heappop(self._jobs)
+            self._asked -= job.cores
+            job.event.succeed()
         if self._jobs:
             self._await_next()
         else:

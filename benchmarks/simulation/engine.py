@@ -144,7 +144,7 @@ class SimulatedEngine:
             self._costs, max_batch_tokens=machine.max_batch_tokens, latency_target=machine.latency_target
         )
         self._generator = np.random.default_rng(0)
-        self._cores = SharedCores(environment, machine.cores, contention=machine.contention)
+        self._cores = SharedCores(environment, machine.cores)
         self._is_computing = False
         self._toll = 0.0  # seconds that the batch which computes has yet to lose
         self._formed: deque[_Batch] = deque()
@@ -181,8 +181,11 @@ class SimulatedEngine:
                     yield self._environment.timeout(self._machine.admission_delay)
             arrivals = [self._inbox.popleft() for _ in range(min(_ADMITTED_AT_ONCE, len(self._inbox)))]
             tokens = sum(int(self._workload.tokens[number]) for number, _ in arrivals)
-            self._interrupt(self._machine.tolls.admission)
-            yield self._work(self._machine.costs.admit, StageWork(tokens, len(arrivals)))
+            yield self._work(
+                self._machine.costs.admit,
+                StageWork(tokens, len(arrivals)),
+                contention=self._machine.admission_contention,
+            )
             for number, deadline in arrivals:
                 self._queue(number, deadline)
 
@@ -261,7 +264,7 @@ class SimulatedEngine:
 
     def _run(self, batch: _Batch) -> _Steps:
         compute, start = self._machine.costs.compute.seconds(batch.work), self._environment.now
-        compute *= self._machine.variation[int(self._generator.integers(len(self._machine.variation)))]
+        compute *= self._machine.variation.draw(batch.work.tokens, self._generator)
         if self._machine.compute_cores:
             yield from self._compute_on_cores(compute + self._machine.tolls.batch)
             self.times.compute += self._environment.now - start
@@ -328,14 +331,15 @@ class SimulatedEngine:
             batch.copied = yield from self._fetch(missing, read)
         self.times.fetch += self._environment.now - began
         began = self._environment.now
-        yield self._work(self._machine.costs.search, batch.work)
+        yield self._work(self._machine.costs.search, batch.work, contention=self._machine.contention)
         self.times.search += self._environment.now - began
         batch.prepare_seconds = self._environment.now - start
 
     def _fetch(self, missing: Sequence[int], read: Sequence[int]) -> _Steps:
         """Returns when the copies for each layer will be there, if any have to be made."""
         num_bytes = self._bytes_of(missing)
-        yield self._work(self._machine.costs.fetch, StageWork(0, len(missing), num_bytes))
+        fetching = StageWork(0, len(missing), num_bytes)
+        yield self._work(self._machine.costs.fetch, fetching, contention=self._machine.contention)
         self._interrupt(self._machine.tolls.tenant * len(read))
         if read:
             yield self._environment.timeout(self._machine.disk.seconds(self._workload.sizes[read].tolist()))
@@ -370,5 +374,7 @@ class SimulatedEngine:
         if copied:
             self._arriving.update(dict.fromkeys(came, copied[-1]))
 
-    def _work(self, cost: StageCoefficients, work: StageWork) -> simpy.Event:
-        return self._cores.work(cost.seconds(work))
+    def _work(
+        self, cost: StageCoefficients, work: StageWork, *, contention: float | None = None
+    ) -> simpy.Event:
+        return self._cores.work(cost.seconds(work), contention=contention)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hmi_engine.schedule.cost_model import StageCoefficients
 
-__all__ = ["FREE", "Costs", "Disk", "Link", "Machine", "Tolls"]
+__all__ = ["FREE", "Costs", "Disk", "Link", "Machine", "Tolls", "Variation"]
 
 FREE = StageCoefficients(0.0, 0.0, 0.0, 0.0)
 
@@ -36,6 +39,46 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """What batches took to compute, over what their costs say.
+
+    Costs are linear, and fitted so that stalls count for little: small batches take less than that, and some
+    of any size take far longer. Queues behind those are what latency is made of.
+
+    Attributes:
+        tokens: ascending; a batch belongs to the last of these that it has.
+        ratios: for each of them quantiles, all as far apart, of which one is drawn for a batch.
+    """
+
+    tokens: tuple[float, ...] = (0.0,)
+    ratios: tuple[tuple[float, ...], ...] = ((1.0,),)
+
+    @classmethod
+    def of(cls, observed: Sequence[tuple[float, float]], *, group: int, quantiles: int) -> Variation:
+        """Of tokens and ratios: quantiles of so many batches of like sizes at a time, or a few more."""
+        ordered = sorted(observed)
+        places = (np.arange(quantiles) + 0.5) / quantiles
+        groups = np.array_split(np.array(ordered), max(1, len(ordered) // group))
+        return cls(
+            (0.0, *(float(each[0, 0]) for each in groups[1:])),
+            tuple(tuple(np.quantile(each[:, 1], places).tolist()) for each in groups),
+        )
+
+    def draw(self, tokens: float, generator: np.random.Generator) -> float:
+        """For a batch."""
+        ratios = self._ratios(tokens)
+        return ratios[int(generator.integers(len(ratios)))]
+
+    def mean(self, tokens: float) -> float:
+        """Of batches of this size."""
+        ratios = self._ratios(tokens)
+        return sum(ratios) / len(ratios)
+
+    def _ratios(self, tokens: float) -> tuple[float, ...]:
+        return self.ratios[max(0, bisect.bisect_right(self.tokens, tokens) - 1)]
+
+
+@dataclass(frozen=True)
 class Tolls:
     """Seconds that computing loses to what goes on beside it, over its share of the cores.
 
@@ -44,17 +87,15 @@ class Tolls:
 
     Attributes:
         batch: of each batch that is served, over the same batch alone on the machine.
-        admission: each time that the admitting thread wakes up for what has arrived.
         tenant: for each tenant that is read, by threads that wake up for it when the disk has answered.
     """
 
     batch: float = 0.0
-    admission: float = 0.0
     tenant: float = 0.0
 
     def times(self, slowness: float) -> Tolls:
         """On a machine that is so many times as slow."""
-        return Tolls(slowness * self.batch, slowness * self.admission, slowness * self.tenant)
+        return Tolls(slowness * self.batch, slowness * self.tenant)
 
 
 @dataclass(frozen=True)
@@ -107,11 +148,13 @@ class Machine:
         link: copies into the arena; None where reads go straight into it.
         cores: of the processor, shared by all threads.
         compute_cores: that compute asks for of these; 0 for a device of its own.
-        contention: how many times as slow threads are that share cores as their shares alone would make them.
+        contention: how many times as slow computing and the thread that prepares are, while they share
+            cores, as their shares alone would make them.
+        admission_contention: the same of computing and the thread that admits.
         tolls: what computing loses beside other threads; only where it takes cores.
         admission_delay: seconds until the admitting thread runs that has slept, while something computes.
             what arrives in this time is admitted together.
-        variation: what batches took to compute, each over what its costs say; one is drawn for every batch.
+        variation: what batches took to compute, over what their costs say.
         upper_layers: of the model; of a batch's copies each layer waits for its own part only.
         depth: most batches in flight.
         max_batch_tokens: of a batch.
@@ -127,9 +170,10 @@ class Machine:
     cores: float = math.inf
     compute_cores: float = 0.0
     contention: float = 1.0
+    admission_contention: float = 1.0
     tolls: Tolls = Tolls()
     admission_delay: float = 0.0
-    variation: tuple[float, ...] = (1.0,)
+    variation: Variation = Variation()
     upper_layers: int = 1
     depth: int = 2
     max_batch_tokens: int = 8192

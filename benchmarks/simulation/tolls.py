@@ -1,4 +1,4 @@
-"""What the real engine's computing loses to threads that wake up beside it: for arrivals, and for reads."""
+"""What the real engine's computing loses to threads that work beside it: for arrivals, and for reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.simulation.company import (
     stage_seconds,
     thread_seconds,
 )
-from benchmarks.simulation.machine import Disk
+from benchmarks.simulation.machine import Disk, Variation
 from benchmarks.simulation.slowness import SlownessProbe
 from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.knowledge.records import TenantInfo
@@ -91,38 +91,39 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class ArrivalCosts:
-    """What arriving costs, in seconds.
+    """What arriving costs.
 
     Attributes:
-        fixed: processor time of an admission, beside that of its tokens.
-        admission_toll: that computing loses to it, over its share of the cores.
-        batch_toll: that a batch takes longer than alone, whatever arrives.
-        delay: until the admitting thread runs, after it has slept, while something computes.
+        fixed: seconds of the processor for an admission, beside those of its tokens.
+        slower: how many times as slow computing is while the admitting thread works, which wakes up now and
+            then; less than beside one that works all the time.
+        batch_toll: seconds that a batch takes longer than alone, whatever arrives.
+        delay: seconds until the admitting thread runs, after it has slept, while something computes.
     """
 
     fixed: float
-    admission_toll: float
+    slower: float
     batch_toll: float
     delay: float
 
     @classmethod
-    def of(cls, runs: Sequence[LoadedRun], *, per_token: float, slower: float) -> ArrivalCosts:
+    def of(cls, runs: Sequence[LoadedRun], *, per_token: float) -> ArrivalCosts:
         """Fitted to runs under several loads, whose requests come one by one and together.
+
+        While a thread works for a second beside it, computing that is ``slower`` by s takes s seconds for
+        what it did in one. So it loses s - 1 for each second of admission that falls into its own time.
 
         Args:
             runs: which lost something.
             per_token: seconds of admission.
-            slower: how many times as slow compute is beside a thread that works all the time.
         """
         seconds = sum(run.admission_seconds for run in runs)
         tokens, admissions = sum(run.tokens for run in runs), sum(run.admissions for run in runs)
         fixed = max(0.0, seconds - per_token * tokens) / admissions
-        asked = [[run.busy_share * run.admissions, run.batches] for run in runs]
-        # What sharing cores explains, the simulation's cores take.
-        left = [run.lost_seconds - run.busy_share * run.admission_seconds * (slower - 1) for run in runs]
-        (admission_toll, batch_toll), _ = nnls(np.array(asked), np.array(left))
+        asked = [[run.busy_share * run.admission_seconds, run.batches] for run in runs]
+        (more, batch_toll), _ = nnls(np.array(asked), np.array([run.lost_seconds for run in runs]))
         delay = sum(run.admission_delay for run in runs) / sum(run.busy_share for run in runs)
-        return cls(fixed, float(admission_toll), float(batch_toll), delay)
+        return cls(fixed, 1 + float(more), float(batch_toll), delay)
 
 
 def observe_arrivals(
@@ -130,7 +131,7 @@ def observe_arrivals(
     seconds: float,
     costs: Mapping[str, StageCoefficients],
     *,
-    variation: float,
+    variation: Variation,
     usual: float,
     capacity: float,
 ) -> list[LoadedRun]:
@@ -140,7 +141,7 @@ def observe_arrivals(
         fleet: what is served.
         seconds: of each load.
         costs: of the stages alone.
-        variation: what batches took over what ``costs`` say, on average.
+        variation: what batches took alone, over what ``costs`` say.
         usual: what the probe took then, see :class:`SlownessProbe`.
         capacity: requests a second of the engine.
     """
@@ -163,7 +164,7 @@ def _loaded_run(
     fleet: Fleet,
     arrivals: Arrivals,
     costs: Mapping[str, StageCoefficients],
-    variation: float,
+    variation: Variation,
     probe: SlownessProbe,
 ) -> LoadedRun:
     slowness = probe.measure()
@@ -193,7 +194,7 @@ def _alone_seconds(
     before: EngineStatistics,
     num_bytes: int,
     costs: Mapping[str, StageCoefficients],
-    variation: float,
+    variation: Variation,
 ) -> float:
     """What the stages of the batches between two moments cost alone on the machine."""
     batches, tokens = after.batches - before.batches, after.tokens - before.tokens
@@ -205,7 +206,7 @@ def _alone_seconds(
         elif name == "compute":
             work = StageWork(tokens, after.requests - before.requests, num_bytes)
         seconds = cost.seconds(work) + (batches - 1) * cost.fixed
-        alone += seconds * variation if name == "compute" else seconds
+        alone += seconds * variation.mean(tokens / batches) if name == "compute" else seconds
     return alone
 
 

@@ -115,6 +115,7 @@ def cpu_machine(
         cores=num_cores(),
         compute_cores=calibration.compute_cores,
         contention=calibration.contention,
+        admission_contention=calibration.admission_contention,
         tolls=calibration.tolls,
         admission_delay=calibration.admission_delay,
         variation=calibration.variation,

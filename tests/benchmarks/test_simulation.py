@@ -21,7 +21,7 @@ from benchmarks.residency_traces import draw_trace  # noqa: E402
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop  # noqa: E402
 from benchmarks.simulation.cores import SharedCores  # noqa: E402
 from benchmarks.simulation.engine import Workload  # noqa: E402
-from benchmarks.simulation.machine import FREE, Costs, Disk, Link, Machine, Tolls  # noqa: E402
+from benchmarks.simulation.machine import FREE, Costs, Disk, Link, Machine, Tolls, Variation  # noqa: E402
 from benchmarks.simulation.memory import Tier  # noqa: E402
 from benchmarks.simulation.routing import AffinityRouter  # noqa: E402
 from benchmarks.simulation.scenarios import Scenario, forecast  # noqa: E402
@@ -82,10 +82,23 @@ def test_batches_that_vary_wait_as_pollaczek_and_khinchine_say() -> None:
         np.zeros(len(due), dtype=np.int64), np.ones(len(due), dtype=np.int64), np.array([TENANT_BYTES])
     )
     costs = Costs(compute=fixed(0.01))
-    varying = machine(costs, variation=variation)
+    varying = machine(costs, variation=Variation(ratios=(variation,)))
     found = open_loop(Cluster(varying, limits=UNLIMITED, is_fair=False), workload, due)
     wait = (found.outcomes.finished - due).mean() - service.mean()
     assert wait == pytest.approx(rate * (service**2).mean() / (2 * (1 - load)), rel=0.07)
+
+
+def test_batches_vary_as_those_of_their_size_did() -> None:
+    """Small ones take half of what their costs say, large ones that much, or twice that much."""
+    small, large = [(float(size), 0.5) for size in range(10, 50)], [(500.0, 1.0), (600.0, 2.0)] * 20
+    variation = Variation.of([*large, *small], group=20, quantiles=4)
+    assert len(variation.tokens) == 4
+    assert variation.mean(1) == variation.mean(49) == 0.5
+    assert variation.mean(600) == 2.0
+    generator = np.random.default_rng(0)
+    assert {variation.draw(30, generator) for _ in range(50)} == {0.5}
+    assert {variation.draw(550, generator) for _ in range(50)} == {1.0}
+    assert Variation.of(small[:3], group=20, quantiles=1).mean(1000) == 0.5
 
 
 seconds = st.floats(0, 10).map(lambda value: round(value, 3))
@@ -149,7 +162,9 @@ def drawn_loads(draw: st.DrawFn) -> tuple[Cluster, Workload, np.ndarray]:
         link=draw(st.sampled_from([None, Link(0.001, 1e5)])),
         cores=draw(st.sampled_from([1.0, 2.0, math.inf])),
         compute_cores=draw(st.sampled_from([0.0, 2.0])),
-        tolls=draw(st.sampled_from([Tolls(), Tolls(batch=0.01, admission=0.002, tenant=0.005)])),
+        tolls=draw(st.sampled_from([Tolls(), Tolls(batch=0.01, tenant=0.005)])),
+        contention=draw(st.sampled_from([1.0, 1.4])),
+        admission_contention=draw(st.sampled_from([0.7, 1.0, 1.2])),
         upper_layers=3,
         depth=draw(st.integers(1, 4)),
         max_batch_tokens=draw(st.integers(1, 200)),
@@ -217,16 +232,21 @@ def test_timeouts_and_full_queues() -> None:
     assert refused.outcomes.fates.tolist() == [Fate.ANSWERED, Fate.REFUSED, Fate.REFUSED]
 
 
-def shared_naively(jobs: list[tuple[float, float, float]], cores: float, contention: float) -> list[float]:
-    """When jobs (start, seconds, cores) end: rates are computed anew at each start and end."""
-    left = {number: work for number, (_, work, _) in enumerate(jobs)}
+CoreJob = tuple[float, float, float, float | None]
+"""Start, seconds, cores, contention."""
+
+
+def shared_naively(jobs: list[CoreJob], cores: float) -> list[float]:
+    """When jobs end: rates are computed anew at each start and end."""
+    left = {number: job[1] for number, job in enumerate(jobs)}
     ends = [math.nan] * len(jobs)
     now = 0.0
     while left:
         running = [number for number in left if jobs[number][0] <= now]
         starts = [jobs[number][0] for number in left if jobs[number][0] > now]
         asked = sum(jobs[number][2] for number in running)
-        speed = cores / asked / contention if running and asked > cores else 1.0
+        said = [jobs[number][3] for number in running if jobs[number][3] is not None]
+        speed = min(1.0, cores / asked / max(said or [1.0])) if asked > cores else 1.0
         nearest = min((left[number] / speed for number in running), default=math.inf)
         step = min([nearest, *(start - now for start in starts)])
         now += step
@@ -242,31 +262,31 @@ def shared_naively(jobs: list[tuple[float, float, float]], cores: float, content
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 20).map(float), st.integers(1, 9).map(float), st.sampled_from([1.0, 2.0, 1.5])
+            st.integers(0, 20).map(float),
+            st.integers(1, 9).map(float),
+            st.sampled_from([1.0, 2.0, 1.5]),
+            st.sampled_from([None, None, 1.5, 1.1, 0.8, 0.1]),
         ),
         min_size=1,
         max_size=8,
     ),
     st.sampled_from([1.0, 2.0, 3.0]),
-    st.sampled_from([1.0, 1.5]),
 )
-def test_cores_are_shared_alike(
-    jobs: list[tuple[float, float, float]], cores: float, contention: float
-) -> None:
+def test_cores_are_shared_alike(jobs: list[CoreJob], cores: float) -> None:
     environment = simpy.Environment()
-    shared = SharedCores(environment, cores, contention=contention)
+    shared = SharedCores(environment, cores)
     ends = [math.nan] * len(jobs)
 
     def job(number: int):
-        start, work, width = jobs[number]
+        start, work, width, contention = jobs[number]
         yield environment.timeout(start)
-        yield shared.work(work, width)
+        yield shared.work(work, width, contention=contention)
         ends[number] = environment.now
 
     for number in range(len(jobs)):
         environment.process(job(number))
     environment.run()
-    assert ends == pytest.approx(shared_naively(jobs, cores, contention))
+    assert ends == pytest.approx(shared_naively(jobs, cores))
 
 
 @settings(max_examples=60, deadline=None)

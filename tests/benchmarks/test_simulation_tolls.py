@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 REASON = "the simulation needs the extra: bench"
 pytest.importorskip("simpy", reason=REASON)
@@ -21,13 +19,19 @@ from hmi_engine.schedule.cost_model import StageCoefficients  # noqa: E402
 from hmi_engine.schedule.limits import QueueLimits  # noqa: E402
 
 UNLIMITED = QueueLimits(10**9, 10**9, tenant_share=None)
-A_SECOND = Costs(compute=StageCoefficients(1.0, 0.0, 0.0, 0.0))
 
 
-def one_by_one(tolls: Tolls, **options: object) -> Machine:
+def fixed(seconds: float) -> StageCoefficients:
+    return StageCoefficients(seconds, 0.0, 0.0, 0.0)
+
+
+A_SECOND = Costs(compute=fixed(1.0))
+
+
+def one_by_one(tolls: Tolls, *, costs: Costs = A_SECOND, **options: object) -> Machine:
     """Batches of one request, a second each, on cores enough for all."""
     given_options = {"cores": 4.0, "compute_cores": 2.0, "depth": 1, "looks_ahead": False}
-    return Machine(A_SECOND, 10**12, max_batch_tokens=1, tolls=tolls, **{**given_options, **options})
+    return Machine(costs, 10**12, max_batch_tokens=1, tolls=tolls, **{**given_options, **options})
 
 
 def requests(count: int, *, tenants: int) -> Workload:
@@ -44,33 +48,23 @@ def makespan(machine: Machine, count: int) -> float:
     )
 
 
-def ends_naively(due: list[float], compute: float, tolls: Tolls) -> list[float]:
-    """When batches of one request end, each of which those pay for that come while it computes."""
-    ends: list[float] = []
-    for at in due:
-        start = max([at, *ends[-1:]])
-        end, paid = start + compute + tolls.batch, 0
-        while (came := sum(start < other < end for other in due)) > paid:
-            end, paid = end + (came - paid) * tolls.admission, came
-        ends.append(end)
-    return ends
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(0, 20_000), min_size=1, max_size=12, unique=True),
-    st.sampled_from([0.0, 0.31]),
-    st.sampled_from([0.0, 0.17, 1.3]),
-)
-def test_computing_pays_for_what_arrives_meanwhile(
-    milliseconds: list[int], batch: float, admission: float
-) -> None:
-    # Other digits for each, so that none comes at the moment of an end.
-    due = [each / 1000 + number * 1e-5 for number, each in enumerate(sorted(milliseconds))]
-    tolls = Tolls(batch=batch, admission=admission)
-    cluster = Cluster(one_by_one(tolls), limits=UNLIMITED, is_fair=False)
-    found = open_loop(cluster, requests(len(due), tenants=1), np.array(due))
-    assert found.outcomes.finished.tolist() == pytest.approx(ends_naively(due, 1.0, tolls))
+@pytest.mark.parametrize("contention", [0.8, 1.0, 1.5])
+@pytest.mark.parametrize("batch", [0.0, 0.31])
+def test_computing_is_slower_while_requests_are_admitted(batch: float, contention: float) -> None:
+    """The first computes while three more come, one after another, each of which takes 0.1 s alone."""
+    machine = one_by_one(
+        Tolls(batch=batch),
+        cores=2.0,
+        admission_contention=contention,
+        costs=replace(A_SECOND, admit=fixed(0.1)),
+    )
+    due = [0.0, 0.3, 0.55, 0.8]
+    found = open_loop(
+        Cluster(machine, limits=UNLIMITED, is_fair=False), requests(4, tenants=1), np.array(due)
+    )
+    assert found.outcomes.finished[0] == pytest.approx(0.1 + 1 + batch + 3 * 0.1 * (1.5 * contention - 1))
+    # Nothing comes any more while the others are computed.
+    assert np.diff(found.outcomes.finished).tolist() == pytest.approx([1 + batch] * 3)
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(1, 5 * (1.0 + 0.1)), (2, 0.1 + 5 * 1.0 + 4 * 0.5)])
@@ -81,15 +75,15 @@ def test_computing_pays_for_what_is_read_beside_it(depth: int, expected: float) 
 
 
 def test_a_device_pays_no_tolls() -> None:
-    tolls = Tolls(batch=1.0, admission=1.0, tenant=1.0)
+    tolls = Tolls(batch=1.0, tenant=1.0)
     assert makespan(one_by_one(tolls, compute_cores=0.0), 5) == pytest.approx(5.0)
-    assert tolls.times(2.0) == Tolls(2.0, 2.0, 2.0)
+    assert tolls.times(2.0) == Tolls(2.0, 2.0)
 
 
-@pytest.mark.parametrize(("admission_toll", "batch_toll"), [(0.0004, 0.0007), (0.0, 0.001), (0.0008, 0.0)])
-def test_costs_of_arriving_are_found_again(admission_toll: float, batch_toll: float) -> None:
+@pytest.mark.parametrize(("slower", "batch_toll"), [(1.8, 0.0007), (1.0, 0.001), (1.3, 0.0)])
+def test_costs_of_arriving_are_found_again(slower: float, batch_toll: float) -> None:
     """Loads under which requests come one by one, in pairs, and many at a time."""
-    fixed_seconds, per_token, slower = 0.0005, 1e-6, 1.8
+    fixed_seconds, per_token = 0.0005, 1e-6
     runs = []
     for batches, admissions, requests, busy_share in [
         (900, 950, 1000, 0.4),
@@ -97,12 +91,10 @@ def test_costs_of_arriving_are_found_again(admission_toll: float, batch_toll: fl
         (90, 800, 2400, 0.9),
     ]:
         worked = fixed_seconds * admissions + per_token * 40 * requests
-        lost = busy_share * (worked * (slower - 1) + admission_toll * admissions) + batch_toll * batches
+        lost = busy_share * worked * (slower - 1) + batch_toll * batches
         runs.append(LoadedRun(4.0, batches, admissions, requests, 40 * requests, busy_share, worked, lost))
-    found = ArrivalCosts.of(runs, per_token=per_token, slower=slower)
-    assert (found.fixed, found.admission_toll, found.batch_toll) == pytest.approx(
-        (fixed_seconds, admission_toll, batch_toll)
-    )
+    found = ArrivalCosts.of(runs, per_token=per_token)
+    assert (found.fixed, found.slower, found.batch_toll) == pytest.approx((fixed_seconds, slower, batch_toll))
 
 
 def admissions_one_by_one(due: list[float], admission: float, delay: float) -> int:
@@ -130,11 +122,12 @@ def test_the_delay_is_found_by_how_many_come_together(rate: float, admission: fl
 
 def test_what_arrives_while_the_admitting_thread_sleeps_is_admitted_together() -> None:
     """The second comes while the thread is still asleep; nothing computes yet when the first is admitted."""
-    admit = StageCoefficients(0.1, 0.0, 0.0, 0.0)
-    machine = one_by_one(Tolls(admission=0.25), admission_delay=0.5)
-    machine = replace(machine, costs=replace(machine.costs, admit=admit))
+    machine = one_by_one(
+        Tolls(), costs=replace(A_SECOND, admit=fixed(0.25)), cores=2.0, compute_cores=2.0, admission_delay=0.5
+    )
     due = np.array([0.0, 0.3, 0.7])
     cluster = Cluster(machine, limits=UNLIMITED, is_fair=False)
     found = open_loop(cluster, requests(3, tenants=1), due)
-    # The first computes from 0.1 on and pays for one admission, of the other two together at 0.8.
-    assert found.outcomes.finished.tolist() == pytest.approx([1.35, 2.35, 3.35])
+    # The first computes from 0.25 on and is slowed down by one admission, of the other two together at 0.8.
+    first = 0.25 + 1 + 0.25 * (1.5 - 1)
+    assert found.outcomes.finished.tolist() == pytest.approx([first, first + 1, first + 2])
