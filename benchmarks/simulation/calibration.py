@@ -32,7 +32,7 @@ __all__ = ["Calibration", "calibrate"]
 
 _DRIVERS = {"fetch": "tenants"}
 _REMEMBER_ALL = 1e9
-_QUANTILES, _BATCHES_ALIKE = 32, 24
+_QUANTILES, _BATCHES_ALIKE = 64, 48
 _COLD_BATCHES = 4  # that memory for the cold engine holds
 
 
@@ -135,7 +135,11 @@ class _Case:
 
 
 def _cases(fleet: Fleet, rounds: int) -> Iterator[list[_Case]]:
-    """Rounds of batches of many sizes, of one tenant or many, in random order; every text is another one."""
+    """Rounds of batches of many sizes, of one tenant or many, in random order; every text is another one.
+
+    More of the small ones: they are what is served below the capacity, their texts differ more, and they take
+    little time.
+    """
     generator = np.random.default_rng(0)
     num_tenants, num_texts = len(fleet.adapter_bytes), len(fleet.texts)
     next_text = next_cold = 0
@@ -144,6 +148,7 @@ def _cases(fleet: Fleet, rounds: int) -> Iterator[list[_Case]]:
         for size in (1, 2, 4, 8, 16, 32, 48, 64)
         for distinct, is_cold in ((1, False), (max(1, size // 2), False), (size, False), (size, True))
         if distinct <= num_tenants
+        for _ in range(max(1, 8 // size))
     ]
     for _ in range(rounds):
         cases = []
