@@ -25,6 +25,7 @@ from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
 from hmi_engine.serving_core import ServingCore
+from hmi_engine.waiting_for_work import wait_for_work
 
 __all__ = ["RequestQueue"]
 
@@ -223,7 +224,7 @@ class RequestQueue:
                     self._formed.append(self._described(formed))
                     self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired:
-                    self._queued.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
+                    self._wait()
             self._answer_expired(expired)
             if formed:
                 return [
@@ -232,6 +233,13 @@ class RequestQueue:
                 ]
             if not wait:
                 return None
+
+    def _wait(self) -> None:
+        """With the lock, until there may be something to compute."""
+        if len(self._scheduler):  # of tenants over their limits, until time has passed
+            self._queued.wait(_SECONDS_BETWEEN_LOOKS)
+        else:
+            wait_for_work(self._queued, lambda: self._stopping or len(self._scheduler) > 0)
 
     def _form(self) -> list[QueuedRequest[_Waiting]]:
         """A batch of a size, and with as many weights to fetch, as the measured costs suggest."""

@@ -20,6 +20,7 @@ from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
+from hmi_engine.waiting_for_work import wait_for_work
 
 __all__ = ["DecoderService"]
 
@@ -127,8 +128,8 @@ class DecoderService:
         if not len(self._core.loop):
             self._core.rest()
         with self._lock:
-            if not len(self._inbox) and not len(self._core.loop) and not self._stopping:
-                self._inbox.arrived.wait(_SECONDS_BETWEEN_LOOKS if len(self._scheduler) else None)
+            if not len(self._core.loop):
+                self._wait()
             if self._stopping:
                 return False
             arrivals = self._inbox.take()
@@ -136,6 +137,16 @@ class DecoderService:
         self._begin()
         self._core.loop.step()
         return True
+
+    def _wait(self) -> None:
+        """With the lock, until there may be something to do."""
+        if not len(self._scheduler):
+            wait_for_work(self._inbox.arrived, self._has_arrivals)
+        elif not self._has_arrivals():  # what waits is of tenants over their limits, until time has passed
+            self._inbox.arrived.wait(_SECONDS_BETWEEN_LOOKS)
+
+    def _has_arrivals(self) -> bool:
+        return self._stopping or len(self._inbox) > 0
 
     def _admit(self, arrivals: list[Arrival]) -> None:
         if not arrivals:

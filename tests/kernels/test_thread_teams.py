@@ -14,9 +14,17 @@ THREADS = 4
 COUNT = """
 import os
 import threading
+import time
 
 def native_threads():
     return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+def ended_after_a_while(before, expected):
+    # How many threads have ended, once as many as expected have, or after a while.
+    until = time.monotonic() + 20
+    while before - native_threads() < expected and time.monotonic() < until:
+        time.sleep(0.05)
+    return before - native_threads()
 """
 RELEASE = f"""
 {COUNT}
@@ -52,8 +60,38 @@ with hmi.Store.open(sys.argv[1], read_only=True) as store:
     print(native_threads() - before)
     engine = hmi.AsyncEngine(store)
     print(native_threads() - before)
-    engine.submit_nowait(hmi.Request("t", text="some words")).result()
+    for _ in range(2):
+        assert engine.submit_nowait(hmi.Request("t", text="some words")).result().error is None
+        print(ended_after_a_while(native_threads(), {THREADS - 1}))
     asyncio.run(engine.close())
+"""
+WAITING = f"""
+{COUNT}
+import torch
+from hmi_engine.waiting_for_work import wait_for_work
+
+torch.set_num_threads({THREADS})
+arrived, has_come, team = threading.Condition(), [], []
+
+def work():
+    torch.arange(1 << 20, dtype=torch.float64).square()
+    team.append(native_threads() - before)
+    with arrived:
+        wait_for_work(arrived, lambda: bool(has_come))
+
+before = native_threads()
+thread = threading.Thread(target=work)
+thread.start()
+while not team:
+    time.sleep(0.01)
+print(*team, ended_after_a_while(before + team[0], team[0]))
+with arrived:
+    arrived.notify()  # for nothing
+with arrived:
+    has_come.append(1)
+    arrived.notify()
+thread.join(10)
+print(int(thread.is_alive()))
 """
 
 if not Path("/proc/self/task").exists():
@@ -73,6 +111,11 @@ def test_a_team_is_let_go_and_comes_again() -> None:
 
 def test_an_engine_that_serves_on_its_own_thread_lets_the_callers_team_go(store, make_head) -> None:
     store.add_tenant("t", domain="words", adapter=hmi.Adapter({}), head=make_head(store.general))
-    team, left = run(ENGINE, str(store.layout.root))
+    team, left, *at_rest = run(ENGINE, str(store.layout.root))
     assert team == THREADS - 1
     assert left <= 0
+    assert at_rest == [THREADS - 1] * 2, "the team ends each time, once there is nothing to do for a second"
+
+
+def test_a_thread_that_waits_for_work_lets_its_team_go() -> None:
+    assert run(WAITING) == [THREADS - 1, THREADS - 1, 0]
