@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from pydantic import JsonValue
 import hmi_kernels
 from benchmarks.arguments import Arguments, read_arguments, read_texts
 from benchmarks.result import BenchmarkResult, Case, Ratio, System, Table
+from benchmarks.stage_seconds import hidden_share_between, stage_seconds
 from benchmarks.tenant_fleet import FLEET, fleet_tenants, tenant_name
 from benchmarks.trace_figure import draw_trace
 from hmi_engine.demo.base_model import packaged_model
@@ -22,6 +23,7 @@ from hmi_engine.demo.timing import interleave
 from hmi_engine.engine import Engine
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.request import Request
+from hmi_engine.serving_core import EngineStatistics
 from hmi_engine.store import Store
 
 __all__ = ["main", "measure"]
@@ -100,40 +102,47 @@ class _Requests:
 
 
 @dataclass
-class _Seen:
-    """What one engine's stages did in the timed repetitions."""
-
-    fetch: float = 0.0
-    search: float = 0.0
-    compute: float = 0.0
-    waiting: float = 0.0
-    hits: int = 0
-    misses: int = 0
-
-    @property
-    def hidden(self) -> float:
-        return max(0.0, 1 - self.waiting / (self.fetch + self.search))
-
-
-@dataclass
 class _Contender:
+    """An engine, and what it had done when the timed repetitions began."""
+
     engine: Engine
     description: str
-    before: _Seen = field(default_factory=_Seen)
+    before: EngineStatistics | None = None
+
+    def begin(self) -> None:
+        self.before = self.engine.stats()
 
     def seen(self) -> _Seen:
-        statistics = self.engine.stats()
-        stages, adapters = statistics.stages or {}, statistics.adapters or {}
-        none: dict[str, int | float] = {"busy_seconds": 0.0, "waiting_seconds": 0.0}
-        total = _Seen(
-            fetch=stages.get("fetch", none)["busy_seconds"],
-            search=stages.get("search", none)["busy_seconds"],
-            compute=stages.get("compute", none)["busy_seconds"],
-            waiting=stages.get("compute", none)["waiting_seconds"],
-            hits=adapters["hits"],
-            misses=adapters["misses"],
+        assert self.before is not None
+        after = self.engine.stats()
+        worked = stage_seconds(after, self.before)
+        adapters, earlier = after.adapters or {}, self.before.adapters or {}
+        hits, misses = (adapters[name] - earlier[name] for name in ("hits", "misses"))
+        return _Seen(
+            seconds=(
+                worked["fetch"],
+                worked["search"],
+                worked["compute"],
+                stage_seconds(after, self.before, of="waiting_seconds")["compute"],
+            ),
+            hidden_share=hidden_share_between(after, self.before) or 0.0,
+            miss_ratio=misses / max(1, hits + misses),
         )
-        return _Seen(**{name: value - vars(self.before)[name] for name, value in vars(total).items()})
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one engine's stages did in the timed repetitions.
+
+    Attributes:
+        seconds: of fetching, searching and computing, and that compute waited.
+        hidden_share: of the first two.
+        miss_ratio: of the tenants that batches asked for.
+    """
+
+    seconds: tuple[float, float, float, float]
+    hidden_share: float
+    miss_ratio: float
 
 
 def _answer(engine: Engine, requests: list[Request]) -> list[dict[str, float]]:
@@ -190,8 +199,7 @@ def _case(
             def on_round(name: str) -> Callable[[int], None]:
                 def run(number: int) -> None:
                     if number == WARM_UP:
-                        contenders[name].before = _Seen()
-                        contenders[name].before = contenders[name].seen()
+                        contenders[name].begin()
                     _answer(contenders[name].engine, requests.of(number))
 
                 return run
@@ -209,15 +217,11 @@ def _case(
     rows = [_row(disk, name, seen[name], plan) for name in contenders]
     case = Case(
         name=disk.name,
-        settings={"miss_ratio": round(_miss_ratio(seen["1 in flight"]), 3)},
+        settings={"miss_ratio": round(seen["1 in flight"].miss_ratio, 3)},
         systems=tuple(systems.values()),
         ratios=tuple(Ratio.of(each, synchronous) for each in systems.values() if each is not synchronous),
     )
     return case, rows
-
-
-def _miss_ratio(seen: _Seen) -> float:
-    return seen.misses / max(1, seen.hits + seen.misses)
 
 
 COLUMNS = (
@@ -233,8 +237,8 @@ COLUMNS = (
 
 def _row(disk: _Disk, name: str, seen: _Seen, plan: _Plan) -> tuple[str | float, ...]:
     count = plan.requests * plan.repetitions
-    each = [1e3 * value / count for value in (seen.fetch, seen.search, seen.compute, seen.waiting)]
-    return (f"{disk.name}: {name}", *each, 100 * seen.hidden, 100 * _miss_ratio(seen))
+    each = [1e3 * value / count for value in seen.seconds]
+    return (f"{disk.name}: {name}", *each, 100 * seen.hidden_share, 100 * seen.miss_ratio)
 
 
 def measure(arguments: Arguments) -> BenchmarkResult:

@@ -16,11 +16,11 @@ from benchmarks.simulation.company import (
     num_cores,
     observe_contention,
     observe_loop,
-    stage_seconds,
 )
 from benchmarks.simulation.machine import Costs, Disk, Tolls, Variation
 from benchmarks.simulation.slowness import SlownessProbe
 from benchmarks.simulation.tolls import READ_TOGETHER, ArrivalCosts, observe_arrivals, observe_reads
+from benchmarks.stage_seconds import stage_seconds
 from benchmarks.tenant_fleet import tenant_name
 from hmi_engine.engine import Engine
 from hmi_engine.frozen_heap import FrozenHeap

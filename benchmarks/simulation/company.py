@@ -16,11 +16,10 @@ import psutil
 from benchmarks.load_fleet import Fleet, open_engine, resident_engine
 from benchmarks.load_generator import LoadGenerator
 from benchmarks.load_traffic import Arrivals, zipf_popularity
+from benchmarks.stage_seconds import stage_seconds
 from hmi_engine.engine import Engine
 from hmi_engine.pipeline.admission import admit
-from hmi_engine.pipeline.stage_clock import StageTimes, hidden_share
 from hmi_engine.request import Request
-from hmi_engine.serving_core import EngineStatistics
 from hmi_engine.store import Store
 
 __all__ = [
@@ -28,13 +27,11 @@ __all__ = [
     "Queueing",
     "batch_seconds",
     "crowding",
-    "hidden_share_between",
     "num_cores",
     "observe_contention",
     "observe_loop",
     "repeating",
     "requests_in_turn",
-    "stage_seconds",
     "thread_seconds",
 ]
 
@@ -49,28 +46,6 @@ def num_cores() -> int:
 def crowding(compute_cores: float) -> float:
     """How many times as slow compute is beside one busy thread, as its share of the cores alone makes it."""
     return max(1.0, (compute_cores + 1) / num_cores())
-
-
-def stage_seconds(
-    after: EngineStatistics, before: EngineStatistics, of: str = "busy_seconds"
-) -> dict[str, float]:
-    """What each stage worked from one moment to another; or another of the seconds of ``StageTimes``."""
-    started = before.stages or {}
-    return {
-        name: float(times[of]) - float(started.get(name, {}).get(of, 0.0))
-        for name, times in (after.stages or {}).items()
-    }
-
-
-def hidden_share_between(after: EngineStatistics, before: EngineStatistics) -> float | None:
-    """Of fetching and searching from one moment to another, what compute did not wait for, as a share.
-
-    None where there was nothing of it.
-    """
-    worked, waited = stage_seconds(after, before), stage_seconds(after, before, of="waiting_seconds")
-    return hidden_share(
-        {name: StageTimes(busy_seconds=worked[name], waiting_seconds=waited[name]) for name in worked}
-    )
 
 
 @dataclass(frozen=True)

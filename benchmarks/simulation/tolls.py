@@ -21,11 +21,11 @@ from benchmarks.simulation.company import (
     batch_seconds,
     repeating,
     requests_in_turn,
-    stage_seconds,
     thread_seconds,
 )
 from benchmarks.simulation.machine import Disk, Variation
 from benchmarks.simulation.slowness import SlownessProbe
+from benchmarks.stage_seconds import stage_seconds
 from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.residency import AdapterResidency

@@ -28,12 +28,13 @@ from benchmarks.load_outcomes import Outcomes, Sample, summarise
 from benchmarks.load_traffic import Arrivals, draw_arrivals, zipf_popularity
 from benchmarks.simulation.calibration import Calibration
 from benchmarks.simulation.cluster import Cluster, closed_loop, open_loop
-from benchmarks.simulation.company import hidden_share_between, num_cores
+from benchmarks.simulation.company import num_cores
 from benchmarks.simulation.engine import SimulatedEngine, Workload
 from benchmarks.simulation.machine import Disk, Machine
 from benchmarks.simulation.routing import AffinityRouter
 from benchmarks.simulation.slowness import SlownessProbe, slowed
 from benchmarks.simulation.tolls import slower_disk
+from benchmarks.stage_seconds import hidden_share_between
 from benchmarks.stolen_time import least_disturbed
 from hmi_engine.async_engine import AsyncEngine
 from hmi_engine.schedule.limits import QueueLimits
