@@ -8,8 +8,9 @@ from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.causal_view import CausalPlotView
+from hmi_engine.memory.held_tenants import HeldTenants
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.memory.residency import AdapterResidency, HeldTenants
+from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.streams import Arrival
 from hmi_engine.models.gpt2 import HierarchicalGpt2

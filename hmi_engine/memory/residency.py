@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import cast
 
 import torch
@@ -24,6 +22,7 @@ from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.arena_loading import ArenaLoader, LoadResults, NoRoomError
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
+from hmi_engine.memory.held_tenants import HeldTenants
 from hmi_engine.memory.host_tier import HostTier
 from hmi_engine.memory.parameter_format import padded_rank
 from hmi_engine.memory.placement import PlacedTenant, Placement
@@ -38,46 +37,10 @@ from hmi_engine.memory.tenant_reader import (
     digest_of,
 )
 
-__all__ = ["AdapterResidency", "BatchTickets", "HeldTenants"]
+__all__ = ["AdapterResidency", "BatchTickets"]
 
 BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
 """What one batch of a queue waits for, in the arena and in the tier before it."""
-
-
-class HeldTenants(AbstractContextManager[list[ResidentTenant | HmiError]]):
-    """Tenants that neither leave nor move until :meth:`release`, which any thread may call, once or more.
-
-    Attributes:
-        outcomes: the tenants, or why they cannot be served.
-        arrivals: what to wait for before they are read: on a GPU, of those whose copies are under way.
-    """
-
-    def __init__(
-        self,
-        outcomes: list[ResidentTenant | HmiError],
-        arrivals: list[Arrival],
-        release: Callable[[], None],
-    ) -> None:
-        """Use :meth:`AdapterResidency.holding`."""
-        self.outcomes = outcomes
-        self.arrivals = arrivals
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Lets them go; a second call does nothing."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-    def __enter__(self) -> list[ResidentTenant | HmiError]:
-        """The outcomes."""
-        return self.outcomes
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Lets them go."""
-        self.release()
 
 
 class AdapterResidency:

@@ -14,9 +14,10 @@ from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
+from hmi_engine.memory.held_tenants import HeldTenants
 from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
-from hmi_engine.memory.residency import AdapterResidency, HeldTenants
+from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.bert import HierarchicalBert

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hmi_kernels import PendingRead, PinnedPool, PoolExhaustedError, read_files, set_read_latency, start_reads
+from hmi_kernels import PendingRead, PinnedPool, PoolExhaustedError, read_files, start_reads
 
 LONG = 60.0
 """Seconds that nothing here takes unless it hangs."""
@@ -476,45 +476,3 @@ def test_there_are_at_most_256_threads(tmp_path: Path) -> None:
     )
     result = run(code, str(tmp_path))
     assert (result.stdout, result.stderr) == (f"256 256 300\nTrue {{{errno.ESPIPE}}} 256\n", "")
-
-
-@pytest.fixture
-def disk() -> Iterator[Callable[..., None]]:
-    yield set_read_latency
-    set_read_latency(0)
-
-
-def test_each_read_takes_the_latency_longer(disk: Callable[..., None], tmp_path: Path) -> None:
-    path = write(tmp_path / "f", b"abcd")
-    disk(0.1)
-    tensors = [empty(4) for _ in range(4)]
-    reads = start_reads([path, path, path, tmp_path / "missing"], [0] * 4, tensors)
-    assert reads.wait()
-    assert all(seconds >= 0.099 for seconds in reads.seconds_each)
-    assert [bytes(tensor.tolist()) for tensor in tensors[:3]] == [b"abcd"] * 3
-    one_by_one = start_reads([path] * 3, [0] * 3, [empty(4) for _ in range(3)], num_threads=1)
-    assert one_by_one.wait() and one_by_one.seconds >= 0.299
-    began = time.monotonic()
-    assert read_files([path] * 2, [0] * 2, [empty(4) for _ in range(2)], num_threads=1) == [None] * 2
-    assert time.monotonic() - began >= 0.199
-
-
-def test_reads_at_the_same_time_share_the_bandwidth(disk: Callable[..., None], tmp_path: Path) -> None:
-    path = write(tmp_path / "f", bytes(100_000))
-    disk(0.05, 1_000_000)
-    reads = start_reads([path] * 5, [0] * 5, [empty(100_000) for _ in range(5)], num_threads=5)
-    assert reads.wait()
-    assert reads.seconds >= 0.549, "half a megabyte, and the last one's latency"
-
-
-def test_a_latency_can_be_switched_off(disk: Callable[..., None], tmp_path: Path) -> None:
-    path = write(tmp_path / "f", b"abcd")
-    disk(3600, 1)
-    disk(0)
-    assert start_reads([path], [0], [empty(4)]).wait(LONG)
-
-
-@pytest.mark.parametrize("wrong", [(-1,), (3601,), (math.nan,), (0, 0.5), (0, -1), (0, math.nan)])
-def test_impossible_disks_are_refused(wrong: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"seconds_per_read must lie in|bytes_per_second must be"):
-        set_read_latency(*wrong)
