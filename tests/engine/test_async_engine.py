@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import statistics
 import threading
 import time
 from dataclasses import replace
@@ -255,31 +256,31 @@ def test_what_waits_is_loaded_before_its_batch_is_formed(store, fleet, monkeypat
 
 
 def test_a_latency_target_makes_batches_smaller(store, fleet, monkeypatch):
-    """Compute that takes 1 ms a token and a target of 0.15 s: some 50 tokens, when that has been learnt."""
+    """Compute that takes 2 ms a token and a target of 0.3 s: some 50 tokens, when that has been learnt."""
     compute, sizes = BatchRunner._compute, []
 
     def slow(runner, searched):
         sizes.append(searched.sequences.num_tokens)
-        time.sleep(0.001 * sizes[-1])
+        time.sleep(0.002 * sizes[-1])
         return compute(runner, searched)
 
     monkeypatch.setattr(BatchRunner, "_compute", slow)
-    requests = [hmi.Request(fleet[n % 12], text="the cell binds a gene") for n in range(120)]
-    largest = {}
+    requests = [hmi.Request(fleet[n % 12], text="the cell binds a gene") for n in range(60)]
+    usual, largest = {}, {}
 
     async def main(target):
         async with hmi.AsyncEngine(store, latency_target=target, max_batch_tokens=500) as engine:
             for _ in range(2):
                 sizes.clear()
                 await asyncio.gather(*map(engine.submit, requests))
-            largest[target] = max(sizes)
+            usual[target], largest[target] = statistics.median(sizes), max(sizes)
             costs = engine.stats().costs
-            assert 0.0005 < costs["compute"]["per_token"] + costs["compute"]["fixed"] / 50 < 0.01
+            assert 0.001 < costs["compute"]["per_token"] + costs["compute"]["fixed"] / 50 < 0.02
             assert "fetch" in costs
 
-    for target in (0.15, None):
+    for target in (0.3, None):
         asyncio.run(main(target))
-    assert largest[0.15] < 100 < largest[None]
+    assert usual[0.3] < 100 < largest[None]  # one after a stall of the machine may be larger
     with pytest.raises(ValueError, match="latency_target"):
         hmi.AsyncEngine(store, latency_target=0)
 
