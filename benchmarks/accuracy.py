@@ -7,7 +7,6 @@ finished is missing from the result, which says so.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from benchmarks.accuracy_study.report import StudyReport
 from benchmarks.accuracy_study.sets import StudySet, demo_sets, read_sets
 from benchmarks.accuracy_study.stores import StudyStores
 from benchmarks.arguments import RESULTS
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult
 from hmi_engine.demo.base_model import packaged_model
 from hmi_engine.demo.tasks import documentation_data
@@ -215,14 +215,9 @@ def _options(argv: Sequence[str]) -> tuple[Options, argparse.Namespace]:
         scratch=parsed.scratch,
         report_only=parsed.report,
         quick=parsed.quick,
-        command=shlex.join(["python", "-m", f"benchmarks.{NAME}", *map(_without_folders, argv)]),
+        command=recorded_command(NAME, argv),
     )
     return options, parsed
-
-
-def _without_folders(argument: str) -> str:
-    """The last part of a path: where a machine keeps its text says nothing to others."""
-    return Path(argument).name if "/" in argument else argument
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.recorded_command import recorded_command
 from hmi_engine.demo.tasks import DemoData, documentation_data, folder_data
 
 __all__ = ["Arguments", "read_arguments", "read_texts"]
@@ -44,8 +44,7 @@ def read_arguments(name: str, description: str, argv: Sequence[str] | None) -> A
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, nothing else")
     options = parser.parse_args(argv)
-    command = shlex.join(["python", "-m", f"benchmarks.{name}", *argv])
-    return Arguments(options.data, options.out, options.quick, command)
+    return Arguments(options.data, options.out, options.quick, recorded_command(name, argv))
 
 
 def read_texts(arguments: Arguments, *, max_words: int) -> DemoData:

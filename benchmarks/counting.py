@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from benchmarks.arguments import Arguments, read_arguments, read_texts
 from benchmarks.peers.ngram_counters import DuckDbCounts, count_with_counter, count_with_hmi, count_with_torch
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
 from hmi_engine.construct.counting import count_corpus
 from hmi_engine.construct.counting_tokens import corpus_tokenizer
@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[])
     options, others = parser.parse_known_args(argv)
     description = f"{QUESTION} --corpus PATH...: files or folders to count; default: installed documentation."
-    command = shlex.join(["python", "-m", "benchmarks.counting", *argv])
+    command = recorded_command("counting", argv)
     arguments = replace(read_arguments("counting", description, others), command=command)
     result = measure(arguments, options.corpus)
     result.write(arguments.out)

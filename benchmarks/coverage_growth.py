@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from benchmarks.arguments import RESULTS, Arguments
 from benchmarks.growth_counts import MIN_COUNT, Growth, Ranking, Wanted, chain_shares, grow, table_shares
 from benchmarks.growth_sets import LabelledSet, read_labelled_sets
 from benchmarks.growth_texts import Group, Mixture, TokenizedTexts, documentation_groups, folder_groups
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Curve, Quantity
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.errors import HmiError
@@ -202,7 +202,7 @@ def read_study(argv: Sequence[str] | None) -> tuple[Study, Arguments]:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    command = shlex.join(["python", "-m", f"benchmarks.{NAME}", *(_without_folders(each) for each in argv)])
+    command = recorded_command(NAME, argv)
     encoder = TextEncoder(packaged_model(), MAX_TOKENS)
     arguments = Arguments(None, options.out, options.quick, command)
     if options.corpus:
@@ -238,11 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.json", help="where the result goes")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, nothing else")
     return parser
-
-
-def _without_folders(argument: str) -> str:
-    """The last part of a path: where a machine keeps its text says nothing to others."""
-    return Path(argument).name if "/" in argument else argument
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from benchmarks.distil_gpt2_student import HierarchicalStudent, States, drop_ngrams, teacher_states
+from benchmarks.recorded_command import recorded_command
 from benchmarks.small_gpt2_text import Document, pack, read_documents
 from benchmarks.small_gpt2_training import (
     Batches,
@@ -282,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dropped_share=options.dropped_share,
             report=report,
             device=options.device,
-            settings={"command": shlex.join(["python", "-m", "benchmarks.distil_gpt2", *argv])},
+            settings={"command": recorded_command("distil_gpt2", argv)},
         )
     print(f"wrote {options.out}")
 

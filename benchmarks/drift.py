@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from benchmarks.drift_policies import (
     record,
 )
 from benchmarks.growth_texts import TokenizedTexts, documentation_groups, folder_groups
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Curve, Quantity
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
 from hmi_engine.errors import HmiError
@@ -217,9 +217,7 @@ def read_drift(argv: Sequence[str] | None) -> tuple[Drift, list[str], Arguments]
     """
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    command = shlex.join(
-        ["python", "-m", f"benchmarks.{NAME}", *(Path(each).name if "/" in each else each for each in argv)]
-    )
+    command = recorded_command(NAME, argv)
     arguments = Arguments(options.data, options.out, options.quick, command)
     encoder = TextEncoder(packaged_model(), MAX_TOKENS)
     if options.corpus:

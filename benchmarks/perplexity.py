@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from benchmarks.arguments import RESULTS
 from benchmarks.kept_steps import KeptSteps
 from benchmarks.perplexity_models import HierarchicalModel, base_scores
 from benchmarks.perplexity_scores import Scores, perplexity, perplexity_ratio
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Curve, Quantity, Table
 from benchmarks.small_gpt2_text import END, read_documents
 from hmi_engine.demo.environment import describe_machine, installed_versions
@@ -242,7 +242,7 @@ def read_study(argv: Sequence[str] | None) -> tuple[Study, Path, str, bool]:
         documents=30 if options.quick else 1500,
         train_documents=500 if options.quick else None,
     )
-    command = shlex.join(["python", "-m", f"benchmarks.{NAME}", *argv])
+    command = recorded_command(NAME, argv)
     return study, options.out, command, options.quick
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from benchmarks.recorded_command import recorded_command
 from benchmarks.small_gpt2_text import (
     END,
     Document,
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     modules = QUICK_MODULES if options.quick else None
     documents = prepare_text(options.out, data=options.data, seed=options.seed, modules=modules)
     print(f"{len(documents[0])} documents to learn from, {len(documents[1])} held out", flush=True)
-    settings = {"command": shlex.join(["python", "-m", "benchmarks.small_gpt2", *argv])}
+    settings = {"command": recorded_command("small_gpt2", argv)}
     with progress_bar("training") as report:
         perplexity = train_gpt2(
             options.out, documents, sizes, recipe, report=report, device=options.device, settings=settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from benchmarks.arguments import RESULTS
 from benchmarks.made_up_tenants import TenantDrawer
 from benchmarks.peers.adapter_folders import list_folders, save_folders
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Case, Quantity, Ratio, System
 from benchmarks.tenant_store_phases import allocated_bytes, measure_store
 from hmi_engine.demo.base_model import PACKAGE, packaged_model
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     BenchmarkResult(
         name=NAME,
         question=QUESTION,
-        command=shlex.join(["python", "-m", f"benchmarks.{NAME}", *argv]),
+        command=recorded_command(NAME, argv),
         is_quick=options.quick,
         machine=describe_machine(),
         versions=installed_versions(),

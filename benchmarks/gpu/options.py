@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.recorded_command import recorded_command
 
 __all__ = ["RESULTS", "ROOT", "Options", "prepare_environment", "read_options"]
 
@@ -49,7 +50,7 @@ def read_options(name: str, description: str, argv: Sequence[str] | None) -> Opt
     )
     options = parser.parse_args(argv)
     default = (DRY_RESULTS if options.dry else RESULTS) / f"{name}.json"
-    command = shlex.join(["python", "-m", f"benchmarks.gpu.{name}", *argv])
+    command = recorded_command(f"gpu.{name}", argv)
     return Options(options.output or default, options.dry, options.quick, options.seconds, command)
 
 

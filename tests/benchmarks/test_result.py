@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, read_results
 from hmi_engine.demo.environment import describe_machine, installed_versions
 
@@ -69,3 +70,18 @@ def test_file_of_another_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "odd.json").write_text('{"name": "odd"}')
     with pytest.raises(ValidationError, match="question"):
         read_results(tmp_path)
+
+
+def test_a_command_names_no_folder_of_the_machine() -> None:
+    argv = [
+        "--data",
+        "/home/me/sets/",
+        "--distilled",
+        "2=/home/me/k2",
+        "--out",
+        "results/a.json",
+        "--only",
+        "a=b/c",
+    ]
+    expected = "python -m benchmarks.gpu.check --data sets --distilled 2=k2 --out results/a.json --only a=b/c"
+    assert recorded_command("gpu.check", argv) == expected
