@@ -45,6 +45,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.drift
 	python -m benchmarks.miss
 	python -m benchmarks.composition
+	python -m benchmarks.merge_forms
 	python -m benchmarks.compression
 	python -m benchmarks.counting
 	python -m benchmarks.materialise

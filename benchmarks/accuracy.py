@@ -128,8 +128,14 @@ def measure(options: Options) -> BenchmarkResult:
         plan = _plan(options)
         records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
-        if any(isinstance(method, Hierarchical) and method.base == SHIPPED for method in plan.methods):
-            plan = replace(plan, shipped=stores.shipped_base())
+        shipped = {
+            method.plot_layers
+            for method in plan.methods
+            if isinstance(method, Hierarchical) and method.base == SHIPPED
+        }
+        plan = replace(
+            plan, shipped={plot_layers: stores.shipped_base(plot_layers) for plot_layers in shipped}
+        )
         execution = Execution(packaged_model(), stores, QUICK_EPOCHS if options.quick else None)
         while not options.report_only and (run := plan.next_run(records)) is not None:
             _say(f"{run.name}: about {expected_seconds(run, records):.0f} s")

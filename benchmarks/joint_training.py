@@ -15,7 +15,7 @@ from benchmarks.result import BenchmarkResult, Case, Ratio, System, Table
 from hmi_engine.construct.bootstrap import bootstrap_intervals
 from hmi_engine.construct.joint_training import TenantExamples
 from hmi_engine.construct.training_settings import TrainingSettings
-from hmi_engine.demo.base_model import DISTILLATION, packaged_model
+from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.demo.tasks import PARENT_DOMAIN, DemoData, documentation_data, folder_data
 from hmi_engine.demo.timing import interleave
 from hmi_engine.errors import HmiError
@@ -188,7 +188,7 @@ def measure(arguments: Arguments) -> BenchmarkResult:
     accuracies: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         stores = [
-            Store.create(Path(folder) / "looked-up", general=model, distilled=DISTILLATION),
+            Store.create(Path(folder) / "looked-up", general=model, distilled=packaged_distillation()),
             Store.create(Path(folder) / "computed", general=model, plot_layers=0),
         ]
         try:

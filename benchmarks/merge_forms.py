@@ -34,7 +34,7 @@ from hmi_engine.construct.distillation_settings import (
 from hmi_engine.construct.distillation_stage import StageTrainer
 from hmi_engine.construct.distillation_student import Student, load_bert
 from hmi_engine.construct.distillation_teacher import Teacher
-from hmi_engine.demo.base_model import DISTILLATION, packaged_model
+from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.demo.tasks import documentation_data
 from hmi_engine.models.general_folder import load_merge
 from hmi_engine.store import Store
@@ -149,7 +149,7 @@ class _Study:
 
 def _tables(losses: dict[str, _Losses]) -> tuple[Table, ...]:
     """What is missed at the merge, before and after each phase."""
-    columns = ("merge", "served layers", "before", *(phase.name for phase in PHASES))
+    columns = ("merge", "layers in service", "before", *(phase.name for phase in PHASES))
 
     def table(kind: Literal["exact", "backoff"], coverage: str) -> Table:
         rows = []
@@ -176,7 +176,7 @@ def measure(arguments: Arguments, folder: Path) -> BenchmarkResult:
     teacher = packaged_model()
     kept = KeptSteps(arguments.out, f"{arguments.data} {arguments.quick} {PHASES}")
     with Store.create(
-        folder / "store", general=teacher, plot_layers=PLOT_LAYERS, distilled=DISTILLATION
+        folder / "store", general=teacher, distilled=packaged_distillation(PLOT_LAYERS)
     ) as store:
         texts = unlabelled_texts(_sets(arguments))
         study = _Study(store, teacher, texts, folder, quick=arguments.quick)

@@ -43,6 +43,7 @@ ORDER = (
     "drift",
     "miss",
     "composition",
+    "merge_forms",
     "compression",
     "counting",
     "materialise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hmi_engine.demo.base_model import PACKAGED_PLOT_LAYERS
 from hmi_engine.knowledge.row_formats import RowFormat
 
 __all__ = [
@@ -27,7 +28,7 @@ PLAIN = "plain"
 """The base as it is, not distilled."""
 DISTILLED = "distilled"
 SHIPPED = "shipped"
-"""The distilled form that the project brings along, from its compact file: K = 3, windows of two tokens."""
+"""A distilled form that the project brings along, from its compact file: windows of two tokens."""
 
 LORA_RATES = (2e-3,)
 
@@ -205,10 +206,11 @@ _TAUGHT = replace(_WIDEST, teacher=True)
 
 
 def looked_up(plot_layers: int, *, is_distilled: bool = True) -> Hierarchical:
-    """The recipe by labels alone for other K: 3 as shipped, others distilled anew; or the base as it is."""
+    """The recipe by labels alone for any K: as shipped, or distilled anew; or the base as it is."""
     if not is_distilled:
         return replace(_WIDEST, plot_layers=plot_layers, base=PLAIN)
-    return _WIDEST if plot_layers == 3 else replace(_WIDEST, plot_layers=plot_layers, base=DISTILLED)
+    base = SHIPPED if plot_layers in PACKAGED_PLOT_LAYERS else DISTILLED
+    return replace(_WIDEST, plot_layers=plot_layers, base=base)
 
 
 def _main_methods() -> tuple[Method, ...]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,8 @@ class Plan:
         methods: in the order of their value.
         seeds: 0 and the following.
         distilled: folder of distilled bases by name; None where there are none.
-        shipped: folder of the distilled base that the project brings along; None before it is made.
+        shipped: folders of the distilled bases that the project brings along, by K; empty before they are
+            made.
         only: patterns of names of runs (``scierc.full-*``), of which any may match; empty for all.
     """
 
@@ -100,7 +101,7 @@ class Plan:
     seeds: Sequence[int]
     distilled: Path | None
     only: Sequence[str] = ()
-    shipped: Path | None = None
+    shipped: Mapping[int, Path] = field(default_factory=dict)
 
     def runs(self, records: RunRecords) -> list[Run]:
         """Every run whose learning rate is known, first the ones that matter most: seed 0 of all sets."""
@@ -151,8 +152,8 @@ class Plan:
         """Folder of the distilled base that a method needs; None for the base as it is."""
         if not isinstance(method, Hierarchical) or method.base == PLAIN:
             return None
-        if method.base == SHIPPED and self.shipped is not None:
-            return self.shipped
+        if method.base == SHIPPED and method.plot_layers in self.shipped:
+            return self.shipped[method.plot_layers]
         return (self.distilled or Path()) / method.base_slug
 
     def teacher_rate(self, labelled: StudySet, records: RunRecords) -> float | None:

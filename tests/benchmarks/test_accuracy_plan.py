@@ -110,12 +110,12 @@ def test_the_shipped_base_is_not_waited_for(records, tmp_path):
     folder = tmp_path / "general"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    made = replace(plan, shipped=folder)
+    made = replace(plan, shipped={3: folder})
     run = made.next_run(records)
     assert made.base_folder(run.method) == folder and run.name.startswith("one.k3-shipped-backoff-own-lr")
     records.add(run.name, made_record(run, base=base_identity(folder)))
     assert made.is_done(run, records) and plan.is_done(run, records)
-    assert not replace(made, shipped=tmp_path).is_done(run, records), "another base is another run"
+    assert not replace(made, shipped={3: tmp_path}).is_done(run, records), "another base is another run"
 
 
 def test_a_teacher_waits_for_the_best_full_fine_tuning(records, tmp_path):

@@ -23,7 +23,7 @@ def labelled(make_sentences):
 
 def test_every_tenant_in_every_system(tiny_bert, tmp_path, monkeypatch, labelled):
     monkeypatch.setattr(joint_training, "packaged_model", lambda: tiny_bert)
-    monkeypatch.setattr(joint_training, "DISTILLATION", None)
+    monkeypatch.setattr(joint_training, "packaged_distillation", lambda: None)
     folder = tmp_path / "data"
     folder.mkdir()
     for split, count, seed in (("train", 300, 3), ("test", 80, 4)):

@@ -62,6 +62,22 @@ def test_init_takes_the_export_and_the_compact_form(distilled, tiny_bert, tmp_pa
     assert other.returncode == 2 and "distilled for plot_layers=2" in other.stderr
 
 
+def test_init_takes_the_form_that_comes_along(tmp_path):
+    for arguments, plot_layers in (((), 3), (("--plot-layers", 2), 2), (("--plot-layers", 0), 0)):
+        store = tmp_path / f"store-{plot_layers}"
+        done = hmi("init", store, "--packaged", *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["general"]["plot_layers"] == plot_layers
+    for arguments, said in (
+        (("--packaged", "--plot-layers", 5), "only with 2 and 3"),
+        (("--packaged", "--general", tmp_path), "leave out --general"),
+        ((), "--packaged"),
+    ):
+        refused = hmi("init", tmp_path / "other", *arguments)
+        assert refused.returncode == 2 and said in refused.stderr, refused
+    assert not (tmp_path / "other").exists()
+
+
 def test_bad_input_is_one_line(distilled, tmp_path):
     folder, _ = distilled
     empty = tmp_path / "empty.txt"
