@@ -63,9 +63,9 @@ def test_init_takes_the_export_and_the_compact_form(distilled, tiny_bert, tmp_pa
 
 
 def test_init_takes_the_form_that_comes_along(tmp_path):
-    for arguments, plot_layers in (((), 3), (("--plot-layers", 2), 2), (("--plot-layers", 0), 0)):
+    for plot_layers in (2, 0):
         store = tmp_path / f"store-{plot_layers}"
-        done = hmi("init", store, "--packaged", *arguments, "--json")
+        done = hmi("init", store, "--packaged", "--plot-layers", plot_layers, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["general"]["plot_layers"] == plot_layers
     for arguments, said in (
