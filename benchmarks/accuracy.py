@@ -28,13 +28,12 @@ from benchmarks.accuracy_study.methods import (
 from benchmarks.accuracy_study.plan import BATCH_SIZE, MAX_TOKENS, Plan, expected_seconds, num_epochs
 from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.report import StudyReport
-from benchmarks.accuracy_study.sets import StudySet, demo_sets, read_sets
+from benchmarks.accuracy_study.sets import study_sets
 from benchmarks.accuracy_study.stores import StudyStores
 from benchmarks.arguments import RESULTS
 from benchmarks.recorded_command import recorded_command
 from benchmarks.result import BenchmarkResult
 from hmi_engine.demo.base_model import packaged_model
-from hmi_engine.demo.tasks import documentation_data
 
 __all__ = ["Options", "main", "measure"]
 
@@ -99,21 +98,13 @@ class Options:
     command: str
 
 
-def _read_sets(options: Options) -> Sequence[StudySet]:
-    if options.data is not None:
-        return read_sets(options.data)
-    if options.quick:
-        return demo_sets(documentation_data(num_topics=1, background_words=0, max_train=200, max_test=100))
-    return demo_sets(documentation_data())
-
-
 def _plan(options: Options) -> Plan:
     if options.data is None:
         methods, seeds = DEMO_METHODS, DEMO_SEEDS[:1] if options.quick else DEMO_SEEDS
     else:
         methods, seeds = MAIN_METHODS + (ABLATIONS if options.ablations else ()), SEEDS
     return Plan(
-        sets=_read_sets(options),
+        sets=study_sets(options.data, quick=options.quick),
         methods=methods,
         seeds=seeds,
         distilled=options.distilled,
@@ -129,9 +120,9 @@ def measure(options: Options) -> BenchmarkResult:
         records = RunRecords(options.runs or folder / "runs")
         stores = exits.enter_context(StudyStores(options.scratch or folder / "stores", plan.sets))
         shipped = {
-            method.plot_layers
-            for method in plan.methods
-            if isinstance(method, Hierarchical) and method.base == SHIPPED
+            run.method.plot_layers
+            for run in plan.runs(records)
+            if isinstance(run.method, Hierarchical) and run.method.base == SHIPPED
         }
         plan = replace(
             plan, shipped={plot_layers: stores.shipped_base(plot_layers) for plot_layers in shipped}

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 
-from benchmarks.accuracy_study.sets import StudySet, demo_sets, read_sets
+from benchmarks.accuracy_study.sets import study_sets
 from benchmarks.arguments import Arguments, read_arguments
 from benchmarks.distil import unlabelled_texts
 from benchmarks.kept_steps import KeptSteps
@@ -35,7 +35,6 @@ from hmi_engine.construct.distillation_stage import StageTrainer
 from hmi_engine.construct.distillation_student import Student, load_bert
 from hmi_engine.construct.distillation_teacher import Teacher
 from hmi_engine.demo.base_model import packaged_distillation, packaged_model
-from hmi_engine.demo.tasks import documentation_data
 from hmi_engine.models.general_folder import load_merge
 from hmi_engine.store import Store
 
@@ -163,14 +162,6 @@ def _tables(losses: dict[str, _Losses]) -> tuple[Table, ...]:
     return table("exact", "every bigram found"), table("backoff", "back-off")
 
 
-def _sets(arguments: Arguments) -> Sequence[StudySet]:
-    if arguments.data is not None:
-        return read_sets(arguments.data)
-    if arguments.quick:
-        return demo_sets(documentation_data(num_topics=1, background_words=0, max_train=200, max_test=100))
-    return demo_sets(documentation_data())
-
-
 def measure(arguments: Arguments, folder: Path) -> BenchmarkResult:
     """Takes every form through the phases; what is done lies beside the result until all is."""
     teacher = packaged_model()
@@ -178,7 +169,7 @@ def measure(arguments: Arguments, folder: Path) -> BenchmarkResult:
     with Store.create(
         folder / "store", general=teacher, distilled=packaged_distillation(PLOT_LAYERS)
     ) as store:
-        texts = unlabelled_texts(_sets(arguments))
+        texts = unlabelled_texts(study_sets(arguments.data, quick=arguments.quick))
         study = _Study(store, teacher, texts, folder, quick=arguments.quick)
         losses = {
             form.name: kept.take(form.name, _Losses, functools.partial(study.losses, form)) for form in FORMS

@@ -7,7 +7,7 @@ distilled for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,36 +31,23 @@ def part_of_rows(plan: MergePlan) -> Tensor:
     return torch.repeat_interleave(torch.arange(PARTS), sizes).to(plan.rows.device)
 
 
-def add_up(rows: Tensor, plan: MergePlan, part: int | None = None) -> Tensor:
-    """The sum of each token's rows [T, H], or of those of one part."""
-    coefficients = plan.coefficients.to(rows.dtype)
-    if part is not None:
-        coefficients = coefficients * (part_of_rows(plan)[plan.rows] == part)
-    return functional.embedding_bag(
-        plan.rows, rows, plan.offsets, mode="sum", per_sample_weights=coefficients
-    )
-
-
-class _OtherMerge(Merge):
-    """``LayerNorm(combined rows + position_embeddings[t])``, for bigram windows."""
-
-    def forward(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
-        """Rows [R, H] -> merged states [T, H]."""
-        combined = self.combine(rows, plan, positions)
-        merged: Tensor = self.layer_norm(combined + self.position_embeddings[positions])
-        return merged
-
-    def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
-        """Rows [R, H] -> what stands in place of their sum, [T, H]."""
-        raise NotImplementedError
+class _PartedMerge(Merge):
+    """A merge that tells the parts of a bigram merge apart."""
 
     @property
     def size(self) -> int:
         """H."""
         return self.position_embeddings.shape[1]
 
+    def parts(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> list[Tensor]:
+        """The sums of each token's rows of each part: right, left, alone, [T, H] each."""
+        part_of_term = part_of_rows(plan)[plan.rows]
+        masked = (plan.coefficients * (part_of_term == part) for part in range(PARTS))
+        plans = (replace(plan, coefficients=each) for each in masked)
+        return [Merge.combine(self, rows, each, positions) for each in plans]
 
-class WeightMerge(_OtherMerge):
+
+class WeightMerge(_PartedMerge):
     """A learned weight for each part and element."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -69,10 +56,10 @@ class WeightMerge(_OtherMerge):
 
     def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
         """Each row times its part's weights, added up."""
-        return add_up(rows * self.weights[part_of_rows(plan)], plan)
+        return super().combine(rows * self.weights[part_of_rows(plan)], plan, positions)
 
 
-class MatrixMerge(_OtherMerge):
+class MatrixMerge(_PartedMerge):
     """A learned matrix for each part. A table could hold the products, so that serving stays a sum."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -84,10 +71,10 @@ class MatrixMerge(_OtherMerge):
         count = len(plan.windows)
         members = rows.split([count, count, len(plan.tokens)])
         products = [part @ matrix for part, matrix in zip(members, self.matrices, strict=True)]
-        return add_up(torch.cat(products), plan)
+        return super().combine(torch.cat(products), plan, positions)
 
 
-class GatedMerge(_OtherMerge):
+class GatedMerge(_PartedMerge):
     """Gates from all of a token's rows say how much of each neighbour's window counts, element by element."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -98,14 +85,14 @@ class GatedMerge(_OtherMerge):
 
     def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
         """``2 sigmoid(W [right, left, alone] + b)`` times both windows' rows, and the token's own."""
-        right, left, alone = (add_up(rows, plan, part) for part in range(PARTS))
+        right, left, alone = self.parts(rows, plan, positions)
         gates = 2 * self.gate(torch.cat([right, left, alone], 1)).sigmoid()
         to_right, to_left = gates.chunk(2, dim=1)
         combined: Tensor = to_right * right + to_left * left + alone
         return combined
 
 
-class NeighbourMerge(_OtherMerge):
+class NeighbourMerge(_PartedMerge):
     """The sum, and what a matrix for each side makes of the neighbouring tokens' sums: one token further."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -116,7 +103,7 @@ class NeighbourMerge(_OtherMerge):
 
     def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
         """``s[t] + A s[t-1] + B s[t+1]`` inside the sequence."""
-        summed = add_up(rows, plan)
+        summed = super().combine(rows, plan, positions)
         begins = (positions == 0)[:, None]
         ends = begins.roll(-1, 0)
         before = summed.roll(1, 0).masked_fill(begins, 0)
@@ -125,7 +112,7 @@ class NeighbourMerge(_OtherMerge):
         return combined
 
 
-class NetworkMerge(_OtherMerge):
+class NetworkMerge(_PartedMerge):
     """The sum, and what a layer of 4 H hidden units makes of a token's rows: what any merge might find."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -137,7 +124,7 @@ class NetworkMerge(_OtherMerge):
 
     def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
         """``sum + V gelu(W [right, left, alone] + b) + c``."""
-        right, left, alone = (add_up(rows, plan, part) for part in range(PARTS))
+        right, left, alone = self.parts(rows, plan, positions)
         inner = functional.gelu(self.inner(torch.cat([right, left, alone], 1)))
         combined: Tensor = right + left + alone + self.outer(inner)
         return combined

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from hmi_engine.construct.objectives.token_classification import sentence_text
-from hmi_engine.demo.tasks import DemoData, Task
+from hmi_engine.demo.tasks import DemoData, Task, documentation_data
 from hmi_engine.errors import TrainingDataError
 from hmi_engine.knowledge.corpus_examples import stream_task_examples
 from hmi_engine.knowledge.corpus_report import CorpusReport
 from hmi_engine.knowledge.examples import Example, TaggedExample
 
-__all__ = ["ClassificationSet", "StudySet", "TaggingSet", "demo_sets", "read_sets"]
+__all__ = ["ClassificationSet", "StudySet", "TaggingSet", "demo_sets", "read_sets", "study_sets"]
 
 SPLITS = ("train", "dev", "test")
 DEV_SHARE_OF_DEMO = 6
@@ -127,6 +127,15 @@ def _check_held_out_labels(labelled: StudySet) -> None:
         raise TrainingDataError(
             f"set {labelled.name}: the label {min(unknown)!r:.60} of held-out texts is in no training text"
         )
+
+
+def study_sets(data: Path | None, *, quick: bool) -> Sequence[StudySet]:
+    """The sets of a folder; without one the demo's tasks, with ``quick`` little of them."""
+    if data is not None:
+        return read_sets(data)
+    if quick:
+        return demo_sets(documentation_data(num_topics=1, background_words=0, max_train=200, max_test=100))
+    return demo_sets(documentation_data())
 
 
 def demo_sets(data: DemoData) -> list[ClassificationSet]:

@@ -62,9 +62,7 @@ def init(
             raise typer.BadParameter(
                 "brings its own model: leave out --general and --distilled", param_hint="--packaged"
             )
-        general = str(packaged_model())
-        if plot_layers != 0:
-            distilled = packaged_distillation() if plot_layers is None else packaged_distillation(plot_layers)
+        general, distilled = _packaged_base(plot_layers)
     elif general is None:
         raise typer.BadParameter("name the base model, or take the one of --packaged", param_hint="--general")
     with (
@@ -89,6 +87,14 @@ def init(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _packaged_base(plot_layers: int | None) -> tuple[str, Path | None]:
+    """The packaged model, and what makes its distilled form; with K = 0 it stays as it is."""
+    model = str(packaged_model())
+    if plot_layers == 0:
+        return model, None
+    return model, packaged_distillation() if plot_layers is None else packaged_distillation(plot_layers)
 
 
 def verify(

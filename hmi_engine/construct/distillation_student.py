@@ -94,11 +94,15 @@ class Merge(nn.Module):
 
     def forward(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
         """Rows [R, H] -> merged states [T, H]."""
-        summed = functional.embedding_bag(
+        combined = self.combine(rows, plan, positions)
+        merged: Tensor = self.layer_norm(combined + self.position_embeddings[positions])
+        return merged
+
+    def combine(self, rows: Tensor, plan: MergePlan, positions: Tensor) -> Tensor:
+        """Rows [R, H] -> the sum of each token's, [T, H]; another form of merge replaces this alone."""
+        return functional.embedding_bag(
             plan.rows, rows, plan.offsets, mode="sum", per_sample_weights=plan.coefficients.to(rows.dtype)
         )
-        merged: Tensor = self.layer_norm(summed + self.position_embeddings[positions])
-        return merged
 
 
 class Student(nn.Module):
