@@ -44,7 +44,7 @@ class PeftTrainer:
         encoded = [self._encode(part, labels) for part in (examples, test_examples)]
         generator = torch.Generator().manual_seed(settings.seed)
         split = stratified_split(
-            [row["labels"] for row in encoded[0]], labels, settings.validation_fraction, generator
+            [row["labels"] for row in encoded[0]], len(labels), settings.validation_fraction, generator
         )
         training, validation = (
             [encoded[0][number] for number in part] for part in (split.training, split.validation)

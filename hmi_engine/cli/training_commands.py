@@ -269,6 +269,12 @@ def _bad_option(error: ValidationError) -> typer.BadParameter:
 def _warn_of(report: TrainingReport) -> None:
     if cut := report.num_cut + report.test_num_cut:
         warn(f"{cut} texts were cut to {report.settings.max_tokens} tokens; --max-tokens sets how many")
+    if unseen := report.unvalidated_labels:
+        warn(
+            f"no validation example has the label {unseen[0]!r:.80}"
+            + (f" or {len(unseen) - 1} more" if len(unseen) > 1 else "")
+            + ": validation figures say nothing of it"
+        )
     if report.divergence:
         warn(f"the training ended early, and its best epoch was kept: {report.divergence}")
 

@@ -85,6 +85,8 @@ def _data(report: TrainingReport) -> Iterable[tuple[str, str]]:
             yield "these texts (SHA-256)", report.teacher.texts_sha256
     if report.labels:
         yield "labels", ", ".join(report.labels)
+    if report.unvalidated_labels:
+        yield "labels that no validation example has", ", ".join(report.unvalidated_labels)
     limit = f"texts cut to {report.settings.max_tokens} tokens"
     yield limit, f"{report.num_cut} (test: {report.test_num_cut})"
     for name, rates in (("", report.hit_rates), (" of the test examples", report.test_hit_rates)):

@@ -98,8 +98,8 @@ def train_tenant(
         progress: told about each stage.
 
     Raises:
-        TrainingDataError: examples that are missing, malformed or of another task, fewer than two labels, a
-            label with one example, or a validation or test label that is not in the examples.
+        TrainingDataError: examples that are missing, malformed or of another task, fewer than two labels, no
+            label with a second example, or a validation or test label that is not in the examples.
         InvalidAdapterError: ``settings`` do not fit the base model.
         UnsupportedModelError: the teacher cannot be loaded, or has other labels.
         TrainingDivergedError: the loss became infinite or NaN in the first epoch.
@@ -216,6 +216,7 @@ class PreparedTraining:
             best_by=task.objective.best_by,
             num_training=len(task.split.training) - (self.teacher.num_unlabelled if self.teacher else 0),
             num_cut=task.data.encoded.num_cut,
+            unvalidated_labels=task.objective.unjudged_labels(task.data, task.split.validation),
             validation=session.score(tenant, task.states, task.data, task.split.validation),
             test=test,
             test_num_cut=0 if test_data is None else test_data.encoded.num_cut,

@@ -153,24 +153,24 @@ class Split:
 
 
 def stratified_split(
-    targets: Sequence[int], labels: Sequence[str], fraction: float, generator: torch.Generator
+    targets: Sequence[int], num_labels: int, fraction: float, generator: torch.Generator
 ) -> Split:
     """Holds out ``fraction`` of each label's examples at random, at least one, and leaves at least one.
 
-    ``targets`` are numbers of ``labels``.
+    A label's only example is learned from. ``targets`` are numbers below ``num_labels``.
 
     Raises:
-        TrainingDataError: a label with a single example.
+        TrainingDataError: no label has a second example.
     """
-    validation: list[int] = []
-    for number, label in enumerate(labels):
-        members = [index for index, target in enumerate(targets) if target == number]
-        if len(members) < 2:
-            raise TrainingDataError(
-                f"label {label!r:.80} has a single example; give at least two, one of which is held out, or "
-                "a validation set of its own"
-            )
-        validation.extend(_draw(members, fraction, generator))
+    members: list[list[int]] = [[] for _ in range(num_labels)]
+    for index, target in enumerate(targets):
+        members[target].append(index)
+    validation = [index for own in members if len(own) > 1 for index in _draw(own, fraction, generator)]
+    if not validation:
+        raise TrainingDataError(
+            f"each of the {num_labels} labels has a single example; give more, some of which are held out, "
+            "or a validation set of its own"
+        )
     return _split(len(targets), validation)
 
 

@@ -74,7 +74,8 @@ class TrainingSettings(BaseModel):
             validation split got better.
         warmup_fraction: share of all steps in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
-        validation_fraction: share of each label's examples that is held out to choose the best epoch.
+        validation_fraction: share of each label's examples that is held out to choose the best epoch; a
+            label's only example is not.
         max_tokens: longer texts are cut.
         folds: blocks for cross-fitting.
         miss: the policy under which the tenant will be served.
@@ -224,6 +225,7 @@ class TrainingReport(BaseModel):
         best_by: the figure that chose the best epoch.
         num_training: labelled examples whose gradients were followed.
         num_cut: texts of the training and validation examples that were longer than ``max_tokens``.
+        unvalidated_labels: classes that no validation example has, as one with a single example.
         validation: of the best epoch, which was chosen by it; computed through the serving layers.
         test: on test examples, if there were any; they chose nothing.
         test_num_cut: texts of the test examples that were longer than ``max_tokens``.
@@ -247,6 +249,7 @@ class TrainingReport(BaseModel):
     best_by: str
     num_training: int
     num_cut: int
+    unvalidated_labels: tuple[str, ...] = ()
     validation: Metrics
     test: Metrics | None
     test_num_cut: int

@@ -53,6 +53,18 @@ def test_train_card_evaluate(made):
     assert "macro_f1" in shown and " to " in shown
 
 
+def test_a_label_with_a_single_example_is_warned_of(made):
+    rows = [*(made / "data.jsonl").read_text().splitlines(), '{"text": "the cell", "label": "rare"}']
+    (made / "rare.jsonl").write_text("\n".join(rows))
+    done = train(made, "rare", data="rare.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "no validation example has the label 'rare'" in " ".join(done.stderr.split())
+    assert (
+        "| labels that no validation example has | rare |"
+        in hmi("tenant", "card", made / "store", "rare").stdout
+    )
+
+
 def test_lora_at_every_linear_layer(made):
     done = train(made, "wide", "--kind", "lora", "--rank", 2, "--sites", "all-linear", "--json")
     assert done.returncode == 0, done.stderr

@@ -82,24 +82,23 @@ def test_texts_of_a_batch_are_in_columns(readings, seed):
 
 @settings(deadline=None)
 @given(
-    st.lists(st.integers(2, 30), min_size=2, max_size=5),
+    st.lists(st.integers(1, 30), min_size=2, max_size=5).filter(lambda sizes: max(sizes) > 1),
     st.floats(0.01, 0.99),
     st.integers(0, 2**40),
 )
 def test_split_holds_out_a_share_of_every_label(sizes, fraction, seed):
     targets = [label for label, size in enumerate(sizes) for _ in range(size)]
-    labels = [f"label {number}" for number in range(len(sizes))]
-    split = stratified_split(targets, labels, fraction, torch.Generator().manual_seed(seed))
+    split = stratified_split(targets, len(sizes), fraction, torch.Generator().manual_seed(seed))
     assert sorted(split.training + split.validation) == list(range(sum(sizes)))
     held = Counter(targets[number] for number in split.validation)
     for label, size in enumerate(sizes):
-        assert 1 <= held[label] <= size - 1
+        assert min(1, size - 1) <= held[label] <= size - 1
         assert abs(held[label] - size * fraction) <= 1
 
 
 def test_too_few_examples():
-    with pytest.raises(TrainingDataError, match=r"'no'.*single"):
-        stratified_split((0, 0, 1), ("yes", "no"), 0.2, torch.Generator())
+    with pytest.raises(TrainingDataError, match="each of the 2 labels has a single example"):
+        stratified_split((0, 1), 2, 0.2, torch.Generator())
     with pytest.raises(TrainingDataError, match="only 1 training example"):
         random_split(1, 0.2, torch.Generator())
 

@@ -105,7 +105,12 @@ class ClassificationObjective(Objective):
     def split(self, data: TaskData, fraction: float, generator: torch.Generator) -> Split:
         """Holds out ``fraction`` of each label's examples; see :func:`stratified_split`."""
         targets = [int(target) for target in data.targets]
-        return stratified_split(targets, self.labels, fraction, generator)
+        return stratified_split(targets, len(self.labels), fraction, generator)
+
+    def unjudged_labels(self, data: TaskData, numbers: Sequence[int]) -> tuple[str, ...]:
+        """See :meth:`Objective.unjudged_labels`."""
+        judged = set(data.batch_targets(numbers).tolist())
+        return tuple(label for number, label in enumerate(self.labels) if number not in judged)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of outputs [B, C] with targets int64 [B]."""

@@ -119,6 +119,10 @@ class Objective(ABC):
         """
         return random_split(len(data), fraction, generator)
 
+    def unjudged_labels(self, data: TaskData, numbers: Sequence[int]) -> tuple[str, ...]:
+        """Labels of which figures on the examples ``numbers`` say nothing, as none of these has them."""
+        return ()
+
     def new_head(self, size: int, generator: torch.Generator) -> nn.Module:
         """A head that is trained: rows [*, size] -> outputs."""
         return TrainableHead(len(self.labels), size, generator)
