@@ -41,6 +41,7 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
 	python -m benchmarks.accuracy
+	python -m benchmarks.few_examples
 	python -m benchmarks.coverage_growth
 	python -m benchmarks.drift
 	python -m benchmarks.miss

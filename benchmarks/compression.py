@@ -244,7 +244,9 @@ def _names(found: Mapping[str, Figures]) -> list[str]:
 def measure(arguments: Arguments) -> BenchmarkResult:
     """Encodes one table in every format and measures them all."""
     plan = QUICK if arguments.quick else FULL
-    settings = TrainingSettings(max_epochs=plan.epochs, max_tokens=plan.sizes.max_tokens)
+    settings = TrainingSettings(
+        max_epochs=plan.epochs, patience=2, batch_size=32, max_tokens=plan.sizes.max_tokens
+    )
     recipe: dict[str, JsonValue] = settings.model_dump(mode="json", exclude_none=True, exclude={"seed"})
     with tempfile.TemporaryDirectory() as folder:
         subject = _load(arguments, plan, Path(folder) / "general")

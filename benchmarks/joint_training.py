@@ -40,6 +40,7 @@ NOTES = (
     "half is computed once for each text.",
     "Accuracy is the mean over tenants; its 95 % interval is bootstrapped over tenants.",
 )
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,12 @@ def _jobs(
     looked_up: Store, computed: Store, tenants: Sequence[_Tenant], sizes: _Sizes, model: Path
 ) -> dict[str, tuple[str, Job]]:
     """(description, job) by name."""
-    recipe = {"max_epochs": sizes.epochs, "patience": sizes.epochs, "max_tokens": 64}
+    recipe = {
+        "max_epochs": sizes.epochs,
+        "patience": sizes.epochs,
+        "batch_size": BATCH_SIZE,
+        "max_tokens": 64,
+    }
     lora, bottleneck = (TrainingSettings(kind=kind, **recipe) for kind in ("lora", "bottleneck"))
     upper = tuple(looked_up.general.upper_layers)
     plain = lora.model_copy(update={"layers": upper})
@@ -240,7 +246,7 @@ def _result(
             "training texts": sizes.train,
             "test texts": sizes.test,
             "epochs": sizes.epochs,
-            "batch size": TrainingSettings().batch_size,
+            "batch size": BATCH_SIZE,
             "longest text": 64,
             "text": data.source,
         },

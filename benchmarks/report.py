@@ -37,6 +37,7 @@ ORDER = (
     "residency",
     "tenant_store",
     "accuracy",
+    "few_examples",
     "joint_training",
     "plot",
     "coverage_growth",

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from hmi_engine.construct.training_data import stratified_split
 from hmi_engine.construct.training_loop import MAX_GRADIENT_NORM
+from hmi_engine.construct.training_schedule import Schedule
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.knowledge.examples import Example
 
@@ -51,17 +52,18 @@ class PeftTrainer:
         )
         torch.manual_seed(settings.seed)
         model = self._new_model(len(labels))
-        loader = self._loader(training, settings.batch_size, generator)
+        schedule = Schedule.of(settings, len(training))
+        loader = self._loader(training, schedule.batch_size, generator)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trained, lr=settings.peak_learning_rate, weight_decay=settings.weight_decay
         )
-        steps = settings.max_epochs * len(loader)
-        schedule = get_linear_schedule_with_warmup(
+        steps = schedule.max_epochs * len(loader)
+        rates = get_linear_schedule_with_warmup(
             optimizer, max(1, round(steps * settings.warmup_fraction)), steps
         )
         best, best_rank = {}, -1.0
-        for _ in range(settings.max_epochs):
+        for _ in range(schedule.max_epochs):
             model.train()
             for batch in loader:
                 with torch.enable_grad():
@@ -70,7 +72,7 @@ class PeftTrainer:
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
                 optimizer.step()
-                schedule.step()
+                rates.step()
             right = self._right(model, validation)
             if sum(right) > best_rank:
                 best_rank = sum(right)

@@ -67,10 +67,16 @@ def train(
         float | None, typer.Option(help="LoRA: its output is times this over the rank; default: times 2.")
     ] = None,
     rslora: Annotated[bool, typer.Option("--rslora", help="Over the rank's square root instead.")] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the data.")] = 10,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs without gain.")] = 2,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Most passes over the data; default: 10, more of few examples.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many epochs without gain; default: a fifth.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; default: the kind's own.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples per step; default: 32, fewer where examples are few.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=3, help="Longer texts are cut.")] = 128,
     pooling: Annotated[
         str | None, typer.Option(help="What the head reads of a text: cls or mean; default: the task's.")
@@ -274,6 +280,12 @@ def _warn_of(report: TrainingReport) -> None:
             f"no validation example has the label {unseen[0]!r:.80}"
             + (f" or {len(unseen) - 1} more" if len(unseen) > 1 else "")
             + ": validation figures say nothing of it"
+        )
+    judged = report.test or report.validation
+    if judged.values.get("accuracy", 1.0) <= judged.values.get("majority_accuracy", 0.0):
+        warn(
+            "it does no better than always giving the commonest label; more examples, --balanced or a "
+            "--teacher may help"
         )
     if report.divergence:
         warn(f"the training ended early, and its best epoch was kept: {report.divergence}")

@@ -34,6 +34,7 @@ from hmi_engine.construct.training_loop import (
     learning_rate_factor,
     num_steps,
 )
+from hmi_engine.construct.training_schedule import Schedule
 from hmi_engine.construct.training_settings import Epoch, TrainingProgress
 from hmi_engine.errors import TrainingDivergedError
 from hmi_engine.models.bert import HierarchicalBert
@@ -83,6 +84,7 @@ class _Learner:
         self.states, self.data = training.task.states, training.task.data
         self.objective = training.task.objective
         self.total_steps, self.steps = num_steps(training.task, training.settings), 0
+        self._schedule = Schedule.of(training.settings, len(training.task.split.training))
         self.course = Course(self.objective.best_by)
         self.losses: list[float] = []
         self.failure: TrainingDivergedError | None = None
@@ -95,7 +97,7 @@ class _Learner:
             length_batches(
                 training.task.split.training,
                 self._lengths,
-                training.settings.batch_size,
+                self._schedule.batch_size,
                 training.generator,
             )
         )
@@ -118,7 +120,7 @@ class _Learner:
 
     @property
     def is_active(self) -> bool:
-        is_over = self.steps == self.total_steps or self.course.is_exhausted(self.training.settings.patience)
+        is_over = self.steps == self.total_steps or self.course.is_exhausted(self._schedule.patience)
         return self.failure is None and not is_over
 
     def add_step(self, loss: float) -> None:

@@ -20,6 +20,7 @@ from hmi_engine.construct.training_data import Split, TaskData
 from hmi_engine.construct.training_loop import FitResult, TrainingTask, fit
 from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import Metrics, check_metric_libraries
+from hmi_engine.construct.training_schedule import with_schedule
 from hmi_engine.construct.training_search import SearchSpace, search
 from hmi_engine.construct.training_settings import (
     Epoch,
@@ -147,6 +148,9 @@ class TrainingBase:
         test_data = session.encode(test_examples) if test_examples else None
         generator = torch.Generator().manual_seed(settings.seed)
         split = session.split(data, len(examples), generator)
+        num_unlabelled = 0 if teaching is None else len(teaching.texts)
+        settings = with_schedule(settings, len(split.training) + num_unlabelled)
+        session = dataclasses.replace(session, settings=settings)
         tenant = session.new_tenant(settings, generator)
         taught = session.taught(teaching, data, split, test_data)
         states = session.cache(taught.data, tenant)
@@ -180,7 +184,7 @@ class PreparedTraining:
 
     @property
     def settings(self) -> TrainingSettings:
-        """As they were given, or as a search found them."""
+        """As they were given, or as a search found them, with nothing of the schedule left open."""
         return self.session.settings
 
     def searched(self, space: SearchSpace) -> PreparedTraining:

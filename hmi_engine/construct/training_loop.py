@@ -15,6 +15,7 @@ from hmi_engine.construct.trainable_tenant import TrainableTenant
 from hmi_engine.construct.training_cache import HiddenStateCache
 from hmi_engine.construct.training_data import Split, TaskData, length_batches
 from hmi_engine.construct.training_memory import memory_advice
+from hmi_engine.construct.training_schedule import Schedule
 from hmi_engine.construct.training_settings import Epoch, TrainingProgress, TrainingSettings
 from hmi_engine.errors import TrainingDivergedError
 
@@ -123,7 +124,9 @@ def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) ->
 
 def num_steps(task: TrainingTask, settings: TrainingSettings) -> int:
     """Steps of a training that is not ended early."""
-    return -(-len(task.split.training) // settings.batch_size) * settings.max_epochs
+    num_training = len(task.split.training)
+    schedule = Schedule.of(settings, num_training)
+    return -(-num_training // schedule.batch_size) * schedule.max_epochs
 
 
 def fit(
@@ -156,11 +159,12 @@ def fit(
     """
     total = num_steps(task, settings) if max_steps is None else min(max_steps, num_steps(task, settings))
     optimizer = _Optimizer(tenant, settings, total)
+    schedule = Schedule.of(settings, len(task.split.training))
     course = Course(task.objective.best_by)
     lengths = task.data.lengths()
-    while optimizer.steps < total and not course.is_exhausted(settings.patience):
+    while optimizer.steps < total and not course.is_exhausted(schedule.patience):
         losses: list[float] = []
-        batches = length_batches(task.split.training, lengths, settings.batch_size, generator)
+        batches = length_batches(task.split.training, lengths, schedule.batch_size, generator)
         try:
             for loss in _steps(task, tenant, optimizer, batches, settings):
                 losses.append(loss)

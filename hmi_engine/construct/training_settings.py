@@ -52,7 +52,7 @@ class TrainingProgress(Protocol):
 
 
 class TrainingSettings(BaseModel):
-    """How a tenant is trained. Every field has a default that suits a thousand short texts.
+    """How a tenant is trained. Every field has a default that suits short texts.
 
     Attributes:
         task: what is learned; the examples are of its type.
@@ -68,10 +68,11 @@ class TrainingSettings(BaseModel):
         lora_alpha: PEFT's ``lora_alpha``: the factor is this over the rank; None for ``lora_scale``.
         use_rslora: whether it is over the rank's square root (Kalajdzievski 2023).
         learning_rate: peak of the linear warm-up and decay; None for the kind's default.
-        batch_size: texts per step.
-        max_epochs: passes over the training split at most.
+        batch_size: examples per step; None for 32, or fewer where examples are few
+            (:class:`hmi_engine.construct.training_schedule.Schedule`).
+        max_epochs: passes over the training split at most; None for 10, or more where examples are few.
         patience: the training stops after so many epochs in which neither accuracy nor loss on the
-            validation split got better.
+            validation split got better; None for a fifth of ``max_epochs``.
         warmup_fraction: share of all steps in which the learning rate rises.
         weight_decay: of AdamW, on matrices only.
         validation_fraction: share of each label's examples that is held out to choose the best epoch; a
@@ -103,9 +104,9 @@ class TrainingSettings(BaseModel):
     lora_alpha: float | None = Field(default=None, gt=0)
     use_rslora: bool = False
     learning_rate: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    max_epochs: int = Field(default=10, ge=1)
-    patience: int = Field(default=2, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    max_epochs: int | None = Field(default=None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     validation_fraction: float = Field(default=0.15, gt=0, lt=1)
@@ -238,7 +239,8 @@ class TrainingReport(BaseModel):
         test_hit_rates: of the test examples; those that the domain's corpus holds are cross-fitted too.
         data_sha256: digest of the examples in their order, those of a validation set after the others.
         test_sha256: digest of the test examples.
-        settings: as they were given, with the learning rate and rank that a search found.
+        settings: as they were given, with batch size, epochs and patience as they were if that was left open,
+            and with the learning rate and rank that a search found.
         search: its trials; None where there was none.
         teacher: whom the tenant learned from; None where that were labels alone.
     """

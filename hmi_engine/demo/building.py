@@ -19,6 +19,7 @@ from hmi_engine.store import Store
 __all__ = ["add_random_tenants", "build_domains", "create_store", "train_tenants"]
 
 LEARNING_RATE = 3e-3
+BATCH_SIZE = 32
 """Higher than the default of long trainings: a tenant of the demo learns from few steps."""
 
 
@@ -61,6 +62,7 @@ def train_tenants(
         kind="lora",
         rank=settings.rank,
         learning_rate=LEARNING_RATE,
+        batch_size=BATCH_SIZE,
         max_epochs=settings.max_epochs,
         max_tokens=settings.max_tokens,
     )

@@ -65,6 +65,17 @@ def test_a_label_with_a_single_example_is_warned_of(made):
     )
 
 
+def test_a_tenant_that_learned_nothing_is_warned_of(made):
+    done = train(made, "untrained", "--learning-rate", 1e-9, "--json")
+    values = json.loads(done.stdout)["validation"]["values"]
+    assert values["accuracy"] <= values["majority_accuracy"]
+    assert "no better than always giving the commonest label" in " ".join(done.stderr.split())
+    learned = train(made, "learned", "--epochs", 10, "--json")
+    values = json.loads(learned.stdout)["validation"]["values"]
+    assert values["accuracy"] > values["majority_accuracy"]
+    assert "no better" not in learned.stderr
+
+
 def test_lora_at_every_linear_layer(made):
     done = train(made, "wide", "--kind", "lora", "--rank", 2, "--sites", "all-linear", "--json")
     assert done.returncode == 0, done.stderr

@@ -131,7 +131,7 @@ def test_words_are_tagged(base):
 
 def test_company_changes_nothing(base, topic_examples, monkeypatch):
     """Of other sizes, rates and lengths of training, some leaving early, in passes of any size."""
-    first = tenant("first", topic_examples(50, seed=1), max_epochs=4)
+    first = tenant("first", topic_examples(50, seed=1), max_epochs=4, batch_size=None, patience=None)
     others = [
         tenant("short", topic_examples(24, seed=2), max_epochs=1),
         tenant("fast", topic_examples(70, seed=3), learning_rate=0.02, batch_size=8),

@@ -138,7 +138,7 @@ def test_no_memory(train, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(training_loop._Optimizer, "step", full)
-    with pytest.raises(TrainingMemoryError, match=r"step 1 with batch_size=32.*--batch-size or --max-tokens"):
+    with pytest.raises(TrainingMemoryError, match=r"step 1 with batch_size=8 .*--batch-size or --max-tokens"):
         train()
     assert_nothing_is_left(train.store)
 

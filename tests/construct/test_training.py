@@ -152,6 +152,11 @@ def test_a_diverged_training_is_refused(train):
         train(learning_rate=1e30, max_epochs=1)
 
 
+def test_what_the_settings_leave_open_is_reported(train):
+    settings = train(batch_size=None, patience=None).report.settings
+    assert (settings.batch_size, settings.max_epochs, settings.patience) == (8, 2, 2)
+
+
 def test_report_survives_json(train, topic_examples):
     report = train(test_examples=topic_examples(20, seed=3)).report
     assert TrainingReport.model_validate_json(report.model_dump_json()) == report
