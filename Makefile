@@ -36,12 +36,14 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.neighbours
 	python -m benchmarks.generation
 	python -m benchmarks.shared_prompts
+	python -m benchmarks.perplexity
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
 	python -m benchmarks.accuracy
 	python -m benchmarks.few_examples
+	python -m benchmarks.joint_training
 	python -m benchmarks.coverage_growth
 	python -m benchmarks.drift
 	python -m benchmarks.miss
