@@ -69,7 +69,7 @@ def test_init_takes_the_form_that_comes_along(tmp_path):
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["general"]["plot_layers"] == plot_layers
     for arguments, said in (
-        (("--packaged", "--plot-layers", 5), "only with 2 and 3"),
+        (("--packaged", "--plot-layers", 5), "only with 2, 3, 4"),
         (("--packaged", "--general", tmp_path), "leave out --general"),
         ((), "--packaged"),
     ):
