@@ -80,7 +80,9 @@ def train(
     max_tokens: Annotated[int, typer.Option(min=3, help="Longer texts are cut.")] = 128,
     pooling: Annotated[
         str | None,
-        typer.Option(help="What the head reads: cls, or mean (often better of few examples, slower to serve)."),
+        typer.Option(
+            help="What the head reads: cls, or mean (often better of few examples, slower to serve)."
+        ),
     ] = None,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Make rare labels count as much as frequent ones.")
