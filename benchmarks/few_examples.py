@@ -7,6 +7,7 @@ tested on the same test texts.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import statistics
@@ -87,7 +88,6 @@ class Outcome:
     Attributes:
         value: the task's figure on the test texts.
         majority: accuracy of the commonest label; None of tags.
-        batch_size: of the training.
         planned_steps: of the training, had it not ended early.
         steps: that it took.
         seconds: processor time.
@@ -95,7 +95,6 @@ class Outcome:
 
     value: float
     majority: float | None
-    batch_size: int
     planned_steps: int
     steps: int
     seconds: float
@@ -145,7 +144,6 @@ def _train(store: Store, labelled: StudySet, size: int, number: int, way: Way) -
     return Outcome(
         value=report.test.values[report.best_by],
         majority=report.test.values.get("majority_accuracy"),
-        batch_size=used.batch_size,
         planned_steps=steps * used.max_epochs,
         steps=steps * len(report.history),
         seconds=seconds,
@@ -160,16 +158,14 @@ def _outcomes(store: Store, sets: Sequence[StudySet], sizes: _Sizes, kept: KeptS
     found: Outcomes = {}
     for labelled in sets:
         store.add_domain(labelled.name, iter(labelled.training_texts()))
-    for number in range(sizes.draws):
-        for size in sizes.examples:
-            for labelled in sets:
-                for way in _ways(labelled):
-                    outcome = kept.take(
-                        f"{labelled.name}, {size}, {way.name}, {number}",
-                        Outcome,
-                        functools.partial(_train, store, labelled, size, number, way),
-                    )
-                    found.setdefault((size, way.name, labelled.name), []).append(outcome)
+    for number, size, labelled in itertools.product(range(sizes.draws), sizes.examples, sets):
+        for way in _ways(labelled):
+            outcome = kept.take(
+                f"{labelled.name}, {size}, {way.name}, {number}",
+                Outcome,
+                functools.partial(_train, store, labelled, size, number, way),
+            )
+            found.setdefault((size, way.name, labelled.name), []).append(outcome)
     return found
 
 
@@ -237,10 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
     result.write(arguments.out)
-    for table in result.tables:
-        print(table.title)
-        for row in table.rows:
-            print("  ", *(f"{cell:.3f}" if isinstance(cell, float) else cell for cell in row))
+    print("\n".join(result.table_lines()))
 
 
 if __name__ == "__main__":

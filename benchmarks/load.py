@@ -255,9 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = read_arguments(NAME, QUESTION, argv)
     result = measure(arguments)
     result.write(arguments.out)
-    for table in result.tables:
-        for row in (table.columns, *table.rows):
-            print(*(cell if isinstance(cell, str) else f"{cell:.4g}" for cell in row), sep="  ")
+    print("\n".join(result.table_lines()))
     for quantity in result.quantities:
         print(quantity)
     print(f"wrote {arguments.out}")

@@ -191,10 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
     result.write(arguments.out)
-    for table in result.tables:
-        print(table.title)
-        for row in table.rows:
-            print("  ", *(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row))
+    print("\n".join(result.table_lines()))
 
 
 if __name__ == "__main__":

@@ -250,9 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures and writes the result."""
     study, out, command, is_quick = read_study(argv)
     result = measure(study, out, command, is_quick=is_quick)
-    for table in result.tables:
-        for row in (table.columns, *table.rows):
-            print(*(f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row), sep="  ")
+    print("\n".join(result.table_lines()))
     print(f"wrote {out}")
 
 

@@ -154,6 +154,16 @@ class Table(_Frozen):
     columns: tuple[str, ...]
     rows: tuple[tuple[str | float | None, ...], ...]
 
+    def lines(self) -> list[str]:
+        """Title, columns and rows; an empty cell is a dash."""
+        return [self.title, *("  ".join(map(_shown, row)) for row in (self.columns, *self.rows))]
+
+
+def _shown(cell: str | float | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
 
 class BenchmarkResult(_Frozen):
     """What one benchmark found, how, and on what."""
@@ -208,6 +218,10 @@ class BenchmarkResult(_Frozen):
             for case in self.cases
             for ratio in case.ratios
         ]
+
+    def table_lines(self) -> list[str]:
+        """Every table, its title and columns first, as commands print them."""
+        return [line for table in self.tables for line in table.lines()]
 
     def write(self, path: Path) -> None:
         """Writes the result as JSON, atomically."""

@@ -284,8 +284,8 @@ def _warn_of(report: TrainingReport) -> None:
             + (f" or {len(unseen) - 1} more" if len(unseen) > 1 else "")
             + ": validation figures say nothing of it"
         )
-    judged = report.test or report.validation
-    if judged.values.get("accuracy", 1.0) <= judged.values.get("majority_accuracy", 0.0):
+    values = (report.test or report.validation).values
+    if "majority_accuracy" in values and values["accuracy"] <= values["majority_accuracy"]:
         warn(
             "it does no better than always giving the commonest label; more examples, --balanced or a "
             "--teacher may help"

@@ -125,8 +125,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_fraction: float) ->
 def num_steps(task: TrainingTask, settings: TrainingSettings) -> int:
     """Steps of a training that is not ended early."""
     num_training = len(task.split.training)
-    schedule = Schedule.of(settings, num_training)
-    return -(-num_training // schedule.batch_size) * schedule.max_epochs
+    return Schedule.of(settings, num_training).num_steps(num_training)
 
 
 def fit(

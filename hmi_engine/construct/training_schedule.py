@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from hmi_engine.construct.training_settings import TrainingSettings
 
 __all__ = ["Schedule", "with_schedule"]
 
 MIN_STEPS = 400
-"""Steps that a training takes if it can; :mod:`benchmarks.few_examples` compares it with other numbers."""
+"""Steps that a training takes if it can; :mod:`benchmarks.few_examples` compares it with fewer."""
 
 MIN_EPOCHS = 10
 BATCH_SIZES = (32, 16, 8)
@@ -35,27 +35,23 @@ class Schedule:
         """
         batch_size = settings.batch_size or _batch_size(settings, num_training)
         max_epochs = settings.max_epochs or max(
-            MIN_EPOCHS, math.ceil(MIN_STEPS / _steps(num_training, batch_size))
+            MIN_EPOCHS, math.ceil(MIN_STEPS / _epoch_steps(num_training, batch_size))
         )
         patience = settings.patience or max(_MIN_PATIENCE, max_epochs // _EPOCHS_FOR_ONE_OF_PATIENCE)
         return cls(batch_size, max_epochs, patience)
 
+    def num_steps(self, num_training: int) -> int:
+        """Steps of a training that is not ended early."""
+        return _epoch_steps(num_training, self.batch_size) * self.max_epochs
+
 
 def with_schedule(settings: TrainingSettings, num_training: int) -> TrainingSettings:
     """The settings with nothing of the schedule left open."""
-    schedule = Schedule.of(settings, num_training)
-    return settings.model_copy(
-        update={
-            "batch_size": schedule.batch_size,
-            "max_epochs": schedule.max_epochs,
-            "patience": schedule.patience,
-        }
-    )
+    return settings.model_copy(update=asdict(Schedule.of(settings, num_training)))
 
 
-def _steps(num_training: int, batch_size: int) -> int:
-    """Steps of an epoch."""
-    return max(1, -(-num_training // batch_size))
+def _epoch_steps(num_training: int, batch_size: int) -> int:
+    return -(-num_training // batch_size)
 
 
 def _batch_size(settings: TrainingSettings, num_training: int) -> int:
@@ -63,5 +59,5 @@ def _batch_size(settings: TrainingSettings, num_training: int) -> int:
     if settings.task == "embedding":  # the other pairs of a batch are its negatives
         return BATCH_SIZES[0]
     epochs = settings.max_epochs or MIN_EPOCHS
-    enough = [size for size in BATCH_SIZES if epochs * _steps(num_training, size) >= MIN_STEPS]
+    enough = [size for size in BATCH_SIZES if epochs * _epoch_steps(num_training, size) >= MIN_STEPS]
     return enough[0] if enough else BATCH_SIZES[-1]

@@ -19,8 +19,9 @@ from hmi_engine.store import Store
 __all__ = ["add_random_tenants", "build_domains", "create_store", "train_tenants"]
 
 LEARNING_RATE = 3e-3
-BATCH_SIZE = 32
 """Higher than the default of long trainings: a tenant of the demo learns from few steps."""
+
+BATCH_SIZE = 32
 
 
 def create_store(directory: Path, model: str | Path, distilled: Path | None, progress: DemoProgress) -> Store:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from benchmarks.recorded_command import recorded_command
-from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, read_results
+from benchmarks.result import BenchmarkResult, Case, Curve, Quantity, Ratio, System, Table, read_results
 from hmi_engine.demo.environment import describe_machine, installed_versions
 
 
@@ -56,6 +56,14 @@ def test_ratio_of_rates_not_of_times() -> None:
     slow = System.of("slow", "", [3.0, 6.0, 12.0], [1, 2, 4], "texts")
     ratio = Ratio.of(fast, slow)
     assert (ratio.times.value, ratio.times.low, ratio.times.high) == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_tables_in_words() -> None:
+    table = Table(
+        title="scores", columns=("way", "F1", "texts"), rows=(("short", 0.123456, 12), ("long", None, 3))
+    )
+    result = make_result().model_copy(update={"tables": (table, table)})
+    assert result.table_lines() == 2 * ["scores", "way  F1  texts", "short  0.1235  12", "long  -  3"]
 
 
 def test_result_comes_back_from_its_file(tmp_path: Path) -> None:
