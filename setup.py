@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -143,18 +144,27 @@ def kept_pybind11() -> Path:
     return kept
 
 
+def in_command(path: object) -> str:
+    """The path as a word of a command in build.ninja: folders may have spaces."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def as_target(path: object) -> str:
+    """The path as an output or input of build.ninja; ninja itself quotes what stands for $in and $out."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
     # -isystem: their warnings are not ours.
-    system = [f"-isystem {kept_pybind11()}", f"-isystem {sysconfig.get_path('include')}"]
-    system += [f"-isystem {cuda_include()}"] if with_cuda else []
-    common = [*optimization_flags(), f"-I{ROOT / 'csrc'}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
+    headers = [kept_pybind11(), sysconfig.get_path("include"), *([cuda_include()] if with_cuda else [])]
+    system = [f"-isystem {in_command(folder)}" for folder in headers]
+    common = [*optimization_flags(), f"-I{in_command(ROOT / 'csrc')}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
     names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else [])}\"'"]
     nvcc_flags = ["-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "--expt-relaxed-constexpr"]
     nvcc_flags += ["-ccbin", cxx, *architecture_flags()]
-    linker = (
-        f"{find_nvcc()} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
-    )
+    nvcc = in_command(find_nvcc())
+    linker = f"{nvcc} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
     lines = [
         "ninja_required_version = 1.3",
         f"cxx_flags = {' '.join([*CXX_FLAGS, *common, *system, *names])}",
@@ -164,7 +174,7 @@ def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {find_nvcc()} -MMD -MF $out.d $nvcc_flags -c $in -o $out",
+        f"  command = {nvcc} -MMD -MF $out.d $nvcc_flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -175,10 +185,11 @@ def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     for source in [*sources(".cpp"), *sources(".cu")]:
         if source in skipped or (needs_cuda(source) and not with_cuda):
             continue
-        objects.append(str(folder / f"{source.replace('/', '_')}.o"))
-        lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'cxx'} {ROOT / source}")
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        objects.append(as_target(folder / f"{source.replace('/', '_')}.o"))
+        lines.append(f"build {objects[-1]}: {rule} {as_target(ROOT / source)}")
         lines.append(f"  file_flags = {' '.join(SIMD_FLAGS.get(source, []))}")
-    return "\n".join([*lines, f"build {module}: link {' '.join(objects)}", ""])
+    return "\n".join([*lines, f"build {as_target(module)}: link {' '.join(objects)}", ""])
 
 
 class NinjaBuild(build_ext):

@@ -71,8 +71,9 @@ def grouped_bottleneck(
             smaller tiles. By default it is read from ``slot_ranks`` in host memory; on a GPU it is 256.
 
     On a GPU ``segment_offsets``, ``segment_slots`` and the ``slot_`` tensors may stay in host memory: they
-    are then checked and uploaded by each call. On the device the kernels themselves check them, see
-    :func:`raise_faults`.
+    are then checked and uploaded by each call. On the device the kernels themselves check them: segments
+    whose values are out of bounds stay as they are; the backend ``cuda`` tells of them by
+    :func:`raise_faults`, ``triton`` does not.
 
     Raises TypeError or ValueError, before anything is changed, on arguments of another kind or out of bounds.
     """

@@ -1,7 +1,7 @@
 """Checks of what a tensor is (type, shape, layout), which every op makes before an address is passed on.
 
-What a tensor holds is checked by the kernels themselves, which read it anyway. All tensors of a call are on
-one device: torch's dispatcher and ``library`` see to it.
+What a tensor holds is checked by the kernels themselves, which read it anyway. All tensors of an op's call
+are on one device: torch's dispatcher and ``library`` see to it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ def require_vector(name: str, tensor: Tensor, dtype: torch.dtype, size: int | No
         _refuse(name, tensor, (dtype,), (size,))
     if size is not None and tensor.shape[0] != size:
         _refuse(name, tensor, (dtype,), (size,))
+
+
+def require_on_cpu(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor is in host memory: for what is no op, which is seen to."""
+    if not tensor.is_cpu:
+        raise ValueError(f"{name} must be on the CPU, not on {tensor.device}")
 
 
 def require_tensor(

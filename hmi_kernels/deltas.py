@@ -220,8 +220,10 @@ def _bottleneck_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 def _bias_table(arena: Tensor, offsets: Tensor, ranks: Tensor, max_rank: int) -> Tensor:
     """The slots' inner biases, [slots, max_rank], zero beyond their ranks."""
     columns = torch.arange(max_rank, device=offsets.device)
-    is_real = columns < ranks[:, None]
-    places = torch.where(is_real, offsets[:, None] + columns, 0)
+    places = offsets[:, None] + columns
+    # The forward pass has checked the slots in use; the tables may say anything of the others.
+    is_real = (columns < ranks[:, None]) & (places >= 0) & (places < arena.shape[0])
+    places = torch.where(is_real, places, 0)
     return torch.where(is_real.to(arena.device), arena[places.to(arena.device)], 0)
 
 

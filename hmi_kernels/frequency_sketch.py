@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmi_kernels.checks import require_packed, require_vector, require_window
+from hmi_kernels.checks import require_on_cpu, require_packed, require_vector, require_window
 from hmi_kernels.native import native, native_reason
 from hmi_kernels.ngrams import ngram_keys
 
@@ -70,6 +70,7 @@ class FrequencySketch:
         Raises TypeError or ValueError, and adds nothing, on other arguments.
         """
         require_vector("keys", keys, torch.int64)
+        require_on_cpu("keys", keys)
         _require_positive("weight", weight)
         if isinstance(self._sketch, _TorchSketch):
             self._sketch.add(keys, weight)
@@ -93,9 +94,10 @@ class FrequencySketch:
         ``is_causal``, for a decoder: those in slots 1, 2 are left out.
 
         Args:
-            input_ids: int32 [tokens], the sequences laid end to end.
-            sequence_offsets: int64 [sequences + 1].
-            sequence_numbers: int64 [n], which of the sequences; each is added as often as it is named.
+            input_ids: int32 [tokens], on the CPU, the sequences laid end to end.
+            sequence_offsets: int64 [sequences + 1], on the CPU.
+            sequence_numbers: int64 [n], on the CPU, which of the sequences; each is added as often as it is
+                named.
             window: 2 or 3.
             is_causal: whether windows are those of a decoder.
             weight: positive and finite.
@@ -105,6 +107,12 @@ class FrequencySketch:
         require_packed(input_ids, sequence_offsets)
         require_vector("sequence_numbers", sequence_numbers, torch.int64)
         require_window(window)
+        for name, tensor in (
+            ("input_ids", input_ids),
+            ("sequence_offsets", sequence_offsets),
+            ("sequence_numbers", sequence_numbers),
+        ):
+            require_on_cpu(name, tensor)
         _require_positive("weight", weight)
         if is_causal or isinstance(self._sketch, _TorchSketch):
             self.add(_window_keys(input_ids, sequence_offsets, sequence_numbers, window, is_causal), weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
@@ -111,7 +111,21 @@ class _Op:
         first = args[0]
         if type(first) is not Tensor:
             return self._registered(*args, **kwargs)
-        return self._run(first.device.type, args, kwargs)
+        device_type = first.device.type
+        if device_type == "cuda" or (_are_on_cpu(args) and _are_on_cpu(kwargs.values())):
+            return self._run(device_type, args, kwargs)
+        return self._registered(*args, **kwargs)
+
+
+def _are_on_cpu(values: Iterable[Any]) -> bool:
+    """Whether all tensors are: of several devices the dispatcher knows which one counts."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_cpu:
+                return False
+        elif isinstance(value, list) and not _are_on_cpu(value):
+            return False
+    return True
 
 
 def _is_anybody_looking() -> bool:

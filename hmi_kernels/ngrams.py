@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hmi_kernels import reference
-from hmi_kernels.checks import require_order, require_packed, require_tensor, require_vector
+from hmi_kernels.checks import require_on_cpu, require_order, require_packed, require_tensor, require_vector
 from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native, native_reason
 from hmi_kernels.reference import BITS_PER_SLOT, MAX_TOKEN_ID
@@ -187,6 +187,8 @@ class NgramCounter:
     def add(self, input_ids: Tensor, sequence_offsets: Tensor) -> None:
         """Counts a batch of CPU tensors, as :func:`count_ngrams` takes it; on an error nothing of it."""
         require_packed(input_ids, sequence_offsets)
+        require_on_cpu("input_ids", input_ids)
+        require_on_cpu("sequence_offsets", sequence_offsets)
         if isinstance(self._counter, _TorchCounter):
             self._counter.add(input_ids, sequence_offsets)
         else:

@@ -52,7 +52,8 @@ def plot_lookup(
 
     Returns: references int64 [tokens, 1] or [tokens, 3], each ``table << ROW_BITS | row`` or -1.
     Raises TypeError or ValueError on arguments of another kind, ValueError on ids and tables that cannot be.
-    On a GPU the kernel finds such values: it gives their tokens -1, and :func:`raise_faults` tells of them.
+    On a GPU the kernel finds such values and gives their tokens -1; of the backend ``cuda``
+    :func:`raise_faults` tells.
     """
     return cast(Tensor, _plot_lookup(input_ids, sequence_offsets, list(indexes), chains, window=window))
 
@@ -114,8 +115,8 @@ def plot_merge(
 
     Returns: [tokens, hidden].
     Raises TypeError or ValueError on arguments of another kind, ValueError on a sequence longer than there
-    are positions and on rows or ids that lie outside the tables. On a GPU the kernel finds such values: it
-    gives their tokens zeros, and :func:`raise_faults` tells of them.
+    are positions and on rows or ids that lie outside the tables. On a GPU the kernel finds such values and
+    gives their tokens zeros; of the backend ``cuda`` :func:`raise_faults` tells.
     """
     output = _plot_merge(
         input_ids,

@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "cuda/error.h"
+#include "cuda/relaxed_capture.h"
 
 namespace hmi::bindings {
 namespace {
@@ -10,6 +11,7 @@ namespace {
 // (address for the host, address for the device) of the device's fault word, see cuda/fault.h. Never freed: kernels
 // may still write to it when the interpreter ends.
 std::pair<Address, Address> allocate_fault_word() {
+  const cuda::RelaxedCapture relaxed;
   void* word = nullptr;
   void* device_word = nullptr;
   cuda::require("cudaHostAlloc", cudaHostAlloc(&word, sizeof(unsigned long long), cudaHostAllocMapped));
@@ -26,11 +28,27 @@ std::pair<int, int> versions() {
   return {driver, runtime};
 }
 
+int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  cuda::require("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+std::pair<int, int> compute_capability(int device) {
+  return {device_attribute(cudaDevAttrComputeCapabilityMajor, device),
+          device_attribute(cudaDevAttrComputeCapabilityMinor, device)};
+}
+
+// Bytes that one block may have.
+int max_shared_bytes(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
 }  // namespace
 
 void define_cuda(py::module_& m) {
   m.def("versions", &versions);
   m.def("allocate_fault_word", &allocate_fault_word);
+  m.def("compute_capability", &compute_capability, py::arg("device"));
+  m.def("max_shared_bytes", &max_shared_bytes, py::arg("device"));
   define_cuda_copies(m);
   define_cuda_adapters(m);
   define_cuda_products(m);

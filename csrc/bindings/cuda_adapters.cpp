@@ -18,7 +18,8 @@ void grouped_adapter(int type, Address output, int64_t output_stride, const std:
                      Address arena, int64_t arena_size, Address segment_offsets, Address segment_slots,
                      int64_t num_segments, Address slot_offsets, Address slot_ranks, Address slot_activations,
                      Address slot_scales, int64_t num_slots, int32_t max_rank, Address layer_norm_weight,
-                     Address layer_norm_bias, float layer_norm_eps, Address workspace, Address fault, Address stream) {
+                     Address layer_norm_bias, float layer_norm_eps, Address workspace, int32_t max_shared_bytes,
+                     Address fault, Address stream) {
   if (output_sizes.empty() || output_sizes.size() > cuda::kMaxProjections) {
     throw std::invalid_argument("output_sizes must name 1 to 4 projections");
   }
@@ -47,6 +48,7 @@ void grouped_adapter(int type, Address output, int64_t output_stride, const std:
   a.layer_norm_bias = pointer<const void>(layer_norm_bias);
   a.layer_norm_epsilon = layer_norm_eps;
   a.workspace = pointer<float>(workspace);
+  a.max_shared_bytes = max_shared_bytes;
   a.fault = pointer<unsigned long long>(fault);
   cuda::require("launch of grouped_adapter", cuda::grouped_adapter(a, pointer<CUstream_st>(stream)));
 }
@@ -73,9 +75,10 @@ void grouped_vector(bool is_scale, int type, Address hidden_states, int64_t stri
 }
 
 cuda::AdapterPlan plan_adapter(int64_t num_tokens, int64_t num_segments, int32_t input_size, int32_t total_output_size,
-                               int32_t num_projections, int32_t max_rank, bool has_layer_norm) {
-  return cuda::plan_adapter(
-      {num_tokens, num_segments, input_size, total_output_size, num_projections, max_rank, has_layer_norm});
+                               int32_t num_projections, int32_t max_rank, bool has_layer_norm,
+                               int32_t max_shared_bytes) {
+  return cuda::plan_adapter({num_tokens, num_segments, input_size, total_output_size, num_projections, max_rank,
+                             has_layer_norm, max_shared_bytes});
 }
 
 const char* name_of_kernel(const cuda::AdapterPlan& plan) {
@@ -107,14 +110,15 @@ void define_cuda_adapters(py::module_& m) {
       .def_readonly("column_chunks", &AdapterPlan::column_chunks)
       .def_readonly("workspace_elements", &AdapterPlan::workspace_elements);
   m.def("plan_adapter", &plan_adapter, py::arg("num_tokens"), py::arg("num_segments"), py::arg("input_size"),
-        py::arg("total_output_size"), py::arg("num_projections"), py::arg("max_rank"), py::arg("has_layer_norm"));
+        py::arg("total_output_size"), py::arg("num_projections"), py::arg("max_rank"), py::arg("has_layer_norm"),
+        py::arg("max_shared_bytes"));
   m.def("grouped_adapter", &grouped_adapter, py::arg("data_type"), py::arg("output"), py::arg("output_stride"),
         py::arg("output_sizes"), py::arg("hidden_states"), py::arg("hidden_stride"), py::arg("num_tokens"),
         py::arg("input_size"), py::arg("arena"), py::arg("arena_size"), py::arg("segment_offsets"),
         py::arg("segment_slots"), py::arg("num_segments"), py::arg("slot_offsets"), py::arg("slot_ranks"),
         py::arg("slot_activations"), py::arg("slot_scales"), py::arg("num_slots"), py::arg("max_rank"),
         py::arg("layer_norm_weight"), py::arg("layer_norm_bias"), py::arg("layer_norm_eps"), py::arg("workspace"),
-        py::arg("fault"), py::arg("stream"), WithoutLock());
+        py::arg("max_shared_bytes"), py::arg("fault"), py::arg("stream"), WithoutLock());
   m.def("grouped_vector", &grouped_vector, py::arg("is_scale"), py::arg("data_type"), py::arg("hidden_states"),
         py::arg("stride"), py::arg("num_tokens"), py::arg("hidden_size"), py::arg("arena"), py::arg("arena_size"),
         py::arg("segment_offsets"), py::arg("segment_slots"), py::arg("num_segments"), py::arg("slot_offsets"),

@@ -27,7 +27,7 @@ struct TileRow {
   int32_t blocks;  // on one multiprocessor of sm_80
 };
 
-// The first row that fits is taken. Layer norms keep whole rows in shared memory: 32 of them up to 1,024 columns.
+// The first row that fits the shape and the device is taken. Layer norms keep whole rows in shared memory: 32 of them up to 1,024 columns.
 constexpr TileRow kTiles[] = {
     {4096, kAnyNumber, {16, 32, 64}, 3, 1},
     {4096, kAnyNumber, {16, 64, 64}, 2, 1},
@@ -42,6 +42,7 @@ constexpr TileRow kTiles[] = {
     {kNoLayerNorm, 16, {16, 256, 64}, 2, 2},
     {kNoLayerNorm, 32, {32, 256, 64}, 2, 1},
     {kNoLayerNorm, kAnyNumber, {64, 256, 64}, 2, 1},
+    {kNoLayerNorm, kAnyNumber, {16, 256, 64}, 2, 2},  // where a block has less shared memory
     {1024, 16, {16, 256, 64}, 2, 1},
     {1024, kAnyNumber, {32, 256, 64}, 2, 1},
     {2560, kAnyNumber, {16, 256, 64}, 2, 1},
@@ -80,9 +81,10 @@ int64_t slice_blocks_beside_each_other(int32_t shared_bytes) {
   return std::min<int64_t>(kMaxSliceBlocks, kMultiprocessorSharedBytesOfHopper / bytes);
 }
 
-const TileRow* find_row(int32_t columns, int32_t layer_norm_size, int64_t tokens) {
+const TileRow* find_row(int32_t columns, int32_t layer_norm_size, int64_t tokens, int32_t max_shared_bytes) {
   return std::find_if(std::begin(kTiles), std::end(kTiles), [&](const TileRow& row) {
-    return columns <= row.shape.rank_class && tokens <= row.max_tokens &&
+    const int bytes = tile_memory(row.shape, row.num_stages, layer_norm_size).total + kStaticSharedBytes;
+    return bytes <= max_shared_bytes && columns <= row.shape.rank_class && tokens <= row.max_tokens &&
            (layer_norm_size > 0) == (row.max_layer_norm_size > 0) && layer_norm_size <= row.max_layer_norm_size;
   });
 }
@@ -100,7 +102,7 @@ AdapterPlan plan_tiles(const AdapterShape& shape) {
   const int32_t columns = inner_columns(shape.max_rank, fits_together ? shape.num_projections : 1);
   const int32_t layer_norm_size = shape.has_layer_norm ? shape.total_output_size : kNoLayerNorm;
   const int64_t tokens = std::min(tokens_per_segment(shape), ceil_quotient(shape.num_tokens, kMultiprocessors));
-  const TileRow* found = find_row(columns, layer_norm_size, tokens);
+  const TileRow* found = find_row(columns, layer_norm_size, tokens, shape.max_shared_bytes);
   AdapterPlan plan{};
   plan.kernel = AdapterKernel::kTiles;
   if (found == std::end(kTiles)) return plan;
@@ -124,7 +126,7 @@ AdapterPlan plan_slices(const AdapterShape& shape) {
   int64_t fewest_rounds = kAnyNumber;
   for (const SliceRow& row : kSlices) {
     const int bytes = slice_memory(row.rank_class, row.num_stages, layer_norm_size).total;
-    if (columns > row.rank_class || bytes + kStaticSharedBytes > kMaxSharedBytes) continue;
+    if (columns > row.rank_class || bytes + kStaticSharedBytes > shape.max_shared_bytes) continue;
     if (plan.tile_rows > 0 && row.rank_class > plan.rank_class) break;
     const int64_t at_once = kMultiprocessorsOfHopper * slice_blocks_beside_each_other(bytes);
     const int64_t rounds = ceil_quotient(blocks, at_once);

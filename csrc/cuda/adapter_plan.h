@@ -21,6 +21,7 @@ struct AdapterShape {
   int32_t num_projections;
   int32_t max_rank;
   bool has_layer_norm;
+  int32_t max_shared_bytes;  // that a block may have on the device
 };
 
 enum class AdapterKernel : int32_t { kTiles, kGemv, kSlices };
@@ -45,7 +46,7 @@ struct AdapterPlan {
 // Slices if the ranks are few and fit, else tiles; GEMV if a segment has kMaxGemvTokens tokens or fewer on average.
 constexpr int64_t kMaxGemvTokens = 4;
 AdapterPlan plan_adapter(const AdapterShape& shape);
-AdapterPlan plan_tiles(const AdapterShape& shape);  // tile_rows 0: beyond the limits above, cannot be launched
+AdapterPlan plan_tiles(const AdapterShape& shape);  // tile_rows 0: beyond these limits or the device's, no launch
 AdapterPlan plan_slices(const AdapterShape& shape);  // tile_rows 0: beyond its limits
 AdapterPlan plan_gemv(const AdapterShape& shape);  // adapter_plan_gemv.cpp
 

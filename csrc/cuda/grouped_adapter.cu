@@ -14,7 +14,7 @@ AdapterShape shape_of(const GroupedAdapterArguments& arguments) {
   for (int p = 0; p < arguments.num_projections; ++p) total_output_size += arguments.output_sizes[p];
   return {arguments.num_tokens,       arguments.num_segments, arguments.input_size,
           total_output_size,          arguments.num_projections, arguments.max_rank,
-          arguments.layer_norm_weight != nullptr};
+          arguments.layer_norm_weight != nullptr, arguments.max_shared_bytes};
 }
 
 }  // namespace

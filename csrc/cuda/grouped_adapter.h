@@ -37,6 +37,7 @@ struct GroupedAdapterArguments {
   const void* layer_norm_bias;
   float layer_norm_epsilon;
   float* workspace;  // workspace_elements of the plan
+  int32_t max_shared_bytes;  // that a block may have on the device
   unsigned long long* fault;
 };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ HIDDEN_SIZES = (256, 4096)
 """Of a bottleneck; smallest and largest."""
 LORA_SIZES = (8, 16384)
 """Of the inputs and of each projection's outputs."""
+PLANNED_SHARED_BYTES = 163 * 1024
+"""Of one block, on sm_80: whatever these limits allow fits. GPUs of 8.6, 8.9 and 12 have less."""
 
 
 def check_adapter_shape(*, input_size: int, output_size: int, rank: int, is_bottleneck: bool) -> None:
@@ -43,7 +45,7 @@ def check_adapter_shape(*, input_size: int, output_size: int, rank: int, is_bott
         )
 
 
-def _refuses(arguments: BottleneckArguments | LoraArguments) -> str:
+def _refuses(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...]) -> str:
     output, hidden_states = arguments.output, arguments.hidden_states
     if output.dtype not in (torch.float16, torch.bfloat16):
         return f"output must be torch.float16 or torch.bfloat16, not {output.dtype}"
@@ -55,6 +57,17 @@ def _refuses(arguments: BottleneckArguments | LoraArguments) -> str:
         misaligned("output", output)
         or misaligned("hidden_states", hidden_states)
         or misaligned("arena", arguments.arena)
+        or _too_large(arguments, output_sizes)
+    )
+
+
+def _too_large(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...]) -> str:
+    max_bytes = driver.max_shared_bytes(arguments.output.device.index)
+    if max_bytes >= PLANNED_SHARED_BYTES or _plan(arguments, output_sizes).is_launchable:
+        return ""
+    return (
+        f"adapters of rank {_max_rank(arguments)} on {sum(output_sizes)} columns do not fit "
+        f"the {max_bytes:,} bytes of shared memory that a block has on this GPU"
     )
 
 
@@ -65,7 +78,7 @@ def _bottleneck_refuses(arguments: BottleneckArguments) -> str:
         return f"output must have {smallest} to {largest} columns, not {hidden_size}"
     if _address(arguments.layer_norm_weight) % 16 or _address(arguments.layer_norm_bias) % 16:
         return "layer_norm_weight and layer_norm_bias must start at multiples of 16 bytes"
-    return _refuses(arguments)
+    return _refuses(arguments, (hidden_size,))
 
 
 def _lora_refuses(arguments: LoraArguments) -> str:
@@ -77,7 +90,7 @@ def _lora_refuses(arguments: LoraArguments) -> str:
             return (
                 f"{name} must have {smallest} to {largest} columns, a multiple of {SIZE_MULTIPLE}, not {size}"
             )
-    return _refuses(arguments)
+    return _refuses(arguments, tuple(sizes))
 
 
 def _max_rank(arguments: BottleneckArguments | LoraArguments) -> int:
@@ -145,17 +158,7 @@ def _launch(
     slot_ranks = on_device(arguments.slot_ranks, device)
     slot_scales = on_device(arguments.slot_scales, device)
     activations = None if slot_activations is None else on_device(slot_activations, device)
-    num_elements = _workspace_elements(
-        driver.module(),
-        device.index,
-        num_tokens,
-        num_segments,
-        input_size,
-        sum(output_sizes),
-        len(output_sizes),
-        max_rank,
-        layer_norm[0] is not None,
-    )
+    num_elements = _plan(arguments, tuple(output_sizes)).workspace_elements
     workspace = output.new_empty(num_elements, dtype=torch.float32) if num_elements else None
     with driver.launch_on(output) as launch:
         driver.module().grouped_adapter(
@@ -182,15 +185,36 @@ def _launch(
             _address(layer_norm[1]),
             layer_norm_eps,
             _address(workspace),
+            driver.max_shared_bytes(device.index),
             launch.fault,
             launch.stream,
         )
 
 
+class _Plan(NamedTuple):
+    """What a launch asks of its caller."""
+
+    is_launchable: bool
+    workspace_elements: int
+
+
+def _plan(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...]) -> _Plan:
+    return _plan_of_shape(
+        driver.module(),
+        *arguments.hidden_states.shape,
+        arguments.segment_slots.shape[0],
+        sum(output_sizes),
+        len(output_sizes),
+        _max_rank(arguments),
+        getattr(arguments, "layer_norm_weight", None) is not None,
+        driver.max_shared_bytes(arguments.output.device.index),
+    )
+
+
 @lru_cache(maxsize=1024)
-def _workspace_elements(functions: Any, device: int | None, *shape: int) -> int:
-    """Of a call of that shape; the device is part of the key, as the functions may look at it."""
-    return int(functions.plan_adapter(*shape).workspace_elements)
+def _plan_of_shape(functions: Any, num_tokens: int, input_size: int, num_segments: int, *rest: int) -> _Plan:
+    plan = functions.plan_adapter(num_tokens, num_segments, input_size, *rest)
+    return _Plan(plan.kernel == "gemv" or plan.tile_rows > 0, plan.workspace_elements)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from hmi_kernels.native import native, native_reason
 
-__all__ = ["DATA_TYPES", "is_emulated", "launch_on", "module", "raise_faults", "reason", "use_module"]
+__all__ = [
+    "DATA_TYPES",
+    "is_emulated",
+    "launch_on",
+    "max_shared_bytes",
+    "module",
+    "raise_faults",
+    "reason",
+    "use_module",
+]
 
 DATA_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}
 """csrc/common/data_type.h."""
@@ -56,7 +66,37 @@ def reason() -> str:
         return ""
     if torch.version.cuda is None:  # for the CPU, or for AMD's GPUs, which torch calls cuda too
         return f"this torch ({torch.__version__}) is not built for CUDA"
-    return "" if torch.cuda.is_available() else "no CUDA device or driver"
+    return _reason_of_devices() if torch.cuda.is_available() else "no CUDA device or driver"
+
+
+def _reason_of_devices() -> str:
+    """Of all, as a process has one choice of backends. Asks the driver only: torch's own question would take
+    memory of every device."""
+    oldest, name = min(
+        (tuple(_module.functions.compute_capability(index)), f"cuda:{index}")
+        for index in range(torch.cuda.device_count())
+    )
+    compiled = min(
+        tuple(map(int, architecture.removesuffix("+PTX").split(".")))
+        for architecture in native.cuda_architectures.split()
+    )
+    if oldest >= compiled:
+        return ""
+    return f"compiled for compute capability {_dotted(compiled)} and later, but {name} has {_dotted(oldest)}"
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def max_shared_bytes(device: int | None) -> int:
+    """Shared memory that one block of a launch on this device may have."""
+    return _max_shared_bytes(_module.functions, device or 0)
+
+
+@lru_cache(maxsize=64)
+def _max_shared_bytes(functions: Any, device: int) -> int:
+    return int(functions.max_shared_bytes(device))
 
 
 def module() -> Any:

@@ -113,7 +113,7 @@ def _check_on_host(
     )
     table = SlotTable(offsets, ranks, slot_activations, arguments.arena.shape[0], per_rank, fixed)
     output, offsets, slots = arguments.output, arguments.segment_offsets, arguments.segment_slots
-    check_on_host(output.device, offsets, slots, output.shape[0], table)
+    check_on_host(output.device, offsets, slots, output.shape[0], table, max_rank=_max_rank(arguments))
 
 
 def _call(

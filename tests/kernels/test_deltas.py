@@ -170,6 +170,19 @@ def test_without_rows_segments_or_ranks(implementation: str, kind: str) -> None:
         assert not delta.any() and not hidden.any() and not arena.any()
 
 
+@pytest.mark.parametrize("kind", ["bottleneck", "LoRA"])
+@pytest.mark.parametrize("offset", [-64, 10**6])
+def test_tables_may_say_anything_of_slots_that_nobody_uses(
+    implementation: str, kind: str, offset: int
+) -> None:
+    options = {"size": 16, "activations": [0, 1]} if kind == "bottleneck" else {"size": 16}
+    batch = make_deltas([3, 2], [0, 0], [[8, 8]], **options)
+    expected = batch.gradients()
+    batch.slot_offsets[0, 1] = offset
+    for result, gradient in zip(batch.gradients(), expected, strict=True):
+        torch.testing.assert_close(result, gradient, rtol=0, atol=0)
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     batch = make_deltas([4, 3], [0, 1], **SMALL["bottleneck"])  # type: ignore[arg-type]
     frozen = batch.delta(batch.hidden_states, batch.arena)

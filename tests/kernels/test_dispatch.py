@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,12 @@ class RecordingModule:
 
     def __init__(self) -> None:
         self.launches: list[str] = []
+
+    def max_shared_bytes(self, device: int) -> int:
+        return 163 * 1024
+
+    def compute_capability(self, device: int) -> tuple[int, int]:
+        return [(9, 0), (7, 5)][device]
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self.launches.append(name)
@@ -130,14 +137,16 @@ def test_values_in_host_memory_are_checked_before_a_launch(
         ({"hidden_states": torch.zeros(6, 252).half()}, r"hidden_states must have .* multiple of 8"),
     ],
 )
-def test_cuda_refuses_what_its_kernels_cannot_read(changes: dict[str, Tensor], message: str) -> None:
+def test_cuda_refuses_what_its_kernels_cannot_read(
+    real_module: RecordingModule, changes: dict[str, Tensor], message: str
+) -> None:
     assert cuda_adapters.LORA.refuses(lora()) == ""
     assert cuda_adapters.BOTTLENECK.refuses(bottleneck()) == ""
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(cuda_adapters.LORA.refuses(lora(**changes)))
 
 
-def test_cuda_refuses_a_bottleneck_that_is_too_wide() -> None:
+def test_cuda_refuses_a_bottleneck_that_is_too_wide(real_module: RecordingModule) -> None:
     wide = torch.zeros(1, 8192, dtype=torch.float16)
     assert "256 to 4096" in cuda_adapters.BOTTLENECK.refuses(bottleneck(output=wide, hidden_states=wide))
     weight = torch.zeros(300, dtype=torch.float16)[1:257]
@@ -169,6 +178,32 @@ def test_tensors_of_two_devices_are_refused() -> None:
     )
     names = ("segment_offsets", "segment_slots", "slot_offsets", "slot_ranks", "slot_scales")
     _require_one_device(on_host, names)
+
+
+@pytest.mark.parametrize("is_first_on_cpu", [False, True])
+def test_tensors_of_two_devices_are_no_addresses_in_inference_either(is_first_on_cpu: bool) -> None:
+    """Without the dispatcher, which here takes what it makes of tensors without values."""
+    on_cpu, elsewhere = torch.ones(6, 256), torch.ones(6, 256, device="meta")
+    arguments = lora(
+        dtype=torch.float32,
+        output=on_cpu if is_first_on_cpu else elsewhere,
+        hidden_states=elsewhere if is_first_on_cpu else on_cpu,
+    )
+    with torch.inference_mode():
+        hmi_kernels.grouped_lora(*arguments[:8])
+    assert (on_cpu == 1).all()
+
+
+@pytest.mark.parametrize(("devices", "reason"), [(1, ""), (2, "8.0 and later, but cuda:1 has 7.5")])
+def test_devices_that_are_too_old_have_no_cuda_backend(
+    real_module: RecordingModule, monkeypatch: pytest.MonkeyPatch, devices: int, reason: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(driver, "native", SimpleNamespace(cuda_architectures="8.0 9.0+PTX"))
+    assert reason in driver.reason()
+    assert bool(reason) == bool(driver.reason())
 
 
 def test_a_fault_is_raised_once_and_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,8 +237,12 @@ def test_bad_arguments_add_nothing(make: type) -> None:
             sketch.scale(weight)
     with pytest.raises(TypeError):
         sketch.add(torch.tensor([3], dtype=torch.int32))
+    with pytest.raises(ValueError, match="keys must be on the CPU, not on meta"):
+        sketch.add(int64([3]).to("meta"))
     assert len(sketch) == 0
     ids, offsets = torch.tensor([1, 2, 3], dtype=torch.int32), int64([0, 3])
+    with pytest.raises(ValueError, match="sequence_numbers must be on the CPU"):
+        sketch.add_windows(ids, offsets, int64([0]).to("meta"), window=2)
     for bad_ids, bad_offsets, numbers, window in (
         (ids, offsets, [1], 2),
         (ids, offsets, [-1], 2),

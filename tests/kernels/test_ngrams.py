@@ -150,6 +150,8 @@ def test_counter_tells_its_memory_and_forgets_a_bad_batch() -> None:
     empty = counter.memory_bytes
     with pytest.raises(ValueError, match=r"input_ids\[1\] is -5"):
         counter.add(*pack([[1, -5]]))
+    with pytest.raises(ValueError, match="input_ids must be on the CPU, not on meta"):
+        counter.add(*(tensor.to("meta") for tensor in pack([[1, 5]])))
     assert (len(counter), counter.total) == (0, 0)
     counter.add(*pack([list(range(5000))]))
     assert 5000 * 32 <= counter.memory_bytes - empty <= 5000 * 16 * 8

@@ -83,7 +83,9 @@ class AdapterCase:
         (num_tokens, input_size), sizes = self.hidden_states.shape, self.output_sizes
         shape = (num_tokens, len(self.segment_slots), input_size, sum(sizes), len(sizes))
         max_rank = 256 if self.max_rank is None else self.max_rank
-        return driver.module().plan_adapter(*shape, max_rank, self.layer_norm is not None)
+        return driver.module().plan_adapter(
+            *shape, max_rank, self.layer_norm is not None, driver.max_shared_bytes(0)
+        )
 
     def segments(self) -> list[tuple[slice, int]]:
         """Rows and slot of each segment."""

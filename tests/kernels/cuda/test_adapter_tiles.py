@@ -32,6 +32,9 @@ def check(case: AdapterCase) -> None:
 LENGTHS = [0, 1, 16, 33, 70, 0, 5, 17, 3]
 SLOTS = [2, 1, -1, 0, 2, 1, 3, 0, 1]
 ALL_ACTIVATIONS = list(ACTIVATIONS)
+OF_SM80, OF_SM86 = 163 * 1024, 99 * 1024
+"""Shared memory that one block may have."""
+STATIC_BYTES = 256
 TOKENS_OF_TILE = {16: 150, 32: 2000, 64: 3500}
 """Calls with so many tokens have tiles of so many rows, unless a layer norm leaves no room for them."""
 
@@ -137,7 +140,9 @@ def test_rings_are_as_long_as_costs_no_round(
     hidden_size: int, tokens: int, has_layer_norm: bool, num_stages: int
 ) -> None:
     """For 32 segments on 132 multiprocessors; an H200 was fastest so."""
-    plan = driver.module().plan_adapter(32 * tokens, 32, hidden_size, hidden_size, 1, 16, has_layer_norm)
+    plan = driver.module().plan_adapter(
+        32 * tokens, 32, hidden_size, hidden_size, 1, 16, has_layer_norm, OF_SM80
+    )
     assert (plan.kernel, plan.num_stages) == ("slices", num_stages)
 
 
@@ -265,6 +270,7 @@ def test_any_shape(data: st.DataObject) -> None:
     num_projections=st.integers(1, 4),
     max_rank=st.integers(0, 32).map(lambda n: 8 * n),
     has_layer_norm=st.booleans(),
+    max_shared_bytes=st.sampled_from([OF_SM80, OF_SM86]),
 )
 def test_plans_fit_every_device(
     num_tokens: int,
@@ -273,17 +279,47 @@ def test_plans_fit_every_device(
     num_projections: int,
     max_rank: int,
     has_layer_norm: bool,
+    max_shared_bytes: int,
 ) -> None:
-    """There is a tile for every shape, with its inner columns, within the shared memory of sm_80."""
+    """There is a tile for every shape, with its inner columns, within the shared memory of sm_80 at least."""
     if has_layer_norm:
         num_projections = 1
     shape = (num_tokens, num_segments, hidden_size, hidden_size * num_projections, num_projections, max_rank)
-    plan = driver.module().plan_adapter(*shape, has_layer_norm)
-    if plan.kernel == "gemv":
+    plan = driver.module().plan_adapter(*shape, has_layer_norm, max_shared_bytes)
+    if plan.kernel == "gemv" or (plan.tile_rows == 0 and max_shared_bytes < OF_SM80):
         return
-    assert plan.shared_bytes <= 163 * 1024
+    assert plan.shared_bytes <= max_shared_bytes - STATIC_BYTES
     assert 2 <= plan.num_stages <= 4
     together = num_projections if plan.launches == 1 else 1
     assert -(-max_rank // 16) * 16 * together <= plan.rank_class
     assert plan.tile_rows in (16, 32, 64)
     assert plan.workspace_elements == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "num_projections", "max_rank", "has_layer_norm"),
+    [(768, 3, 16, False), (768, 1, 64, False), (768, 1, 48, True), (1024, 1, 64, True), (768, 1, 256, True)],
+)
+def test_usual_adapters_fit_devices_with_less_shared_memory(
+    hidden_size: int, num_projections: int, max_rank: int, has_layer_norm: bool
+) -> None:
+    shape = (2048, 32, hidden_size, hidden_size * num_projections, num_projections, max_rank, has_layer_norm)
+    plan = driver.module().plan_adapter(*shape, OF_SM86)
+    assert plan.tile_rows > 0
+    assert plan.shared_bytes <= OF_SM86 - STATIC_BYTES
+
+
+def test_what_fits_less_shared_memory_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bottleneck([48, 64, 40, 0], hidden_size=1024, has_layer_norm=True)
+    monkeypatch.setattr(driver, "max_shared_bytes", lambda device: OF_SM80)
+    planned_for_sm80 = case.plan().shared_bytes
+    monkeypatch.setattr(driver, "max_shared_bytes", lambda device: OF_SM86)
+    assert case.plan().shared_bytes <= OF_SM86 < planned_for_sm80
+    check(case)
+
+
+def test_adapters_that_no_block_can_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that ``auto`` goes on to Triton."""
+    monkeypatch.setattr(driver, "max_shared_bytes", lambda device: 32 * 1024)
+    with pytest.raises(ValueError, match="rank 256 on 1024 columns do not fit the 32,768 bytes"):
+        bottleneck([48, 256, 40, 0], hidden_size=1024, has_layer_norm=True).run()

@@ -45,10 +45,12 @@ def tile_table() -> str:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     with emulated() as module:
+        shared_bytes = module.max_shared_bytes(0)
         for rank, (norm, size, lengths) in itertools.product(RANKS, TILE_SHAPES):
             for tokens in lengths:
                 segments = 8 * 108
-                plan = module.plan_adapter(tokens * segments, segments, size, size, 1, rank, norm is not None)
+                shape = (tokens * segments, segments, size, size, 1, rank, norm is not None)
+                plan = module.plan_adapter(*shape, shared_bytes)
                 chosen = f"{plan.kernel} | {plan.tile_rows} | {plan.num_stages} | {plan.shared_bytes:,}"
                 lines.append(f"| {rank} | {norm or 'no'} | {chosen} | {plan.blocks_per_multiprocessor} |")
     return "\n".join(dict.fromkeys(lines))  # slices have as many rows whatever a segment's length
@@ -62,7 +64,9 @@ def gemv_plan_table() -> str:
     ]
     with emulated() as module:
         for (size, rank), segments in itertools.product(GEMV_SHAPES, (1, 8, 64, 512)):
-            plan = module.plan_adapter(segments, segments, size, size, 1, rank, False)
+            plan = module.plan_adapter(
+                segments, segments, size, size, 1, rank, False, module.max_shared_bytes(0)
+            )
             chosen = f"{plan.launches} | {plan.splits} | {plan.column_chunks}"
             lines.append(f"| {size}, rank {rank} | {segments} | {chosen} |")
     return "\n".join(lines)

@@ -68,12 +68,14 @@ def test_values_in_host_memory_are_checked(name: str, values: list[int]) -> None
         "slot_activations": torch.tensor([4, 0], dtype=torch.int32),
     }
 
-    def check() -> None:
+    def check(max_rank: int | None = None) -> None:
         table = SlotTable(*list(tensors.values())[2:], arena_size=40, per_rank=5, fixed=2)
         segments = (tensors["segment_offsets"], tensors["segment_slots"])
-        check_on_host(torch.device("meta"), *segments, 6, table)
+        check_on_host(torch.device("meta"), *segments, 6, table, max_rank=max_rank)
 
     check()
+    with pytest.raises(ValueError, match="slot_ranks"):
+        check(max_rank=4)
     tensors[name] = torch.tensor(values, dtype=tensors[name].dtype)
     with pytest.raises(ValueError, match=name):
         check()
