@@ -1,6 +1,6 @@
 # Everyday commands. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install build check format test test-slow bench report kernel-tables gpu-check gpu-bench gpu-check-dry gpu-bench-dry demo clean
+.PHONY: help install build check format test test-slow bench bench-data report kernel-tables gpu-check gpu-bench gpu-check-dry gpu-bench-dry demo clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -27,7 +27,7 @@ test: ## The tests
 test-slow: ## The tests that take minutes
 	pytest -m slow
 
-bench: ## Run all benchmarks (no other load on the machine) and write docs/results.md
+bench: ## Run the benchmarks that need no data of yours (hours, no other load) and write docs/results.md
 	python -m benchmarks.mixed
 	python -m benchmarks.tenants
 	python -m benchmarks.pipeline
@@ -36,23 +36,23 @@ bench: ## Run all benchmarks (no other load on the machine) and write docs/resul
 	python -m benchmarks.neighbours
 	python -m benchmarks.generation
 	python -m benchmarks.shared_prompts
-	python -m benchmarks.perplexity
 	python -m benchmarks.residency
 	python -m benchmarks.tenant_store
 	python -m benchmarks.plot
 	python -m benchmarks.kernels
-	python -m benchmarks.accuracy
-	python -m benchmarks.few_examples
 	python -m benchmarks.joint_training
-	python -m benchmarks.coverage_growth
-	python -m benchmarks.drift
 	python -m benchmarks.miss
-	python -m benchmarks.composition
-	python -m benchmarks.merge_forms
-	python -m benchmarks.compression
-	python -m benchmarks.counting
 	python -m benchmarks.materialise
 	python -m benchmarks.parity
+	python -m benchmarks.report
+
+# Of corpora and of a decoder: benchmarks.counting, .coverage_growth, .drift (--corpus) and .perplexity (--model).
+bench-data: ## Run those of labelled sets (days): make bench-data DATA=folder
+	python -m benchmarks.accuracy --data $(DATA)
+	python -m benchmarks.few_examples --data $(DATA)
+	python -m benchmarks.composition --data $(DATA)
+	python -m benchmarks.compression --data $(DATA)
+	python -m benchmarks.merge_forms --data $(DATA)
 	python -m benchmarks.report
 
 report: ## Write docs/results.md from benchmarks/results/*.json

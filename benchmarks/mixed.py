@@ -244,7 +244,9 @@ def _mixed_peers(bench: _Bench, engines: Mapping[str, Engine]) -> list[Peer]:
         halves.append(HalfPeftMixedBatch(base, encoder, dtype=torch.bfloat16))
     return [
         HmiPeer(
-            engines["backoff"], name=DEFAULT, description="default engine; a missing bigram adds nothing"
+            engines["backoff"],
+            name=DEFAULT,
+            description="default engine; a missing bigram is composed of its tokens",
         ),
         HmiPeer(engines["exact"], name=EXACT, description="missing bigrams are computed and kept"),
         HmiPeer(no_plot, name=NO_PLOT, description="every layer computed: a multi-adapter server"),

@@ -89,7 +89,7 @@ def _peers(store: Store, backoff: Engine, exact: Engine) -> list[Peer]:
     base, encoder = store.general_folder, store.encoder
     return [
         HmiPeer(
-            backoff, name=HMI_BACKOFF, description="lowest half of the layers looked up; misses left out"
+            backoff, name=HMI_BACKOFF, description="lowest half of the layers looked up; misses composed"
         ),
         HmiPeer(
             exact, name=HMI_EXACT, description="misses computed, and kept: the domains' earlier traffic too"

@@ -96,7 +96,7 @@ def _add_throughput(table: Table, result: DemoResult) -> None:
 
 def _add_hit_rates(table: Table, result: DemoResult) -> None:
     _section(table, "PLOT hit rate on the stream")
-    meanings = {"backoff": "the rest is left out", "exact": "the rest is computed; earlier traffic is kept"}
+    meanings = {"backoff": "the rest is composed of tokens", "exact": "the rest is computed, and kept"}
     for rates in result.hit_rates:
         table.add_row(f"{rates.miss}: unigrams", f"{rates.unigram:.1%}", "rows of the whole vocabulary", "")
         table.add_row(f"{rates.miss}: bigrams", f"{rates.bigram:.1%}", meanings[rates.miss], "")
