@@ -77,11 +77,12 @@ def _neighbours(store: Store, requests: Sequence[Request]) -> list[_Neighbour]:
     matrix = torch.randn(MATRIX, MATRIX)
 
     def admit_one() -> None:
-        admit([next(singles)], store.tenants, store.encoder)
+        admit([next(singles)], store.tenants, store.encoder, vocab_size=store.general.vocab_size)
 
     def admit_burst() -> None:
         first = next(groups)
-        admit(requests[first : first + BURST], store.tenants, store.encoder)
+        burst = requests[first : first + BURST]
+        admit(burst, store.tenants, store.encoder, vocab_size=store.general.vocab_size)
 
     def multiply() -> None:
         torch.mm(matrix, matrix)

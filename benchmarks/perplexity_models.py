@@ -113,7 +113,7 @@ class HierarchicalModel(AbstractContextManager["HierarchicalModel"]):
         with CausalPlotView(self._plots.reading([domain]), model) as view:
             references = view.lookup(tokens)
             if exact:
-                references, _ = view.compute_misses(tokens, references)
+                references = view.compute_misses(tokens, references).references
             merged = view.merge(tokens, references)
         attention = _DocumentAttention(model, [len(document) for document in documents])
         states = model.run_layers(merged, attention, first=model.plot_layers)

@@ -6,7 +6,7 @@ import asyncio
 import atexit
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, overload
@@ -61,26 +61,30 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         Raises:
             As :class:`~hmi_engine.Engine`; ValueError for a ``latency_target`` that is not above 0.
         """
-        if latency_target is not None and latency_target <= 0:
+        if latency_target is not None and not latency_target > 0:
             raise ValueError(f"latency_target is {latency_target}, must be above 0 seconds")
         self.store = store
         limits, checked = queue_limits or QueueLimits(), EngineOptions(**options)
         self._core: ServingCore | DecoderCore
         self._queue: RequestQueue | DecoderService
         self._threads: ServingThreads | DecoderService
-        if store.general.is_causal:
-            if latency_target is not None:
-                raise ValueError("latency_target is for encoders; decoders have max_step_tokens")
-            self._core = DecoderCore(store, checked)
-            self._queue = self._threads = DecoderService(
-                self._core, limits=limits, tenant_limits=tenant_limits
-            )
-        else:
-            self._core = ServingCore(store, checked, self._look_ahead)
-            self._queue = RequestQueue(
-                self._core, latency_target=latency_target, limits=limits, tenant_limits=tenant_limits
-            )
-            self._threads = ServingThreads(self._core, self._queue)
+        with ExitStack() as undoing:  # what fails behind the core leaves no memory reserved
+            if store.general.is_causal:
+                if latency_target is not None:
+                    raise ValueError("latency_target is for encoders; decoders have max_step_tokens")
+                self._core = DecoderCore(store, checked)
+                undoing.callback(self._core.close)
+                self._queue = self._threads = DecoderService(
+                    self._core, limits=limits, tenant_limits=tenant_limits
+                )
+            else:
+                self._core = ServingCore(store, checked, self._look_ahead)
+                undoing.callback(self._core.close)
+                self._queue = RequestQueue(
+                    self._core, latency_target=latency_target, limits=limits, tenant_limits=tenant_limits
+                )
+                self._threads = ServingThreads(self._core, self._queue)
+            undoing.pop_all()
         # A second team of threads, with which weights were loaded, would slow down that which computes.
         hmi_kernels.release_team()
         self._frozen_heap = FrozenHeap()
@@ -98,6 +102,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
                 :class:`DeadlineExceededError`.
 
         Raises:
+            InvalidRequestError: ``priority`` or ``timeout`` is not a number of its kind.
             OverloadedError: the queue is full, or the tenant is over its limits; ``retry_after_seconds`` says
                 when it is worth while to come again.
             EngineClosedError: the engine is closed, or was before the request's turn came.
@@ -110,6 +115,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         """Queues a request, from any thread; the future is that of :meth:`submit`'s response or error.
 
         Raises:
+            InvalidRequestError: ``priority`` or ``timeout`` is not a number of its kind.
             OverloadedError: the queue is full.
             EngineClosedError: the engine is closed.
         """

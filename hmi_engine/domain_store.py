@@ -40,7 +40,7 @@ from hmi_engine.knowledge.tensor_file import write_tensors
 from hmi_engine.knowledge.traffic_file import TrafficCounts, read_traffic
 from hmi_engine.memory.domain_layers import DomainLayerLibrary
 from hmi_engine.models.bert import HierarchicalBert
-from hmi_engine.models.domain_layers import checked_domain_layers, load_domain_layers
+from hmi_engine.models.domain_layers import checked_domain_layers
 from hmi_engine.models.families import HierarchicalModel, load_model
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.models.tokenization import TextEncoder
@@ -353,7 +353,7 @@ class DomainStore:
         path = self.layout.resolve(file)
         sha256 = write_tensors(path, checked, {"format": "hmi-domain-layers"})
         identity = f"{sha256[:16]}:{self.general.plot_layers}"
-        self.domain_layers.add(identity, load_domain_layers(path, self.model))
+        self.domain_layers.add(identity, path)
         return file, sha256
 
     def save_traffic(self, domain: str, counts: TrafficCounts) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
-from hmi_engine.errors import EngineClosedError, HmiError, OverloadedError
+from hmi_engine.errors import EngineClosedError, HmiError, InvalidRequestError, OverloadedError
 from hmi_engine.request import Request, Response, TextPiece
 
 __all__ = ["Arrival", "Emit", "Inbox", "answer", "fail"]
 
 Emit = Callable[[TextPiece], None]
+
+_LONGEST_TIMEOUT = 1e30  # seconds: no engine runs so long, and an integer can be too large for a float
 
 
 @dataclass(eq=False)
@@ -70,7 +75,7 @@ class Inbox:
         self.arrived = threading.Condition(lock)
         self._answered = threading.Condition(lock)
         self._arrivals: deque[Arrival] = deque()
-        self._num_open = 0
+        self._open: set[Arrival] = set()  # all that came and are not answered, wherever they are
         self._is_refusing = False
 
     def __len__(self) -> int:
@@ -80,10 +85,19 @@ class Inbox:
     def put(
         self, request: Request, *, priority: int, timeout: float | None, emit: Emit | None = None
     ) -> Future[Response]:
-        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full."""
+        """Takes a request.
+
+        Raises:
+            InvalidRequestError: it is no :class:`Request`, ``priority`` no integer or ``timeout`` no number.
+            EngineClosedError: requests are not taken any more.
+            OverloadedError: the queue is full.
+        """
+        if not isinstance(request, Request):
+            raise InvalidRequestError(f"a request must be a Request, found {type(request).__name__}")
+        if not isinstance(priority, int):
+            raise InvalidRequestError(f"priority must be an integer, found {priority!r:.80}")
         now = time.perf_counter()
-        deadline = None if timeout is None else now + timeout
-        arrival = Arrival(request, Future(), now, priority, deadline, emit)
+        arrival = Arrival(request, Future(), now, priority, _deadline(now, timeout), emit)
         with self._lock:
             self._check_open()
             if len(self._arrivals) + self._num_queued() >= self._max_requests:
@@ -92,10 +106,10 @@ class Inbox:
                     "engine larger queue_limits",
                     retry_after_seconds=self._retry_after_seconds(),
                 )
-            self._num_open += 1
+            self._open.add(arrival)
             self._arrivals.append(arrival)
             self.arrived.notify()
-        arrival.future.add_done_callback(self._note_answer)
+        arrival.future.add_done_callback(lambda _: self._note_answer(arrival))
         return arrival.future
 
     def take(self, most: int | None = None) -> list[Arrival]:
@@ -119,14 +133,34 @@ class Inbox:
     def wait_until_empty(self) -> None:
         """Returns when every request that was taken is answered."""
         with self._lock:
-            self._answered.wait_for(lambda: self._num_open == 0)
+            self._answered.wait_for(lambda: not self._open)
 
-    def _note_answer(self, future: Future[Response]) -> None:
-        self._on_answer(future)
+    def abandon(self, error: HmiError) -> None:
+        """Refuses what comes and fails whatever came and is not answered; for when no thread serves."""
         with self._lock:
-            self._num_open -= 1
-            if not self._num_open:
+            self._is_refusing = True
+            self._arrivals.clear()
+            left = [arrival for arrival in self._open if not arrival.future.done()]
+        for arrival in left:
+            fail(arrival.future, error)
+
+    def _note_answer(self, arrival: Arrival) -> None:
+        self._on_answer(arrival.future)
+        with self._lock:
+            self._open.discard(arrival)
+            if not self._open:
                 self._answered.notify_all()
+
+
+def _deadline(now: float, timeout: Any) -> float | None:
+    if timeout is None:
+        return None
+    is_number = isinstance(timeout, numbers.Real)
+    if not is_number or not -math.inf <= timeout <= math.inf:
+        raise InvalidRequestError(
+            f"timeout must be a number of seconds, or None for no limit, found {timeout!r:.80}"
+        )
+    return now + float(min(max(timeout, 0), _LONGEST_TIMEOUT))  # below 0 it has passed already
 
 
 def answer(future: Future[Response], response: Response) -> None:

@@ -29,9 +29,10 @@ class Request:
     Attributes:
         tenant: name of a tenant of the store.
         text: the text; or
-        input_ids: its token ids, special tokens included.
+        input_ids: its token ids, special tokens included; a numpy array or a tensor of them will do.
         long_text: what to do with more tokens than the model has positions: ``"truncate"`` (the response's
-            ``usage.truncated`` says so) or ``"error"``.
+            ``usage.truncated`` says so) or ``"error"``. A tenant with a generation head always answers
+            ``TextTooLongError``: a prompt that was cut would be continued in its middle.
         id: carried to the response as it is.
         sampling: how a tenant with a generation head generates; others don't look at it.
     """
@@ -47,22 +48,46 @@ class Request:
         """Checks the request by itself.
 
         Raises:
-            InvalidRequestError: a field is missing, empty or of the wrong type.
+            InvalidRequestError: a field is missing, empty or of the wrong type, or the text is no Unicode.
         """
         if not isinstance(self.tenant, str) or not self.tenant:
-            raise InvalidRequestError(f"tenant must be a non-empty string, found {self.tenant!r}")
+            raise InvalidRequestError(f"tenant must be a non-empty string, found {self.tenant!r:.80}")
         if (self.text is None) == (self.input_ids is None):
             raise InvalidRequestError("a request holds either text or input_ids")
-        if self.text is not None and (not isinstance(self.text, str) or not self.text.strip()):
-            found = "an empty text" if isinstance(self.text, str) else type(self.text).__name__
-            raise InvalidRequestError(f"text must be a non-empty string, found {found}")
-        if self.input_ids is not None and len(self.input_ids) == 0:
-            raise InvalidRequestError("input_ids is empty; it holds at least one token")
+        if self.text is not None:
+            _check_text(self.text)
+        else:
+            _check_list(self.input_ids)
         if self.long_text not in ("truncate", "error"):
-            raise InvalidRequestError(f"long_text is 'truncate' or 'error', found {self.long_text!r}")
+            raise InvalidRequestError(f"long_text is 'truncate' or 'error', found {self.long_text!r:.80}")
         if not isinstance(self.sampling, Sampling):
             raise InvalidRequestError(f"sampling must be a Sampling, found {type(self.sampling).__name__}")
         self.sampling.check()
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str) or not text.strip():
+        found = "an empty text" if isinstance(text, str) else type(text).__name__
+        raise InvalidRequestError(f"text must be a non-empty string, found {found}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # the tokenizer would refuse all texts that it gets with this one
+        raise InvalidRequestError(
+            f"text holds half of a surrogate pair ({text[error.start]!r}, character {error.start}), which is "
+            "no character; send the whole pair, or leave it out"
+        ) from None
+
+
+def _check_list(input_ids: Any) -> None:
+    """Checks that these are a list or an array; what each element is, only a model's vocabulary tells."""
+    is_list = isinstance(input_ids, Sequence) and not isinstance(input_ids, str | bytes | bytearray)
+    if not is_list and getattr(input_ids, "ndim", None) != 1:
+        raise InvalidRequestError(
+            "input_ids must be a list, a tuple or an array of one dimension of token ids, found "
+            f"{type(input_ids).__name__}"
+        )
+    if len(input_ids) == 0:
+        raise InvalidRequestError("input_ids is empty; it holds at least one token")
 
 
 @dataclass(frozen=True)

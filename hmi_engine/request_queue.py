@@ -93,7 +93,7 @@ class RequestQueue:
         self._stopping = False
 
     def put(self, request: Request, *, priority: int = 0, timeout: float | None = None) -> Future[Response]:
-        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full."""
+        """Takes a request; raises as :meth:`hmi_engine.inbox.Inbox.put`."""
         return self._inbox.put(request, priority=priority, timeout=timeout)
 
     def _seconds_of_a_batch(self) -> float | None:
@@ -135,16 +135,13 @@ class RequestQueue:
 
     def abandon(self, reason: str) -> None:
         """Fails whatever is not answered; for when no thread serves any more."""
-        error = EngineClosedError(reason)
         with self._lock:
             self._inbox.refuse()
-            arrivals = self._inbox.take()
             left, self._unanswered = self._unanswered, set()
-        for waiting in (request.payload for request in left):
-            self._core.residency.release(waiting.tickets)
-            arrivals.append(waiting.arrival)
-        for arrival in arrivals:
-            fail(arrival.future, error)
+        try:
+            self._core.residency.release(*(request.payload.tickets for request in left))
+        finally:  # whatever is broken, nobody waits for ever
+            self._inbox.abandon(EngineClosedError(reason))
 
     # For the thread that admits.
 
@@ -166,36 +163,42 @@ class RequestQueue:
                 answer(arrival.future, Response.failed(arrival.request, result))
             else:
                 admitted.append((arrival, result))
-        self._core.warn_of_mismatches((result.tenant for _, result in admitted), stacklevel=2)
         tickets = self._core.residency.expect([[result.tenant] for _, result in admitted])
         for (arrival, result), own_tickets in zip(admitted, tickets, strict=True):
             self._queue(_Waiting(arrival, result, own_tickets))
         return True
 
     def _queue(self, waiting: _Waiting) -> None:
-        arrival, described = waiting.arrival, self._core.describe(waiting.admitted)
-        request = QueuedRequest(
+        """Queues a request; one that cannot be queued is told why, and holds nothing."""
+        arrival = waiting.arrival
+        try:
+            # Where warnings are errors, it is one of this request.
+            self._core.warn_of_mismatches([waiting.admitted.tenant], stacklevel=2)
+            request = self._queueable(waiting)
+            with self._lock:
+                self._scheduler.submit(request)  # asks for the tenant's limits, which may raise anything
+                self._unanswered.add(request)
+                self._queued.notify()
+        except OverloadedError as error:
+            self._core.residency.release(waiting.tickets)
+            fail(arrival.future, error)
+        except Exception as error:
+            self._core.residency.release(waiting.tickets)
+            answer(arrival.future, Response.failed(arrival.request, as_fault(error, "admit")))
+        else:
+            arrival.future.add_done_callback(lambda future: self._leave(future, request))
+
+    def _queueable(self, waiting: _Waiting) -> QueuedRequest[_Waiting]:
+        described = self._core.describe(waiting.admitted)
+        return QueuedRequest(
             tenant=waiting.admitted.tenant.name,
             weights_key=described.weights_key,
             num_tokens=described.num_tokens,
             adapter_bytes=described.adapter_bytes,
             payload=waiting,
-            priority=arrival.priority,
-            deadline=arrival.deadline,
+            priority=waiting.arrival.priority,
+            deadline=waiting.arrival.deadline,
         )
-        try:
-            with self._lock:
-                self._scheduler.submit(request)
-                self._unanswered.add(request)
-                self._queued.notify()
-        except DeadlineExceededError as error:
-            self._core.residency.release(waiting.tickets)
-            answer(arrival.future, Response.failed(arrival.request, error))
-        except OverloadedError as error:
-            self._core.residency.release(waiting.tickets)
-            fail(arrival.future, error)
-        else:
-            arrival.future.add_done_callback(lambda future: self._leave(future, request))
 
     def _leave(self, future: Future[Response], request: QueuedRequest[_Waiting]) -> None:
         """Takes a request out whose caller has gone; what it holds in memory is free at once if it waited."""

@@ -29,7 +29,7 @@ class Sampling:
         seed: of what is drawn: equal seeds give equal texts, whatever else the engine does. None: another
             each time.
         stop: the text ends before the first of these strings.
-        ignore_end: go on after the model's end-of-text token.
+        ignore_end: go on after the model's end-of-text tokens.
         logprobs: whether the response tells each token's log-probability, by the model's logits as they are.
     """
 

@@ -182,7 +182,12 @@ class ServingCore:
     def admit(self, requests: Sequence[Request]) -> list[AdmittedRequest | HmiError]:
         """Finds tenants and tokenises; one result for each request."""
         with self.clock.working("tokenise", self.statistics.batches):
-            return admit(requests, self.store.tenants, self.store.encoder)
+            return admit(
+                requests,
+                self.store.tenants,
+                self.store.encoder,
+                vocab_size=self.store.general.vocab_size,
+            )
 
     def describe(self, admitted: AdmittedRequest) -> WaitingBatch:
         """What a request asks of a batch."""

@@ -146,7 +146,7 @@ class World:
             token_ids=list(prompt),
             num_prompt=len(prompt),
             is_generating=not tenant.endswith("head"),
-            end_token=END,
+            end_tokens=(END,),
             most_tokens=most_tokens,
             keys=PrefixKeys(tenant[0].encode(), b"", self.runner.block_size),
             respond=lambda _: None,

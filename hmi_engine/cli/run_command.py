@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_args
+from typing import Annotated, Any, BinaryIO, get_args
 
 import typer
 
@@ -91,7 +91,7 @@ def run(
             record_traffic=record_traffic,
         ) as engine,
     ):
-        for lines in _chunks(sys.stdin, chunk):
+        for lines in _chunks(sys.stdin.buffer, chunk):
             for answer in _answer(engine, lines):
                 total += 1
                 failed += "error" in answer
@@ -107,13 +107,14 @@ def _checked_device(name: str) -> str:
     return name
 
 
-def _chunks(source: TextIO, size: int) -> Iterator[list[tuple[int, str]]]:
+def _chunks(source: BinaryIO, size: int) -> Iterator[list[tuple[int, bytes]]]:
+    """Numbered lines, as bytes: one that is no UTF-8 is one bad line, not the end of all."""
     numbered = ((number, line) for number, line in enumerate(source, start=1) if line.strip())
     while chunk := list(islice(numbered, size)):
         yield chunk
 
 
-def _answer(engine: Engine, lines: Iterable[tuple[int, str]]) -> list[dict[str, Any]]:
+def _answer(engine: Engine, lines: Iterable[tuple[int, bytes]]) -> list[dict[str, Any]]:
     """Answers in the order of the lines; the good ones go through the engine together."""
     parsed = [_parse(number, line) for number, line in lines]
     requests = [request for request in parsed if isinstance(request, Request)]
@@ -121,25 +122,42 @@ def _answer(engine: Engine, lines: Iterable[tuple[int, str]]) -> list[dict[str, 
     return [(next(served) if isinstance(request, Request) else request).to_dictionary() for request in parsed]
 
 
-def _parse(number: int, line: str) -> Request | Response:
+def _parse(number: int, line: bytes) -> Request | Response:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        return _refused(f"line {number}: no JSON: {error.msg} at column {error.colno}")
-    if not isinstance(fields, dict):
-        return _refused(f'line {number}: not an object; expected {{"tenant": ..., "text": ...}}')
-    unknown = sorted(set(fields) - set(_FIELDS))
-    if unknown:
-        return _refused(f"line {number}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
-    if "tenant" not in fields:
-        return _refused(f"line {number}: the field 'tenant' is missing")
-    try:
+        fields = _fields(line)
         if "sampling" in fields:
             fields["sampling"] = Sampling.of(fields["sampling"])
     except InvalidRequestError as error:
-        return _refused(f"line {number}: {error}")
+        told = InvalidRequestError(f"line {number}: {error}")
+        return Response(tenant="", kind="error", error=told)
     return Request(**fields)
 
 
-def _refused(message: str) -> Response:
-    return Response(tenant="", kind="error", error=InvalidRequestError(message))
+def _fields(line: bytes) -> dict[str, Any]:
+    fields = _read_json(line)
+    if not isinstance(fields, dict):
+        raise InvalidRequestError('not an object; expected {"tenant": ..., "text": ...}')
+    unknown = sorted(set(fields) - set(_FIELDS))
+    if unknown:
+        raise InvalidRequestError(f"unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+    if "tenant" not in fields:
+        raise InvalidRequestError("the field 'tenant' is missing")
+    return fields
+
+
+def _read_json(line: bytes) -> Any:
+    """What a line holds; raises InvalidRequestError unless the answer could give all of it back as text."""
+    try:
+        value = json.loads(line.decode())
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(f"no JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"no UTF-8: {error.reason} at byte {error.start + 1}") from None
+    except UnicodeEncodeError:
+        raise InvalidRequestError("half of a surrogate pair is no character; write the whole pair") from None
+    except RecursionError:
+        raise InvalidRequestError("too many lists or objects inside each other") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InvalidRequestError(f"no JSON that can be read: {error}") from None
+    return value

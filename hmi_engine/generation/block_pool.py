@@ -108,11 +108,6 @@ class BlockPool:
                 if block not in self._key_of:
                     self._unused.move_to_end(block, last=False)
 
-    def clear(self) -> None:
-        """Keeps nothing any more; what is held stays so."""
-        self._key_of.clear()
-        self._block_of.clear()
-
     def _hold(self, block: int) -> None:
         self._holders[block] += 1
         self._unused.pop(block, None)

@@ -66,7 +66,7 @@ class DecoderCore:
         self.streams = open_streams(options.device)
         with reserving_memory(self, store, options, computes_on_gpu=self.streams.is_asynchronous):
             self._open()
-        self._end_token = store.encoder.token_id_of_end()
+        self._end_tokens = store.encoder.end_token_ids()
 
     def _open(self) -> None:
         store, options, general = self.store, self.options, self.store.general
@@ -85,6 +85,7 @@ class DecoderCore:
         shared_bytes = parse_bytes(options.shared_prefix_memory)
         if options.prefix_cache == "shared" and shared_bytes:
             self.shared = SharedPrefixes(cache, general.plot_layers, shared_bytes)
+        self.traffic = open_traffic(store, options)
         self.runner = StepRunner(
             general,
             store.decoder,
@@ -93,10 +94,10 @@ class DecoderCore:
             self._computer(cache, dtype, device_bytes),
             miss=options.miss,
             exact_budget=options.exact_budget,
+            recorder=None if self.traffic is None else self.traffic.recorder,
             shared=self.shared,
             clock=self.clock,
         )
-        self.traffic = open_traffic(store, options)
         self._texts: TextTraffic | None = None
         if self.traffic is not None and self.plots is not None:
             self._texts = TextTraffic(self.traffic, self.plots, store.decoder, general.window)
@@ -136,7 +137,12 @@ class DecoderCore:
     def admit(self, requests: Sequence[Request]) -> list[AdmittedRequest | HmiError]:
         """Finds tenants and tokenises; one result for each request."""
         with self.clock.working("tokenise", self.statistics.batches):
-            admitted = admit(requests, self.store.tenants, self.store.encoder)
+            admitted = admit(
+                requests,
+                self.store.tenants,
+                self.store.encoder,
+                vocab_size=self.store.general.vocab_size,
+            )
         return [each if isinstance(each, HmiError) else self._checked(each) for each in admitted]
 
     def sequence(
@@ -157,7 +163,7 @@ class DecoderCore:
             token_ids=token_ids,
             num_prompt=len(token_ids),
             is_generating=is_generating,
-            end_token=self._end_token,
+            end_tokens=self._end_tokens,
             most_tokens=self.store.general.max_positions,
             keys=self._keys(tenant, base_weights),
             base_weights=base_weights,

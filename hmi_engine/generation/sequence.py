@@ -24,7 +24,7 @@ class FinishReason(str, enum.Enum):
     """Why a text ended."""
 
     STOP = "stop"
-    """A stop string, or the model's end-of-text token."""
+    """A stop string, or one of the model's end-of-text tokens."""
     LENGTH = "length"
     """``max_tokens``, or the model's positions."""
 
@@ -43,7 +43,7 @@ class DecoderSequence:
         token_ids: prompt and generated tokens.
         num_prompt: how many are the prompt's.
         is_generating: whether tokens are generated; else a head reads the prompt's last hidden state.
-        end_token: the token that ends a text; None for none.
+        end_tokens: the tokens of which any ends a text.
         most_tokens: of prompt and text together.
         keys: names of full blocks.
         base_weights: a digest of what hidden states follow from before a tenant's first adapter, beside the
@@ -69,7 +69,7 @@ class DecoderSequence:
     token_ids: list[int]
     num_prompt: int
     is_generating: bool
-    end_token: int | None
+    end_tokens: tuple[int, ...]
     most_tokens: int
     keys: PrefixKeys
     respond: Callable[[Response], None]
@@ -132,7 +132,7 @@ class DecoderSequence:
         is_watched = self.emit is not None or sampling.stop
         piece = self.text.add(token_id) if is_watched else ""
         finish = None
-        if self.text.is_stopped or (token_id == self.end_token and not sampling.ignore_end):
+        if self.text.is_stopped or (token_id in self.end_tokens and not sampling.ignore_end):
             finish = FinishReason.STOP
         elif self.num_generated >= sampling.max_tokens or len(self.token_ids) >= self.most_tokens:
             finish = FinishReason.LENGTH

@@ -71,7 +71,7 @@ class DecoderService:
         timeout: float | None = None,
         emit: Emit | None = None,
     ) -> Future[Response]:
-        """Takes a request; raises EngineClosedError, or OverloadedError where the queue is full.
+        """Takes a request; raises as :meth:`hmi_engine.inbox.Inbox.put`.
 
         ``emit`` is called on the engine's thread with each piece of the text.
         """
@@ -157,38 +157,40 @@ class DecoderService:
             results = [as_fault(error, "tokenise")] * len(arrivals)
         for arrival, result in zip(arrivals, results, strict=True):
             if isinstance(result, HmiError):
-                answer(arrival.future, Response.failed(arrival.request, result))
+                self._refuse(arrival, result)
                 continue
             try:
                 sequence = self._core.sequence(result, partial(answer, arrival.future), arrival.emit)
-            except HmiError as error:
-                answer(arrival.future, Response.failed(arrival.request, error))
+            except Exception as error:
+                self._refuse(arrival, as_fault(error, "admit"))
             else:
                 self._queue(arrival, sequence)
 
     def _queue(self, arrival: Arrival, sequence: DecoderSequence) -> None:
-        queued = QueuedRequest(
-            tenant=sequence.tenant.name,
-            weights_key=sequence.tenant.name,
-            num_tokens=sequence.num_prompt
-            + (arrival.request.sampling.max_tokens if sequence.is_generating else 0),
-            adapter_bytes=0,
-            payload=(arrival, sequence),
-            priority=arrival.priority,
-            deadline=arrival.deadline,
-        )
+        """Queues a request; one that cannot be queued is told why, and holds nothing."""
         try:
+            queued = _queueable(arrival, sequence)
             with self._lock:
-                self._scheduler.submit(queued)
+                self._scheduler.submit(queued)  # asks for the tenant's limits, which may raise anything
                 self._queued[arrival] = queued
-        except DeadlineExceededError as error:
-            self._core.release(sequence)
-            answer(arrival.future, Response.failed(arrival.request, error))
         except OverloadedError as error:
             self._core.release(sequence)
+            self._count_error()
             fail(arrival.future, error)
+        except Exception as error:
+            self._core.release(sequence)
+            self._refuse(arrival, as_fault(error, "admit"))
         else:
             arrival.future.add_done_callback(lambda future: self._leave(future, arrival, sequence))
+
+    def _refuse(self, arrival: Arrival, error: HmiError) -> None:
+        """Answers a request that the loop never had, which counts those that it has."""
+        self._count_error()
+        answer(arrival.future, Response.failed(arrival.request, error))
+
+    def _count_error(self) -> None:
+        self._core.statistics.requests += 1
+        self._core.statistics.errors += 1
 
     def _begin(self) -> None:
         """Hands requests whose turn it is to the loop, one at a time, while it could begin with them."""
@@ -200,7 +202,7 @@ class DecoderService:
             error = DeadlineExceededError(
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
-            answer(arrival.future, Response.failed(arrival.request, error))
+            self._refuse(arrival, error)
         while self._core.loop.has_room:
             with self._lock:
                 batch = self._scheduler.next_batch(max_tokens=1, max_adapter_bytes=0)
@@ -228,14 +230,25 @@ class DecoderService:
         error = EngineClosedError(self._reason)
         with self._lock:
             self._inbox.refuse()
-            futures = [arrival.future for arrival in self._inbox.take()]
             waiting = [queued for queued in self._queued.values() if queued.state is RequestState.QUEUED]
-        for sequence in self._core.loop.abandon():
-            self._core.release(sequence)
-            sequence.respond(Response.failed(sequence.request, error))
-        for queued in waiting:
-            arrival, sequence = queued.payload
-            self._core.release(sequence)
-            futures.append(arrival.future)
-        for future in futures:
-            fail(future, error)
+        try:
+            for sequence in self._core.loop.abandon():
+                self._core.release(sequence)
+                sequence.respond(Response.failed(sequence.request, error))
+            for queued in waiting:
+                self._core.release(queued.payload[1])
+        finally:  # whatever is broken, nobody waits for ever
+            self._inbox.abandon(error)
+
+
+def _queueable(arrival: Arrival, sequence: DecoderSequence) -> QueuedRequest[tuple[Arrival, DecoderSequence]]:
+    most = sequence.num_prompt + (sequence.sampling.max_tokens if sequence.is_generating else 0)
+    return QueuedRequest(
+        tenant=sequence.tenant.name,
+        weights_key=sequence.tenant.name,
+        num_tokens=min(most, sequence.most_tokens),  # the model's positions end a text however much is asked
+        adapter_bytes=0,
+        payload=(arrival, sequence),
+        priority=arrival.priority,
+        deadline=arrival.deadline,
+    )

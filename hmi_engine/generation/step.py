@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import cast
 
@@ -26,6 +27,7 @@ from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import digest_of
+from hmi_engine.memory.traffic import TrafficRecorder
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.pipeline.stage_clock import StageClock
 from hmi_engine.pipeline.step import MissPolicy, PlotStatistics
@@ -46,11 +48,13 @@ class StepRunner:
         *,
         miss: MissPolicy,
         exact_budget: float,
+        recorder: TrafficRecorder | None = None,
         shared: SharedPrefixes | None = None,
         clock: StageClock | None = None,
     ) -> None:
         """Runs nothing yet; arguments as those of ``hmi_engine.pipeline.step.BatchRunner``.
 
+        ``recorder`` knows what traffic asked for, which a budget goes by; steps do not count it themselves.
         ``shared`` are the beginnings of prompts that ``computer`` keeps, if it keeps any.
         """
         self._general = general
@@ -58,6 +62,7 @@ class StepRunner:
         self._computer = computer
         self._miss = miss
         self._exact_budget = exact_budget
+        self._recorder = recorder
         self._shared = shared
         self._clock = clock or StageClock()
         self._num_steps = 0
@@ -65,7 +70,11 @@ class StepRunner:
 
     @torch.no_grad()
     def run(self, scheduled: Sequence[Scheduled]) -> list[StepOutput]:
-        """Computes a step; sequences of one tenant should stand together. An error is its tenant's alone."""
+        """Computes a step; sequences of one tenant should stand together.
+
+        A tenant that cannot be had, or whose domain cannot, is the error of its sequences alone; what is
+        raised is the whole step's.
+        """
         self._num_steps += 1
         try:
             return self._run(scheduled)
@@ -78,38 +87,55 @@ class StepRunner:
         self._leases.release()
 
     def _run(self, scheduled: Sequence[Scheduled]) -> list[StepOutput]:
-        outputs: list[StepOutput] = [None] * len(scheduled)
         with self._clock.working("fetch", self._num_steps):
             residents = self._leases.residents([each.sequence.tenant for each in scheduled])
-        served = []
-        for index, resident in enumerate(residents):
-            problem = _find_problem(scheduled[index].sequence, resident)
-            if problem is not None:
-                outputs[index] = problem
-            else:
-                served.append(index)
-        if not served:
-            return outputs
-        chosen = [scheduled[index] for index in served]
-        tenants = [cast(ResidentTenant, residents[index]) for index in served]
+        outputs: list[StepOutput] = [
+            _find_problem(each.sequence, resident)
+            for each, resident in zip(scheduled, residents, strict=True)
+        ]
         with self._clock.working("search", self._num_steps):
-            chosen = self._with_pieces(chosen, tenants)
-            tokens = self._tokens(chosen, tenants)
-            view, references = self._search(tokens)
-            step = SearchedStep(
-                scheduled=chosen,
-                tenants=tenants,
-                tokens=tokens,
-                view=view,
-                references=references,
-                spans=self._spans(chosen, tenants),
-                arrivals=self._leases.arrivals,
-            )
+            view = self._lease_tables(residents, outputs)
+            served = [index for index, output in enumerate(outputs) if output is None]
+            if not served:
+                return outputs
+            tenants = [cast(ResidentTenant, residents[index]) for index in served]
+            step = self._searched([scheduled[index] for index in served], tenants, view)
         with self._clock.working("compute", self._num_steps):
             computed = self._computer.run(step)
         for index, output in zip(served, computed, strict=True):
             outputs[index] = output
         return outputs
+
+    def _lease_tables(
+        self, residents: Sequence[ResidentTenant | HmiError], outputs: list[StepOutput]
+    ) -> CausalPlotView | None:
+        """The tables for all who have no output yet; who cannot have theirs gets the error as output."""
+        domains = {
+            index: cast(ResidentTenant, residents[index]).info.domain
+            for index, output in enumerate(outputs)
+            if output is None
+        }
+        if not domains:
+            return None
+        view, failed = self._leases.tables(list(domains.values()))
+        for index, domain in domains.items():
+            outputs[index] = failed.get(domain)
+        return view
+
+    def _searched(
+        self, scheduled: list[Scheduled], tenants: Sequence[ResidentTenant], view: CausalPlotView | None
+    ) -> SearchedStep:
+        scheduled = self._with_pieces(scheduled, tenants)
+        tokens = self._tokens(scheduled, tenants)
+        return SearchedStep(
+            scheduled=scheduled,
+            tenants=tenants,
+            tokens=tokens,
+            view=view,
+            references=None if view is None else self._look_up(tokens, view),
+            spans=self._spans(scheduled, tenants),
+            arrivals=self._leases.arrivals,
+        )
 
     def _with_pieces(self, scheduled: list[Scheduled], tenants: Sequence[ResidentTenant]) -> list[Scheduled]:
         """With what is known of each sequence's tokens below its tenant's first layer."""
@@ -158,10 +184,7 @@ class StepRunner:
             domains,
         )
 
-    def _search(self, tokens: CausalTokens) -> tuple[CausalPlotView | None, torch.Tensor | None]:
-        view = self._leases.tables(tokens.domains)
-        if view is None:
-            return None, None
+    def _look_up(self, tokens: CausalTokens, view: CausalPlotView) -> torch.Tensor:
         with torch.inference_mode():  # see HostSteps
             references = view.lookup(tokens)
         statistics = self.plot_statistics
@@ -169,11 +192,14 @@ class StepRunner:
         statistics.windows += int((tokens.windows[:, 1] >= 0).sum())
         statistics.window_hits += int((references[:, 0] >= 0).sum())
         statistics.bigram_backoffs += int((references[:, 1] >= 0).sum())
-        if self._miss != "backoff":
-            limit = int(self._exact_budget * len(references)) if self._miss == "budget" else None
-            references, computed = view.compute_misses(tokens, references, limit=limit)
-            statistics.windows_computed += computed
-        return view, references
+        if self._miss == "backoff":
+            return references
+        limit = int(self._exact_budget * len(references)) if self._miss == "budget" else None
+        weights = partial(self._recorder.weights_of, domains=tokens.domains) if self._recorder else None
+        completed = view.compute_misses(tokens, references, limit=limit, weights=weights)
+        statistics.windows_computed += completed.computed
+        statistics.budget_skipped += completed.skipped
+        return completed.references
 
 
 def _find_problem(sequence: DecoderSequence, resident: ResidentTenant | HmiError) -> HmiError | None:

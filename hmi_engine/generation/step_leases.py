@@ -22,7 +22,7 @@ class StepLeases:
     """Holds the tenants of a step, their adapters' segments and their tables for the steps after it.
 
     Texts under way ask for the same in each step: to ask for it anew took a fifth of a small model's step.
-    Before a step that needs something else, all that was held is given back. For one thread.
+    What a step does not need is given back before it. For one thread.
     """
 
     def __init__(
@@ -75,15 +75,24 @@ class StepLeases:
         arena, slots = self._residency.arena, self._residency.slots
         return AdapterBatch(arena.memory, slots, tenants, token_counts, token_counts)
 
-    def tables(self, domains: Sequence[str]) -> CausalPlotView | None:
-        """The tables of the domains, as the store has them now; None where nothing is looked up."""
+    def tables(self, domains: Sequence[str]) -> tuple[CausalPlotView | None, dict[str, HmiError]]:
+        """The tables of the domains, as the store has them now; None where nothing is looked up.
+
+        A domain that was removed since the step before stays as it was there. Domains whose tables cannot be
+        had are left out, and come back with the reason.
+        """
         if self._plots is None:
-            return None
-        asked = list(dict.fromkeys(domains)), self._plots.version
-        if self._view is None or not self._keep_tables or self._view[0] != asked:
-            self._release_tables()
-            self._view = asked, CausalPlotView(self._plots.reading(asked[0]), self._model)
-        return self._view[1]
+            return None, {}
+        names, version = list(dict.fromkeys(domains)), self._plots.version
+        if self._keep_tables and self._view is not None and self._view[0] == (names, version):
+            return self._view[1], {}
+        before = None if self._view is None else self._view[1].plot_view
+        found, failed = self._plots.reading_each(names, before=before)
+        self._release_tables()
+        # Without those that failed: they are asked for again.
+        names = [name for name in names if name not in failed]
+        self._view = (names, version), CausalPlotView(found, self._model)
+        return self._view[1], failed
 
     def release(self) -> None:
         """Gives everything back."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hmi_engine.errors import HmiError, OverloadedError, ReadTimeoutError
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout
+from hmi_engine.memory.departures import Departures
 from hmi_engine.memory.eviction import DemandQueue
 from hmi_engine.memory.placement import PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import ResidencyStatistics
@@ -40,8 +41,7 @@ class ArenaLoader:
         reader: knows the files' layouts.
         source: gives parameters: the reader, or the tier before the arena.
         statistics: counts of the arena; ``lock`` guards them.
-        leave: called with a tenant that has to leave for another.
-        pinned_bytes: tells what pinned tenants take.
+        departures: lets tenants leave that have to for another; ``lock`` guards it.
         lock: guards all that is said to be guarded.
         budget_name: the option that gives the arena more memory.
     """
@@ -51,26 +51,27 @@ class ArenaLoader:
     reader: TenantReader
     source: ParameterSource
     statistics: ResidencyStatistics
-    leave: Callable[[PlacedTenant], None]
-    pinned_bytes: Callable[[], int]
+    departures: Departures
     lock: threading.RLock
     budget_name: str
 
     def __post_init__(self) -> None:
         """Nothing is stuck yet."""
-        # Ranges of reads that did not end in time: they may still be written to, so nobody else gets them.
+        # Ranges of reads that nobody waits for any more: they may still be written to, so nobody gets them.
         self._stuck: list[PlacedTenant] = []
 
-    def load(self, infos: Sequence[TenantInfo], *, spare_needed: bool) -> LoadResults:
+    def load(
+        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool
+    ) -> LoadResults:
         """Brings in distinct tenants that are not in the arena, all at once, for each its place or an error.
 
-        The ``claims`` on each that is brought in count the caller. With ``spare_needed`` nothing leaves that
-        queued requests wait for. Where one that was given room turns out to be damaged, the room is offered
-        to those that found none.
+        ``held`` gets each that is brought in, whose ``claims`` count the caller: also where this ends by an
+        exception. With ``spare_needed`` nothing leaves that queued requests wait for. Where one that was
+        given room turns out to be damaged, the room is offered to those that found none.
         """
         waiting, results = list(infos), LoadResults()
         while waiting:
-            loaded = self._load_once(waiting, spare_needed)
+            loaded = self._load_once(waiting, held, spare_needed)
             results |= loaded
             was_room = any(
                 isinstance(result, HmiError) and not isinstance(result, OverloadedError | ReadTimeoutError)
@@ -80,7 +81,9 @@ class ArenaLoader:
             waiting = without if was_room else []
         return results
 
-    def _load_once(self, infos: Sequence[TenantInfo], spare_needed: bool) -> LoadResults:
+    def _load_once(
+        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], spare_needed: bool
+    ) -> LoadResults:
         layouts = self.reader.layouts(infos)
         results = LoadResults()
         with self.lock:
@@ -95,31 +98,38 @@ class ArenaLoader:
                 WantedParameters(placed.info, placed.layout, self.placement.parameters(placed))
                 for placed in reserved
             ]
-        outcomes: Sequence[HmiError | Arrival | None] = ()
         try:
             outcomes = self.source.load(wanted)
-        finally:
+        except BaseException:  # such as Ctrl-C's, which leaves reads to themselves
             with self.lock:
-                if len(outcomes) < len(reserved):  # an error that is raised
-                    for placed in reserved:
-                        self.placement.drop(placed)
-                for placed, outcome in zip(reserved, outcomes, strict=False):
-                    results[placed.digest] = outcome if isinstance(outcome, HmiError) else placed
-                    self._settle_load(placed, outcome)
+                for placed in reserved:
+                    self._take_back(placed)
+            raise
+        with self.lock:
+            for placed, outcome in zip(reserved, outcomes, strict=True):
+                if isinstance(outcome, HmiError):
+                    results[placed.digest] = outcome
+                    self._take_back(placed)
+                else:
+                    results[placed.digest] = placed
+                    self._publish(placed, outcome)
+                    held.append(placed)
         return results
 
-    def _settle_load(self, placed: PlacedTenant, outcome: HmiError | Arrival | None) -> None:
-        if isinstance(outcome, ReadTimeoutError):
+    def _publish(self, placed: PlacedTenant, arrival: Arrival | None) -> None:
+        placed.arrival = arrival
+        self.placement.publish(placed)
+        placed.claims += 1
+        self.statistics.loads += 1
+        self.statistics.bytes_copied += placed.layout.data_bytes if self.source is not self.reader else 0
+
+    def _take_back(self, placed: PlacedTenant) -> None:
+        """Frees the range of a tenant that did not come, once no read writes to it."""
+        if self.reader.is_reading(placed.digest):
             placed.users += 1  # the read, which writes to where it is now
             self._stuck.append(placed)
-        elif isinstance(outcome, HmiError):
-            self.placement.drop(placed)
         else:
-            placed.arrival = outcome
-            self.placement.publish(placed)
-            placed.claims += 1
-            self.statistics.loads += 1
-            self.statistics.bytes_copied += placed.layout.data_bytes if self.source is not self.reader else 0
+            self.placement.drop(placed)
 
     def _take_back_stuck(self) -> None:
         ended = [placed for placed in self._stuck if not self.reader.is_reading(placed.digest)]
@@ -148,9 +158,9 @@ class ArenaLoader:
                 raise NoRoomError(
                     f"no room for tenant {info.name!r}, which needs {size} bytes: of "
                     f"{arena.capacity_bytes} bytes of adapter memory pinned tenants take "
-                    f"{self.pinned_bytes()}, and requests that run or wait, or reads that do not end, the "
-                    f"rest; give the engine more {self.budget_name}, or a smaller max_batch_tokens"
+                    f"{self.departures.pinned_bytes}, and requests that run or wait, or reads that do not "
+                    f"end, the rest; give the engine more {self.budget_name}, or a smaller max_batch_tokens"
                 )
-            self.leave(leaving)
+            self.departures.drop(leaving)
             self.statistics.evictions += 1
         return placed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 import hmi_kernels
-from hmi_engine.memory.missing_windows import MissingWindows, most_wanted
-from hmi_engine.memory.plot_view import KernelTable, PlotView
+from hmi_engine.memory.missing_windows import MissingWindows
+from hmi_engine.memory.plot_view import CompletedReferences, KernelTable, PlotView
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 
 __all__ = ["CausalMergeInputs", "CausalPlotView", "CausalTokens", "merge_causal_rows"]
@@ -56,6 +56,11 @@ class CausalPlotView(AbstractContextManager["CausalPlotView"]):
         self._view = view
         self._model = model
 
+    @property
+    def plot_view(self) -> PlotView:
+        """The lease itself."""
+        return self._view
+
     def release(self) -> None:
         """Gives the tables back; a second call does nothing."""
         self._view.release()
@@ -97,29 +102,28 @@ class CausalPlotView(AbstractContextManager["CausalPlotView"]):
         return found
 
     def compute_misses(
-        self, tokens: CausalTokens, references: torch.Tensor, *, limit: int | None = None
-    ) -> tuple[torch.Tensor, int]:
+        self,
+        tokens: CausalTokens,
+        references: torch.Tensor,
+        *,
+        limit: int | None = None,
+        weights: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> CompletedReferences:
         """Computes missing windows, each once, and offers them to the overlay for later steps.
 
         Args:
             tokens: those that ``references`` were looked up for.
             references: the result of :meth:`lookup`, which is not changed.
             limit: compute at most so many windows, those that the step has most often; default all.
-
-        Returns:
-            The references with what was computed, and how many windows that were.
+            weights: which of equals, as of :meth:`hmi_engine.memory.plot_view.PlotView.compute_misses`.
         """
         missing = self.missing(tokens, references)
-        if limit is not None and sum(len(part.keys) for part in missing) > limit:
-            missing = most_wanted(missing, [torch.zeros(len(part.keys)) for part in missing], limit)
-        complete = references.clone() if missing else references
-        for part in missing:
-            windows = hmi_kernels.ngram_tokens(part.keys)
-            numbers = self._view.keep_computed(
-                part, self._view.layers_of(self._model, part.identity)(windows)
-            )
-            complete[part.positions, 0] = numbers[part.members]
-        return complete, sum(len(part.keys) for part in missing)
+        return self._view.complete(references, missing, self._compute, limit=limit, weights=weights)
+
+    def _compute(self, missing: MissingWindows) -> torch.Tensor:
+        """Rows of the windows, in a table that only this view has; returns their references int64 [M]."""
+        layers = self._view.layers_of(self._model, missing.identity)
+        return self._view.keep_computed(missing, layers(hmi_kernels.ngram_tokens(missing.keys)))
 
     def merge_inputs(self, tokens: CausalTokens, references: torch.Tensor) -> CausalMergeInputs:
         """What :meth:`merge` reads, all in host memory."""

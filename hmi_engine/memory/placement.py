@@ -10,6 +10,7 @@ import torch
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.knowledge.tenant_file import TenantLayout
 from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.slot_tables import SlotTables
 from hmi_engine.memory.streams import Arrival, DeviceStreams
 from hmi_engine.memory.tenant_reader import Digest, digest_of
@@ -38,6 +39,7 @@ class PlacedTenant:
         users: how many batches use it: more than none, and it neither leaves nor moves.
         claims: how many will that are being put together: more than none, and it does not leave.
         arrival: when its parameters will have come to where it is; None if they have.
+        resident: what :meth:`Placement.resident` made for the place that it had then.
     """
 
     info: TenantInfo
@@ -49,6 +51,7 @@ class PlacedTenant:
     users: int = 0
     claims: int = 0
     arrival: Arrival | None = None
+    resident: ResidentTenant | None = None
 
     @property
     def digest(self) -> Digest:
@@ -117,6 +120,21 @@ class Placement:
     def parameters(self, placed: PlacedTenant) -> torch.Tensor:
         """The arena's elements [n] that it has: those of its layout."""
         return self.arena.memory[placed.offset : placed.offset + placed.layout.num_elements]
+
+    def resident(self, placed: PlacedTenant) -> ResidentTenant:
+        """What batches know of one that was published, made once for each place that it has."""
+        resident = placed.resident
+        if resident is None or (resident.slot, resident.arena_offset) != (placed.slot, placed.offset):
+            assert placed.slot is not None
+            resident = placed.resident = ResidentTenant(
+                info=placed.info,
+                slot=placed.slot,
+                places=frozenset((block.layer, block.site.value) for block in placed.layout.blocks),
+                head=placed.layout.head,
+                parameters=self.parameters(placed),
+                arena_offset=placed.offset,
+            )
+        return resident
 
     def close(self) -> None:
         """Gives all memory back."""

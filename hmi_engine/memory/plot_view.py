@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -154,6 +155,11 @@ class PlotView(AbstractContextManager["PlotView"]):
         """Releases the view."""
         self.release()
 
+    @property
+    def searched(self) -> Mapping[str, SearchedDomain]:
+        """Where the rows of each leased domain are looked for."""
+        return self._searched
+
     def ancestors(self, domain: str) -> tuple[str, ...]:
         """Names from the domain to the root among nodes with the same domain layers."""
         return self._searched[domain].names
@@ -217,6 +223,27 @@ class PlotView(AbstractContextManager["PlotView"]):
         """
         identities = [self._searched[domain].identity for domain in domains]
         missing = find_missing(sequences, references, identities, window=self._general.window)
+        compute = partial(self._compute, model)
+        return self.complete(references, missing, compute, limit=limit, weights=weights)
+
+    def complete(
+        self,
+        references: torch.Tensor,
+        missing: Sequence[MissingWindows],
+        compute: Callable[[MissingWindows], torch.Tensor],
+        *,
+        limit: int | None = None,
+        weights: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> CompletedReferences:
+        """Puts what is missing into the first column of references int64 [T, C], which are not changed.
+
+        Args:
+            references: what a look-up found.
+            missing: the windows that it did not.
+            compute: gives the references int64 [M] of M windows' rows.
+            limit: as of :meth:`compute_misses`.
+            weights: likewise.
+        """
         wanted = missing
         if limit is not None and sum(len(part.keys) for part in missing) > limit:
             frequencies = [self._counted(part.keys) for part in missing]
@@ -227,7 +254,7 @@ class PlotView(AbstractContextManager["PlotView"]):
             wanted = most_wanted(missing, frequencies, limit)
         complete = references.clone() if wanted else references
         for part in wanted:
-            complete[part.positions, 0] = self._compute(model, part)[part.members]
+            complete[part.positions, 0] = compute(part)[part.members]
         positions = sum(len(part.positions) for part in missing)
         return CompletedReferences(
             complete,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hmi_engine.errors import StoreBusyError, StoreCorruptError
+from hmi_engine.errors import HmiError, StoreBusyError, StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.inheritance import inheritance_chain
@@ -94,20 +94,45 @@ class PlotLibrary:
             GeneralChangedError: the base model has been replaced.
             StoreBusyError: the store never stays as it is for long enough.
         """
+        view, failed = self.reading_each(domains)
+        for error in failed.values():
+            view.release()
+            raise error
+        return view
+
+    def reading_each(
+        self, domains: Sequence[str], *, before: PlotView | None = None
+    ) -> tuple[PlotView, dict[str, HmiError]]:
+        """As :meth:`reading`, but a domain that cannot be read keeps nobody from reading the others.
+
+        Args:
+            domains: names; equal ones count once.
+            before: an open lease. What it has of domains that were removed meanwhile is leased once more.
+
+        Returns:
+            A lease on the domains that can be read, and by the name of each of the others its error, as
+            :meth:`reading` raises it.
+
+        Raises:
+            GeneralChangedError, StoreBusyError: as :meth:`reading`.
+        """
+        removed = {} if before is None else before.searched
         for _ in range(_MOST_ATTEMPTS):
             tree = self._current_tree()
-            unknown = next((name for name in domains if name not in tree.domains), None)
-            if unknown is not None:
-                _ = self._catalog.domains[unknown]  # raises UnknownDomainError, unless it was added just now
-                continue
-            try:
-                searched = {name: self._search(tree, name) for name in dict.fromkeys(domains)}
-            except StoreCorruptError:
-                # A table may have been replaced, and its file removed, since the tree was read.
-                if self._catalog.version == tree.version:
-                    raise
-            else:
-                return PlotView(self._general, searched, self.overlay, self._domain_layers)
+            searched: dict[str, SearchedDomain] = {}
+            failed: dict[str, HmiError] = {}
+            for name in dict.fromkeys(domains):
+                if name in removed and name not in tree.domains:
+                    searched[name] = removed[name]
+                    continue
+                try:
+                    searched[name] = self._search(tree, name)
+                except HmiError as error:
+                    # Its frames would keep tables open for as long as somebody keeps the error.
+                    failed[name] = error.with_traceback(None)
+            # Since the tree was read, a domain may have been added, or a table replaced and its file removed.
+            if not failed or self._catalog.version == tree.version:
+                return PlotView(self._general, searched, self.overlay, self._domain_layers), failed
         raise StoreBusyError(
             f"{self._layout.root} changed {_MOST_ATTEMPTS} times while its tables were opened; try again"
         )
@@ -139,6 +164,9 @@ class PlotLibrary:
             return self._tree
 
     def _search(self, tree: _Tree, name: str) -> SearchedDomain:
+        if name not in tree.domains:
+            _ = self._catalog.domains[name]  # raises UnknownDomainError
+            raise StoreBusyError(f"domain {name!r} was added after the tree of domains was read; try again")
         if name not in tree.searched:
             nodes = inheritance_chain(name, tree.domains.__getitem__)
             tables = {node.name: self._open(tree, node.file) for node in nodes if node.file}

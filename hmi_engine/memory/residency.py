@@ -21,6 +21,7 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.arena_loading import ArenaLoader, LoadResults, NoRoomError
+from hmi_engine.memory.departures import Departures
 from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.held_tenants import HeldTenants
 from hmi_engine.memory.host_tier import HostTier
@@ -46,7 +47,8 @@ BatchTickets = tuple[Tickets[Digest], Tickets[Digest]]
 class AdapterResidency:
     """Tenants in one arena under a byte budget, and those before it in host memory where the arena is not.
 
-    Thread-safe. One thread at a time loads; releasing, and asking for what is here, never wait for a read.
+    Thread-safe. One thread at a time loads. Releasing, asking for what is here, and holding tenants that are
+    all here never wait for a read; but nobody's tenants are held before those of a batch that waits for room.
     """
 
     def __init__(
@@ -84,15 +86,13 @@ class AdapterResidency:
         self._placement = Placement(arena_bytes, streams, dtype)
         self.arena = self._placement.arena
         self.slots = self._placement.slots
-        self._residents: dict[Digest, ResidentTenant] = {}
-        self._pinned: dict[Digest, int] = {}  # their bytes
-        self._retired: set[Digest] = set()  # replaced or removed, but still in use or waited for
         self._statistics = ResidencyStatistics()
         self._queue = DemandQueue[Digest](FrequencyPerByte())
-        self._catalog_version = catalog.version
+        self._departures = Departures(catalog, self._placement, self._queue, self._source, self._statistics)
         self._batches_in_flight = batches_in_flight
         self._num_held = 0
         self._num_releases = 0
+        self._is_room_awaited = False
         self._loading = threading.RLock()  # taken before the other
         self._lock = threading.RLock()
         self._released = threading.Condition(self._lock)
@@ -103,8 +103,7 @@ class AdapterResidency:
             reader=self._reader,
             source=self._source,
             statistics=self._statistics,
-            leave=self._drop,
-            pinned_bytes=self._pinned_bytes,
+            departures=self._departures,
             lock=self._lock,
             budget_name=self._budget_name,
         )
@@ -150,7 +149,7 @@ class AdapterResidency:
         """What one batch's tenants should take together, so that those in flight fit beside each other."""
         with self._lock:
             capacity = self.arena.capacity_bytes
-            unpinned = (capacity - self._pinned_bytes()) // self._batches_in_flight
+            unpinned = (capacity - self._departures.pinned_bytes) // self._batches_in_flight
             return min(capacity // max(2, self._batches_in_flight), unpinned)
 
     def holding(self, tenants: Sequence[TenantInfo], *, wait: bool = False) -> HeldTenants:
@@ -165,32 +164,67 @@ class AdapterResidency:
         Raises:
             EngineClosedError: after :meth:`close`.
         """
-        with self._loading:
+        if not self._loading.acquire(blocking=False):
+            held = self._hold_residents(tenants)
+            if held is not None:
+                return held
+            self._loading.acquire()
+        try:
+            return self._load_and_hold(tenants, wait)
+        finally:
+            self._loading.release()
+
+    def _hold_residents(self, tenants: Sequence[TenantInfo]) -> HeldTenants | None:
+        """Holds tenants while others are loaded; None where one is not here, or somebody waits for room.
+
+        That might never come if what lies there were held by ever new batches. The catalog is followed by who
+        loads, as what is on its way would not be known here.
+        """
+        wanted = {digest_of(info): info for info in tenants}
+        with self._lock:
+            if self._is_room_awaited or any(self._placement.get(digest) is None for digest in wanted):
+                return None
             held: list[PlacedTenant] = []
-            try:
+            return self._hold(tenants, self._claim_residents(wanted, held), held)
+
+    def _load_and_hold(self, tenants: Sequence[TenantInfo], wait: bool) -> HeldTenants:
+        held: list[PlacedTenant] = []
+        try:
+            releases = self._num_releases
+            acquired = self._acquire(tenants, held)
+            while wait and _lacks_room(acquired) and self._wait_for_release(releases):
                 releases = self._num_releases
-                acquired = self._acquire(tenants, held)
-                while wait and _lacks_room(acquired) and self._wait_for_release(releases):
-                    releases = self._num_releases
-                    again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
-                    acquired |= self._load(again, held)
-                with self._lock:
-                    outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
-                    for placed in held:
-                        placed.claims -= 1
-                        placed.users += 1
-                    arrivals = _still_coming(held)
-                    self._num_held += 1
-            except BaseException:
-                self._let_claims_go(held)
-                raise
+                again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
+                acquired |= self._load(again, held)
+            return self._hold(tenants, acquired, held)
+        except BaseException:
+            self._let_claims_go(held)
+            raise
+        finally:
+            self._is_room_awaited = False
+
+    def _hold(
+        self, tenants: Sequence[TenantInfo], acquired: LoadResults, held: list[PlacedTenant]
+    ) -> HeldTenants:
+        """Makes the claims on ``held`` those of a user, so that they do not move either."""
+        with self._lock:
+            outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
+            arrivals = _still_coming(held)
+            for placed in held:
+                placed.claims -= 1
+                placed.users += 1
+            self._num_held += 1
         return HeldTenants(outcomes, arrivals, lambda: self._end_holding(held))
+
+    def _outcome(self, result: PlacedTenant | HmiError) -> ResidentTenant | HmiError:
+        return result if isinstance(result, HmiError) else self._placement.resident(result)
 
     def _wait_for_release(self, since: int) -> bool:
         """Returns when something has been released ``since`` so many releases, False if nothing will be."""
         with self._lock:
             if self._num_releases == since and not self._num_held:
                 return False
+            self._is_room_awaited = True
             self._released.wait_for(lambda: self._num_releases != since)
             return True
 
@@ -198,7 +232,7 @@ class AdapterResidency:
         with self._lock:
             for placed in held:
                 placed.users -= 1
-                self._settle(placed)
+                self._departures.settle(placed)
             self._num_held -= 1
             self._num_releases += 1
             self._released.notify_all()
@@ -207,7 +241,7 @@ class AdapterResidency:
         with self._lock:
             for placed in held:
                 placed.claims -= 1
-                self._settle(placed)
+                self._departures.settle(placed)
 
     def prefetch(self, tenants: Sequence[TenantInfo]) -> int:
         """Loads tenants ahead of their requests, as far as there is room beside what queued requests need.
@@ -270,13 +304,12 @@ class AdapterResidency:
                 self._queue.release(tickets)
                 self._source.release(source_tickets)
                 for _, digest in tickets:
-                    self._let_go(digest)
+                    self._departures.let_go(digest)
 
     def close(self) -> None:
         """Gives all memory back; tenants must not be in use."""
         with self._loading, self._lock:
             self._closed = True
-            self._residents.clear()
             self._placement.close()
             self._source.close()
 
@@ -284,101 +317,55 @@ class AdapterResidency:
     def _budget_name(self) -> str:
         return "host_memory" if self._host is None else "device_memory"
 
-    def _pinned_bytes(self) -> int:
-        return sum(self._pinned.values())
-
-    def _follow_catalog(self) -> None:
-        """Lets go of tenants that were replaced or removed, once nobody waits for them or uses them."""
-        if self._closed:
-            raise EngineClosedError("the engine is closed; open another one on the store")
-        version = self._catalog.version
-        if version == self._catalog_version:
-            return
-        self._catalog_version = version
-        known = {*self._source.digests(), *(placed.digest for placed in self._placement.all())}
-        existing = self._catalog.tenants.existing_ids(tenant_id for tenant_id, _, _ in known)
-        pinned = {info.id for info in self._catalog.tenants.pinned()}
-        for digest in known:
-            placed = self._placement.get(digest)
-            is_pinned = digest[0] in pinned
-            if digest[0] not in existing:
-                self._retired.add(digest)
-                self._let_go(digest)
-            elif placed is not None and placed.is_pinned != is_pinned:
-                placed.is_pinned = is_pinned
-                self._settle(placed)
-
-    def _settle(self, placed: PlacedTenant) -> None:
-        """Decides what becomes of a tenant that this thread does not hold any more."""
-        if placed.users or placed.claims or placed.slot is None or self._let_go(placed.digest):
-            return
-        if placed.is_pinned:
-            self._pinned[placed.digest] = placed.size
-            self._queue.withdraw(placed.digest)
-        else:
-            self._pinned.pop(placed.digest, None)
-            self._queue.offer(placed.digest)
-
-    def _let_go(self, digest: Digest) -> bool:
-        """Gives up a replaced or removed tenant in all tiers, if nobody uses it or waits for it."""
-        if digest not in self._retired:
-            return False
-        placed = self._placement.get(digest)
-        in_use = placed is not None and placed.users + placed.claims > 0
-        if in_use or self._queue.is_needed(digest):
-            return False
-        self._retired.remove(digest)
-        if placed is not None:
-            self._drop(placed)
-            self._statistics.retired += 1
-        self._queue.forget(digest)
-        self._source.forget(digest)
-        return True
-
     def _acquire(
         self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
     ) -> LoadResults:
         """Finds or loads tenants; ``held`` gets those that were found, on which the caller has a claim."""
         wanted = {digest_of(info): info for info in tenants}
-        acquired = LoadResults()
         with self._lock:
-            self._follow_catalog()
+            if self._closed:
+                raise EngineClosedError("the engine is closed; open another one on the store")
+            self._departures.follow_catalog()
             # First those that are here, so that none of them leaves for another of the batch.
-            for digest, info in wanted.items():
-                self._queue.used(digest, info.bytes)
-                placed = self._placement.get(digest)
-                if placed is not None:
-                    placed.is_pinned = info.pinned
-                    placed.claims += 1
-                    self._queue.withdraw(digest)
-                    held.append(placed)
-                    acquired[digest] = placed
-            self._statistics.hits += len(acquired)
-            self._statistics.misses += len(wanted) - len(acquired)
+            acquired = self._claim_residents(wanted, held)
         missing = [info for digest, info in wanted.items() if digest not in acquired]
-        acquired |= self._load(missing, held, spare_needed=spare_needed)
-        return acquired | self._acquire_successors(wanted, acquired, held, spare_needed)
+        return acquired | self._load(missing, held, spare_needed=spare_needed)
+
+    def _claim_residents(self, wanted: Mapping[Digest, TenantInfo], held: list[PlacedTenant]) -> LoadResults:
+        """Counts a request for each of ``wanted``, and finds those that are here."""
+        found = LoadResults()
+        for digest, info in wanted.items():
+            self._queue.used(digest, info.bytes)
+            placed = self._placement.get(digest)
+            if placed is not None:
+                placed.is_pinned = info.pinned
+                placed.claims += 1
+                self._queue.withdraw(digest)
+                held.append(placed)
+                found[digest] = placed
+        self._statistics.hits += len(found)
+        self._statistics.misses += len(wanted) - len(found)
+        return found
 
     def _load(
         self, infos: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
     ) -> LoadResults:
-        """Loads tenants, each once however often it is named; ``held`` gets what was loaded."""
-        distinct = list({digest_of(info): info for info in infos}.values())
-        loaded = self._loader.load(distinct, spare_needed=spare_needed) if distinct else LoadResults()
-        held.extend(result for result in loaded.values() if isinstance(result, PlacedTenant))
-        return loaded
+        """Loads tenants, each once however often it is named, or those that have replaced them."""
+        wanted = {digest_of(info): info for info in infos}
+        loaded = self._loader.load(list(wanted.values()), held, spare_needed=spare_needed)
+        return loaded | self._acquire_successors(wanted, loaded, held, spare_needed)
 
     def _acquire_successors(
         self,
         wanted: Mapping[Digest, TenantInfo],
-        acquired: LoadResults,
+        loaded: LoadResults,
         held: list[PlacedTenant],
         spare_needed: bool,
     ) -> LoadResults:
         """Where a file is gone because its tenant was replaced since its record was read: the new one."""
         successors: dict[Digest, TenantInfo] = {}
         results = LoadResults()
-        for digest, result in acquired.items():
+        for digest, result in loaded.items():
             if not isinstance(result, StoreCorruptError):
                 continue
             current = self._catalog.tenants.get(wanted[digest].name)
@@ -389,31 +376,9 @@ class AdapterResidency:
             elif digest_of(current) != digest:
                 successors[digest] = current
         if successors:
-            loaded = self._acquire(list(successors.values()), held, spare_needed=spare_needed)
-            results |= {digest: loaded[digest_of(info)] for digest, info in successors.items()}
+            acquired = self._acquire(list(successors.values()), held, spare_needed=spare_needed)
+            results |= {digest: acquired[digest_of(info)] for digest, info in successors.items()}
         return results
-
-    def _drop(self, placed: PlacedTenant) -> None:
-        self._residents.pop(placed.digest, None)
-        self._pinned.pop(placed.digest, None)
-        self._placement.drop(placed)
-
-    def _outcome(self, result: PlacedTenant | HmiError) -> ResidentTenant | HmiError:
-        """The resident tenant, made once for each place that it has."""
-        if isinstance(result, HmiError):
-            return result
-        resident = self._residents.get(result.digest)
-        if resident is None or (resident.slot, resident.arena_offset) != (result.slot, result.offset):
-            assert result.slot is not None  # what was acquired has been published
-            resident = self._residents[result.digest] = ResidentTenant(
-                info=result.info,
-                slot=result.slot,
-                places=frozenset((block.layer, block.site.value) for block in result.layout.blocks),
-                head=result.layout.head,
-                parameters=self._placement.parameters(result),
-                arena_offset=result.offset,
-            )
-        return resident
 
 
 def _still_coming(held: Sequence[PlacedTenant]) -> list[Arrival]:

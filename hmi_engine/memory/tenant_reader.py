@@ -84,7 +84,8 @@ class TenantReader:
     """Reads layouts, which are remembered, and data sections; a :class:`ParameterSource` without memory.
 
     A read that does not end in time fails its tenant alone. Until it ends, the tenant is not read again, and
-    where it would have been read to is not free: see :meth:`is_reading`.
+    where it would have been read to is not free: see :meth:`is_reading`. The same holds where an exception
+    ends the wait, such as Ctrl-C's.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TenantReader:
         for info in infos:
             layout = self._layouts.get(info.sha256)
             if self.is_reading(digest_of(info)):
-                found[digest_of(info)] = self._timeout(info)
+                found[digest_of(info)] = self._not_ended(info)
             elif layout is None:
                 unknown.append(info)
             else:
@@ -132,7 +133,7 @@ class TenantReader:
         return [found[digest_of(info)] for info in infos]
 
     def is_reading(self, digest: Digest) -> bool:
-        """Whether a read of this tenant timed out and has not ended since."""
+        """Whether a read of this tenant that nobody waits for any more has not ended yet."""
         reads = self._stuck.get(digest)
         if reads is not None and reads.wait(0):
             del self._stuck[digest]
@@ -204,18 +205,32 @@ class TenantReader:
             destinations,
             require_finite=require_finite,
         )
-        if not reads.wait(self._read_timeout):
-            reads.cancel()
+        # From before the wait on, which an exception may end, such as Ctrl-C's: what has begun goes on.
+        self._stuck |= {digest_of(info): reads for info in infos}
+        has_ended = False
+        try:
+            has_ended = reads.wait(self._read_timeout)
+        finally:
+            if not has_ended:
+                reads.cancel()
+            outcomes = reads.outcomes()
+            for info, outcome in zip(infos, outcomes, strict=True):
+                if not isinstance(outcome, hmi_kernels.PendingRead):
+                    self._stuck.pop(digest_of(info), None)
         errors: list[HmiError | None] = []
-        for info, outcome in zip(infos, reads.outcomes(), strict=True):
-            if isinstance(outcome, hmi_kernels.PendingRead):
-                self._stuck[digest_of(info)] = reads
-                errors.append(self._timeout(info))
-            elif isinstance(outcome, OSError) and outcome.errno == errno.ECANCELED:
+        for info, outcome in zip(infos, outcomes, strict=True):
+            is_canceled = isinstance(outcome, OSError) and outcome.errno == errno.ECANCELED
+            if is_canceled or isinstance(outcome, hmi_kernels.PendingRead):
                 errors.append(self._timeout(info))
             else:
                 errors.append(_explain(outcome))
         return errors
+
+    def _not_ended(self, info: TenantInfo) -> ReadTimeoutError:
+        return ReadTimeoutError(
+            f"{self._layout.resolve(info.file)}: an earlier read of tenant {info.name!r}, which nobody waits "
+            "for any more, has not ended; other tenants are served. Ask again later, or check the disk"
+        )
 
     def _timeout(self, info: TenantInfo) -> ReadTimeoutError:
         return ReadTimeoutError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeAlias
 
-from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.models.bert import HierarchicalBert
 from hmi_engine.models.causal_windows import CausalWindowLayers
+from hmi_engine.models.general_folder import loading_error
 from hmi_engine.models.gpt2 import HierarchicalGpt2
 from hmi_engine.models.windows import WindowLayers
 
@@ -29,9 +29,8 @@ def read_model_type(source: str) -> str:
 
     try:
         return str(AutoConfig.from_pretrained(source).model_type)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{source}: cannot be loaded as a base model: {reason}") from error
+    except Exception as error:  # of what is wrong in a file, each library has errors of its own
+        raise loading_error(source, "a base model", error) from error
 
 
 def load_model(folder: Path, plot_layers: int, *, is_causal: bool) -> HierarchicalModel:

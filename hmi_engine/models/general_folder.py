@@ -16,6 +16,7 @@ from hmi_engine.errors import StoreCorruptError, UnsupportedModelError
 
 __all__ = [
     "CONFIGURATION_FILE",
+    "GENERATION_FILE",
     "MERGE_FILE",
     "MERGE_LAYER_NORM_EPS",
     "WEIGHTS_FILE",
@@ -23,6 +24,7 @@ __all__ = [
     "check_fields",
     "load_merge",
     "load_weights",
+    "loading_error",
     "read_checkpoint",
     "read_configuration",
     "undistilled_merge",
@@ -31,6 +33,7 @@ __all__ = [
 WEIGHTS_FILE = "model.safetensors"
 MERGE_FILE = "merge.safetensors"
 CONFIGURATION_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 MERGE_LAYER_NORM_EPS = 1e-5
 
 Sizes = TypeVar("Sizes")
@@ -57,10 +60,17 @@ class Checkpoint(Generic[Sizes]):
     def write(
         self, directory: Path, tensors: Mapping[str, torch.Tensor], merge: Mapping[str, torch.Tensor]
     ) -> None:
-        """Writes the folder, with these of the model's weights and this merge."""
+        """Writes the folder, with these of the model's weights and this merge.
+
+        Of what transformers knows of generating, the tokens that end a text are kept.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.config, indent=2, sort_keys=True, default=str)
         (directory / CONFIGURATION_FILE).write_text(text)
+        generation = getattr(self.model, "generation_config", None)
+        if generation is not None:
+            ends = json.dumps({"eos_token_id": generation.eos_token_id})
+            (directory / GENERATION_FILE).write_text(ends)
         self.tokenizer.save_pretrained(directory)
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, directory / WEIGHTS_FILE)
@@ -88,7 +98,8 @@ def read_checkpoint(
         may_lack: what the names of weights begin with that may be missing; None: nothing may be.
 
     Raises:
-        UnsupportedModelError: the folder or id holds no readable model, or one of another architecture.
+        UnsupportedModelError: the folder or id holds no readable model, or one of another architecture, or
+            its tokenizer has tokens that the model does not know.
     """
     import transformers
     from transformers.utils import logging as transformers_logging
@@ -101,13 +112,10 @@ def read_checkpoint(
         model, loading = getattr(transformers, class_name).from_pretrained(
             source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{source}: cannot be loaded as a {architecture}-architecture model: {reason}"
-        ) from error
+    except (UnsupportedModelError, MemoryError):
+        raise
+    except Exception as error:  # of what is wrong in a file, each library has errors of its own
+        raise loading_error(source, f"a {architecture}-architecture model", error) from error
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{source}: has no fast tokenizer (tokenizer.json); convert it with transformers"
@@ -118,7 +126,31 @@ def read_checkpoint(
         raise UnsupportedModelError(
             f"{source}: the checkpoint lacks {needed[0]} and {len(needed) - 1} more weights"
         )
+    _check_token_ids(tokenizer, model.get_input_embeddings().num_embeddings, source)
     return Checkpoint(sizes, config, tokenizer, model, missing)
+
+
+def loading_error(source: str, wanted: str, error: Exception) -> UnsupportedModelError:
+    """The error to raise where transformers failed to load ``source`` as what was ``wanted``."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, OSError | ValueError):  # those of others say little by themselves
+        reason = f"{type(error).__name__}: {reason}"
+    return UnsupportedModelError(
+        f"{source}: cannot be loaded as {wanted}: {reason}; is the download complete, and does "
+        "AutoModel.from_pretrained load it?"
+    )
+
+
+def _check_token_ids(tokenizer: Any, vocab_size: int, source: str) -> None:
+    """Refuses a tokenizer that gives ids at or above ``vocab_size``, the rows of the model's embeddings."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size:
+        raise UnsupportedModelError(
+            f"{source}: the tokenizer has the token {token!r:.80} with id {largest}, but the model knows "
+            f"{vocab_size} tokens: resize its embeddings with "
+            "model.resize_token_embeddings(len(tokenizer)) and save it again, or remove the tokens that were "
+            "added"
+        )
 
 
 def check_fields(

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer
 
 from hmi_engine.errors import StoreCorruptError
+from hmi_engine.models.general_folder import CONFIGURATION_FILE, GENERATION_FILE
 
 __all__ = ["EncodedText", "TextEncoder"]
 
@@ -55,15 +56,20 @@ class TextEncoder:
         """The tokenizer itself, for decoding."""
         return self._tokenizer
 
-    def token_id_of_end(self) -> int | None:
-        """The token that ends a text, as the model's files name it; None if they name none."""
-        for name in ("generation_config.json", "config.json"):
-            path = self._directory / name
-            if path.exists():
-                found = json.loads(path.read_text()).get("eos_token_id")
-                if isinstance(found, int):
-                    return found
-        return None
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens of which any ends a text, as transformers' ``generate`` takes them; empty for none.
+
+        Raises:
+            StoreCorruptError: the file that names them is damaged.
+        """
+        path = self._directory / GENERATION_FILE
+        if not path.exists():  # a store that was made by an earlier HMI
+            path = self._directory / CONFIGURATION_FILE
+        try:
+            found = json.loads(path.read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise StoreCorruptError(f"{path}: unreadable settings of the base model: {error}") from error
+        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
     @property
     def vocab_size(self) -> int:

@@ -10,12 +10,16 @@ from hmi_engine.cli import main, output
 
 
 def hmi(*arguments, text=""):
-    """Runs the command in this process, as the installed script does: exit code and both streams."""
+    """Runs the command in this process, as the installed script does: exit code and both streams.
+
+    ``text`` is what comes on standard input: a string, or bytes that need be no UTF-8.
+    """
+    given = io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text), "utf-8")
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with (
         mock.patch.object(sys, "argv", ["hmi", *map(str, arguments)]),
-        mock.patch.object(sys, "stdin", io.StringIO(text)),
+        mock.patch.object(sys, "stdin", given),
         mock.patch.dict("os.environ", {"COLUMNS": "200"}),
         mock.patch.object(output.console, "_width", 200),  # where COLUMNS was set when it was made
         redirect_stdout(out),

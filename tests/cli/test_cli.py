@@ -60,6 +60,28 @@ def test_run_answers_line_by_line(made):
     assert "5 of 7" in done.stderr
 
 
+BAD_LINES = {
+    b'{"tenant": "acme/cells", "text": "a", "id": ' + b"9" * 5000 + b"}": "no JSON that can be read",
+    b"[" * 100_000: "inside each other",
+    b'{"tenant": "acme/cells", "text": "a\xff"}': "no UTF-8: invalid start byte at byte 36",
+    b'{"tenant": "acme/cells", "text": "a \\ud800"}': "surrogate",
+    b'{"tenant": "acme/cells", "text": "a", "id": {"x": "\\udc00"}}': "surrogate",
+    b'{"tenant": "t\\ud800", "text": "a"}': "surrogate",
+    b'{"tenant": "acme/cells", "input_ids": 5}': "input_ids must be a list",
+    b'{"tenant": "acme/cells", "input_ids": {"5": 6}}': "input_ids must be a list",
+}
+
+
+def test_run_answers_lines_beside_those_that_nobody_can_read(made):
+    good = json.dumps({"tenant": "acme/cells", "text": "the cell is \U0001f600", "id": "\U0001f600"}).encode()
+    done = hmi("run", made, text=b"\n".join([good, *(line + b"\n" + good for line in BAD_LINES)]))
+    assert done.returncode == 0
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[::2] == [answers[0]] * (len(BAD_LINES) + 1) and answers[0]["id"] == "\U0001f600"
+    for answer, said in zip(answers[1::2], BAD_LINES.values(), strict=True):
+        assert answer["error"]["type"] == "InvalidRequestError" and said in answer["error"]["message"]
+
+
 def test_run_with_memory_of_its_own_a_pipeline_and_a_trace(made, tmp_path):
     lines = [json.dumps({"tenant": "acme/cells", "text": text}) for text in ("the cell", "a gene")] * 5
     options = ["--device-memory", "1MiB", "--host-memory", "1MiB", "--max-batch-tokens", 8]

@@ -248,8 +248,9 @@ def test_a_latency_target_makes_batches_smaller(store, fleet, monkeypatch):
     for target in (0.3, None):
         asyncio.run(main(target))
     assert usual[0.3] < 100 < largest[None]  # one after a stall of the machine may be larger
-    with pytest.raises(ValueError, match="latency_target"):
-        hmi.AsyncEngine(store, latency_target=0)
+    for target in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"latency_target is {target}, must be above 0"):
+            hmi.AsyncEngine(store, latency_target=target)
 
 
 @pytest.mark.parametrize("stage", ["admit", "respond"])

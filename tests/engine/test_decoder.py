@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -217,6 +219,36 @@ def test_stop_strings_and_the_end_token(tiny_gpt2, model, tmp_path: Path) -> Non
         expected = generate_greedily(lambda ids: model(torch.tensor([ids])).logits[0, -1], prompt, room, END)
         assert list(response.token_ids) == expected
         assert response.finish_reason == ("stop" if expected[-1] == END else "length")
+
+
+@pytest.mark.parametrize("place", ["config", "generation", "both", "null"])
+def test_a_text_ends_where_that_of_transformers_does(
+    tiny_gpt2: Path, model: GPT2LMHeadModel, tmp_path: Path, place: str
+) -> None:
+    prompt = torch.tensor([[5, 9, 70]])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": END}
+    unending = model.generate(prompt, eos_token_id=None, **settings)[0, 3:].tolist()
+    early, late = unending[3], unending[8]
+    ends = {
+        "config": {"config": [late, early]},
+        "generation": {"config": END, "generation_config": [late, early]},
+        "both": {"config": early, "generation_config": late},
+        "null": {"config": early, "generation_config": None},
+    }
+    base = Path(shutil.copytree(tiny_gpt2, tmp_path / "base"))
+    (base / "generation_config.json").unlink()
+    for name, tokens in ends[place].items():
+        file = base / f"{name}.json"
+        fields = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(fields | {"eos_token_id": tokens}))
+    expected = GPT2LMHeadModel.from_pretrained(base).generate(prompt, **settings)[0, 3:].tolist()
+    with hmi.Store.create(tmp_path / "s", general=base, plot_layers=0) as store:
+        store.add_tenant("plain", domain="general", adapter=hmi.Adapter({}), head=hmi.GenerationHead())
+        with hmi.Engine(store) as engine:
+            sampling = hmi.Sampling(max_tokens=12)
+            (response,) = engine.run([hmi.Request("plain", input_ids=prompt[0].tolist(), sampling=sampling)])
+    assert list(response.token_ids) == expected
+    assert (response.finish_reason == "stop") == (len(expected) < 12)
 
 
 BAD = [

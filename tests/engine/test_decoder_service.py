@@ -122,6 +122,44 @@ def test_closing_fails_what_runs_and_hangs_nobody(mixed_store: hmi.Store) -> Non
         assert error is None or isinstance(error, hmi.errors.EngineClosedError)
 
 
+def test_what_is_refused_is_counted(mixed_store: hmi.Store) -> None:
+    limits = hmi.TenantLimits(tokens_per_second=1e-9, burst_tokens=1)
+
+    async def main() -> hmi.EngineStatistics:
+        async with hmi.AsyncEngine(mixed_store, tenant_limits=lambda _: limits) as engine:
+            good = hmi.Request("lora", "the cell", sampling=hmi.Sampling(max_tokens=3))
+            assert (await engine.submit(good)).error is None
+            assert (await engine.submit(good, timeout=0)).error is not None
+            for bad in (hmi.Request("nobody", "the"), hmi.Request("ia3", "cell " * 200)):
+                assert (await engine.submit(bad)).error is not None
+            with pytest.raises(hmi.errors.OverloadedError, match="tokens_per_second"):
+                await engine.submit(good)
+            return engine.stats()
+
+    statistics = asyncio.run(main())
+    assert (statistics.requests, statistics.errors) == (5, 4)
+
+
+def test_a_request_counts_what_can_be_generated_not_what_was_asked(mixed_store: hmi.Store) -> None:
+    positions = mixed_store.general.max_positions
+    asked = [
+        hmi.Request("lora", "the", sampling=hmi.Sampling(max_tokens=most, ignore_end=True))
+        for most in (positions, 5_000_000, 10**400)
+    ]
+
+    async def main() -> hmi.AsyncEngine:
+        limits = hmi.QueueLimits(max_queued_tokens=len(asked) * positions, tenant_share=None)
+        async with hmi.AsyncEngine(mixed_store, queue_limits=limits) as engine:
+            answers = await asyncio.wait_for(asyncio.gather(*map(engine.submit, asked)), 60)
+        for answer in answers:
+            assert answer.error is None
+            assert answer.usage.tokens + answer.usage.generated_tokens == positions
+        return engine
+
+    totals = asyncio.run(main()).queue_stats().totals
+    assert totals.served_tokens == len(asked) * positions
+
+
 async def come_and_go(store: hmi.Store, count: int) -> dict:
     """Random requests, of which many leave at a random moment; what the engine holds in the end."""
     draw = random.Random(3)

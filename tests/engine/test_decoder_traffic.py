@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 import warnings
 from collections import Counter
@@ -10,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from decoder_stores import PROMPTS, WHOLE, make_store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,6 +154,49 @@ def test_a_domain_removed_meanwhile_is_forgotten_quietly(store: hmi.Store) -> No
         asyncio.run(serve())
     (file,) = store.catalog.traffic_files()
     assert file.domain_id == store.domains["news"].id
+
+
+def unknown_windows(store: hmi.Store, count: int) -> list[int]:
+    """Token ids whose whole windows, behind the first one's, differ and have no rows."""
+    known = held(store)
+    for seed in range(100):
+        ids = random.Random(seed).sample(range(1, store.general.vocab_size), count)
+        if not known & set(whole_windows([ids], store.general.window)):
+            return ids
+    raise AssertionError("the table has nearly all windows")
+
+
+def test_a_budget_counts_what_it_leaves(store: hmi.Store) -> None:
+    ids = unknown_windows(store, 9)
+    once = hmi.Sampling(max_tokens=1, ignore_end=True)
+    with hmi.Engine(store, miss="budget", exact_budget=3.01 / 9, overlay_memory=0) as engine:
+        engine.run([hmi.Request("plain", input_ids=ids, sampling=once)])
+        plot = engine.stats().plot
+    assert (plot["windows"], plot["window_hits"]) == (8, 0)
+    assert (plot["windows_computed"], plot["budget_skipped"]) == (3, 5)
+    with hmi.Engine(store, miss="exact") as engine:
+        engine.run([hmi.Request("plain", input_ids=ids, sampling=once)])
+        assert engine.stats().plot["budget_skipped"] == 0
+
+
+@pytest.mark.parametrize("place", [3, 5, 7])
+def test_a_budget_goes_to_what_traffic_asks_for(store: hmi.Store, place: int) -> None:
+    """Each window of the text is in it once, and one of them was asked for before."""
+    ids = unknown_windows(store, 9)
+    wanted = ids[place + 1 - store.general.window : place + 1]
+    once = hmi.Sampling(max_tokens=1, ignore_end=True)
+    computed, compute = [], store.decoder.window_states
+
+    def window_states(tokens: torch.Tensor) -> torch.Tensor:
+        computed.extend(tokens.tolist())
+        return compute(tokens)
+
+    store.decoder.window_states = window_states
+    with hmi.Engine(store, miss="budget", exact_budget=1.01 / 9, overlay_memory=0) as engine:
+        engine.run([hmi.Request("plain", input_ids=wanted, sampling=once)] * 3)
+        computed.clear()
+        engine.run([hmi.Request("plain", input_ids=ids, sampling=once)])
+    assert computed == [[*wanted, *[-1] * (3 - len(wanted))]]
 
 
 def test_what_was_never_begun_was_not_asked_for(store: hmi.Store) -> None:

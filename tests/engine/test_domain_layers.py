@@ -1,5 +1,7 @@
 """A domain's own domain layers: what is refused, and that others are not touched."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import BertModel
 
 import hmi_engine as hmi
-from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.construct.domain_tree import TreeChange
+from hmi_engine.errors import StoreBusyError, StoreCorruptError, UnsupportedModelError
 
 
 @pytest.fixture
@@ -70,3 +73,58 @@ def test_without_domain_layers_there_is_nothing_to_replace(
         store.add_domain("one", sentences(5, seed=1))
         with pytest.raises(UnsupportedModelError, match="plot_layers is 0"):
             store.set_domain_layers("one", weights)
+
+
+@pytest.fixture
+def replace_layers(store: hmi.Store, weights: dict[str, torch.Tensor]) -> Callable[[], str]:
+    """Gives ``one`` other layers each time; returns their identity."""
+    numbers = itertools.count()
+
+    def replace() -> str:
+        number = next(numbers)
+        store.set_domain_layers("one", {name: tensor + number / 100 for name, tensor in weights.items()})
+        return store.domains["one"].layer_identity
+
+    return replace
+
+
+def test_layers_that_no_domain_has_any_more_are_forgotten(
+    store: hmi.Store, replace_layers: Callable[[], str]
+) -> None:
+    library = store.domain_layers
+    identities = [replace_layers()]
+    first = library(identities[0])
+    identities += [replace_layers(), replace_layers()]
+    assert library(identities[0]) is first, "a batch that began before may still ask for them"
+    identities += [replace_layers() for _ in range(3)]
+    assert set(library._loaded) == set(identities[-3:])
+    with pytest.raises(StoreCorruptError, match=identities[0]):
+        library(identities[0])
+
+
+def test_layers_of_a_change_that_failed_are_forgotten(
+    store: hmi.Store, replace_layers: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(change: TreeChange, **_: object) -> None:
+        raise StoreBusyError("on purpose")
+
+    identity = replace_layers()
+    with monkeypatch.context() as patched:
+        patched.setattr(TreeChange, "commit", fail)
+        for _ in range(3):
+            with pytest.raises(StoreBusyError):
+                replace_layers()
+    last = [replace_layers(), replace_layers()]
+    assert set(store.domain_layers._loaded) == {identity, *last}
+
+
+def test_layers_of_a_change_under_way_stay_whoever_loads_others(
+    store: hmi.Store, replace_layers: Callable[[], str], weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    library, file = store.domain_layers, tmp_path / "layers.safetensors"
+    save_file(weights, file)
+    library.add("under way", file)
+    added = library("under way")
+    for _ in range(3):
+        replace_layers()
+    assert library("under way") is added

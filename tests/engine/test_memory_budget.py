@@ -68,6 +68,15 @@ def test_an_engine_that_cannot_be_opened_gives_back_what_it_reserved(store, make
     assert budget.reserved_bytes == 0
 
 
+def test_a_queue_that_cannot_be_made_gives_back_what_its_engine_reserved(store, mixed_store):
+    budget = hmi.MemoryBudget("64MiB")
+    for opened, options in ((store, ENCODERS), (mixed_store, DECODERS)):
+        with pytest.raises(AttributeError, match="max_queued_requests"):
+            hmi.AsyncEngine(opened, memory=budget, queue_limits=5, **options)
+        assert budget.reserved_bytes == 0
+        assert not opened.catalog.arena_bytes, "the core is closed"
+
+
 def test_async_engines_give_back_when_they_are_closed(store, mixed_store):
     budget = hmi.MemoryBudget("13MiB")
 

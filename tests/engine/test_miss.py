@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import BertModel
 import hmi_engine as hmi
 import hmi_kernels
 from hmi_engine.errors import MissPolicyWarning, StoreCorruptError
+from hmi_engine.knowledge.plot_table import open_plot, write_plot
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.models.packing import PackedSequences, window_tokens
 
@@ -206,7 +208,20 @@ def test_tenants_trained_for_back_off_suit_a_budget(stores, make_head, recwarn):
         engine.run([hmi.Request("exact", text="the cell")])
 
 
-def test_a_damaged_table_fails_its_own_requests(tiny_bert, tmp_path, corpus, make_head, held_out):
+def cut(path):
+    path.write_bytes(b"no table")
+
+
+def send_astray(path):
+    """Every n-gram is at a row that the table does not have."""
+    table = open_plot(path)
+    index = table.index.clone()
+    index[index[:, 0] != 0, 1] += 1 << 20
+    write_plot(path, replace(table, index=index))
+
+
+@pytest.mark.parametrize("damage", [cut, send_astray])
+def test_a_damaged_table_fails_its_own_requests(tiny_bert, tmp_path, corpus, make_head, held_out, damage):
     with make_store(tiny_bert, tmp_path / "store", corpus, make_head) as store:
         store.add_domain("other", corpus[:50])
         store.add_tenant("other", domain="other", adapter=hmi.Adapter({}), head=make_head(store.general))
@@ -214,7 +229,7 @@ def test_a_damaged_table_fails_its_own_requests(tiny_bert, tmp_path, corpus, mak
             hmi.Request(("t", "other")[number % 2], text=text) for number, text in enumerate(held_out)
         ]
         expected = hmi.Engine(store).run(requests)
-        store.layout.resolve(store.domains["other"].file).write_bytes(b"no table")
+        damage(store.layout.resolve(store.domains["other"].file))
         responses = hmi.Engine(store).run(requests)
         assert all(isinstance(response.error, StoreCorruptError) for response in responses[1::2])
         np.testing.assert_allclose(scores(responses[::2]), scores(expected[::2]), atol=1e-5)

@@ -3,8 +3,11 @@
 import itertools
 import json
 import os
+import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -155,13 +158,23 @@ def test_a_stuck_tenant_is_served_again_when_its_read_ends(store, fleet, make_se
             time.sleep(0.01)
 
 
-class LateReads:
-    """Reads that have begun and end when they are told to, and leave NaN where they read to."""
+class Interrupted(BaseException):
+    """Raised as Ctrl-C's exception is, which would end pytest where it is not caught."""
 
-    def __init__(self, destinations):
-        self.destinations, self.ended = destinations, threading.Event()
+
+class LateReads:
+    """Reads that have begun and end when they are told to, and leave NaN where they read to.
+
+    Who waits for them is interrupted, or waits for as long as is asked.
+    """
+
+    def __init__(self, destinations, is_interrupted=False):
+        self.destinations, self.is_interrupted = destinations, is_interrupted
+        self.ended = threading.Event()
 
     def wait(self, timeout_seconds=None):
+        if self.is_interrupted and timeout_seconds:
+            raise Interrupted
         return self.ended.wait(timeout_seconds)
 
     def outcomes(self):
@@ -178,31 +191,47 @@ class LateReads:
         self.ended.set()
 
 
-def test_what_a_read_brings_too_late_lands_in_nobody(store, fleet, make_sentences, monkeypatch):
-    """Its range of the arena stays taken until the read has ended, however little room there is."""
+@pytest.fixture
+def late_reads(store, monkeypatch):
+    """Has the reads of a tenant's parameters be late ones from its call on; a queue of them."""
     start_reads = hmi_kernels.start_reads
-    stuck_file = store.layout.resolve(store.tenants["t3"].file)
+
+    def make_late(name, **options):
+        late, file = queue.SimpleQueue(), store.layout.resolve(store.tenants[name].file)
+
+        def some_late(paths, offsets, destinations, **others):
+            if file in paths and destinations[0].dtype == torch.float32:
+                reads = LateReads(destinations, **options)
+                late.put(reads)
+                return reads
+            return start_reads(paths, offsets, destinations, **others)
+
+        monkeypatch.setattr(hmi_kernels, "start_reads", some_late)
+        return late
+
+    return make_late
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True], ids=["timeout", "interrupt"])
+def test_what_a_read_brings_too_late_lands_in_nobody(
+    store, fleet, make_sentences, late_reads, is_interrupted
+):
+    """Its range of the arena stays taken until the read has ended, however little room there is."""
     requests = requests_of([name for name in fleet if name != "t3"], make_sentences, 60)
     with hmi.Engine(store) as engine:
         expected = scores(engine.run(requests))
-
-    late = []
-
-    def some_late(paths, offsets, destinations, **options):
-        if stuck_file in paths and destinations[0].dtype == torch.float32:
-            late.append(LateReads(destinations))
-            return late[-1]
-        return start_reads(paths, offsets, destinations, **options)
-
-    monkeypatch.setattr(hmi_kernels, "start_reads", some_late)
+    late = late_reads("t3", is_interrupted=is_interrupted)
     room = 6 * largest_bytes(store)
     with hmi.Engine(store, read_timeout=0.1, host_memory=room, max_batch_tokens=60) as engine:
-        (response,) = engine.run([hmi.Request("t3", text="the cell")])
-        assert isinstance(response.error, ReadTimeoutError)
+        request = hmi.Request("t3", text="the cell")
+        with pytest.raises(Interrupted) if is_interrupted else nullcontext():
+            (response,) = engine.run([request])
+            assert isinstance(response.error, ReadTimeoutError)
         torch.testing.assert_close(scores(engine.run(requests)), expected, atol=1e-5, rtol=0)
         assert engine.stats().adapters["evictions"] > 0, "room was short"
-        (reads,) = late
-        reads.end()
+        late.get_nowait().end()
+        placement = engine._core.residency._placement
+        assert all(placement.parameters(placed).isfinite().all() for placed in placement.all())
         torch.testing.assert_close(scores(engine.run(requests)), expected, atol=1e-5, rtol=0)
         assert len(engine._core.residency._loader._stuck) == 0, "the range is free again"
 
@@ -236,20 +265,21 @@ def test_a_stage_that_throws_fails_its_own_batch_alone(
         scores(engine.run(requests))
 
 
-def test_what_is_asked_for_while_a_read_goes_on_does_not_wait(store, fleet, monkeypatch):
+def test_what_is_asked_for_while_a_read_goes_on_does_not_wait(store, fleet, late_reads):
     """Statistics, and tenants that are there, are not behind a read of another."""
-    with hmi.Engine(store, read_timeout=60) as engine:
-        engine.prefetch(["t1"])
-        path = make_stuck(store, "t3")
-        reading = threading.Thread(target=lambda: engine.run([hmi.Request("t3", text="the cell")]))
-        reading.start()
-        pipe = os.open(path, os.O_WRONLY)  # returns once the read has begun; it goes on until this closes
+    late = late_reads("t3")
+    request = hmi.Request("t1", text="the cell")
+    with hmi.Engine(store, read_timeout=20) as engine, ThreadPoolExecutor(1) as other:
+        expected = scores(engine.run([request]))
+        reading = other.submit(engine.prefetch, ["t3"])
+        reads = late.get(timeout=20)
         assert engine._core.residency.num_resident == 1
         assert engine._core.residency.statistics.loads == 1
         engine._core.residency.expect([[store.tenants["t1"]]])
-        os.close(pipe)
-        reading.join(30)
-        assert not reading.is_alive()
+        assert torch.equal(scores(engine.run([request])), expected)
+        assert not reading.done(), "it was not waited for"
+        reads.end()
+        assert reading.result() == 1
 
 
 def test_the_trace_shows_stages_and_layers(store, fleet, make_sentences, tmp_path):

@@ -7,7 +7,7 @@ from conftest import sentences
 from decoder_stores import PROMPTS
 
 import hmi_engine as hmi
-from hmi_engine.errors import HmiError
+from hmi_engine.errors import HmiError, StoreCorruptError, UnknownDomainError
 from hmi_engine.generation.step_leases import StepLeases
 
 LONG = hmi.Sampling(max_tokens=12, ignore_end=True)
@@ -87,15 +87,38 @@ def test_a_tenant_that_could_not_be_had_is_asked_for_again(mixed_store):
 
 
 def test_a_changed_store_has_other_tables(leases, mixed_store):
-    first = leases.tables(["news"])
-    assert leases.tables(["news", "news"]) is first
+    first = leases.tables(["news"])[0]
+    assert leases.tables(["news", "news"])[0] is first
     mixed_store.add_domain("other", sentences(20, seed=5))
-    second = leases.tables(["news"])
+    second = leases.tables(["news"])[0]
     assert second is not first
-    assert leases.tables(["news", "other"]) is not second
+    assert leases.tables(["news", "other"])[0] is not second
 
 
 def test_what_was_computed_is_looked_for_again(core, mixed_store):
     leases = StepLeases(core.residency, core.plots, mixed_store.decoder, keep_tables=False)
-    assert leases.tables(["news"]) is not leases.tables(["news"])
+    assert leases.tables(["news"])[0] is not leases.tables(["news"])[0]
     leases.release()
+
+
+def test_a_domain_that_cannot_be_read_is_asked_for_again(leases, mixed_store):
+    mixed_store.add_domain("other", sentences(20, seed=5))
+    path = mixed_store.layout.resolve(mixed_store.domains["other"].file)
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    view, failed = leases.tables(["news", "other"])
+    assert list(failed) == ["other"] and isinstance(failed["other"], StoreCorruptError)
+    assert leases.tables(["news"]) == (view, {}), "the others' lease stays"
+    path.write_bytes(content)
+    assert leases.tables(["news", "other"])[1] == {}
+
+
+def test_a_removed_domain_stays_for_the_steps_that_follow_one_another(leases, mixed_store):
+    mixed_store.add_domain("other", sentences(20, seed=5))
+    leases.tables(["news", "other"])
+    mixed_store.remove_domain("other")
+    view, failed = leases.tables(["news", "other"])
+    assert failed == {}
+    assert leases.tables(["news", "other"]) == (view, {})
+    leases.tables(["news"])
+    assert isinstance(leases.tables(["news", "other"])[1]["other"], UnknownDomainError)

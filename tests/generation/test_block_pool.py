@@ -79,12 +79,6 @@ class BlockPoolMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=f"block {block} is given back, but nobody holds it"):
                 self.pool.release([block])
 
-    @rule()
-    def clear(self):
-        self.pool.clear()
-        self.kept = {}
-        self.unused_since = []
-
     @invariant()
     def counts_add_up(self):
         assert self.pool.num_held == len(self.held)

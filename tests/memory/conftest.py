@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from arena_accounts import GRANULE
 
 import hmi_engine as hmi
 from hmi_engine.knowledge.tenant_file import read_into, read_layout
+from hmi_engine.memory.residency import AdapterResidency
 
 
 @pytest.fixture
@@ -32,3 +34,22 @@ def contents(store):
         return data
 
     return read
+
+
+@pytest.fixture
+def open_residency(store):
+    """Opens residencies of so many granules, of one tier or with one of ``host`` granules before it."""
+    opened = []
+
+    def build(granules, host=None):
+        host_bytes = None if host is None else host * GRANULE
+        opened.append(
+            AdapterResidency(
+                store.layout, store.catalog, store.general, granules * GRANULE, host_bytes=host_bytes
+            )
+        )
+        return opened[-1]
+
+    yield build
+    for residency in opened:
+        residency.close()

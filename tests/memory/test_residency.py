@@ -1,10 +1,8 @@
 """Residency where a plain example says more than a random sequence."""
 
-import threading
-
 import pytest
 import torch
-from arena_accounts import lost_bytes
+from arena_accounts import GRANULE, assert_nothing_is_lost, names_in
 
 from hmi_engine.errors import (
     EngineClosedError,
@@ -14,30 +12,8 @@ from hmi_engine.errors import (
     UnknownTenantError,
 )
 from hmi_engine.memory.arena import AdapterArena
-from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import TenantReader
-
-GRANULE = 4096
-
-
-@pytest.fixture
-def open_residency(store):
-    """Opens residencies of so many granules, of one tier or with one of ``host`` granules before it."""
-    opened = []
-
-    def build(granules, host=None):
-        host_bytes = None if host is None else host * GRANULE
-        opened.append(
-            AdapterResidency(
-                store.layout, store.catalog, store.general, granules * GRANULE, host_bytes=host_bytes
-            )
-        )
-        return opened[-1]
-
-    yield build
-    for residency in opened:
-        residency.close()
 
 
 @pytest.fixture
@@ -52,10 +28,6 @@ def reads(monkeypatch):
 
     monkeypatch.setattr(TenantReader, "load", counted)
     return counts
-
-
-def names_in(residency):
-    return {placed.info.name for placed in residency._placement.all()}
 
 
 def test_a_batch_is_read_by_one_call_and_a_header_once(open_residency, add_tenant, reads):
@@ -216,6 +188,28 @@ def test_an_error_on_the_way_leaves_nothing_behind(open_residency, add_tenant, m
     assert all(placed.users == 0 for placed in residency._placement.all())
 
 
+def test_an_error_after_some_were_loaded_lets_them_go(open_residency, add_tenant, store, monkeypatch):
+    """The room of a damaged tenant is offered to one that found none: its load fails, others had come."""
+    damaged, good, late = (add_tenant(name, 64, 0) for name in ("damaged", "good", "late"))
+    size = AdapterArena.allocated_bytes(good.bytes // 4) // GRANULE
+    residency = open_residency(2 * size)
+    residency._reader.layouts([damaged])
+    store.layout.resolve(damaged.file).write_bytes(b"")
+    load, calls = TenantReader.load, []
+
+    def fail_the_second_time(self, wanted):
+        calls.append(len(wanted))
+        if len(calls) == 2:
+            raise MemoryError("on purpose")
+        return load(self, wanted)
+
+    monkeypatch.setattr(TenantReader, "load", fail_the_second_time)
+    with pytest.raises(MemoryError):
+        residency.holding([damaged, good, late])
+    assert calls == [2, 1] and names_in(residency) == {"good"}
+    assert_nothing_is_lost(residency)
+
+
 def test_replaced_while_its_file_is_read(open_residency, add_tenant, contents, monkeypatch):
     """Between the catalog's record and the file's bytes: the new one whole, whatever was known of the old."""
     stale = add_tenant("t", 64, 0)
@@ -327,56 +321,3 @@ def test_closed(open_residency, add_tenant):
         with pytest.raises(EngineClosedError):
             residency.prefetch([info])
         assert residency.arena.memory.nbytes == 0 and residency.num_resident == 0
-
-
-def assert_nothing_is_lost(residency):
-    """All memory that is used is that of tenants which can leave."""
-    assert not lost_bytes(residency)
-    assert not any(each.users or each.claims for each in residency._placement.all())
-
-
-def test_a_tenant_that_waits_for_room_twice_is_loaded_once(open_residency, add_tenant, monkeypatch):
-    *others, late = (add_tenant(name, 64, 0) for name in ("first", "second", "late"))
-    residency = open_residency(2 * AdapterArena.allocated_bytes(late.bytes // 4) // GRANULE + 1)
-    held, wait = residency.holding(others), residency._wait_for_release
-
-    def end_of_another_batch(since):
-        held.release()
-        return wait(since)
-
-    monkeypatch.setattr(residency, "_wait_for_release", end_of_another_batch)
-    with residency.holding([late, late], wait=True) as residents:
-        assert len(residents) == 2 and residents[0] is residents[1]
-    assert "late" in names_in(residency)
-    assert_nothing_is_lost(residency)
-
-
-@pytest.mark.parametrize("wait", [False, True])
-@pytest.mark.parametrize("host", [None, 40])
-def test_many_threads(open_residency, add_tenant, contents, host, wait):
-    """Each holds, looks at what it holds, and lets go, in memory for two of eight tenants."""
-    infos = [add_tenant(f"t{number}", 64, number % 2) for number in range(8)]
-    expected = {info.name: contents(info) for info in infos}
-    residency = open_residency(40, host=host)
-    wrong = []
-
-    def work(seed):
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(60):
-            number = int(torch.randint(0, 8, (), generator=generator))
-            with residency.holding([infos[number]] * (1 + number % 2), wait=wait) as outcomes:
-                for outcome in outcomes:
-                    if isinstance(outcome, OverloadedError):
-                        assert not wait
-                    elif not torch.equal(outcome.parameters, expected[outcome.info.name]):
-                        wrong.append(outcome)
-            residency.prefetch([infos[(number + 1) % 8]])
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert_nothing_is_lost(residency)
-    assert residency.statistics.evictions > 10

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from arena_accounts import GRANULE
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,7 +24,6 @@ from hmi_engine.memory.tenant_reader import digest_of
 NAMES = st.sampled_from([f"t{number}" for number in range(8)])
 BATCHES = st.lists(NAMES, min_size=1, max_size=4)
 RANKS = (0, 8, 32, 64, 128)
-GRANULE = 4096
 ARENA_GRANULES = 40  # a tenant takes 1 to 17
 HOST_GRANULES = 60
 
@@ -58,7 +58,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.release(*(tickets for tickets, _ in self.queues))
         self.check_memory()
         with self.residency.holding([]):  # looks at the catalog
-            assert not self.residency._retired
+            assert not self.residency._departures._retired
         assert not self.residency._queue._waiting
         assert all(placed.users == 0 for placed in self.residency._placement.all())
         self.residency.close()
