@@ -37,7 +37,7 @@ HIDDEN_SIZE, VOCABULARY = 384, 30522
 """Of the made-up table: those of the packaged model."""
 
 _DESCRIPTIONS = {
-    OURS: "header checked, file mapped; index and rows are read when they are used",
+    OURS: "file mapped, header and row numbers of the index checked; rows are read when they are used",
     "numba dictionary": "built from the keys, as the published form does when it starts",
     "Python dict": "built from the keys",
 }

@@ -187,7 +187,7 @@ class ExchangeStore(DistillingStore):
         Args:
             name: the tenant.
             directory: made if missing; the library's four files in it are replaced.
-            with_head: whether the head goes with it.
+            with_head: whether the head goes with it; if not, a head that lies there is removed.
 
         Raises:
             UnknownTenantError: no such tenant.

@@ -86,8 +86,8 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
 
         Raises:
             StoreExistsError: the path exists.
-            UnsupportedModelError: the model cannot be served, has too few layers, or was distilled for other
-                ``plot_layers`` or ``window``.
+            UnsupportedModelError: the model cannot be served, has too few layers, knows fewer tokens than its
+                tokenizer, or was distilled for other ``plot_layers`` or ``window``.
             StoreFullError: no room; nothing is left behind.
         """
         create_store(
@@ -359,7 +359,10 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
         return read_card(self.tenants[name])
 
     def verify(self, *, deep: bool = True, progress: Progress | None = None) -> list[Problem]:
-        """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody."""
+        """Checks every file (with ``deep``, its checksum and contents) and finds what belongs to nobody.
+
+        Others may write meanwhile; while they can, no file is said to belong to nobody.
+        """
         return verify(self.layout, self.catalog, deep=deep, progress=progress)
 
     def collect_garbage(self, *, progress: Progress | None = None) -> list[Repair]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from safetensors import SafetensorError
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.distilled_model import check_purpose, import_distillation
 from hmi_engine.construct.materialise import build_root_table
-from hmi_engine.errors import StoreExistsError, StoreFullError, UnsupportedModelError
+from hmi_engine.errors import HmiError, StoreExistsError, StoreFullError, UnsupportedModelError
+from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, fsync_path, make_folders, storage_error
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.changes import save_domain
 from hmi_engine.knowledge.general import GeneralInfo
@@ -38,25 +40,56 @@ def create_store(
 ) -> None:
     """Makes a store at ``path``, all of it or nothing: it is built beside and renamed when it is whole.
 
-    Args and errors are those of :meth:`hmi_engine.store.Store.create`; ``source`` is its ``general``.
+    When it has its name it is on the disk. Of several that make the same store at once, one does. Args and
+    errors are those of :meth:`hmi_engine.store.Store.create`; ``source`` is its ``general``.
     """
     if path.exists():
-        raise StoreExistsError(f"{path} exists; choose a new folder for the store, or open it")
-    partial = StoreLayout(path.with_name(f".{path.name}.{os.getpid()}.partial"))
+        raise _exists(path)
+    partial = StoreLayout(path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"))
     try:
-        partial.root.mkdir(parents=True)
+        changed_folders = make_folders(path.parent)
+        partial.root.mkdir()
+    except OSError as error:
+        raise storage_error(error, path) from error
+    try:
         info = _import_general(source, distilled, partial, plot_layers, window, row_dtype)
         with Catalog.create(partial, info) as catalog:
             if info.plot_layers:
                 model = load_model(partial.general, info.plot_layers, is_causal=info.is_causal)
                 root = build_root_table(model.window_states, info, progress=progress)
                 save_domain(catalog, ROOT_DOMAIN, root)
-        partial.root.rename(path)
+        for written in (*partial.root.rglob("*"), partial.root):
+            fsync_path(written)
+        _put_in_place(partial.root, path)
     except BaseException as error:
         shutil.rmtree(partial.root, ignore_errors=True)
         if _is_full_disk(error):
             raise StoreFullError(f"{path}: no room for the store; free some space and try again") from error
+        if isinstance(error, OSError) and not isinstance(error, HmiError):
+            raise storage_error(error, path) from error
         raise
+    _flush(changed_folders, path)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise _exists(path) from error
+        raise
+
+
+def _flush(folders: list[Path], path: Path) -> None:
+    try:
+        for folder in folders:
+            fsync_path(folder)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _exists(path: Path) -> StoreExistsError:
+    return StoreExistsError(f"{path} exists; choose a new folder for the store, or open it")
 
 
 def _is_full_disk(error: BaseException) -> bool:

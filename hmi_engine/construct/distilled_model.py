@@ -17,7 +17,7 @@ from torch import Tensor
 import hmi_kernels
 from hmi_engine.construct.distillation_settings import DistillationReport
 from hmi_engine.errors import StoreExistsError, UnsupportedModelError
-from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
+from hmi_engine.knowledge.atomic import atomic_write, fsync_path, make_folders, storage_error
 from hmi_engine.knowledge.tensor_file import write_tensors
 from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
 from hmi_engine.models.general_folder import MERGE_FILE, WEIGHTS_FILE, load_merge
@@ -75,6 +75,8 @@ def check_new_folder(folder: Path) -> None:
 def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
     """Writes a distilled base model as transformers would, with ``merge.safetensors`` and the report.
 
+    When it returns, the folder and its name are on the disk.
+
     Args:
         target: a folder that does not exist yet, or is empty.
         base: folder of the base model, from which all that distillation does not change is taken.
@@ -87,15 +89,17 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
     check_new_folder(target)
     written = {WEIGHTS_FILE, MERGE_FILE, REPORT_FILE}
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        changed_folders = set(make_folders(target))
         for path in sorted(base.rglob("*")):
             copy = target / path.relative_to(base)
             if path.is_file() and copy.name not in written:
-                copy.parent.mkdir(parents=True, exist_ok=True)
+                changed_folders.update(make_folders(copy.parent))
                 shutil.copyfile(path, copy)
                 fsync_path(copy)
         tensors = load_bert_tensors(base, load_bert_configuration(base)) | model.layers
         _write_learned(target, tensors, model.merge, model.report)
+        for folder in changed_folders:
+            fsync_path(folder)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
         if type(error) is OSError:

@@ -66,9 +66,7 @@ class RowWriter:
         checksum = 0
         try:
             for name, row_bytes in self._row_bytes.items():
-                content = memoryview(
-                    batch[name].detach().contiguous().view(-1).view(torch.uint8).numpy().data
-                )
+                content = _content(batch[name])
                 checksum = zlib.crc32(content, checksum)
                 _write(self._file(name), self.done * row_bytes, content)
             record = memoryview(_RECORD.pack(self.done + num_rows, checksum))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop.adapter_folder import CONFIG_FILE
@@ -17,7 +16,7 @@ from hmi_engine.interop.adapterhub_config import ACTIVATION_NAMES
 from hmi_engine.interop.adapterhub_heads import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
 from hmi_engine.interop.bert_modules import LINEAR_SITES, layer_module
 from hmi_engine.knowledge.adapters import Adapter, Block, BottleneckBlock, LoraBlock, ScaleBlock, Site
-from hmi_engine.knowledge.atomic import atomic_write
+from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import (
     EmbeddingHead,
@@ -26,6 +25,7 @@ from hmi_engine.knowledge.heads import (
     RegressionHead,
     TokenClassificationHead,
 )
+from hmi_engine.knowledge.tensor_file import write_tensors
 
 __all__ = ["write_adapterhub"]
 
@@ -55,6 +55,7 @@ def write_adapterhub(
 ) -> None:
     """Writes ``adapter_config.json`` and ``adapter.safetensors``, and the head's two files; each atomically.
 
+    Without a head, the two files of one that was written there before are removed: they are another tenant's.
     ``BertAdapterModel.load_adapter(directory, use_safetensors=True)`` loads all of it under the name ``hmi``.
     Layers that differ in settings become a union of configs. Tensors are float32, as they are.
 
@@ -83,29 +84,41 @@ def write_adapterhub(
         "name": _ADAPTER_NAME,
         "version": _VERSION,
     }
-    files: dict[str, Callable[[Path], None]] = {}
-    if head is not None:
+    folder = Path(directory)
+    if head is None:
+        _remove_head(folder)
+    else:
         head.validate(general)
-        files[HEAD_CONFIG_FILE] = _json_writer(common | {"config": _head_config(head)})
-        files[HEAD_WEIGHTS_FILE] = _tensor_writer(_head_tensors(head))
-    files[WEIGHTS_FILE] = _tensor_writer(tensors)
-    files[CONFIG_FILE] = _json_writer(common | {"config": config})
-    for name, write in files.items():
-        atomic_write(Path(directory) / name, write)
+        head_config, head_tensors = _head_config(head), _head_tensors(head)
+        _write_json(folder / HEAD_CONFIG_FILE, common | {"config": head_config})
+        _write_floats(folder / HEAD_WEIGHTS_FILE, head_tensors)
+    _write_floats(folder / WEIGHTS_FILE, tensors)
+    _write_json(folder / CONFIG_FILE, common | {"config": config})
 
 
-def _tensor_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[Path], None]:
+def _remove_head(folder: Path) -> None:
+    """Removes the files of a head before the adapter is written, so that no crash leaves it beside that."""
+    try:
+        for path in (folder / HEAD_CONFIG_FILE, folder / HEAD_WEIGHTS_FILE):
+            path.unlink(missing_ok=True)
+        if folder.is_dir():
+            fsync_path(folder)
+    except OSError as error:
+        raise storage_error(error, folder) from error
+
+
+def _write_floats(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     floats = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    return lambda path: save_file(floats, path, {"format": "pt"})
+    write_tensors(path, floats, {"format": "pt"})
 
 
-def _json_writer(fields: Config) -> Callable[[Path], None]:
+def _write_json(path: Path, fields: Config) -> None:
     text = json.dumps(fields, indent=2, sort_keys=True)
 
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
 
-    return write
+    atomic_write(path, write)
 
 
 def _adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -2,18 +2,20 @@
 
 A pattern comes from whoever made the folder. Python's matcher tries every way in which quantifiers can share
 the text between them and every combination of alternatives, which a pattern such as ``(a+)+`` or
-``(a|a)(a|a)(a|a)...`` lets grow without bound. So the number of ways is bounded before a pattern is used.
+``(a|a)(a|a)(a|a)...`` lets grow without bound. So the number of ways is bounded before a pattern is used, and
+that of patterns which are tried one after the other as if they were alternatives of one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NoReturn
 
 from hmi_engine.errors import InvalidAdapterError
 
-__all__ = ["compile_pattern", "matches_end", "matches_whole"]
+__all__ = ["compile_pattern", "compile_patterns", "matches_end", "matches_whole"]
 
 MAX_PATTERN_LENGTH = 2000
 MAX_WAYS = 100_000
@@ -21,13 +23,12 @@ _LENGTH_OF_NAME = 60
 """What one quantifier can be: any part of a module's name."""
 
 
-def matches_end(pattern: str, module: str) -> bool:
-    """PEFT's rule of ``rank_pattern``: the pattern is the whole name, or its end after a dot."""
-    compiled = compile_pattern(pattern)
-    if compiled.match(module):
+def matches_end(pattern: re.Pattern[str], module: str) -> bool:
+    """PEFT's rule of ``rank_pattern``: the compiled pattern is the whole name, or its end after a dot."""
+    if pattern.match(module):
         return True
     dots = (index for index, letter in enumerate(module) if letter == ".")
-    return any(compiled.match(module, dot + 1) for dot in dots)
+    return any(pattern.match(module, dot + 1) for dot in dots)
 
 
 def matches_whole(pattern: str, module: str) -> bool:
@@ -35,21 +36,36 @@ def matches_whole(pattern: str, module: str) -> bool:
     return compile_pattern(pattern).match(module) is not None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The pattern, matched up to the end of the name.
+    """The pattern, matched up to the end of the name; a few are kept, as each is asked for every module.
 
     Raises:
         InvalidAdapterError: no regular expression, or one that could run for too long.
     """
-    _check_effort(pattern)
-    try:
-        return re.compile(rf"(?:{pattern})$")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InvalidAdapterError(f"{pattern!r:.80} is no regular expression: {error!s:.80}") from error
+    (compiled,) = compile_patterns([pattern])
+    return compiled
 
 
-def _check_effort(pattern: str) -> None:
+def compile_patterns(patterns: Iterable[str]) -> list[re.Pattern[str]]:
+    """Patterns that are tried one after the other, each as :func:`compile_pattern` gives it.
+
+    Raises:
+        InvalidAdapterError: one is no regular expression, or all together could run for too long.
+    """
+    compiled, ways = [], 0
+    for pattern in patterns:
+        ways += _count_ways(pattern)
+        if ways > MAX_WAYS:
+            _refuse(pattern, "can match in very many ways, it alone or with those before it,")
+        try:
+            compiled.append(re.compile(rf"(?:{pattern})$"))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InvalidAdapterError(f"{pattern!r:.80} is no regular expression: {error!s:.80}") from error
+    return compiled
+
+
+def _count_ways(pattern: str) -> int:
     if len(pattern) > MAX_PATTERN_LENGTH:
         _refuse(pattern, f"has {len(pattern)} letters")
     ways, alternatives, index, before = 1, [1], 0, ""
@@ -74,8 +90,7 @@ def _check_effort(pattern: str) -> None:
         index = _next(pattern, index)
     for count in alternatives:
         ways *= count
-    if ways > MAX_WAYS:
-        _refuse(pattern, "can match in very many ways")
+    return ways
 
 
 def _group_start(pattern: str, index: int) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -12,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hmi_engine.errors import InvalidAdapterError
 from hmi_engine.interop import bert_modules, gpt2_modules
 from hmi_engine.interop.adapter_folder import CONFIG_FILE, read_object
-from hmi_engine.interop.module_patterns import compile_pattern, matches_end, matches_whole
+from hmi_engine.interop.module_patterns import compile_pattern, compile_patterns, matches_end, matches_whole
 from hmi_engine.knowledge.adapters import MAX_RANK
 from hmi_engine.knowledge.general import GeneralInfo
 
 __all__ = ["Ia3Settings", "LoraSettings", "PeftSettings", "read_settings"]
+
+MAX_ENTRIES = 1000
+"""Of a list or table of modules: models have some 300 linear layers at most, and each asks all entries."""
 
 Number = TypeVar("Number", int, float)
 Modules = list[str] | str | None
@@ -91,6 +96,16 @@ class PeftSettings(BaseModel):
     exclude_modules: Modules = None
     layers_to_transform: list[int] | int | None = None
 
+    def check_patterns(self) -> None:
+        """Raises :class:`InvalidAdapterError` where a pattern could run for too long."""
+        for modules in self.module_fields():
+            if isinstance(modules, str) and modules.lower() != _ALL_LINEAR:
+                compile_pattern(modules)
+
+    def module_fields(self) -> tuple[Modules, ...]:
+        """The fields that are a list of modules, or one pattern."""
+        return self.target_modules, self.exclude_modules
+
     def targets(self, module: str) -> bool:
         """Whether PEFT adapts a linear layer of the encoder or decoder."""
         modules = self.target_modules if self.target_modules is not None else list(self.default_modules)
@@ -123,16 +138,31 @@ class LoraSettings(PeftSettings):
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
 
+    @cached_property
+    def compiled_ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        """``rank_pattern``, compiled once."""
+        return _compiled(self.rank_pattern)
+
+    @cached_property
+    def compiled_alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        """``alpha_pattern``, compiled once."""
+        return _compiled(self.alpha_pattern)
+
+    def check_patterns(self) -> None:
+        """Raises :class:`InvalidAdapterError` where a pattern, or all of a field, could run for too long."""
+        super().check_patterns()
+        _ = self.compiled_ranks, self.compiled_alphas
+
     def rank(self, module: str) -> int:
         """Rank of a module, named as in the model (``bert.encoder.layer.0.attention.self.query``)."""
-        return _first_match(self.rank_pattern, module, self.r)
+        return _first_match(self.compiled_ranks, module, self.r)
 
     def scale(self, module: str) -> float:
         """Factor of a module's update: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``.
 
         The latter is the rank-stabilized LoRA of Kalajdzievski (2023).
         """
-        alpha = _first_match(self.alpha_pattern, module, self.lora_alpha)
+        alpha = _first_match(self.compiled_alphas, module, self.lora_alpha)
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -143,6 +173,10 @@ class Ia3Settings(PeftSettings):
     default_modules = ("key", "value", "output.dense", "c_attn", "mlp.c_proj")
 
     feedforward_modules: Modules = None
+
+    def module_fields(self) -> tuple[Modules, ...]:
+        """The fields that are a list of modules, or one pattern."""
+        return *super().module_fields(), self.feedforward_modules
 
     def is_feedforward(self, module: str) -> bool:
         """Whether the scale stands before the layer: PEFT's rule, which compares ends of names."""
@@ -160,8 +194,12 @@ def _is_listed(modules: list[str] | str, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in modules)
 
 
-def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
-    return next((value for pattern, value in patterns.items() if matches_end(pattern, module)), default)
+def _compiled(numbers: Mapping[str, Number]) -> list[tuple[re.Pattern[str], Number]]:
+    return list(zip(compile_patterns(numbers), numbers.values(), strict=True))
+
+
+def _first_match(patterns: list[tuple[re.Pattern[str], Number]], module: str, default: Number) -> Number:
+    return next((value for pattern, value in patterns if matches_end(pattern, module)), default)
 
 
 def read_settings(
@@ -224,8 +262,8 @@ def _settings(
     known.setdefault("task_type", _task_of_class(fields.get("auto_mapping")))
     try:
         settings = kind.model_validate(known)
-        for pattern in _patterns(settings):
-            compile_pattern(pattern)
+        _check_entries(settings)
+        settings.check_patterns()
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -237,13 +275,13 @@ def _settings(
     return settings
 
 
-def _patterns(settings: LoraSettings | Ia3Settings) -> list[str]:
-    patterns = [settings.target_modules, settings.exclude_modules]
-    if isinstance(settings, LoraSettings):
-        patterns += [*settings.rank_pattern, *settings.alpha_pattern]
-    else:
-        patterns.append(settings.feedforward_modules)
-    return [pattern for pattern in patterns if isinstance(pattern, str) and pattern.lower() != _ALL_LINEAR]
+def _check_entries(settings: PeftSettings) -> None:
+    for name, value in settings:
+        if isinstance(value, list | dict) and len(value) > MAX_ENTRIES:
+            raise InvalidAdapterError(
+                f"{name} has {len(value)} entries, HMI takes at most {MAX_ENTRIES}; keep those that name "
+                "modules of the model"
+            )
 
 
 def _task_of_class(auto_mapping: object) -> str | None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop.adapter_folder import CONFIG_FILE
@@ -32,6 +31,7 @@ from hmi_engine.knowledge.heads import (
     RegressionHead,
     TokenClassificationHead,
 )
+from hmi_engine.knowledge.tensor_file import write_tensors
 
 __all__ = ["write_peft"]
 
@@ -100,7 +100,7 @@ def write_peft(
     labels = None if head is None else head.labels
     metadata = PeftMetadata(labels, _problem_type(head), carriers).entries()
     folder, text = Path(directory), json.dumps(config, indent=2, sort_keys=True)
-    atomic_write(folder / WEIGHTS_FILE, lambda path: save_file(floats, path, metadata))
+    write_tensors(folder / WEIGHTS_FILE, floats, metadata)
     atomic_write(folder / CONFIG_FILE, lambda path: _write_text(path, text))
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from hmi_engine.errors import ReadOnlyStoreError, StoreError, StoreFullError
 from hmi_engine.knowledge.parallel import map_in_threads
 
-__all__ = ["PARTIAL_SUFFIX", "atomic_write", "fsync_folders", "fsync_path", "remove_quietly", "storage_error"]
+__all__ = [
+    "PARTIAL_SUFFIX",
+    "atomic_write",
+    "fsync_folders",
+    "fsync_path",
+    "make_folders",
+    "remove_quietly",
+    "storage_error",
+]
 
 PARTIAL_SUFFIX = ".partial"
 """Ends the name of a file that is being written; one found later was left by a crash."""
@@ -32,7 +40,7 @@ def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
-        changed_folders = _make_folders(path.parent)
+        changed_folders = make_folders(path.parent)
         write(partial)
         if sync:
             fsync_path(partial)
@@ -83,8 +91,11 @@ def remove_quietly(path: Path) -> bool:
     return True
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Make ``folder``; return the folders that get a new entry, deepest first."""
+def make_folders(folder: Path) -> list[Path]:
+    """Make ``folder``; return the folders that get a new entry once it has one, deepest first.
+
+    Who makes something in it flushes them (:func:`fsync_path`). Raises OSError.
+    """
     changed = [folder]
     while not changed[-1].is_dir():
         changed.append(changed[-1].parent)

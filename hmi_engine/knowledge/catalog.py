@@ -38,6 +38,7 @@ from hmi_engine.knowledge.catalog_rows import (
     insert_tenant,
     insert_traffic,
     replace_domain,
+    replace_general,
     write_general,
 )
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
@@ -157,6 +158,23 @@ class Catalog:
         with self._lock.alone():
             yield
 
+    def is_quiet(self) -> bool:
+        """Return whether nobody is writing: every file that no entry refers to now was left by a crash.
+
+        False while another process has the store open for writing, or a thread of this one changes it.
+        """
+        if self._lock is None:
+            return not WriterLock.is_held(self.layout.lock)
+        if not self.change_lock.acquire(blocking=False):
+            return False
+        try:
+            with self._lock.alone():
+                return True
+        except StoreBusyError:
+            return False
+        finally:
+            self.change_lock.release()
+
     @property
     def version(self) -> tuple[int, int]:
         """What changes with every change of the catalog, by this process or another; read in microseconds."""
@@ -191,7 +209,7 @@ class Catalog:
         general.check_supported()
         files = _describe_files(self.layout.general_folder(general.folder))
         with self._database.transaction() as connection:
-            _replace_general(connection, general, files)
+            replace_general(connection, general, files)
 
     def reserve(self, count: int = 1) -> range:
         """Return ``count`` numbers, larger than all before and never given again: ids and generations."""
@@ -245,7 +263,7 @@ class Catalog:
         with self._database.transaction() as connection:
             if general:
                 self.check_no_tenants()
-                _replace_general(connection, general, files)
+                replace_general(connection, general, files)
             for change in changes:
                 if change.before is None:
                     self._insert_domain(connection, change.after)
@@ -424,11 +442,3 @@ def _describe_files(folder: Path) -> list[GeneralFile]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
-
-
-def _replace_general(
-    connection: sqlite3.Connection, general: GeneralInfo, files: Sequence[GeneralFile]
-) -> None:
-    connection.execute("DELETE FROM general")
-    connection.execute("DELETE FROM general_files")
-    write_general(connection, general, files)

@@ -17,6 +17,7 @@ __all__ = [
     "insert_tenant",
     "insert_traffic",
     "replace_domain",
+    "replace_general",
     "write_general",
 ]
 
@@ -26,6 +27,15 @@ def write_general(connection: sqlite3.Connection, general: GeneralInfo, files: S
     # What is as in every new store is left out: versions that know no other can read it.
     connection.execute("INSERT INTO general VALUES (1, ?)", (general.model_dump_json(exclude_defaults=True),))
     connection.executemany("INSERT INTO general_files VALUES (?, ?, ?)", files)
+
+
+def replace_general(
+    connection: sqlite3.Connection, general: GeneralInfo, files: Sequence[GeneralFile]
+) -> None:
+    """Put the description of another base model, and of its files, in the place of the present one."""
+    connection.execute("DELETE FROM general")
+    connection.execute("DELETE FROM general_files")
+    write_general(connection, general, files)
 
 
 def insert_domain(connection: sqlite3.Connection, domain: DomainInfo) -> None:

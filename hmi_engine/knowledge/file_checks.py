@@ -46,10 +46,14 @@ class Problem(NamedTuple):
 
 def byte_problems(path: Path, size: int, sha256: str, *, deep: bool) -> list[Problem]:
     """Check that a file is there and has its size, and if ``deep`` its SHA-256."""
-    if not path.is_file():
+    try:
+        found = path.stat().st_size if path.is_file() else None
+    except OSError:  # removed between the two
+        found = None
+    if found is None:
         return [Problem("missing", path, f"{path} is missing; restore it from a copy of the store")]
-    if path.stat().st_size != size:
-        return [Problem("checksum", path, f"{path} has {path.stat().st_size} bytes, expected {size}")]
+    if found != size:
+        return [Problem("checksum", path, f"{path} has {found} bytes, expected {size}")]
     try:
         if deep and file_sha256(path) != sha256:
             return [Problem("checksum", path, f"{path} is not what was written: its SHA-256 differs")]

@@ -14,7 +14,21 @@ from hmi_engine.knowledge.file_checks import Problem
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import FolderLock
 
-__all__ = ["find_leftovers", "find_orphans", "remove_leftover"]
+__all__ = ["find_leftovers", "find_orphans", "find_settled_leftovers", "remove_leftover"]
+
+
+def find_settled_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
+    """Find what :func:`find_leftovers` finds, beside writers: nothing that one may be about to refer to.
+
+    While somebody writes, no file is called an orphan. Raises as :func:`find_orphans`.
+    """
+    found = find_leftovers(layout, catalog)
+    if not found:
+        return []
+    is_quiet = catalog.is_quiet()
+    # Whoever wrote when the files were listed has ended, and what was done is to be seen now.
+    still_found = set(find_leftovers(layout, catalog))
+    return [each for each in found if each in still_found and (is_quiet or each.kind != "orphan")]
 
 
 def find_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:

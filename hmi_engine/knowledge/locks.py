@@ -34,10 +34,36 @@ class WriterLock:
                 f"cannot open {path}: {error.strerror}. Check the folder's permissions, or open read-only"
             ) from error
         try:
-            self._take(fcntl.LOCK_SH, "a repair of the store is running")
+            self._share()
         except BaseException:
             self.release()
             raise
+
+    @classmethod
+    def is_held(cls, path: Path) -> bool:
+        """Return whether some process has the store of this lock open for writing; changes nothing."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _share(self) -> None:
+        # Not at once: `is_held` holds the lock alone for a moment.
+        deadline = time.monotonic() + _PROBE_SECONDS
+        while True:
+            try:
+                return self._take(fcntl.LOCK_SH, "a repair of the store is running")
+            except StoreBusyError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PROBE_INTERVAL_SECONDS)
 
     def _take(self, mode: int, obstacle: str) -> None:
         try:
@@ -52,8 +78,9 @@ class WriterLock:
             self._take(fcntl.LOCK_EX, "another process has the store open for writing")
             yield
         finally:
-            # A failed conversion has dropped the shared lock, so it is taken again in either case.
-            self._take(fcntl.LOCK_SH, "a repair of the store is running")
+            # A failed conversion has dropped the shared lock, and another's may have succeeded since: who
+            # did not wait for its end would go on to write without a lock.
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Give the lock back; does nothing the second time."""

@@ -47,8 +47,6 @@ def _index_fault(table: PlotTable) -> str | None:
     used = table.index[table.index[:, 0] != 0]
     keys, rows = used[:, 0], used[:, 1]
     num_rows = len(table.row_keys)
-    if len(table.index) < 2:
-        return f"the index has {len(table.index)} slots, at least 2 are needed"
     if len(keys) != num_rows:
         return f"the index has {len(keys)} n-grams, the table {num_rows} rows"
     if not torch.equal(rows.sort().values, torch.arange(num_rows)):

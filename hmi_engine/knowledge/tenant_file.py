@@ -21,6 +21,7 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.head_layout import HEAD_PREFIX, TensorPlace
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.tenant_layout import (
+    MAX_HEADER_BYTES,
     BlockLayout,
     HeadLayout,
     TenantLayout,
@@ -28,7 +29,7 @@ from hmi_engine.knowledge.tenant_layout import (
     parse_layout,
     read_layout,
 )
-from hmi_engine.knowledge.tensor_file import write_tensors
+from hmi_engine.knowledge.tensor_file import HeaderTooLargeError, write_tensors
 
 __all__ = [
     "BlockLayout",
@@ -46,7 +47,8 @@ def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True)
     """Write a validated adapter and head as float32, atomically; return the file's SHA-256 in hex.
 
     Adapter and head must have passed ``validate``. ``sync`` is that of
-    :func:`~hmi_engine.knowledge.atomic.atomic_write`, whose errors are raised.
+    :func:`~hmi_engine.knowledge.atomic.atomic_write`, whose errors are raised. Raises
+    :class:`InvalidHeadError`, and writes nothing, where the labels take more room than readers give them.
     """
     tensors: dict[str, Tensor] = {}
     for (layer, site), block in adapter.ordered_blocks():
@@ -55,7 +57,14 @@ def write_tenant(path: Path, adapter: Adapter, head: Head, *, sync: bool = True)
             tensors[place + name] = tensor.to("cpu", torch.float32)
     for name, tensor in sorted(head.tensors().items()):
         tensors[HEAD_PREFIX + name] = tensor.to("cpu", torch.float32)
-    return write_tensors(path, tensors, describe_tenant(adapter, head), sync=sync)
+    metadata = describe_tenant(adapter, head)
+    try:
+        return write_tensors(path, tensors, metadata, max_header_bytes=MAX_HEADER_BYTES, sync=sync)
+    except HeaderTooLargeError as error:
+        raise InvalidHeadError(
+            f"{head.kind} head: its {len(head.labels)} labels do not fit into a tenant's file ({error}); "
+            "give it fewer or shorter labels"
+        ) from error
 
 
 def read_into(path: Path, layout: TenantLayout, buffer: Tensor | memoryview) -> None:

@@ -17,6 +17,7 @@ from hmi_engine.knowledge.tensor_file import TensorEntry, TensorHeader, parse_he
 
 __all__ = [
     "FORMAT_VERSION",
+    "MAX_HEADER_BYTES",
     "BlockLayout",
     "HeadLayout",
     "TenantLayout",
@@ -26,7 +27,9 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-_MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 64 << 20
+"""Of a tenant's file, written or read: a million labels of some 60 letters."""
+
 _FLOAT_BYTES = 4
 
 
@@ -132,7 +135,7 @@ def read_layout(path: Path) -> TenantLayout:
     Raises :class:`StoreCorruptError`, naming the file, where the header contradicts itself or the file, and
     :class:`StoreVersionError` for a file of another version of the format.
     """
-    return _layout_of(path, read_header(path, max_header_bytes=_MAX_HEADER_BYTES))
+    return _layout_of(path, read_header(path, max_header_bytes=MAX_HEADER_BYTES))
 
 
 def parse_layout(path: Path, start: memoryview, file_bytes: int) -> TenantLayout:
@@ -140,7 +143,7 @@ def parse_layout(path: Path, start: memoryview, file_bytes: int) -> TenantLayout
 
     Where the header goes beyond ``start``, the file is read.
     """
-    header = parse_header(path, start, file_bytes, max_header_bytes=_MAX_HEADER_BYTES)
+    header = parse_header(path, start, file_bytes, max_header_bytes=MAX_HEADER_BYTES)
     return read_layout(path) if header is None else _layout_of(path, header)
 
 

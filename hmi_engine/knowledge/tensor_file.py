@@ -22,6 +22,7 @@ from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = [
     "ALIGNMENT",
+    "HeaderTooLargeError",
     "TensorEntry",
     "TensorHeader",
     "file_sha256",
@@ -44,6 +45,10 @@ _DTYPE_NAMES = {
 _ITEM_BYTES = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
 _CHUNK_BYTES = 4 << 20
 _PADDING = "padding."
+
+
+class HeaderTooLargeError(ValueError):
+    """A header takes more bytes than readers of the file take; whoever writes it says what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,21 @@ def write_tensors(
     metadata: Mapping[str, str],
     *,
     align_tensors: bool = False,
+    max_header_bytes: int | None = None,
     sync: bool = True,
 ) -> str:
     """Write contiguous CPU tensors of the dtypes above atomically, in the order given.
 
     With ``align_tensors`` every tensor begins at a multiple of :data:`ALIGNMENT` bytes; the gaps are uint8
     tensors named ``padding.*``, as the format allows no holes. Returns the file's SHA-256 in hex. Raises what
-    :func:`~hmi_engine.knowledge.atomic.atomic_write` raises.
+    :func:`~hmi_engine.knowledge.atomic.atomic_write` raises, and before anything is written
+    :class:`HeaderTooLargeError` where :func:`read_header` would refuse the header for ``max_header_bytes``.
     """
     placed = _with_padding(tensors) if align_tensors else dict(tensors)
     header = _header_bytes(placed, metadata)
+    size = len(header) - 8
+    if max_header_bytes is not None and size > max_header_bytes:
+        raise HeaderTooLargeError(f"a header of {size} bytes, of at most {max_header_bytes}")
     digest = hashlib.sha256()
 
     def write(partial: Path) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from hmi_engine.errors import StoreCorruptError
 from hmi_engine.knowledge.catalog import Catalog
+from hmi_engine.knowledge.catalog_rows import domain_state
 from hmi_engine.knowledge.file_checks import (
     Problem,
     ProblemKind,
@@ -23,9 +24,14 @@ from hmi_engine.knowledge.file_checks import (
 )
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
-from hmi_engine.knowledge.leftovers import find_leftovers, find_orphans, remove_leftover
+from hmi_engine.knowledge.leftovers import (
+    find_leftovers,
+    find_orphans,
+    find_settled_leftovers,
+    remove_leftover,
+)
 from hmi_engine.knowledge.parallel import map_in_threads
-from hmi_engine.knowledge.records import DomainInfo, PlotFile
+from hmi_engine.knowledge.records import DomainInfo, GeneralFile, PlotFile, TenantInfo, TrafficInfo
 
 __all__ = ["Problem", "ProblemKind", "Repair", "collect_garbage", "repair", "verify"]
 
@@ -50,6 +56,9 @@ def verify(
     model, tables as :mod:`~hmi_engine.knowledge.table_checks` tells). Without it, presence, sizes and headers
     are checked. An empty list means a sound store. Where the catalog itself is damaged, nothing is called an
     orphan: its entry may only be unreadable.
+
+    Others may write meanwhile: what is found of an entry counts if the entry is still the same afterwards,
+    and nothing is called an orphan that may be about to get its entry.
     """
     problems = [Problem("catalog", layout.catalog, text) for text in catalog.integrity_problems()]
     try:
@@ -57,12 +66,12 @@ def verify(
         total += len(catalog.traffic_files())
         with closing(map_in_threads(_read, _checks(layout, catalog, deep))) as found_of_each:
             for done, (found, check) in enumerate(found_of_each, start=1):
-                problems += check.look() if check.look and not found else found
+                problems += _still_true(check, check.look() if check.look and not found else found)
                 if progress:
                     progress("checking files", done, total)
         problems += [Problem("catalog", layout.catalog, text) for text in _tree_faults(catalog)]
         if not any(problem.kind == "catalog" for problem in problems):
-            problems += find_leftovers(layout, catalog)
+            problems += find_settled_leftovers(layout, catalog)
     except StoreCorruptError as error:
         problems.append(Problem("catalog", layout.catalog, str(error)))
     return problems
@@ -120,10 +129,12 @@ class _Check(NamedTuple):
     """``read`` runs in a thread; ``look``, all Python, in the caller's where ``read`` found nothing.
 
     Python code in several threads would only wait for one another's turn: with tenants' contents looked at
-    in the threads, two cores verified less than half as many.
+    in the threads, two cores verified less than half as many. ``is_current`` tells whether the catalog still
+    has the entry that was checked.
     """
 
     read: Callable[[], list[Problem]]
+    is_current: Callable[[], bool]
     look: Callable[[], list[Problem]] | None = None
 
 
@@ -132,16 +143,48 @@ def _checks(layout: StoreLayout, catalog: Catalog, deep: bool) -> Iterator[_Chec
     general = catalog.general
     for file in catalog.general_files():
         path = layout.general_folder(general.folder) / file.name
-        yield _Check(partial(byte_problems, path, file.bytes, file.sha256, deep=deep))
+        yield _Check(
+            partial(byte_problems, path, file.bytes, file.sha256, deep=deep),
+            partial(_is_general_file, catalog, general.folder, file),
+        )
     for domain in catalog.domains.values():
-        yield _Check(partial(domain_problems, layout, domain, general, deep=deep))
+        yield _Check(
+            partial(domain_problems, layout, domain, general, deep=deep),
+            partial(_is_domain, catalog, domain),
+        )
     for tenant in catalog.tenants.values():
         yield _Check(
             partial(store_file_problems, layout, tenant, deep=deep),
+            partial(_is_tenant, catalog, tenant),
             partial(tenant_problems, layout, tenant, general, deep=deep),
         )
     for traffic in catalog.traffic_files():
-        yield _Check(partial(traffic_problems, layout, traffic, deep=deep))
+        yield _Check(
+            partial(traffic_problems, layout, traffic, deep=deep), partial(_is_traffic, catalog, traffic)
+        )
+
+
+def _still_true(check: _Check, found: list[Problem]) -> list[Problem]:
+    """Return what was found if it is of an entry that there is: files go right after their entry."""
+    return found if found and check.is_current() else []
+
+
+def _is_general_file(catalog: Catalog, folder: str, file: GeneralFile) -> bool:
+    return catalog.general.folder == folder and file in catalog.general_files()
+
+
+def _is_domain(catalog: Catalog, domain: DomainInfo) -> bool:
+    current = catalog.domains.get(domain.name)
+    return current is not None and domain_state(current) == domain_state(domain)
+
+
+def _is_tenant(catalog: Catalog, tenant: TenantInfo) -> bool:
+    current = catalog.tenants.get(tenant.name)
+    return current is not None and (current.id, current.generation) == (tenant.id, tenant.generation)
+
+
+def _is_traffic(catalog: Catalog, traffic: TrafficInfo) -> bool:
+    return traffic in catalog.traffic_files()
 
 
 def _read(check: _Check) -> tuple[list[Problem], _Check]:

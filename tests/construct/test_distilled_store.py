@@ -1,6 +1,7 @@
 """Distillation in a store: what replaces what, what a crash leaves, what is refused; export and import."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,20 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 import hmi_engine as hmi
+from hmi_engine import distilling_store
 from hmi_engine.construct import general_change
 from hmi_engine.construct.distillation_settings import DistillationSettings, StageSettings
-from hmi_engine.construct.distilled_model import weights_sha256
+from hmi_engine.construct.distilled_model import (
+    DistilledModel,
+    read_distillation,
+    weights_sha256,
+    write_folder,
+)
 from hmi_engine.errors import (
     GeneralChangedError,
     GeneralInUseError,
     ReadOnlyStoreError,
+    StoreBusyError,
     StoreExistsError,
     UnknownTenantError,
     UnsupportedModelError,
@@ -147,6 +155,23 @@ def test_an_export_serves_only_what_it_was_made_for(distilled, tmp_path, options
     with pytest.raises(UnsupportedModelError, match="distilled for plot_layers=2 and window=2"):
         hmi.Store.create(tmp_path / "other", general=folder / "export", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_distilled_folder_and_its_name_are_on_the_disk(distilled, tmp_path, monkeypatch) -> None:
+    base = Path(shutil.copytree(distilled[2] / "export", tmp_path / "base"))
+    (base / "vocabulary").mkdir()
+    (base / "vocabulary" / "words.txt").write_text("a")
+    report, merge = read_distillation(base)
+    flushed, fsync = set(), os.fsync
+
+    def note_fsync(descriptor: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    target = tmp_path / "new" / "general.7"
+    write_folder(target, base, DistilledModel({}, merge, report))
+    assert {tmp_path, target.parent, target, target / "vocabulary"} <= flushed
 
 
 def damage_report(export: Path) -> None:
@@ -301,6 +326,31 @@ def test_where_results_cannot_go_is_said_before_anything_is_learned(store, corpu
 
 def unexpected(*arguments, **options):
     raise AssertionError("work has begun")
+
+
+def test_a_store_that_cannot_change_leaves_no_export_and_the_same_call_goes_on(
+    store, corpus, tmp_path, monkeypatch
+) -> None:
+    """Someone else changes the tree meanwhile, the first time."""
+    targets = {"export": tmp_path / "export", "compact": tmp_path / "compact.safetensors"}
+
+    def busy(*arguments, **options):
+        raise StoreBusyError("someone else changed the tree")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreBusyError):
+        patch.setattr(distilling_store, "replace_general", busy)
+        store.distill(corpus, settings=settings(), folder=tmp_path / "work", **targets)
+    assert not targets["export"].exists()
+    assert store.general.folder == "general"
+    report = store.distill(corpus, settings=settings(), folder=tmp_path / "work", **targets)
+    assert json.loads((targets["export"] / "distillation.json").read_text()) == report.model_dump(mode="json")
+    assert store.general.folder != "general"
+
+
+def test_a_domain_without_steps_of_stage_1_is_refused(store, corpus) -> None:
+    nothing = StageSettings(steps=0, trainable=("domain", "merge"), merged_weight=1.0)
+    with pytest.raises(UnsupportedModelError, match="--steps-1"):
+        store.distill(corpus, domain="words", settings=settings(stage_1=nothing), progress=unexpected)
 
 
 def test_no_domain_layers_no_distillation(tiny_bert, tmp_path, corpus) -> None:

@@ -272,6 +272,19 @@ def test_round_trip_of_layers_that_differ(tmp_path, general):
     assert_same(read_adapterhub(tmp_path, general).adapter, adapter)
 
 
+def test_an_export_without_a_head_leaves_no_other_tenants_head(tmp_path, general):
+    first, second = (random_adapter(general, "bottleneck", 4, seed) for seed in (1, 2))
+    head = ClassificationHead(("secret", "labels"), torch.ones(2, 32), torch.ones(2), "cls")
+    write_adapterhub(tmp_path, first, head, general, base_model="base")
+    (tmp_path / "README.md").write_text("mine")
+    write_adapterhub(tmp_path, second, None, general, base_model="base")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"adapter_config.json", "adapter.safetensors", "README.md"}
+    imported = read_adapterhub(tmp_path, general)
+    assert imported.head is None
+    assert_same(imported.adapter, second)
+
+
 @pytest.mark.parametrize("rank", range(1, 100))
 def test_every_rank_has_a_reduction_factor(tmp_path, general, rank):
     adapter = random_adapter(general, "bottleneck", rank, 0, layers=[1])

@@ -1,14 +1,16 @@
 """Folders written by HMI, loaded by PEFT."""
 
 import dataclasses
+import resource
+import signal
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 
-from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
-from hmi_engine.interop import read_peft, write_peft
+from hmi_engine.errors import InvalidAdapterError, InvalidHeadError, StoreFullError
+from hmi_engine.interop import read_peft, write_adapterhub, write_peft
 from hmi_engine.knowledge.adapters import (
     LORA_SITES,
     Adapter,
@@ -120,6 +122,23 @@ def test_links_are_replaced_and_not_followed(tmp_path, make_general, mixed_adapt
     write_peft(tmp_path / "out", mixed_adapter, None, make_general(), base_model="tests/tiny")
     assert precious.read_text() == "stays"
     assert set(read_peft(tmp_path / "out", make_general()).adapter.blocks) == set(mixed_adapter.blocks)
+
+
+@pytest.mark.parametrize("write", [write_peft, write_adapterhub])
+def test_a_full_disk_keeps_the_folder_as_it_was(tmp_path, make_general, write):
+    small, large = (random_adapter(make_general(), "lora", rank, 0) for rank in (1, 40))
+    write(tmp_path, small, None, make_general(), base_model="tests/tiny")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(StoreFullError, match="no room"):
+            write(tmp_path, large, None, make_general(), base_model="tests/tiny")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_what_peft_cannot_express(tmp_path, make_general, mixed_adapter):

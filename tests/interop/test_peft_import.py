@@ -1,6 +1,7 @@
 """Folders saved by PEFT, read by HMI: the same updates, the same classifier, and clear refusals."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop import read_peft
-from hmi_engine.interop.module_patterns import matches_end
+from hmi_engine.interop.module_patterns import compile_pattern, matches_end
 from hmi_engine.knowledge.adapters import Site
 from hmi_engine.knowledge.heads import EmbeddingHead
 
@@ -145,7 +146,19 @@ def change_config(folder, **fields):
         ({"rank_pattern": {"query": 5}}, "has rank 4, but adapter_config.json says 5"),
         ({"lora_alpha": float("nan")}, "NaN is no JSON number"),
         ({"lora_alpha": "8"}, "lora_alpha: .*valid number"),
+        ({"lora_alpha": 1e40}, r"query: scale is 2\.5e\+39, must be a finite number in float32"),
         ({"rank_pattern": {"(a+)+": 4}}, "repeats a group"),
+        (
+            {"rank_pattern": {f"x{i}": 8 for i in range(1001)}},
+            "rank_pattern has 1001 .* at most 1000",
+        ),
+        ({"alpha_pattern": {f"x{i}": 8 for i in range(1001)}}, "alpha_pattern has 1001 entries"),
+        ({"target_modules": ["query", "value"] * 501}, "target_modules has 1002 entries"),
+        ({"exclude_modules": ["key"] * 1001}, "exclude_modules has 1001 entries"),
+        (
+            {"rank_pattern": {f"x{i}.a.*b.*c": 8 for i in range(1000)}},
+            "very many ways, .*with those before",
+        ),
         ({"target_modules": "(a|b)" * 40}, "in very many ways"),
         ({"target_modules": "(?=x)"}, "uses"),
         ({"target_modules": ["query"]}, r"value has a lora_A.*target_modules .* does not name it"),
@@ -234,8 +247,20 @@ def test_the_class_of_the_model_stands_in_for_a_task_type(save_lora, make_genera
     ],
 )
 def test_patterns_match_as_in_peft(pattern, module, matches):
-    assert matches_end(pattern, module) == matches
+    assert matches_end(compile_pattern(pattern), module) == matches
     assert (get_pattern_key([pattern], module) == pattern) == matches
+
+
+def test_patterns_are_compiled_once_for_all_modules(save_lora, make_general, monkeypatch):
+    _, folder = save_lora()
+    patterns = {rf"nowhere{number}\..*": 8 for number in range(999)}
+    change_config(folder, rank_pattern=patterns, alpha_pattern={"value": 3, **patterns})
+    expected, compiled = re.compile, []
+    monkeypatch.setattr(re, "compile", lambda pattern, *flags: compiled.append(pattern) or expected(pattern))
+    blocks = read_peft(folder, make_general()).adapter.blocks
+    assert {block.scale for (_, site), block in blocks.items() if site is Site.VALUE} == {3 / 4}
+    assert {block.scale for (_, site), block in blocks.items() if site is Site.QUERY} == {6 / 4}
+    assert len(compiled) == len(patterns) * 2 + 1
 
 
 def change_tensors(folder, change):

@@ -88,6 +88,8 @@ WITH_INFINITY = torch.ones(2, 8).index_fill(1, torch.tensor([0]), float("inf"))
         (2, Site.QUERY, lambda: lora(rank=MAX_RANK + 1), r"rank is 1025"),
         (2, Site.QUERY, lambda: lora(scale=float("nan")), r"scale is nan"),
         (2, Site.QUERY, lambda: lora(scale="1"), r"scale is '1'"),
+        (2, Site.QUERY, lambda: lora(scale=1e39), r"scale is 1e\+39, must be a finite number in float32"),
+        (2, Site.QUERY, lambda: lora(scale=-(10**400)), r"scale is -10+"),
         (2, Site.QUERY, lambda: LoraBlock(WITH_NAN, torch.ones(2, 8), 1.0), r"query, a: holds NaN or inf"),
         (2, Site.QUERY, lambda: LoraBlock(torch.ones(8, 2), WITH_INFINITY, 1.0), r"query, b: holds NaN"),
         (

@@ -25,6 +25,7 @@ from hmi_engine.errors import (
     UnknownDomainError,
     UnknownTenantError,
 )
+from hmi_engine.knowledge import tenant_file
 from hmi_engine.knowledge.adapters import Adapter, LoraBlock, Site
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.changes import NewTenant, remove_domain, remove_tenants, save_domain, save_tenants
@@ -71,6 +72,21 @@ def test_tenants_are_saved_described_replaced_and_removed(
     assert stored_files(catalog.layout) == set()
     with pytest.raises(UnknownTenantError):
         remove_tenants(catalog, ["acme/one"])
+
+
+def test_a_head_that_cannot_be_kept_leaves_the_one_that_it_was_to_replace(
+    catalog: Catalog, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept,) = save_tenants(catalog, [make_tenant("acme/one", 1)])
+    tenant = make_tenant("acme/one", 2)
+    labels = tuple(f"label {number}" for number in range(300))
+    head = ClassificationHead(labels, torch.zeros(300, 8), torch.zeros(300), "cls")
+    monkeypatch.setattr(tenant_file, "MAX_HEADER_BYTES", 4096)  # a real one takes seconds to fill
+    with pytest.raises(InvalidHeadError, match="300 labels do not fit"):
+        save_tenants(catalog, [NewTenant("acme/one", "general", tenant.adapter, head)], replace=True)
+    assert catalog.tenants["acme/one"] == kept
+    assert stored_files(catalog.layout) == {kept.file}
+    assert verify(catalog.layout, catalog) == []
 
 
 def test_many_tenants_are_one_change(catalog: Catalog, make_tenant: MakeTenant) -> None:

@@ -140,6 +140,33 @@ def test_files_that_contradict_themselves_are_refused(
     assert "table.safetensors" in str(caught.value)
 
 
+def test_an_index_has_slots_enough_for_a_search(tmp_path: Path, make_table: MakeTable) -> None:
+    one_slot = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least 2"):
+        plot_index_find(one_slot, torch.tensor([5]))
+    with pytest.raises(ValueError, match="an index of 1 entries"):
+        write_plot(tmp_path / "file", replace(make_table([]), index=one_slot))
+
+
+@pytest.mark.parametrize("keys", [[5], [77, 3, 2**62, 9, 10]])
+@pytest.mark.parametrize("row", [-1, -(2**63), 0, 1_000_000, 2**63 - 1])
+def test_an_index_refers_to_rows_of_the_table(
+    tmp_path: Path, make_table: MakeTable, keys: list[int], row: int
+) -> None:
+    """``row`` counts from behind the last one on, and negative numbers from there backwards."""
+    path, table = tmp_path / "file", make_table(keys)
+    used = table.index[:, 0] != 0
+    index = table.index.clone()
+    index[~used, 1] = row  # nobody reads what an empty slot says
+    write_plot(path, replace(table, index=index))
+    assert torch.equal(open_plot(path).index, index)
+    stray = row if row < 0 or row == 2**63 - 1 else len(keys) + row
+    index[used.nonzero()[-1], 1] = stray
+    write_plot(path, replace(table, index=index))
+    with pytest.raises(StoreCorruptError, match=f"{path}: .* row {stray}, .* {len(keys)} rows; .*hmi verify"):
+        open_plot(path)
+
+
 def test_newer_formats_and_cut_files_are_refused(tmp_path: Path, make_table: MakeTable) -> None:
     path = tmp_path / "file"
     write_plot(path, make_table([1]))

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hmi_engine.errors import StoreCorruptError, StoreError, StoreVersionError
+from hmi_engine.errors import InvalidHeadError, StoreCorruptError, StoreError, StoreVersionError
 from hmi_engine.knowledge.adapters import Adapter, LoraBlock, Site
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import ClassificationHead, DenseLayer, EmbeddingHead, Head
 from hmi_engine.knowledge.tenant_file import load_tenant, read_into, read_layout, write_tenant
+from hmi_engine.knowledge.tenant_layout import MAX_HEADER_BYTES
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def assert_same_head(found: object, expected: object) -> None:
                 assert_same_head(one, two)
         else:
             assert other == value, name
+
+
+def test_a_head_of_many_labels_comes_back(tmp_path: Path, general: GeneralInfo) -> None:
+    labels = tuple(f'D{number:06d} some descriptive label of a "heading"' for number in range(30_000))
+    head = ClassificationHead(labels, torch.randn(30_000, 8), torch.randn(30_000), "cls")
+    write_tenant(tmp_path / "file", Adapter({}), head)
+    assert_same_head(load_tenant(tmp_path / "file", general)[1], head)
+
+
+def test_a_head_that_nobody_could_read_is_not_written(tmp_path: Path) -> None:
+    labels = ("é" * (MAX_HEADER_BYTES // 6), "y")  # six letters each in JSON
+    head = ClassificationHead(labels, torch.randn(2, 8), torch.randn(2), "cls")
+    with pytest.raises(InvalidHeadError, match=r"2 labels do not fit .* fewer or shorter"):
+        write_tenant(tmp_path / "file", Adapter({}), head)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_layout_describes_the_data_that_safetensors_sees(tenant_file: Path) -> None:

@@ -156,14 +156,6 @@ WRONG_CONTENTS: dict[str, tuple[Callable[[PlotTable], PlotTable], str]] = {
         "1 candidates have a row",
     ),
     "documents": (lambda table: replace(table, documents=keys(3, 2)), "digests"),
-    "no room in the index": (
-        lambda table: of_format(
-            replace(table, index=torch.zeros(1, 2, dtype=torch.int64), row_keys=keys(), row_counts=keys()),
-            "float16",
-            rows=table.rows[:0],
-        ),
-        "the index has 1 slots",
-    ),
     "weight": (
         lambda table: replace(table, metadata=table.metadata.model_copy(update={"occurrence_weight": -1.0})),
         "occurrence_weight is",

@@ -1,6 +1,5 @@
 """What every kind of adapter block tells of itself: all that files, arenas and layers know of kinds."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ __all__ = [
 ]
 
 MAX_RANK = 1024
+_MAX_SCALE = torch.finfo(torch.float32).max
 
 Settings = Mapping[str, str | float]
 """What of a block is no tensor, as a tenant's file records it."""
@@ -153,6 +153,6 @@ def check_names(where: str, settings: Mapping[str, object], expected: tuple[str,
 
 
 def check_scale(where: str, scale: object) -> None:
-    """Raise :class:`InvalidAdapterError` unless ``scale`` is a finite number."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InvalidAdapterError(f"{where}: scale is {scale!r:.80}, must be a finite number")
+    """Raise :class:`InvalidAdapterError` unless ``scale`` is a number that is finite in float32."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MAX_SCALE:
+        raise InvalidAdapterError(f"{where}: scale is {scale!r:.80}, must be a finite number in float32")
