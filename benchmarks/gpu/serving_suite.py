@@ -16,9 +16,9 @@ from benchmarks.gpu.options import Options
 from benchmarks.gpu.pipeline_share import PipelinePlan, measure_pipeline
 from benchmarks.gpu.platform import Platform, choose_platform, current_commit, describe_device
 from benchmarks.gpu.random_base import number_texts, write_random_base
-from benchmarks.mixed import check_same_work
 from benchmarks.peers import OneModelPerTenant, Peer, PeftMixedBatch, PeftOneAtATime
 from benchmarks.result import BenchmarkResult, Case, Ratio, System
+from benchmarks.same_work import add_bare_twins, check_adapters_count, check_same_work, copy_tenants
 from benchmarks.tenant_fleet import fleet_tenants, tenant_name
 from hmi_engine.demo.building import add_random_tenants
 from hmi_engine.demo.environment import describe_machine, installed_versions
@@ -83,6 +83,7 @@ def measure(options: Options, console: Console) -> BenchmarkResult:
             name: stack.enter_context(open_store(folder / name, base, layers, plan))
             for name, layers in (("half", None), ("plain", 0))
         }
+        copy_tenants(_small_tenants(stores["half"]), stores["half"], stores["plain"])
         console.print("two stores built")
         cases = _throughput(stores["half"], stores["plain"], folder, platform, plan)
         console.print(cases[0].model_dump_json(include={"systems": {"__all__": {"name", "rate"}}}))
@@ -115,15 +116,15 @@ def measure(options: Options, console: Console) -> BenchmarkResult:
 
 @contextmanager
 def open_store(path: Path, base: Path, plot_layers: int | None, plan: Plan) -> Iterator[Store]:
-    """A store with the tenants that all systems serve and, where layers are looked up, the many others."""
+    """A store; where layers are looked up with the tenants that all systems serve, and the many others."""
     with Store.create(path, general=str(base), plot_layers=plot_layers) as store:
         corpus = number_texts(8 * plan.requests, plan.words, seed=1)
         # Without layers to look up a domain is no more than a name.
         store.add_domain(DOMAIN, corpus, plot_bytes=plan.table_bytes if store.general.plot_layers else 0)
-        example = tuple(Example("1 2", label) for label in ("first", "second"))
-        task = Task(PREFIX, DOMAIN, "", example, example)
-        add_random_tenants(store, [task], plan.tenants, rank=RANK, pooling="pooler", prefix=PREFIX)
         if store.general.plot_layers:
+            example = tuple(Example("1 2", label) for label in ("first", "second"))
+            task = Task(PREFIX, DOMAIN, "", example, example)
+            add_random_tenants(store, [task], plan.tenants, rank=RANK, pooling="pooler", prefix=PREFIX)
             store.add_tenants(fleet_tenants(store.general, DOMAIN, range(plan.pipeline.tenants)))
         yield store
 
@@ -132,8 +133,12 @@ def _cold(number: int, plan: Plan) -> str:
     return tenant_name(number % plan.pipeline.tenants)
 
 
+def _small_tenants(store: Store) -> list[str]:
+    return [name for name in store.tenants if name.startswith(f"{PREFIX}/")]
+
+
 def _throughput(half: Store, plain: Store, folder: Path, platform: Platform, plan: Plan) -> list[Case]:
-    names = [name for name in half.tenants if name.startswith(f"{PREFIX}/")]
+    names = _small_tenants(half)
     rounds = request_rounds(names, plan)
     device = "cpu" if platform.is_dry else str(platform.device)
     dtype = torch.float32 if platform.is_dry else torch.bfloat16
@@ -222,14 +227,14 @@ def _engine(store: Store, device: str, dtype: str, **options: bool) -> Engine:
 
 def _check(store: Store, served: Sequence[ServedTenant], requests: Sequence[Request], device: str) -> None:
     """Raises HmiError if the engine and PEFT differ where they compute the same, in float32."""
-    names = {tenant.name for tenant in served}
+    twins = add_bare_twins(store, [tenant.name for tenant in served])
+    requests = [request for request in requests if request.tenant in twins]
     with _engine(store, device, "float32") as engine:
         ours = HmiPeer(engine, name=PLAIN, description="")
         theirs = PeftMixedBatch(store.general_folder, store.encoder, device=device)
         theirs.prepare(served)
-        check_same_work(
-            ours, theirs, [request for request in requests if request.tenant in names], tolerance=TOLERANCE
-        )
+        check_adapters_count(ours, requests, twins, tolerance=TOLERANCE)
+        check_same_work(ours, theirs, requests, tolerance=TOLERANCE)
         theirs.close()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,9 @@ from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.demo.progress import DemoProgress
 from hmi_engine.demo.settings import DemoSettings
 from hmi_engine.demo.tasks import DemoData, DomainCorpus, Task
-from hmi_engine.knowledge.adapters import random_adapter
+from hmi_engine.knowledge.adapter_kinds.lora import LoraBlock
+from hmi_engine.knowledge.adapter_kinds.sites import Site
+from hmi_engine.knowledge.adapters import Adapter, random_adapter
 from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.heads import ClassificationHead, Pooling
 from hmi_engine.store import Store
@@ -22,6 +26,8 @@ LEARNING_RATE = 3e-3
 """Higher than the default of long trainings: a tenant of the demo learns from few steps."""
 
 BATCH_SIZE = 32
+_RANDOM_CHANGE, _RANDOM_LOGITS = 4000.0, 2.0
+"""Of random tenants: LoRA changes queries and values by about as much as they are; logits are about 1."""
 
 
 def create_store(directory: Path, model: str | Path, distilled: Path | None, progress: DemoProgress) -> Store:
@@ -88,6 +94,7 @@ def add_random_tenants(
     count: int,
     *,
     rank: int,
+    sites: Sequence[Site] | None = None,
     pooling: Pooling = "cls",
     prefix: str = "random",
     seed: int = 0,
@@ -95,18 +102,30 @@ def add_random_tenants(
     """Adds tenants with weights of their own, drawn at random, in the shapes of the tasks' tenants.
 
     They stand for other customers' models in measurements of size and speed; their answers mean nothing, and
-    their cards say so. Tenant i, named ``prefix/i``, has the domain and labels of task i modulo the number of
-    tasks.
+    their cards say so. Adapters and heads are strong enough that a system which left an adapter out would be
+    seen by its answers. LoRA is at ``sites``, by default at query and value. Tenant i is named ``prefix/i``
+    and has the domain and labels of task i modulo the number of tasks.
     """
 
     def tenant(number: int) -> NewTenant:
         task = tasks[number % len(tasks)]
-        adapter = random_adapter(store.general, "lora", rank, seed + number)
+        adapter = random_adapter(store.general, "lora", rank, seed + number, sites=sites)
+        adapter = _scaled(adapter, _RANDOM_CHANGE / math.sqrt(store.general.hidden_size * rank))
         head = _random_head(task.labels, store.general.hidden_size, pooling, seed + number)
         return NewTenant(_random_name(prefix, number), task.domain, adapter, head, {"random_weights": True})
 
     store.add_tenants(tenant(number) for number in range(count))
     return [_random_name(prefix, number) for number in range(count)]
+
+
+def _scaled(adapter: Adapter, scale: float) -> Adapter:
+    return Adapter(
+        {
+            place: replace(block, scale=scale)
+            for place, block in adapter.blocks.items()
+            if isinstance(block, LoraBlock)
+        }
+    )
 
 
 def _random_name(prefix: str, number: int) -> str:
@@ -115,5 +134,7 @@ def _random_name(prefix: str, number: int) -> str:
 
 def _random_head(labels: Sequence[str], hidden_size: int, pooling: Pooling, seed: int) -> ClassificationHead:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(len(labels), hidden_size, generator=generator) * 0.02
+    weight = (
+        torch.randn(len(labels), hidden_size, generator=generator) * _RANDOM_LOGITS / math.sqrt(hidden_size)
+    )
     return ClassificationHead(tuple(labels), weight, torch.zeros(len(labels)), pooling)
