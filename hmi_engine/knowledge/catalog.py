@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -179,6 +179,10 @@ class Catalog:
     def version(self) -> tuple[int, int]:
         """What changes with every change of the catalog, by this process or another; read in microseconds."""
         return self._database.version
+
+    def snapshot(self) -> AbstractContextManager[None]:
+        """For a with-statement, in which all that is read is of one state of the catalog."""
+        return self._database.snapshot()
 
     @property
     def general(self) -> GeneralInfo:

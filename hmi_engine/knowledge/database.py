@@ -112,7 +112,8 @@ class Database:
         except sqlite3.OperationalError as error:
             connection.close()
             has_log = self.path.with_name(f"{self.path.name}-wal").exists()
-            if not self.read_only or has_log or "unable to open" not in str(error):
+            is_without_memory = any(part in str(error) for part in ("unable to open", "readonly database"))
+            if not self.read_only or has_log or not is_without_memory:
                 raise
             # WAL needs a shared-memory file beside the catalog. On a read-only disk there can be none, and
             # nobody writes: SQLite may then read the file alone.
@@ -171,6 +172,19 @@ class Database:
         """Return all rows of a SELECT."""
         with self._lock, _explained(self.path):
             return self._connection.execute(statement, parameters).fetchall()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All that the body reads, :attr:`version` too, is of one state of the file; others may write on."""
+        with self._lock:
+            if self._connection.in_transaction:
+                yield
+                return
+            self.query("BEGIN")
+            try:
+                yield
+            finally:
+                self.query("COMMIT")
 
     @property
     def version(self) -> tuple[int, int]:

@@ -144,16 +144,17 @@ class PlotLibrary:
         self.overlay.clear()
 
     def _current_tree(self) -> _Tree:
-        while True:
+        version = self._catalog.version
+        with self._lock:
+            tree = self._tree
+        if tree is not None and tree.version == version:
+            return tree
+        # Not read until it stays the same: on a read-only disk SQLite gives every reading another version.
+        with self._catalog.snapshot():
             version = self._catalog.version
-            with self._lock:
-                tree = self._tree
-            if tree is not None and tree.version == version:
-                return tree
             self._catalog.check_general(self._general)
             domains = {info.name: info for info in self._catalog.domains.values()}
-            if self._catalog.version == version:  # else it changed while it was read
-                return self._replace_tree(version, domains)
+        return self._replace_tree(version, domains)
 
     def _replace_tree(self, version: tuple[int, int], domains: dict[str, DomainInfo]) -> _Tree:
         files = {info.file for info in domains.values()}
