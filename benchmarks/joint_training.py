@@ -32,9 +32,10 @@ NOTES = (
     "Every system has the same texts, split sizes, epochs, batch size, longest text and schedule; nothing is "
     "stopped early. Tenants are disjoint parts of the tasks' training texts; a task's tenants share its test "
     "texts.",
-    "PEFT trains one tenant after the other: transformers' model, LoRA of query and value, a data loader "
-    "that pads to the longest text of the batch; on all layers, and on the upper layers alone, below which "
-    "no gradient flows. HMI's LoRA is at the same places of the same upper layers.",
+    "PEFT trains one tenant after the other: transformers' model, LoRA of query and value, pooler and "
+    "classifier, a data loader that pads to the longest text of the batch; on all layers, and on the upper "
+    "layers alone, below which no gradient flows. HMI's LoRA is at the same places of the same upper layers. "
+    "Of epochs with equal accuracy on the validation split every system keeps that of the least loss.",
     "Looked up: the lower half of the layers comes from the domain's table, with back-off; the base is the "
     "distilled form that HMI brings along. Computed: a store of the plain base without tables, whose lower "
     "half is computed once for each text.",

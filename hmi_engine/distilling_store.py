@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ class DistillingStore(DomainStore):
             teacher: folder or hub id of the model to learn from: by default the store's base model, or, if
                 that is distilled already, the one that it came from.
             folder: for checkpoints; a distillation that was interrupted goes on from there.
-            export: a new folder that gets the distilled model, for :meth:`Store.create`.
+            export: a new folder that gets the distilled model, for :meth:`Store.create`; it is removed where
+                the store then cannot take the model.
             compact: a file that gets what distillation changed, for ``Store.create(distilled=...)``.
             text_field: field of the text in JSON lines, column in Parquet files.
             stdin_format: what standard input is.
@@ -77,8 +79,9 @@ class DistillingStore(DomainStore):
         Raises:
             GeneralInUseError: the store has tenants, whose adapters fit its present base model (not with
                 ``domain``).
-            UnsupportedModelError: the store has no domain layers, ``domain`` is the root, or the teacher is
-                not of the base model's sizes, or not the one that it was distilled from.
+            UnsupportedModelError: the store has no domain layers, ``domain`` is the root or stage 1 has no
+                steps for it, or the teacher is not of the base model's sizes, or not the one that it was
+                distilled from.
             StoreExistsError: ``export`` holds something.
             UnknownDomainError, CorpusError, CheckpointError, TrainingDivergedError, TrainingMemoryError.
             StoreFullError: no room; the store is as it was, and checkpoints stay.
@@ -114,10 +117,22 @@ class DistillingStore(DomainStore):
             )
             if export is not None:
                 write_folder(Path(export), self.general_folder, distilled)
-            if compact is not None:
-                write_compact(Path(compact), _weights(teaching), distilled)
-        self._install(distilled, domain, progress)
+            with self._removed_if_nothing_changes(export):
+                if compact is not None:
+                    write_compact(Path(compact), _weights(teaching), distilled)
+                self._install(distilled, domain, progress)
         return distilled.report
+
+    @contextmanager
+    def _removed_if_nothing_changes(self, export: str | Path | None) -> Iterator[None]:
+        """An error that leaves the store as it was leaves no export: the same call may come again."""
+        before = self.general.folder
+        try:
+            yield
+        except BaseException:
+            if export is not None and self.catalog.general.folder == before:
+                shutil.rmtree(export, ignore_errors=True)
+            raise
 
     def _texts(self, corpus: Corpus, text_field: str, stdin_format: Literal["txt", "jsonl"]) -> Iterator[str]:
         report = CorpusReport()

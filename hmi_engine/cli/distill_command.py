@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, say
+from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.distillation_settings import (
     DistillationReport,
     DistillationSettings,
@@ -55,7 +56,9 @@ def distill(
     misses: Annotated[
         str, typer.Option(help="N-grams left out of the table: cross_fitted, uniform or none.")
     ] = _DEFAULT.misses,
-    seed: Annotated[int, typer.Option(help="Makes the result reproducible.")] = _DEFAULT.seed,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Makes the result reproducible.")
+    ] = _DEFAULT.seed,
     settings: Annotated[
         Path | None,
         typer.Option(help="JSON file with all settings, in place of the options above.", show_default=False),

@@ -20,6 +20,7 @@ from hmi_engine.cli.output import (
     warn,
 )
 from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
+from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.model_card_text import card_markdown, figure
 from hmi_engine.construct.training import Metrics, SearchSpace, TrainingReport, TrainingSettings
 from hmi_engine.construct.training_settings import ADAPTER_KINDS
@@ -38,6 +39,8 @@ from hmi_engine.store import Store
 __all__ = ["card", "evaluate", "train"]
 
 _FEW_LINES = 5
+_ALMOST_ALL, _FEW = 0.95, 0.5
+"""Shares of n-grams in the tables, and of texts in their corpora, that do not go together in new text."""
 
 FormatOption = Annotated[
     str | None,
@@ -114,7 +117,7 @@ def train(
     search_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the search in all; default: those of two trainings.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same tenant.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The same seed gives the same tenant.")] = 0,
     file_format: FormatOption = None,
     text_field: TextFieldOption = "text",
     label_field: LabelFieldOption = "label",
@@ -174,7 +177,7 @@ def evaluate(
     name: TenantName,
     data: Annotated[Path, typer.Option(help="Examples of the tenant's task.")],
     miss: Annotated[str, typer.Option(help="Policy to serve with: backoff, exact or budget.")] = "backoff",
-    seed: Annotated[int, typer.Option(help="Of the intervals' resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the intervals' resamples.")] = 0,
     file_format: FormatOption = None,
     text_field: TextFieldOption = "text",
     label_field: LabelFieldOption = "label",
@@ -290,8 +293,23 @@ def _warn_of(report: TrainingReport) -> None:
             "it does no better than always giving the commonest label; more examples, --balanced or a "
             "--teacher may help"
         )
+    _warn_of_tables(report)
     if report.divergence:
         warn(f"the training ended early, and its best epoch was kept: {report.divergence}")
+
+
+def _warn_of_tables(report: TrainingReport) -> None:
+    """Only whole documents of a corpus are cross-fitted: not text that it holds cut in another way."""
+    rates = report.hit_rates
+    num_texts = report.num_training + report.validation.num_examples
+    num_texts += 0 if report.teacher is None else report.teacher.num_unlabelled
+    if rates and rates.looked_up > _ALMOST_ALL and rates.texts_in_corpus < _FEW * num_texts:
+        warn(
+            f"{rates.looked_up:.0%} of the n-grams are in the domain's tables, but only "
+            f"{rates.texts_in_corpus} of {num_texts} texts are documents of their corpora; if these hold the "
+            "training text cut in another way, it finds more than new text will: make the domain from the "
+            "same texts, or train for --miss exact"
+        )
 
 
 def _print_report(name: str, report: TrainingReport, num_bytes: int) -> None:

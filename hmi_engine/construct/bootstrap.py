@@ -8,10 +8,21 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CONFIDENCE", "RESAMPLES", "FloatArray", "IndexArray", "Statistic", "bootstrap_intervals", "sums"]
+__all__ = [
+    "CONFIDENCE",
+    "MAX_SEED",
+    "RESAMPLES",
+    "FloatArray",
+    "IndexArray",
+    "Statistic",
+    "bootstrap_intervals",
+    "sums",
+]
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
+MAX_SEED = 2**63 - 1
+"""From 0 to this, a seed is one for numpy's generators, which take none below, and for torch's."""
 _ELEMENTS_PER_CHUNK = 1 << 22
 
 IndexArray: TypeAlias = npt.NDArray[np.int64]

@@ -4,6 +4,8 @@ A domain's table is often built from text that includes the training examples. L
 finds the rows that it helped to admit, far more than a new text finds in service, and the tenant learns to
 rely on them. So the examples are split into folds, and a row counts as missing for a text of a fold if the
 table would lack it without that fold's texts.
+
+A table knows whole documents only: text that its corpus holds cut in another way is looked up plainly.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MISSING = -1
 class HitRates(BaseModel):
     """Share of window positions whose whole n-gram has a row: as looked up, and after cross-fitting.
 
-    ``texts_in_corpus`` is how many of the texts the corpus of the domain or of an ancestor holds.
+    ``texts_in_corpus`` is how many of the texts are documents of the corpus of the domain or of an ancestor;
+    only those are cross-fitted.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

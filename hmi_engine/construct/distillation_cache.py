@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hmi_engine.knowledge.atomic import atomic_write, storage_error
+from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
 
-__all__ = ["StateCache", "reserve_file"]
+__all__ = ["StateCache", "is_reserved", "reserve_file"]
+
+
+def is_reserved(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether :func:`reserve_file` would open the file as it is, and not make it anew."""
+    return path.is_file() and path.stat().st_size == _num_bytes(shape)
+
+
+def _num_bytes(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape)) * 2
 
 
 def reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -21,7 +30,7 @@ def reserve_file(path: Path, shape: tuple[int, ...]) -> np.memmap:
     Raises:
         StoreFullError: the disk has no room for all of it. Writing through the mapping could not tell.
     """
-    size = int(np.prod(shape)) * 2
+    size = _num_bytes(shape)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -62,12 +71,24 @@ class StateCache:
         self._done = np.zeros(self._num_kept, dtype=bool)
         self._path = path
         if self._num_kept:
-            self._states = reserve_file(path, (int(ends[self._num_kept - 1]), width))
+            shape = int(ends[self._num_kept - 1]), width
+            if not is_reserved(path, shape):
+                self._forget_done()
+            self._states = reserve_file(path, shape)
             self._load_done()
 
     @property
     def _done_path(self) -> Path:
         return self._path.with_suffix(".done")
+
+    def _forget_done(self) -> None:
+        """Before the file is made anew: no crash may leave a note of states that are not in it."""
+        try:
+            if self._done_path.exists():
+                self._done_path.unlink()
+                fsync_path(self._done_path.parent)
+        except OSError as error:
+            raise storage_error(error, self._done_path) from error
 
     def _load_done(self) -> None:
         try:

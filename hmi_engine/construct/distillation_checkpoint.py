@@ -101,12 +101,12 @@ class Checkpoint:
         return contents.stages, {name: t for name, t in tensors.items() if name.startswith("optimizer.")}
 
     def _check_same(self, found: Task) -> None:
-        if found == self._task:
-            return
         was, now = found.model_dump(), self._task.model_dump()
         was |= was.pop("settings")
         now |= now.pop("settings")
-        changed = [name for name in now if was.get(name) != now[name]]
+        changed = [name for name in now if was.get(name) != now[name] and not _is_free(name, was, now)]
+        if not changed:
+            return
         told = "; ".join(f"{name} was {was.get(name)!r:.100}, is {now[name]!r:.100}" for name in changed)
         raise CheckpointError(
             f"{self._path} belongs to another distillation: {told}. Give the same command to go on, or "
@@ -133,3 +133,15 @@ class Checkpoint:
             state.setdefault(int(number), {})[field] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _is_free(name: str, was: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a setting may change on the way, as no bit of the model follows from it.
+
+    ``cache_bytes`` may become less, where the disk is full: what is not kept is computed as it was, but for
+    the corpus' rows, which are read wherever they have been written. With more of it, rows could be kept that
+    were computed batch by batch so far, which differ in their last bits.
+    """
+    if name == "cache_bytes":
+        return bool(now[name] < was.get(name, 0))
+    return name == "checkpoint_every"

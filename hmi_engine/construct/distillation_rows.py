@@ -11,7 +11,7 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.construct.counting import Progress
-from hmi_engine.construct.distillation_cache import reserve_file
+from hmi_engine.construct.distillation_cache import is_reserved, reserve_file
 from hmi_engine.construct.distillation_corpus import DistillationBatch, Misses
 from hmi_engine.construct.distillation_student import Student
 from hmi_engine.construct.distillation_windows import MergePlan, plan_merge
@@ -50,7 +50,7 @@ class CorpusRows:
             folder: for the file.
             batches: whose plans will be asked for.
             placeholder: id of the token that stands for one that is not known.
-            max_bytes: for the file; if they are not enough, nothing is kept.
+            max_bytes: for a new file; if they are not enough, nothing is kept.
             all_missing: whether any n-gram may be missing, or only the batches' own misses.
             progress: told about the work.
 
@@ -60,12 +60,13 @@ class CorpusRows:
         windows, tokens = _needed(batches, self._window, placeholder, all_missing)
         size = self._student.merge.position_embeddings.shape[1]
         count = len(windows) * self._window + len(tokens)
-        if count * size * 2 > max_bytes:
-            return
         self._windows, self._tokens = windows.numpy(), tokens.numpy()
         path = folder / f"rows-{self._digest()}.states"
-        if path.is_file() and path.stat().st_size == count * size * 2:
+        # Also where it is larger than it may be now: rows computed batch by batch differ in their last bits.
+        if is_reserved(path, (count, size)):
             self._rows = np.memmap(path, dtype=np.float16, mode="r", shape=(count, size))
+            return
+        if count * size * 2 > max_bytes:
             return
         partial = path.with_suffix(".partial")
         rows = reserve_file(partial, (count, size))

@@ -6,6 +6,9 @@ from typing import Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hmi_engine.construct.bootstrap import MAX_SEED
+from hmi_engine.errors import UnsupportedModelError
+
 __all__ = [
     "DistillationProgress",
     "DistillationReport",
@@ -119,7 +122,7 @@ class DistillationSettings(BaseModel):
     evaluate_every: int = Field(default=100, ge=1)
     checkpoint_every: int = Field(default=50, ge=1)
     cache_bytes: int = Field(default=8 << 30, ge=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _check(self) -> DistillationSettings:
@@ -138,7 +141,15 @@ class DistillationSettings(BaseModel):
         return (0.0, 0.6) if self.misses == "uniform" else (0.0, 1.0)
 
     def for_domain(self) -> DistillationSettings:
-        """The same for a domain's own layers: stage 1 alone, the merge stays the base's."""
+        """The same for a domain's own layers: stage 1 alone, the merge stays the base's.
+
+        Raises:
+            UnsupportedModelError: stage 1 has no steps.
+        """
+        if not self.stage_1.steps:
+            raise UnsupportedModelError(
+                "a domain's layers learn in stage 1 alone, which has 0 steps; give it some (--steps-1)"
+            )
         first = StageSettings(**self.stage_1.model_dump() | {"trainable": ("domain",), "merged_weight": 1.0})
         second = StageSettings(**self.stage_2.model_dump() | {"steps": 0})
         return DistillationSettings(**self.model_dump() | {"stage_1": first, "stage_2": second})

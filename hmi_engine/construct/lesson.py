@@ -18,6 +18,7 @@ from hmi_engine.construct.bootstrap import RESAMPLES
 from hmi_engine.construct.objectives.objective import IGNORED, Objective
 from hmi_engine.construct.teacher import Teacher
 from hmi_engine.construct.training_data import Split, TaskData
+from hmi_engine.construct.training_memory import memory_advice
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.construct.training_settings import TeacherReport, TrainingProgress, TrainingSettings
 from hmi_engine.errors import TrainingDataError, UnsupportedModelError
@@ -111,12 +112,18 @@ def take_lesson(
 
     Raises:
         TrainingDataError: the task learns from no teacher.
-        UnsupportedModelError: there is no such model, or its labels are not those of the examples.
+        UnsupportedModelError: there is no such model, its labels are not those of the examples, or it fails.
+        TrainingMemoryError: not enough memory.
     """
     unlabelled = objective.encode_unlabelled(teaching.texts, encoder, settings.max_tokens)
     teacher = _load(teaching, objective, data, settings)
     everything = data.followed_by(unlabelled)
-    said = teacher.probabilities(everything, objective.labels, progress)
+
+    def ask(examples: TaskData) -> list[Tensor]:
+        with memory_advice(settings, "asking the teacher"):
+            return teacher.probabilities(examples, objective.labels, progress)
+
+    said = ask(everything)
 
     def judged(answers: Sequence[Tensor], examples: TaskData, numbers: Sequence[int]) -> Metrics:
         outputs = torch.cat([answers[number] for number in numbers])
@@ -124,8 +131,7 @@ def take_lesson(
 
     test = None
     if test_data is not None:
-        answers = teacher.probabilities(test_data, objective.labels, progress)
-        test = judged(answers, test_data, range(len(test_data)))
+        test = judged(ask(test_data), test_data, range(len(test_data)))
     report = TeacherReport(
         sha256=teacher.sha256,
         num_unlabelled=len(teaching.texts),

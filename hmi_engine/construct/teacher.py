@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor, nn
 
 from hmi_engine.construct.training_data import TaskData, first_inside
+from hmi_engine.construct.training_memory import is_memory_error
 from hmi_engine.construct.training_settings import TrainingProgress
 from hmi_engine.errors import UnsupportedModelError
 from hmi_engine.knowledge.examples import Task
@@ -27,6 +27,7 @@ TEACHABLE_TASKS = tuple(_CLASSES)
 """Tasks whose answer is one of some labels, for each text or each word."""
 
 _TEXTS_PER_BATCH = 64
+_TEXTS_PER_CHUNK = 4096
 _STAGE = "asking the teacher"
 
 
@@ -35,13 +36,15 @@ class Teacher:
     """A model with its own tokenizer; it may have any architecture and size.
 
     Attributes:
+        folder: where it came from.
         labels: in the order of its outputs.
         sha256: digest of its weights' files, in hex.
         model: of transformers.
         tokenizer: of transformers, a fast one.
-        max_tokens: longer texts are cut.
+        max_tokens: longer texts are cut, special tokens included; never more than it has positions.
     """
 
+    folder: Path
     labels: tuple[str, ...]
     sha256: str
     model: Any
@@ -62,8 +65,8 @@ class Teacher:
             raise UnsupportedModelError(
                 f"{folder}: config.json does not say what its {len(labels)} labels are; name them in id2label"
             )
-        positions = getattr(model.config, "max_position_embeddings", max_tokens)
-        return cls(labels, _digest(folder), model.eval(), tokenizer, min(max_tokens, positions))
+        limit = min(max_tokens, tokenizer.model_max_length, _num_positions(model, max_tokens))
+        return cls(folder, labels, _digest(folder), model.eval(), tokenizer, limit)
 
     @torch.inference_mode()
     def probabilities(
@@ -72,39 +75,50 @@ class Teacher:
         """What it says of each text: float32 [rows, len(labels)], one row, or one for each of its words.
 
         A label that the teacher does not know has probability 0. Of words in which none of its tokens begins
-        it says nothing: zeros, as of words in which none of the student's does.
+        it says nothing: zeros, as of words in which none of the student's does, and of texts without a token.
+
+        Raises:
+            UnsupportedModelError: the model fails.
         """
         columns = torch.tensor([labels.index(label) for label in self.labels])
         texts = data.encoded.texts
         said: list[Tensor] = [torch.empty(0)] * len(texts)
+        has_padding = self.model.config.get_text_config().pad_token_id is not None
+        texts_per_batch = _TEXTS_PER_BATCH if has_padding else 1  # transformers takes no more without it
         done = 0
-        for numbers in _batches(texts):
+        for numbers in _chunks(texts):
             tokens = self.tokenizer(
-                [texts[number] for number in numbers],
-                truncation=True,
-                max_length=self.max_tokens,
-                return_special_tokens_mask=True,
+                [texts[number] for number in numbers], truncation=True, max_length=self.max_tokens
             )
-            probabilities = self._run(tokens)
-            for row, number in enumerate(numbers):
-                found = probabilities[row, :1] if data.spans is None else probabilities[row]
-                spread = torch.zeros(len(found), len(labels))
-                spread[:, columns] = found
-                if data.spans is not None:
-                    spread = _of_words(spread, tokens.encodings[row], data, number)
-                said[number] = spread
-            done += len(numbers)
-            if progress is not None:
-                progress(_STAGE, done, len(texts), {})
+            token_ids = tokens["input_ids"]
+            for rows in _batches(token_ids, texts_per_batch):
+                probabilities = self._run([token_ids[row] for row in rows])
+                for found, row in zip(probabilities, rows, strict=True):
+                    spread = torch.zeros(len(found), len(labels))
+                    spread[:, columns] = found
+                    if data.spans is not None:
+                        spread = _of_words(spread, tokens.encodings[row], data, numbers[row])
+                    said[numbers[row]] = spread
+                done += len(rows)
+                if progress is not None:
+                    progress(_STAGE, done, len(texts), {})
         return said
 
-    def _run(self, tokens: Any) -> Tensor:
-        """Probabilities [texts, tokens, C], or [texts, 1, C] of whole texts."""
-        ids = [torch.tensor(row) for row in tokens["input_ids"]]
-        logits: Tensor = self.model(
-            input_ids=pad_sequence(ids, batch_first=True),
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        ).logits
+    def _run(self, token_ids: list[list[int]]) -> Tensor:
+        """Probabilities [texts, tokens, C], or [texts, 1, C] of whole texts, which have one length."""
+        if not token_ids[0]:
+            return torch.zeros(len(token_ids), 1, len(self.labels))
+        ids = torch.tensor(token_ids)
+        try:
+            logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if is_memory_error(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UnsupportedModelError(
+                f"{self.folder}: the teacher fails on texts of {ids.shape[1]} tokens: {reason:.200}; try "
+                "them in transformers, or give a lower max_tokens"
+            ) from error
         probabilities = logits.softmax(-1)
         return probabilities if logits.dim() == 3 else probabilities.unsqueeze(1)
 
@@ -146,11 +160,35 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[int]]:
-    """Numbers of the texts, those of about one length together."""
+def _num_positions(model: Any, otherwise: int) -> int:
+    """How many tokens of a text have a position; ``otherwise`` where nothing limits them."""
+    for name, module in model.named_modules():
+        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+        if is_table and module.padding_idx is not None:  # RoBERTa and its kin count from behind it
+            return int(module.num_embeddings - module.padding_idx - 1)
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else otherwise  # -1: XLNet's for no limit
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Numbers of the texts that are tokenized at a time, those of about one length together."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for start in range(0, len(order), _TEXTS_PER_BATCH):
-        yield order[start : start + _TEXTS_PER_BATCH]
+    for start in range(0, len(order), _TEXTS_PER_CHUNK):
+        yield order[start : start + _TEXTS_PER_CHUNK]
+
+
+def _batches(token_ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
+    """Numbers of the rows, at most so many of one length together: nothing is padded.
+
+    What padding does differs between architectures: some find a text's end by the padding token's id, count
+    positions from it, or want it in front.
+    """
+    by_length: dict[int, list[int]] = {}
+    for row, ids in enumerate(token_ids):
+        by_length.setdefault(len(ids), []).append(row)
+    for rows in by_length.values():
+        for start in range(0, len(rows), most):
+            yield rows[start : start + most]
 
 
 def _of_words(of_tokens: Tensor, encoding: Any, data: TaskData, number: int) -> Tensor:

@@ -79,9 +79,10 @@ def train_tenant(
     """Trains an adapter and a head for one domain, under the miss policy that will serve it.
 
     Hidden states below the lowest trained parameter are computed once and kept in memory: 4 H or 8 H bytes
-    for each token. Texts that the domain's corpus holds are looked up as if their own fold were not in it
-    (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the best epoch
-    on the validation split is kept. The same seed and number of threads give the same tenant, bit for bit.
+    for each token. Texts that are documents of the domain's corpus are looked up as if their own fold were
+    not in it (:mod:`hmi_engine.construct.crossfit`). AdamW with linear warm-up and decay; the state of the
+    best epoch on the validation split is kept. The same seed and number of threads give the same tenant, bit
+    for bit.
 
     Args:
         general: the base model.
@@ -102,7 +103,7 @@ def train_tenant(
         TrainingDataError: examples that are missing, malformed or of another task, fewer than two labels, no
             label with a second example, or a validation or test label that is not in the examples.
         InvalidAdapterError: ``settings`` do not fit the base model.
-        UnsupportedModelError: the teacher cannot be loaded, or has other labels.
+        UnsupportedModelError: the teacher cannot be loaded, has other labels, or fails.
         TrainingDivergedError: the loss became infinite or NaN in the first epoch.
         TrainingMemoryError: not enough memory.
         MissingDependencyError: the ``train`` extra is not installed.

@@ -10,9 +10,14 @@ import torch
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import TrainingMemoryError
 
-__all__ = ["memory_advice"]
+__all__ = ["is_memory_error", "memory_advice"]
 
 _CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+def is_memory_error(error: Exception) -> bool:
+    """Whether an allocator, of Python or of torch, had no memory to give."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 @contextmanager
@@ -21,8 +26,7 @@ def memory_advice(settings: TrainingSettings, stage: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_ALLOCATOR in str(error)
-        if not is_memory:
+        if not is_memory_error(error):
             raise
         raise TrainingMemoryError(
             f"out of memory at {stage} with batch_size={settings.batch_size} and texts of at most "

@@ -51,7 +51,8 @@ class Metrics(BaseModel):
             always answering their most frequent label would reach here. Multi-label: ``micro_f1``,
             ``macro_f1`` (over all labels), ``exact_match``. Token classification: ``entity_f1``,
             ``entity_precision``, ``entity_recall`` (where tags are BIO) and ``word_accuracy``. Regression:
-            ``r2``, ``pearson``, ``spearman``, ``mean_absolute_error``; a correlation with a constant is 0.
+            ``r2`` (of a constant truth 1 where all is right, else 0), ``pearson``, ``spearman``,
+            ``mean_absolute_error``; a correlation with a constant is 0.
             Embedding: of scored pairs ``spearman`` of cosine and score; of others ``retrieval_accuracy``,
             how often an anchor's own positive is the nearest of all, and ``mean_reciprocal_rank``.
         intervals: 95 % percentile bootstrap intervals by the same names; empty where none were asked for.
@@ -204,11 +205,11 @@ def measure_numbers(
     Raises:
         ValueError: they are empty or of different lengths.
     """
-    from sklearn.metrics import mean_absolute_error, r2_score
+    from sklearn.metrics import mean_absolute_error
 
     _check_lengths(truth, predictions)
     values = {
-        "r2": float(r2_score(truth, predictions)) if len(truth) > 1 else 0.0,
+        "r2": _determination(truth, predictions),
         "pearson": _correlation("pearsonr", truth, predictions),
         "spearman": _correlation("spearmanr", truth, predictions),
         "mean_absolute_error": float(mean_absolute_error(truth, predictions)),
@@ -322,6 +323,16 @@ def _correlation(name: str, truth: FloatArray, predictions: FloatArray) -> float
     return float(getattr(stats, name)(truth, predictions).statistic)
 
 
+def _determination(truth: FloatArray, predictions: FloatArray) -> float:
+    from sklearn.metrics import r2_score
+
+    if len(truth) < 2:
+        return 0.0
+    if np.ptp(truth) == 0:  # scikit-learn divides by what rounding leaves of its mean
+        return float(np.array_equal(truth, predictions))
+    return float(r2_score(truth, predictions))
+
+
 def _pearson(truth: FloatArray, predictions: FloatArray) -> FloatArray:
     """Rows [R, N] with rows [R, N] -> [R], 0 where one is constant."""
     x = truth - truth.mean(axis=1, keepdims=True)
@@ -345,5 +356,6 @@ def _r2(truth: FloatArray, predictions: FloatArray) -> FloatArray:
     errors = np.square(truth - predictions).sum(axis=1)
     total = np.square(truth - truth.mean(axis=1, keepdims=True)).sum(axis=1)
     unexplained: FloatArray = np.where(errors == 0, 0.0, 1.0)  # of a constant truth
-    np.divide(errors, total, out=unexplained, where=total > 0)
+    # Rounding leaves something of a constant's own mean, so ``total`` does not tell it.
+    np.divide(errors, total, out=unexplained, where=np.ptp(truth, axis=1) > 0)
     return 1 - unexplained

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.crossfit import HitRates
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.knowledge.adapters import LORA_SITES, MAX_RANK, Site
@@ -118,7 +119,7 @@ class TrainingSettings(BaseModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     teacher_weight: float = Field(default=0.5, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _check_fields(self) -> TrainingSettings:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import benchmarks.joint_training as joint_training
 from benchmarks.arguments import Arguments
@@ -35,6 +36,26 @@ def test_every_tenant_in_every_system(tiny_bert, tmp_path, monkeypatch, labelled
     assert [row[0] for row in table.rows] == [system.name for system in case.systems]
     assert {ratio.baseline for ratio in case.ratios} >= {"PEFT, all layers", "PEFT, upper layers"}
     assert all(0 <= row[2] <= row[1] <= row[3] <= 1 and row[4] > 0 for row in table.rows)
+
+
+def test_peft_keeps_the_best_epoch_as_hmi_does(tiny_bert, labelled, monkeypatch):
+    """Of equal accuracy the least validation loss; LoRA, pooler and classifier have learned."""
+    losses = iter((0.9, 0.5, 0.7, 0.0))
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def judge(self, model, rows):
+        trained = {name: value.detach().clone() for name, value in model.named_parameters()}
+        seen.append(trained)
+        return [True] * len(rows), next(losses)
+
+    monkeypatch.setattr(PeftTrainer, "_judge", judge)
+    settings = TrainingSettings(kind="lora", max_epochs=3)
+    PeftTrainer(tiny_bert, None, settings).train(labelled(40, 1), labelled(10, 2))
+    first, second, _, kept = seen
+    assert all(torch.equal(kept[name], value) for name, value in second.items())
+    learned = {name for name, value in second.items() if not torch.equal(first[name], value)}
+    for part in ("lora_", "pooler.modules_to_save", "classifier.modules_to_save"):
+        assert any(part in name for name in learned), part
 
 
 @pytest.mark.parametrize("layers", [None, (2, 3)])

@@ -88,6 +88,8 @@ def test_bad_input_is_one_line(distilled, tmp_path):
         (["--corpus", folder / "corpus.jsonl", "--domain", "nobody"], "nobody"),
         (["--corpus", folder / "corpus.jsonl", "--mixed-precision", "fp8"], "mixed_precision"),
         (["--corpus", folder / "corpus.jsonl", "--steps-1", 0, "--steps-2", 0], "0 steps"),
+        (["--corpus", folder / "corpus.jsonl", "--domain", "general", "--steps-1", 0], "--steps-1"),
+        (["--corpus", folder / "corpus.jsonl", "--seed", -1], "--seed"),
     ]:
         done = hmi("distill", folder / "store", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)

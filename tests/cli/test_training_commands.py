@@ -7,6 +7,8 @@ from cli.command_line import hmi
 from conftest import write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from hmi_engine.construct.distillation_settings import DistillationSettings
+from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.knowledge.adapters import LORA_SITES
 from hmi_engine.store import Store
 
@@ -76,6 +78,35 @@ def test_a_tenant_that_learned_nothing_is_warned_of(made):
     assert "no better" not in learned.stderr
 
 
+@pytest.fixture(scope="module")
+def looked_up(tiny_bert, tmp_path_factory, corpus):
+    """A store with two domains of the same text: documents that are the examples, and pairs of them."""
+    folder = tmp_path_factory.mktemp("looked-up")
+    texts = list(dict.fromkeys(corpus))[:80]
+    write_jsonl(folder / "data.jsonl", [{"text": text, "label": label_of(text)} for text in texts])
+    (folder / "texts.txt").write_text("\n".join(texts))
+    pairs = [f"{first} {second}" for first, second in zip(texts[::2], texts[1::2], strict=True)]
+    (folder / "pairs.txt").write_text("\n".join(pairs))
+    with Store.create(folder / "store", general=tiny_bert, plot_layers=2) as store:
+        for domain in ("texts", "pairs"):
+            store.add_domain(domain, folder / f"{domain}.txt", min_count=1)
+    return folder
+
+
+def test_a_table_of_the_training_text_cut_otherwise_is_warned_of(looked_up):
+    """Documents are known again and cross-fitted; parts of documents are not."""
+    same = train(looked_up, "same", "--domain", "texts", "--json")
+    cut = train(looked_up, "cut", "--domain", "pairs", "--json")
+    same_rates, cut_rates = (json.loads(done.stdout)["hit_rates"] for done in (same, cut))
+    assert same_rates["looked_up"] > 0.95 and same_rates["texts_in_corpus"] == 80
+    assert cut_rates["looked_up"] > 0.95 and cut_rates["texts_in_corpus"] == 0
+    assert cut_rates["cross_fitted"] == cut_rates["looked_up"] > same_rates["cross_fitted"]
+    assert "only 0 of 80 texts are documents" in " ".join(cut.stderr.split())
+    assert "are documents" not in same.stderr
+    exact = train(looked_up, "exact", "--domain", "pairs", "--miss", "exact", "--json")
+    assert exact.returncode == 0 and "are documents" not in exact.stderr
+
+
 def test_lora_at_every_linear_layer(made):
     done = train(made, "wide", "--kind", "lora", "--rank", 2, "--sites", "all-linear", "--json")
     assert done.returncode == 0, done.stderr
@@ -126,6 +157,7 @@ def test_a_tenant_from_elsewhere_has_no_card(made):
         (["--sites", "all-linear"], "lora"),
         (["--sites", "query,nowhere"], "--sites"),
         (["--pooling", "max"], "--pooling"),
+        (["--seed", -1], "--seed"),
         (["--search", "--search-rates", "fast"], "--search-rates"),
         (["--search", "--search-ranks", "0"], "--rank"),
         (["--label-field", "class"], "holds no classification example"),
@@ -140,6 +172,17 @@ def test_options_that_do_not_fit(made, options, message):
     assert "c" not in [
         tenant["name"] for tenant in json.loads(hmi("tenant", "list", made / "store", "--json").stdout)
     ]
+
+
+def test_seeds_that_no_generator_takes(made):
+    for seed in (-1, 2**63):
+        evaluate = ["tenant", "evaluate", made / "store", "a", "--data", made / "data.jsonl"]
+        done = hmi(*evaluate, "--seed", seed)
+        assert done.returncode == 2 and "--seed" in done.stderr and "Traceback" not in done.stderr
+        for settings in (TrainingSettings, DistillationSettings):
+            with pytest.raises(ValueError, match="seed"):
+                settings(seed=seed)
+    assert TrainingSettings(seed=2**63 - 1).seed == DistillationSettings(seed=2**63 - 1).seed
 
 
 def test_odd_quoting_names_the_line(made):

@@ -152,6 +152,23 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(store, tmp_path, corpus, 
         assert (ours.losses, ours.held_out) == (theirs.losses, theirs.held_out)
 
 
+def test_where_the_disk_was_full_it_goes_on_with_less_to_the_same_bits(store, tmp_path, corpus) -> None:
+    """The teacher's states are removed and get less room; rows that were written are still read."""
+    whole = run(store, corpus, settings(), folder=tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with pytest.raises(Interruption):
+        run(store, corpus, settings(), folder=cut, progress=interrupt_at("distilling, stage 2", 3))
+    for states in cut.glob("teacher-*.states"):
+        states.unlink()
+    less = settings(cache_bytes=10_000, checkpoint_every=1)
+    resumed = run(store, corpus, less, folder=cut)
+    assert_same(whole, resumed)
+    for ours, theirs in zip(whole.report.stages, resumed.report.stages, strict=True):
+        assert (ours.losses, ours.held_out) == (theirs.losses, theirs.held_out)
+    with pytest.raises(CheckpointError, match="cache_bytes was 10000, is 20000"):
+        run(store, corpus, settings(cache_bytes=20_000), folder=cut)
+
+
 def test_nothing_depends_on_what_is_cached(store, tmp_path, corpus) -> None:
     kept = run(store, corpus, settings(), folder=tmp_path / "kept")
     some = run(store, corpus, settings(cache_bytes=100_000))

@@ -125,6 +125,18 @@ def test_intervals_are_quantiles_of_the_figures_of_resamples(task, monkeypatch):
         assert low < value < high
 
 
+@pytest.mark.parametrize("constant", [0.1, 0.3, 0.7, 1e-12, 5e9])
+def test_of_a_constant_truth_r2_is_one_or_zero(constant):
+    """The mean of twenty times the same number differs from it by a rounding error, which is no variance."""
+    truth = np.full(19, constant)
+    assert measure_numbers(truth, truth.copy(), resamples=0).values["r2"] == 1.0
+    assert measure_numbers(truth, truth * 1.1, resamples=0).values["r2"] == 0.0
+    # In a third of the resamples the twentieth number is missing.
+    truth = np.append(truth, 7 * constant)
+    found = measure_numbers(truth, truth * 1.1)
+    assert found.intervals["r2"] == pytest.approx((0.0, found.values["r2"]), abs=0.1)
+
+
 def test_intervals_depend_on_the_seed_alone():
     truth, predictions = np.random.default_rng(0).integers(0, 3, (2, 200))
     first, second, other = (

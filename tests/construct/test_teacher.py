@@ -1,0 +1,148 @@
+"""What teachers of several architectures say of a text, whatever texts stand beside it."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
+
+from hmi_engine.construct.teacher import Teacher
+from hmi_engine.construct.training_data import EncodedTexts, TaskData
+from hmi_engine.errors import UnsupportedModelError
+
+LABELS = ("cells", "none")
+TEXTS = (
+    "the cell",
+    "the protein binds the gene",
+    "results of a large study show that the new drug is not small",
+    "a cell",
+)
+
+
+def save(model, tokenizer, folder):
+    """A random model with logits far from each other, as ``save_pretrained`` writes one."""
+    model.config.id2label = dict(enumerate(LABELS))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def probabilities(teacher, texts):
+    data = TaskData(EncodedTexts(tuple(texts), [], []), [], [(number,) for number in range(len(texts))], "")
+    return torch.cat(teacher.probabilities(data, LABELS))
+
+
+def said_by_transformers(folder, texts, max_tokens):
+    """Each text alone: nothing is padded."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=max_tokens, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            rows.append(model(input_ids=ids).logits.softmax(-1))
+    return torch.cat(rows)
+
+
+def gpt2(tiny_gpt2, folder, pad_token_id):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_gpt2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=pad_token_id,
+    )
+    return save(GPT2ForSequenceClassification(config), tokenizer, folder)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 0, 7])
+def test_a_decoder_finds_the_end_of_each_text(tiny_gpt2, tmp_path, pad_token_id):
+    """Its head reads the last token that is none of padding, which has any id or none."""
+    torch.manual_seed(0)
+    folder = gpt2(tiny_gpt2, tmp_path, pad_token_id)
+    teacher = Teacher.load(folder, "classification", 128)
+    assert teacher.max_tokens == 24
+    together = probabilities(teacher, TEXTS)
+    alone = torch.cat([probabilities(teacher, [text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together, said_by_transformers(folder, TEXTS, 24))
+    assert float((together[0] - together[2]).abs().max()) > 0.05
+
+
+def test_positions_that_begin_behind_the_padding_token(tiny_bert, tmp_path):
+    """RoBERTa has two positions that no token takes."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=22,
+        pad_token_id=1,
+    )
+    folder = save(RobertaForSequenceClassification(config), tokenizer, tmp_path)
+    teacher = Teacher.load(folder, "classification", 128)
+    assert teacher.max_tokens == 20
+    texts = ["the cell", "protein " * 60]
+    torch.testing.assert_close(probabilities(teacher, texts), said_by_transformers(folder, texts, 20))
+
+
+def test_a_model_without_positions_reads_what_it_is_given(tiny_bert, tmp_path):
+    """XLNet has no limit, which its configuration calls -1, and wants padding in front of the text."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = XLNetConfig(vocab_size=len(tokenizer), d_model=32, n_layer=1, n_head=2, d_inner=64)
+    folder = save(XLNetForSequenceClassification(config), tokenizer, tmp_path)
+    teacher = Teacher.load(folder, "classification", 12)
+    assert teacher.max_tokens == 12
+    torch.testing.assert_close(probabilities(teacher, TEXTS), said_by_transformers(folder, TEXTS, 12))
+
+
+def test_the_tokenizers_own_limit_counts(tiny_gpt2, tmp_path):
+    folder = gpt2(tiny_gpt2, tmp_path, None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 9
+    tokenizer.save_pretrained(folder)
+    assert Teacher.load(folder, "classification", 128).max_tokens == 9
+
+
+def test_of_a_text_without_tokens_it_says_nothing(tiny_bert, tmp_path):
+    """The tokenizer adds no special tokens and leaves control characters out."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    bare.backend_tokenizer.post_processor = None
+    folder = save(small_distilbert(len(tokenizer)), bare, tmp_path)
+    found = probabilities(Teacher.load(folder, "classification", 16), ["the cell", "\x01"])
+    torch.testing.assert_close(found.sum(1), torch.tensor([1.0, 0.0]))
+
+
+def small_distilbert(vocab_size):
+    config = DistilBertConfig(vocab_size=vocab_size, dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    return DistilBertForSequenceClassification(config)
+
+
+def test_a_model_that_fails_is_told(tiny_bert, tmp_path):
+    """Its tokenizer knows more tokens than the model."""
+    folder = save(small_distilbert(10), AutoTokenizer.from_pretrained(tiny_bert), tmp_path)
+    teacher = Teacher.load(folder, "classification", 16)
+    with pytest.raises(UnsupportedModelError, match=r"fails on texts of \d+ tokens: index out of range"):
+        probabilities(teacher, TEXTS)
