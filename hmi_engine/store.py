@@ -335,7 +335,9 @@ class Store(ExchangeStore, AbstractContextManager["Store"]):
     def _check_new(self, name: str, replace: bool) -> None:
         check_name(name)
         if name in self.tenants and not replace:
-            raise TenantExistsError(f"tenant {name!r} is in {self.layout.root} already; pass replace=True")
+            raise TenantExistsError(
+                f"tenant {name!r} is in {self.layout.root} already; replace it with replace=True (--replace)"
+            )
 
     def _add_trained(self, name: str, domain: str, trained: TrainedTenant, replace: bool) -> None:
         card = make_card(

@@ -116,7 +116,7 @@ def _stage(default: StageSettings, steps: int, learning_rate: float) -> dict[str
 def _settings(options: dict[str, Any], file: Path | None) -> DistillationSettings:
     try:
         if file is not None:
-            return DistillationSettings.model_validate_json(file.read_text())
+            return DistillationSettings.model_validate_json(file.read_bytes())
         return DistillationSettings.model_validate(options)
     except OSError as error:
         raise typer.BadParameter(

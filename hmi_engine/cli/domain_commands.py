@@ -17,7 +17,7 @@ from hmi_engine.cli.output import (
     print_json,
     progress_bars,
     say,
-    warn,
+    warn_of_reading,
 )
 from hmi_engine.domain_store import DomainUpdate
 from hmi_engine.errors import UnsupportedModelError
@@ -99,7 +99,7 @@ def add(
             progress=progress,
         )
         info = opened.domains[name]
-    _tell_report(report)
+    warn_of_reading(report)
     if as_json:
         print_json(describe_domain(info) | _describe_report(report))
         return
@@ -150,7 +150,7 @@ def update(
             progress=progress,
         )
         info = opened.domains[name]
-    _tell_report(done.corpus)
+    warn_of_reading(done.corpus)
     if as_json:
         print_json(
             describe_domain(info)
@@ -283,7 +283,7 @@ def _coverage(
     names = [info.name for info in infos]
     measured = measure_coverage(plots, store.encoder, names, texts, window=store.general.window)
     plots.close()
-    _tell_report(report)
+    warn_of_reading(report)
     return measured
 
 
@@ -335,12 +335,3 @@ def _describe_report(report: CorpusReport) -> dict[str, int]:
         "bad_lines": report.num_bad_lines,
         "replaced_lines": report.num_replaced,
     }
-
-
-def _tell_report(report: CorpusReport) -> None:
-    for bad in report.bad_lines[:5]:
-        warn(f"left out: {bad}")
-    if report.num_bad_lines > len(report.bad_lines[:5]):
-        warn(f"left out {report.num_bad_lines} lines in all")
-    if report.num_replaced:
-        warn(f"{report.num_replaced} lines had bytes that are no UTF-8; U+FFFD stands in their place")

@@ -10,7 +10,15 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
-from hmi_engine.cli.output import AsJson, StorePath, console, print_json_list, progress_bars, warn
+from hmi_engine.cli.output import (
+    AsJson,
+    StorePath,
+    console,
+    print_json_list,
+    progress_bars,
+    warn,
+    warn_of_reading,
+)
 from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import CorpusError, HmiError
@@ -126,8 +134,7 @@ def _examples_of(line: ManifestLine, folder: Path) -> TenantExamples:
             return []
         report = CorpusReport()
         examples = list(stream_task_examples(folder / path, settings.task, report=report))
-        for bad in report.bad_lines[:5]:
-            warn(f"{line.name}: left out: {bad}")
+        warn_of_reading(report, f"{line.name}: ")
         return examples
 
     return TenantExamples(

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from hmi_engine.errors import HmiError
+from hmi_engine.knowledge.corpus_report import CorpusReport
 
 __all__ = [
     "AsJson",
@@ -35,9 +36,11 @@ __all__ = [
     "progress_bars",
     "say",
     "warn",
+    "warn_of_reading",
 ]
 
 Choice = TypeVar("Choice", bound=str)
+_FEW_LINES = 5
 
 console = Console()
 
@@ -92,6 +95,16 @@ def checked_choice(value: str, choices: Sequence[Choice], option: str) -> Choice
 def warn(message: str) -> None:
     """One line on standard error."""
     _messages.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def warn_of_reading(report: CorpusReport, whose: str = "") -> None:
+    """Tells of lines that were left out, and of bytes that are no UTF-8; ``whose`` stands before."""
+    for bad in report.bad_lines[:_FEW_LINES]:
+        warn(f"{whose}left out: {bad}")
+    if report.num_bad_lines > _FEW_LINES:
+        warn(f"{whose}left out {report.num_bad_lines} lines in all")
+    if report.num_replaced:
+        warn(f"{whose}{report.num_replaced} lines had bytes that are no UTF-8; U+FFFD stands in their place")
 
 
 def fail(error: HmiError) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Literal, cast
 
 import typer
@@ -97,9 +98,18 @@ def _packaged_base(plot_layers: int | None) -> tuple[str, Path | None]:
     return model, packaged_distillation() if plot_layers is None else packaged_distillation(plot_layers)
 
 
+def _num_bytes(path: Path) -> int:
+    """Of a file; 0 for a folder, and for a file that somebody removes just now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if S_ISREG(found.st_mode) else 0
+
+
 def verify(
     store: StorePath,
-    quick: Annotated[bool, typer.Option(help="Check presence, sizes and headers only.")] = False,
+    quick: Annotated[bool, typer.Option(help="Check presence, sizes, headers and indexes only.")] = False,
     repair: Annotated[bool, typer.Option(help="Set right what can be; says what it did.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -108,7 +118,7 @@ def verify(
         problems = opened.verify(deep=not quick, progress=progress)
         repaired = opened.repair(problems) if repair else []
         left = opened.verify(deep=not quick, progress=progress) if repaired else problems
-        total = sum(file.stat().st_size for file in opened.layout.root.rglob("*") if file.is_file())
+        total = sum(map(_num_bytes, opened.layout.root.rglob("*")))
     if as_json:
         findings = {
             "problems": [problem._asdict() for problem in left],

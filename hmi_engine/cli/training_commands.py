@@ -18,6 +18,7 @@ from hmi_engine.cli.output import (
     progress_bars,
     say,
     warn,
+    warn_of_reading,
 )
 from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
 from hmi_engine.construct.bootstrap import MAX_SEED
@@ -38,7 +39,6 @@ from hmi_engine.store import Store
 
 __all__ = ["card", "evaluate", "train"]
 
-_FEW_LINES = 5
 _ALMOST_ALL, _FEW = 0.95, 0.5
 """Shares of n-grams in the tables, and of texts in their corpora, that do not go together in new text."""
 
@@ -220,7 +220,7 @@ class _ExampleFiles:
             self._format = checked_choice(file_format, EXAMPLE_FORMATS, "--format")
 
     def read(self, path: Path) -> list[AnyExample]:
-        """Warns of the first lines that are left out; raises :class:`CorpusError` where none is left."""
+        """Warns of lines that are left out or no UTF-8; raises :class:`CorpusError` where none is left."""
         report = CorpusReport()
         examples = list(
             stream_task_examples(
@@ -232,10 +232,7 @@ class _ExampleFiles:
                 report=report,
             )
         )
-        for bad in report.bad_lines[:_FEW_LINES]:
-            warn(f"left out: {bad}")
-        if report.num_bad_lines > _FEW_LINES:
-            warn(f"left out {report.num_bad_lines} lines in all")
+        warn_of_reading(report)
         if not examples:
             raise CorpusError(
                 f"{path} holds no {self._task} example; are the task, the format and the fields "

@@ -392,8 +392,8 @@ class Catalog:
     def _make_room(self, connection: sqlite3.Connection, tenant: TenantInfo, replace: bool) -> TenantInfo:
         if not replace:
             raise TenantExistsError(
-                f"tenant {tenant.name!r} is in {self.layout.root} already; pass replace=True to put another "
-                "in its place"
+                f"tenant {tenant.name!r} is in {self.layout.root} already; put another in its "
+                "place with replace=True (--replace)"
             )
         previous = self.tenants[tenant.name]
         check_newer(previous, tenant)

@@ -179,7 +179,8 @@ def _check_new(catalog: Catalog, tenants: Sequence[NewTenant]) -> None:
     for tenant in tenants:
         if tenant.name in existing:
             raise TenantExistsError(
-                f"tenant {tenant.name!r} is in {catalog.layout.root} already; pass replace=True to replace it"
+                f"tenant {tenant.name!r} is in {catalog.layout.root} already; replace it with replace=True "
+                "(--replace)"
             )
 
 

@@ -27,6 +27,8 @@ __all__ = ["LABEL_SEPARATOR", "stream_examples", "stream_task_examples"]
 
 LABEL_SEPARATOR = ";"
 """Between the labels of one text in a table."""
+_REPLACED = "\ufffd"
+"""What stands for bytes that are no UTF-8."""
 
 
 def stream_examples(
@@ -127,7 +129,8 @@ class _Parser:
             words, tags = self._strings(found, "words"), self._strings(found, "tags")
             if len(words) != len(tags):
                 raise _NoExampleError(f"{len(words)} words and {len(tags)} tags; each word has one tag")
-            return TaggedExample(_accept_all(words, reading), tuple(tags), number)
+            checked = tuple(self._checked_label(tag, number) for tag in tags)
+            return TaggedExample(_accept_all(words, reading), checked, number)
         if self.task == "embedding":
             return self._pair(number, found, reading)
         text = self._text(found, self.text_field)
@@ -135,7 +138,7 @@ class _Parser:
             label = self._label(number, found)
             return Example(reading.accept(text), label, number)
         if self.task == "multi_label":
-            labels = self._labels(found)
+            labels = tuple(self._checked_label(label, number) for label in self._labels(found))
             return MultiLabelExample(reading.accept(text), labels, number)
         value = self._number(found, self.label_field)
         return RegressionExample(reading.accept(text), value, number)
@@ -168,7 +171,16 @@ class _Parser:
                 f"{self.path}:{number}: label {label!r:.80} is of type {type(label).__name__}, but that of "
                 f"line {line} is of type {expected.__name__}; write all labels alike"
             )
-        return label if isinstance(label, str) else json.dumps(label)
+        return self._checked_label(label, number) if isinstance(label, str) else json.dumps(label)
+
+    def _checked_label(self, label: str, number: int) -> str:
+        """A text may hold a character that could not be read; an answer's label would be another one."""
+        if _REPLACED in label:
+            raise CorpusError(
+                f"{self.path}:{number}: label {label!r:.80} holds bytes that are no UTF-8; save the file "
+                "as UTF-8"
+            )
+        return label
 
     def _labels(self, found: dict[str, Any]) -> tuple[str, ...]:
         if not self.is_table:

@@ -44,10 +44,14 @@ def checked_domain_layers(
     given = {name.removeprefix("bert."): tensor for name, tensor in tensors.items()}
     checked = {}
     for name, tensor in wanted.items():
-        if name not in given or given[name].shape != tensor.shape:
-            shape = list(given[name].shape) if name in given else "nothing"
+        if name not in given:
             raise UnsupportedModelError(
-                f"domain layers: {name} should be {list(tensor.shape)}, found {shape}"
+                f"domain layers: {name} is missing; give whole layers, such as the model.safetensors of a "
+                "folder that `hmi distill --export` wrote (a compact file holds only what differs)"
+            )
+        if given[name].shape != tensor.shape:
+            raise UnsupportedModelError(
+                f"domain layers: {name} should be {list(tensor.shape)}, found {list(given[name].shape)}"
             )
         checked[name] = given[name].detach().to(torch.float32).contiguous()
         if not checked[name].isfinite().all():

@@ -55,6 +55,27 @@ def test_train_card_evaluate(made):
     assert "macro_f1" in shown and " to " in shown
 
 
+@pytest.mark.parametrize("name", ["old.csv", "old.jsonl"])
+def test_bytes_that_are_no_utf8_are_told_of_in_texts_and_refused_in_labels(made, name):
+    rows = [(text, label) for label in ("none", "cells") for text in ("the cell", "a cell", "cells")]
+    rows[0] = ("le fran\xe7ais", rows[0][1])
+
+    def write(rows):
+        lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in rows]
+        table = ["text,label", *(f"{text},{label}" for text, label in rows)]
+        (made / name).write_bytes("\n".join(table if name.endswith("csv") else lines).encode("latin-1"))
+
+    write(rows)
+    done = train(made, f"old/{name}", data=name)
+    assert done.returncode == 0, done.stderr
+    assert "1 lines had bytes that are no UTF-8" in done.stderr
+    write([*rows, ("a cell", "fran\xe7ais")])
+    done = train(made, "older", data=name)
+    assert done.returncode == 2
+    assert f"{name}:" in done.stderr and "save the file as UTF-8" in done.stderr.replace("\n", " ")
+    assert "older" not in hmi("tenant", "list", made / "store").stdout
+
+
 def test_a_label_with_a_single_example_is_warned_of(made):
     rows = [*(made / "data.jsonl").read_text().splitlines(), '{"text": "the cell", "label": "rare"}']
     (made / "rare.jsonl").write_text("\n".join(rows))
