@@ -71,7 +71,7 @@ class Execution:
 
     def _fine_tune(self, run: Run) -> tuple[dict[str, object], Outcome]:
         recipe = self._full_fine_tuning(run, run.learning_rate)
-        if run.method == FullFineTuning(candidates=run.method.candidates):
+        if isinstance(run.method, FullFineTuning) and run.method.is_baseline:
             outcome = self.stores.fine_tuned(self.base, run.labelled, recipe, run.seed)
         else:
             recipe = dataclasses.replace(
@@ -85,7 +85,7 @@ class Execution:
     def _full_fine_tuning(self, run: Run, learning_rate: float) -> FineTuning:
         return FineTuning(
             learning_rate=learning_rate,
-            epochs=self._limited(num_epochs(run.labelled)),
+            epochs=self._limited(num_epochs(run.labelled, run.method)),
             batch_size=BATCH_SIZE,
             max_tokens=MAX_TOKENS,
         )
@@ -99,7 +99,7 @@ class Execution:
         self, run: Run, method: WholeBase | Hierarchical, base: Path, teacher_rate: float | None
     ) -> tuple[dict[str, object], Outcome]:
         teaching = None
-        epochs = self._limited(num_epochs(run.labelled))
+        epochs = self._limited(num_epochs(run.labelled, run.method))
         if isinstance(method, Hierarchical) and method.teacher:
             assert teacher_rate is not None
             teaching = self._teaching(run, teacher_rate)
@@ -115,14 +115,14 @@ class Execution:
             seed=run.seed,
         )
         sites = "all-linear" if method.all_linear else None
-        changes: dict[str, object] = {"layers": method.layers, "sites": sites}
+        changes: dict[str, object] = {"layers": method.layers, "sites": sites, "dropout": method.dropout}
         if isinstance(method, WholeBase):
             store = self.stores.store(base, plot_layers=0)
             domain = ROOT_DOMAIN
         else:
             store = self.stores.store(base, plot_layers=method.plot_layers, window=method.window)
             domain = self.stores.domain(store, method, run.labelled)
-            changes |= {"miss": method.miss, "dropout": method.dropout}
+            changes["miss"] = method.miss
         settings = settings.model_copy(update=changes)
         outcome = train_and_serve(store, domain, run.labelled, settings, teaching)
         return settings.model_dump(mode="json", exclude_none=True), outcome

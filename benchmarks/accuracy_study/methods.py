@@ -44,22 +44,37 @@ AdapterKind = Literal["bottleneck", "lora"]
 
 @dataclass(frozen=True)
 class FullFineTuning:
-    """Every weight of the base is trained, or all above the embeddings and ``frozen_layers`` layers."""
+    """Every weight of the base is trained, or all above the embeddings and ``frozen_layers`` layers.
+
+    Attributes:
+        candidates: learning rates; the development split of seed 0 chooses.
+        frozen_layers: those that stay as they are.
+        times: it takes so many times the study's steps, at the learning rate that is best in the study's own.
+        larger: the learning rate that is tried too where the first candidate is the best.
+    """
 
     candidates: tuple[float, ...] = (3e-4, 1e-4)
     frozen_layers: int = 0
+    times: int = 1
+    larger: float | None = 6e-4
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether all weights are trained in the study's steps: what is compared with, and teaches."""
+        return not self.frozen_layers and self.times == 1
 
     @property
     def slug(self) -> str:
         """Name in files."""
-        return f"upper-from{self.frozen_layers}" if self.frozen_layers else "full"
+        name = f"upper-from{self.frozen_layers}" if self.frozen_layers else "full"
+        return name if self.times == 1 else f"{name}-times{self.times}"
 
     @property
     def title(self) -> str:
         """Name in tables."""
         if self.frozen_layers:
             return f"fine-tuning of the layers from {self.frozen_layers} on, the rest as it is"
-        return "full fine-tuning"
+        return "full fine-tuning" if self.times == 1 else f"full fine-tuning, {self.times} times the steps"
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class WholeBase:
         rank: of the adapter.
         layers: which layers get adapters; None for all of them.
         all_linear: whether LoRA is at every linear layer, not at query and value.
+        dropout: of hidden states while the tenant is trained.
         candidates: learning rates; the development split of seed 0 chooses.
     """
 
@@ -80,6 +96,7 @@ class WholeBase:
     rank: int = 16
     layers: tuple[int, ...] | None = None
     all_linear: bool = False
+    dropout: float = 0.0
     candidates: tuple[float, ...] = (5e-3,)
 
     @property
@@ -87,7 +104,9 @@ class WholeBase:
         """Name in files."""
         chosen = "" if self.layers is None else "-layers" + "".join(map(str, self.layers))
         rank = "" if self.rank == 16 else f"-rank{self.rank}"
-        return f"k0-{self.library}-{self.kind}{rank}{chosen}{'-linear' if self.all_linear else ''}"
+        linear = "-linear" if self.all_linear else ""
+        dropout = f"-dropout{self.dropout:g}" if self.dropout else ""
+        return f"k0-{self.library}-{self.kind}{rank}{chosen}{linear}{dropout}"
 
     @property
     def title(self) -> str:
@@ -99,7 +118,9 @@ class WholeBase:
             where = f"layers {', '.join(map(str, self.layers))} of the whole base"
         rank = "" if self.rank == 16 else f" of rank {self.rank}"
         linear = " at every linear layer of" if self.all_linear else " on"
-        return f"{kinds[self.kind]}{rank}{linear} {where}{' (PEFT)' if self.library == 'peft' else ''}"
+        dropout = f", dropout {self.dropout:g}" if self.dropout else ""
+        library = " (PEFT)" if self.library == "peft" else ""
+        return f"{kinds[self.kind]}{rank}{linear} {where}{dropout}{library}"
 
 
 @dataclass(frozen=True)
@@ -203,6 +224,14 @@ _WIDEST = replace(
     _WIDE, base=SHIPPED, table="all", rank=64, dropout=0.1, min_count=1, candidates=(LORA_RATES[0] / 2,)
 )
 _TAUGHT = replace(_WIDEST, teacher=True)
+_WIDEST_ON_WHOLE_BASE = WholeBase(
+    kind=_WIDEST.kind,
+    rank=_WIDEST.rank,
+    all_linear=_WIDEST.all_linear,
+    dropout=_WIDEST.dropout,
+    candidates=_WIDEST.candidates,
+)
+"""What a table costs a tenant: the same adapters, and nothing is looked up."""
 
 
 def looked_up(plot_layers: int, *, is_distilled: bool = True) -> Hierarchical:
@@ -216,7 +245,9 @@ def looked_up(plot_layers: int, *, is_distilled: bool = True) -> Hierarchical:
 def _main_methods() -> tuple[Method, ...]:
     methods: list[Method] = [
         FullFineTuning(),
+        FullFineTuning(times=3),
         WholeBase(),
+        _WIDEST_ON_WHOLE_BASE,
         _TAUGHT,
         _WIDEST,
         replace(_WIDEST, miss="exact"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -38,10 +38,11 @@ _FULL_STEP_SECONDS, _ADAPTER_STEP_SECONDS = 1.5, 0.9
 """Of a step of 32 sequences of 64 tokens through six layers on one busy core, before any run has told."""
 
 
-def num_epochs(labelled: StudySet) -> int:
-    """Epochs of every method on one set: about 550 steps, at least 3 and at most 10 epochs."""
+def num_epochs(labelled: StudySet, method: Method) -> int:
+    """Epochs of a method on one set: about 550 steps, at least 3 and at most 10 epochs, or ``times`` that."""
     steps = -(-len(labelled.train) // BATCH_SIZE)
-    return max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TARGET_STEPS / steps)))
+    times = method.times if isinstance(method, FullFineTuning) else 1
+    return times * max(_MIN_EPOCHS, min(_MAX_EPOCHS, round(_TARGET_STEPS / steps)))
 
 
 def taught_epochs(labelled: StudySet, num_unlabelled: int) -> int:
@@ -105,14 +106,20 @@ class Plan:
 
     def runs(self, records: RunRecords) -> list[Run]:
         """Every run whose learning rate is known, first the ones that matter most: seed 0 of all sets."""
-        runs = [*self._first_seed(), *self._other_seeds(records)]
+        runs = [*self._first_seed(records), *self._other_seeds(records)]
         return [run for run in runs if self._is_wanted(run.name)]
 
-    def _first_seed(self) -> Iterator[Run]:
+    def _first_seed(self, records: RunRecords) -> Iterator[Run]:
         for method in self.methods:
-            for learning_rate in method.candidates:
-                for labelled in self.sets:
-                    yield Run(labelled, method, learning_rate, self.seeds[0])
+            further = self.chosen_rate
+            if _in_the_studys_steps(method) == method:
+                further = self._larger_rate
+                for learning_rate in method.candidates:
+                    yield from (Run(labelled, method, learning_rate, self.seeds[0]) for labelled in self.sets)
+            for labelled in self.sets:
+                rate = further(labelled, method, records)
+                if rate is not None:
+                    yield Run(labelled, method, rate, self.seeds[0])
 
     def _other_seeds(self, records: RunRecords) -> Iterator[Run]:
         for method in self.methods:
@@ -133,9 +140,25 @@ class Plan:
 
     def chosen_rate(self, labelled: StudySet, method: Method, records: RunRecords) -> float | None:
         """The learning rate with the best development score of seed 0; None while one has to be measured."""
-        if len(method.candidates) == 1:
-            return method.candidates[0]
-        names = {rate: run_name(labelled, method, rate, self.seeds[0]) for rate in method.candidates}
+        method = _in_the_studys_steps(method)
+        larger = self._larger_rate(labelled, method, records)
+        rates = method.candidates if larger is None else (larger, *method.candidates)
+        return self._best_rate(labelled, method, rates, records)
+
+    def _larger_rate(self, labelled: StudySet, method: Method, records: RunRecords) -> float | None:
+        """What lies beyond the candidates, where they end with the best."""
+        if not isinstance(method, FullFineTuning) or len(method.candidates) == 1:
+            return None
+        best = self._best_rate(labelled, method, method.candidates, records)
+        return method.larger if best == method.candidates[0] else None
+
+    def _best_rate(
+        self, labelled: StudySet, method: Method, rates: Sequence[float], records: RunRecords
+    ) -> float | None:
+        """The only rate, or the best one; None while one has to be measured."""
+        if len(rates) == 1:
+            return rates[0]
+        names = {rate: run_name(labelled, method, rate, self.seeds[0]) for rate in rates}
         if not all(name in records for name in names.values()):
             return None
         return max(names, key=lambda rate: records[names[rate]].dev)
@@ -159,7 +182,7 @@ class Plan:
     def teacher_rate(self, labelled: StudySet, records: RunRecords) -> float | None:
         """The learning rate that full fine-tuning of a set was found to be best with; None before."""
         for method in self.methods:
-            if isinstance(method, FullFineTuning) and not method.frozen_layers:
+            if isinstance(method, FullFineTuning) and method.is_baseline:
                 return self.chosen_rate(labelled, method, records)
         return None
 
@@ -192,6 +215,10 @@ class Plan:
         return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
 
 
+def _in_the_studys_steps(method: Method) -> Method:
+    return replace(method, times=1) if isinstance(method, FullFineTuning) else method
+
+
 def expected_seconds(run: Run, records: RunRecords) -> float:
     """The median of what the same method or one of its kind took on the set, or else an estimate."""
     known = [
@@ -209,11 +236,12 @@ def _costs_alike(set_name: str, slug: str, run: Run) -> bool:
         set_name == run.labelled.name
         and slug.split("-", maxsplit=1)[0] == run.method.slug.split("-", maxsplit=1)[0]
         and slug.endswith("-taught") == run.method.slug.endswith("-taught")
+        and ("-times" in slug) == ("-times" in run.method.slug)
     )
 
 
 def _estimated_seconds(run: Run) -> float:
-    steps = num_epochs(run.labelled) * -(-len(run.labelled.train) // BATCH_SIZE)
+    steps = num_epochs(run.labelled, run.method) * -(-len(run.labelled.train) // BATCH_SIZE)
     if isinstance(run.method, FullFineTuning):
         return steps * _FULL_STEP_SECONDS
     plot_layers = run.method.plot_layers if isinstance(run.method, Hierarchical) else 0

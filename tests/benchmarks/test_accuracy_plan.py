@@ -25,7 +25,8 @@ from benchmarks.accuracy_study.records import RunRecords
 from benchmarks.accuracy_study.sets import ClassificationSet
 from hmi_engine.knowledge.examples import Example
 
-FULL = FullFineTuning(candidates=(1e-4, 5e-5))
+FULL = FullFineTuning(candidates=(1e-4, 5e-5), larger=None)
+LONG = replace(FULL, times=3)
 LOOKED_UP = Hierarchical(3, PLAIN)
 DISTILLED = Hierarchical(3, "distilled")
 
@@ -91,6 +92,27 @@ def test_the_dev_split_chooses_the_learning_rate_of_each_set(records):
     assert plan.finished(two, FULL, records) == [run_name(two, FULL, 5e-5, seed) for seed in (0, 1)]
 
 
+def test_where_the_largest_learning_rate_is_the_best_a_larger_one_is_tried(records):
+    full = replace(FULL, larger=6e-4)
+    plan = made_plan(methods=(full,))
+    names = carry_out(plan, records, dev=lambda run: {1e-4: 0.5, 6e-4: 0.6}.get(run.learning_rate, 0.4))
+    assert names[-4:-2] == ["one.full-lr0.0006.seed0", "two.full-lr0.0006.seed0"]
+    assert all(plan.chosen_rate(labelled, full, records) == 6e-4 for labelled in plan.sets)
+
+
+def test_more_steps_are_taken_at_the_rate_that_was_best(records):
+    plan = made_plan(methods=(LONG, FULL), sets=("one",))
+    names = carry_out(plan, records, dev=lambda run: 0.9 if run.learning_rate == 5e-5 else 0.5)
+    assert names == [
+        "one.full-lr0.0001.seed0",
+        "one.full-lr5e-05.seed0",
+        "one.full-times3-lr5e-05.seed0",
+        "one.full-times3-lr5e-05.seed1",
+        "one.full-lr5e-05.seed1",
+    ]
+    assert plan.teacher_rate(plan.sets[0], records) == 5e-5
+
+
 def test_seeds_that_wait_for_a_learning_rate(records):
     plan = made_plan(sets=("one",))
     assert [run.name for run in plan.undecided(records)] == ["one.full-lr0.0001.seed1"]
@@ -146,8 +168,9 @@ def test_distilled_bases_are_waited_for_and_told_apart(records, tmp_path):
 
 
 def test_epochs_and_costs(records):
-    assert num_epochs(made_set("small", 320)) == 10
-    assert num_epochs(made_set("large", 7320)) == 3
+    assert num_epochs(made_set("small", 320), FULL) == 10
+    assert num_epochs(made_set("large", 7320), LOOKED_UP) == 3
+    assert num_epochs(made_set("large", 7320), LONG) == 9
     assert taught_epochs(made_set("small", 320), 8000) == 6
     assert taught_epochs(made_set("large", 7320), 8000) == 3
     plan = made_plan()
