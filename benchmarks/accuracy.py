@@ -45,8 +45,8 @@ NOTES = (
     "Every method sees the same texts, cut off at 64 tokens (tagged sentences are cut into pieces), in "
     "batches of 32 for the same number of epochs, but where a line says more. The development split chooses "
     "the epoch, and on seed 0 the learning rate where there are several; the test split is scored once. The "
-    "adapters of rank 64 (sites, dropout, learning rate, table) were chosen by hand on the development splits "
-    "of SciERC and NCBI-disease, seed 0.",
+    "adapters of rank 64 (sites, dropout, learning rate, table) were chosen by hand on the development "
+    "splits of SciERC and NCBI-disease, seed 0.",
     "Full fine-tuning trains all weights by transformers. All other methods leave the base as it is, train "
     "adapters and a head by `Store.train_tenant`, and are scored on what an `Engine` answers.",
     "Taught tenants also learn the probabilities of the fully fine-tuned model of the same seed, on the "
