@@ -301,18 +301,22 @@ class BatchRunner:
         """A lease on the domains' tables, and the domains whose tables cannot be read, with the reason."""
         if self._plots is None:
             return None, {}
-        try:
-            return self._plots.reading(domains), {}
-        except HmiError:
-            failed = self._unreadable(self._plots, domains)
-            return self._plots.reading([domain for domain in domains if domain not in failed]), failed
+        view, failed = self._plots.reading_each(domains)
+        if self._miss != "backoff":
+            unable = self._without_layers(view, [domain for domain in domains if domain not in failed])
+            if unable:
+                failed |= unable
+                view.release()
+                view, more = self._plots.reading_each([domain for domain in domains if domain not in failed])
+                failed |= more
+        return view, failed
 
-    @staticmethod
-    def _unreadable(plots: PlotLibrary, domains: Sequence[str]) -> dict[str, HmiError]:
+    def _without_layers(self, view: PlotView, domains: Sequence[str]) -> dict[str, HmiError]:
+        """Domains whose missing windows could not be computed, with the reason."""
         failed: dict[str, HmiError] = {}
         for domain in dict.fromkeys(domains):
             try:
-                plots.reading([domain]).release()
+                view.layers_of(self._model, view.identity_of(domain))
             except HmiError as error:
                 failed[domain] = error
         return failed

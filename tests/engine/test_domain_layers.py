@@ -128,3 +128,23 @@ def test_layers_of_a_change_under_way_stay_whoever_loads_others(
     for _ in range(3):
         replace_layers()
     assert library("under way") is added
+
+
+@pytest.mark.parametrize("miss", ["backoff", "exact", "budget"])
+def test_damaged_layers_fail_whom_they_are_computed_for(
+    store: hmi.Store, weights: dict[str, torch.Tensor], make_head: Callable[..., hmi.ClassificationHead], miss
+) -> None:
+    store.set_domain_layers("one", weights)
+    for domain in ("below", "beside"):
+        store.add_tenant(domain, domain=domain, adapter=hmi.Adapter({}), head=make_head(store.general))
+    file = store.layout.resolve(store.domains["one"].layers.file)
+    file.write_bytes(file.read_bytes()[:-8])
+    requests = [hmi.Request(domain, "the cell the cell divides") for domain in ("below", "beside")]
+    # As another process finds them: this one has loaded the layers already.
+    with hmi.Store.open(store.layout.root) as opened, hmi.Engine(opened, miss=miss) as engine:
+        below, beside = engine.run(requests)
+    assert beside.error is None
+    if miss == "backoff":
+        assert below.error is None
+    else:
+        assert isinstance(below.error, StoreCorruptError) and str(file) in str(below.error)
