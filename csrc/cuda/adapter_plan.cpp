@@ -27,7 +27,8 @@ struct TileRow {
   int32_t blocks;  // on one multiprocessor of sm_80
 };
 
-// The first row that fits the shape and the device is taken. Layer norms keep whole rows in shared memory: 32 of them up to 1,024 columns.
+// The first row that fits the shape and the device is taken. Layer norms keep whole rows in shared memory: 32 of them
+// up to 1,024 columns.
 constexpr TileRow kTiles[] = {
     {4096, kAnyNumber, {16, 32, 64}, 3, 1},
     {4096, kAnyNumber, {16, 64, 64}, 2, 1},

@@ -42,17 +42,7 @@ class WriterLock:
     @classmethod
     def is_held(cls, path: Path) -> bool:
         """Return whether some process has the store of this lock open for writing; changes nothing."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return _is_refused(path, fcntl.LOCK_EX)
 
     def _share(self) -> None:
         # Not at once: `is_held` holds the lock alone for a moment.
@@ -115,17 +105,7 @@ class FolderLock:
     @classmethod
     def is_held(cls, folder: Path) -> bool:
         """Return whether some process, or another thread, works in ``folder`` now; changes nothing."""
-        try:
-            descriptor = os.open(folder / cls.FILE, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return _is_refused(folder / cls.FILE, fcntl.LOCK_SH)
 
     @classmethod
     def description(cls, folder: Path) -> str:
@@ -199,3 +179,18 @@ class FolderLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _is_refused(path: Path, operation: int) -> bool:
+    """Return whether somebody holds a lock of this file beside which ``flock`` refuses ``operation``."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -63,10 +63,13 @@ def _refuses(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple
 
 def _too_large(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...]) -> str:
     max_bytes = driver.max_shared_bytes(arguments.output.device.index)
-    if max_bytes >= PLANNED_SHARED_BYTES or _plan(arguments, output_sizes).is_launchable:
+    if max_bytes >= PLANNED_SHARED_BYTES:
+        return ""
+    max_rank = _max_rank(arguments)
+    if _plan(arguments, output_sizes, max_rank).is_launchable:
         return ""
     return (
-        f"adapters of rank {_max_rank(arguments)} on {sum(output_sizes)} columns do not fit "
+        f"adapters of rank {max_rank} on {sum(output_sizes)} columns do not fit "
         f"the {max_bytes:,} bytes of shared memory that a block has on this GPU"
     )
 
@@ -158,7 +161,7 @@ def _launch(
     slot_ranks = on_device(arguments.slot_ranks, device)
     slot_scales = on_device(arguments.slot_scales, device)
     activations = None if slot_activations is None else on_device(slot_activations, device)
-    num_elements = _plan(arguments, tuple(output_sizes)).workspace_elements
+    num_elements = _plan(arguments, tuple(output_sizes), max_rank).workspace_elements
     workspace = output.new_empty(num_elements, dtype=torch.float32) if num_elements else None
     with driver.launch_on(output) as launch:
         driver.module().grouped_adapter(
@@ -198,14 +201,16 @@ class _Plan(NamedTuple):
     workspace_elements: int
 
 
-def _plan(arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...]) -> _Plan:
+def _plan(
+    arguments: BottleneckArguments | LoraArguments, output_sizes: tuple[int, ...], max_rank: int
+) -> _Plan:
     return _plan_of_shape(
         driver.module(),
         *arguments.hidden_states.shape,
         arguments.segment_slots.shape[0],
         sum(output_sizes),
         len(output_sizes),
-        _max_rank(arguments),
+        max_rank,
         getattr(arguments, "layer_norm_weight", None) is not None,
         driver.max_shared_bytes(arguments.output.device.index),
     )
