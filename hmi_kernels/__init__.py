@@ -15,7 +15,7 @@ from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.cuda.driver import raise_faults
 from hmi_kernels.deltas import grouped_bottleneck_delta, grouped_lora_delta
 from hmi_kernels.errors import CudaError, PoolClosedError, PoolExhaustedError
-from hmi_kernels.file_reads import FileReads, PendingRead, set_read_latency, start_reads
+from hmi_kernels.file_reads import FileReads, PendingRead, prepare_reads, set_read_latency, start_reads
 from hmi_kernels.freed_memory import keep_freed_memory
 from hmi_kernels.frequency_sketch import FrequencySketch
 from hmi_kernels.native import build_info
@@ -72,6 +72,7 @@ __all__ = [
     "plot_index_insert",
     "plot_lookup",
     "plot_merge",
+    "prepare_reads",
     "quantize_rows",
     "raise_faults",
     "read_files",

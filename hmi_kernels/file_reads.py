@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -14,9 +15,9 @@ from torch import Tensor
 from hmi_kernels.native import native, native_reason
 from hmi_kernels.read_files import check_reads, explain, read_by_python
 
-__all__ = ["FileReads", "PendingRead", "set_read_latency", "start_reads"]
+__all__ = ["FileReads", "PendingRead", "prepare_reads", "set_read_latency", "start_reads"]
 
-_UNDER_WAY, _ENDED = 1, 2  # csrc/common/file_reads.h
+_WAITING, _UNDER_WAY, _ENDED = 0, 1, 2  # csrc/common/file_reads.h
 _SECONDS_BETWEEN_SIGNALS = 0.1
 
 
@@ -28,7 +29,9 @@ class PendingRead(NamedTuple):
 
 
 class _Reads(Protocol):
-    """What runs the reads: the compiled module, or :class:`_EndedReads`."""
+    """What runs the reads: the compiled module, or :class:`_ReadsAtStart`."""
+
+    def start(self) -> None: ...
 
     def wait(self, seconds: float) -> bool: ...
 
@@ -41,7 +44,7 @@ class _Reads(Protocol):
 
 
 class FileReads:
-    """Reads that :func:`start_reads` has started. Thread-safe.
+    """Reads that :func:`start_reads` has started or :func:`prepare_reads` has prepared. Thread-safe.
 
     The destinations stay in memory until every read has ended, even if this object is dropped: a read that is
     stuck must not write into memory that belongs to somebody else by then. Their tensors are let go when
@@ -54,15 +57,24 @@ class FileReads:
     """
 
     def __init__(self, reads: _Reads, names: Sequence[str], sizes: Sequence[int]) -> None:
-        """Use :func:`start_reads`."""
+        """Use :func:`start_reads` or :func:`prepare_reads`."""
         self._reads = reads
         self._names = names
         self._sizes = sizes
 
+    def start(self) -> None:
+        """Starts prepared reads, and returns. Where Ctrl-C ends this, those that have begun go on.
+
+        Raises RuntimeError if they were started before, and if there is no thread to be had: they are
+        cancelled then.
+        """
+        self._reads.start()
+
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Waits until all reads have ended, without the interpreter's lock; returns whether they have.
 
-        In the main thread signals are handled meanwhile: Ctrl-C ends it.
+        In the main thread signals are handled meanwhile: Ctrl-C ends it. Reads that are not started do not
+        end, unless they are cancelled.
 
         Args:
             timeout_seconds: return after so long at the latest; 0 to look only; None to wait however long.
@@ -117,6 +129,38 @@ class FileReads:
         return [each[-1] if each[0] == _ENDED else None for each in self._reads.progress()]
 
 
+def prepare_reads(
+    paths: Sequence[str | os.PathLike[str]],
+    file_offsets: Sequence[int],
+    destinations: Sequence[Tensor],
+    *,
+    num_threads: int = 8,
+    require_finite: bool = False,
+) -> FileReads:
+    """What :func:`start_reads` does but for the start, which :meth:`FileReads.start` makes up for.
+
+    For those who must know of reads that go on when an exception ends :func:`start_reads` before it has
+    returned them: a signal that comes meanwhile is handled just then.
+
+    Raises ValueError and TypeError as :func:`read_files` does.
+    """
+    check_reads(paths, file_offsets, destinations, num_threads, require_finite)
+    names = [os.fspath(path) for path in paths]
+    sizes = [tensor.nbytes for tensor in destinations]
+    if native_reason:
+        return FileReads(_ReadsAtStart(names, file_offsets, destinations, require_finite), names, sizes)
+    reads = native.FileReads(
+        [os.fsencode(name) for name in names],
+        list(file_offsets),
+        sizes,
+        [tensor.data_ptr() for tensor in destinations],
+        require_finite,
+        num_threads,
+        tuple(destinations),
+    )
+    return FileReads(reads, names, sizes)
+
+
 def start_reads(
     paths: Sequence[str | os.PathLike[str]],
     file_offsets: Sequence[int],
@@ -144,21 +188,11 @@ def start_reads(
 
     Raises ValueError and TypeError as :func:`read_files` does; RuntimeError if there is no thread to be had.
     """
-    check_reads(paths, file_offsets, destinations, num_threads, require_finite)
-    names = [os.fspath(path) for path in paths]
-    sizes = [tensor.nbytes for tensor in destinations]
-    if native_reason:
-        return FileReads(_EndedReads(names, file_offsets, destinations, require_finite), names, sizes)
-    reads = native.start_reads(
-        [os.fsencode(name) for name in names],
-        list(file_offsets),
-        sizes,
-        [tensor.data_ptr() for tensor in destinations],
-        require_finite,
-        num_threads,
-        tuple(destinations),
+    reads = prepare_reads(
+        paths, file_offsets, destinations, num_threads=num_threads, require_finite=require_finite
     )
-    return FileReads(reads, names, sizes)
+    reads.start()
+    return reads
 
 
 def set_read_latency(seconds_per_read: float, bytes_per_second: float | None = None) -> None:
@@ -175,25 +209,37 @@ def set_read_latency(seconds_per_read: float, bytes_per_second: float | None = N
     native.set_read_latency(seconds_per_read, math.inf if bytes_per_second is None else bytes_per_second)
 
 
-class _EndedReads:
-    """Reads where the compiled module is missing."""
+class _ReadsAtStart:
+    """Reads where the compiled module is missing: all of them at the start, one after the other."""
 
     def __init__(
         self, names: Sequence[str], offsets: Sequence[int], tensors: Sequence[Tensor], require_finite: bool
     ) -> None:
+        self._reads = list(zip(names, offsets, tensors, strict=True))
+        self._require_finite = require_finite
+        self._progress: list[tuple[int, int, int, bool, float]] = [(_WAITING, 0, 0, True, 0.0)] * len(names)
+        self._is_started = False
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        if self._is_started:
+            raise RuntimeError("these reads have been started before")
+        self._is_started = True
         start = time.monotonic()
-        self._progress: list[tuple[int, int, int, bool, float]] = []
-        for name, offset, tensor in zip(names, offsets, tensors, strict=True):
+        for number, (name, offset, tensor) in enumerate(self._reads):
+            if self._progress[number][0] == _ENDED:  # cancelled
+                continue
             began = time.monotonic()
-            outcome = read_by_python(name, offset, tensor, require_finite)
-            self._progress.append((_ENDED, *outcome, time.monotonic() - began))
+            outcome = read_by_python(name, offset, tensor, self._require_finite)
+            self._progress[number] = (_ENDED, *outcome, time.monotonic() - began)
         self.seconds = time.monotonic() - start
 
     def wait(self, seconds: float) -> bool:
-        return True
+        return all(each[0] == _ENDED for each in self._progress)
 
     def cancel(self) -> None:
-        pass
+        canceled = (_ENDED, errno.ECANCELED, 0, True, 0.0)
+        self._progress = [canceled if each[0] == _WAITING else each for each in self._progress]
 
     def progress(self) -> list[tuple[int, int, int, bool, float]]:
         return self._progress

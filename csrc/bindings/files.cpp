@@ -60,10 +60,16 @@ void release_ended_reads() noexcept {
   }
 }
 
-// What Python holds. Without it nobody can learn what was read.
+// What Python holds. Without it nobody can learn what was read. It is made before the reads start: a signal that comes
+// while they do is handled as soon as this module returns, by an exception perhaps, and what it returned is lost then.
 class ReadsHandle {
  public:
-  explicit ReadsHandle(std::shared_ptr<hmi::FileReads> reads) : reads_(std::move(reads)) {}
+  ReadsHandle(const std::vector<std::string>& paths, const std::vector<int64_t>& offsets,
+              const std::vector<int64_t>& sizes, const std::vector<Address>& destinations, bool check_finite,
+              int num_threads, py::object owner)
+      : reads_(std::make_shared<hmi::FileReads>(file_reads(paths, offsets, sizes, destinations), check_finite,
+                                                num_threads)),
+        owner_(std::move(owner)) {}
   ~ReadsHandle() {
     reads_->cancel();
     release_ended_reads();
@@ -73,24 +79,21 @@ class ReadsHandle {
 
   hmi::FileReads& reads() const { return *reads_; }
 
+  void start() {
+    if (!owner_) throw std::runtime_error("these reads have been started before");
+    release_ended_reads();
+    started_reads().push_back({reads_, std::move(owner_)});
+    const py::gil_scoped_release release;
+    if (!hmi::reader_pool().submit(reads_)) {
+      reads_->cancel();
+      throw std::runtime_error("no file can be read: the system grants no thread; raise its limit or end other threads");
+    }
+  }
+
  private:
   const std::shared_ptr<hmi::FileReads> reads_;
+  py::object owner_;  // empty once the reads have started
 };
-
-std::unique_ptr<ReadsHandle> start_reads(const std::vector<std::string>& paths, const std::vector<int64_t>& offsets,
-                                         const std::vector<int64_t>& sizes, const std::vector<Address>& destinations,
-                                         bool check_finite, int num_threads, py::object owner) {
-  const auto reads = std::make_shared<hmi::FileReads>(file_reads(paths, offsets, sizes, destinations), check_finite,
-                                                      num_threads);
-  auto handle = std::make_unique<ReadsHandle>(reads);
-  release_ended_reads();
-  started_reads().push_back({reads, std::move(owner)});
-  const py::gil_scoped_release release;
-  if (!hmi::reader_pool().submit(reads)) {
-    throw std::runtime_error("no file can be read: the system grants no thread; raise its limit or end other threads");
-  }
-  return handle;
-}
 
 bool wait(const ReadsHandle& handle, double seconds) {
   bool is_done;
@@ -117,12 +120,15 @@ void define_files(py::module_& m) {
   m.def("read_files", &read_files, py::arg("paths"), py::arg("offsets"), py::arg("sizes"), py::arg("destinations"),
         py::arg("check_finite"), py::arg("num_threads"), WithoutLock());
   py::class_<ReadsHandle>(m, "FileReads")
+      .def(py::init<const std::vector<std::string>&, const std::vector<int64_t>&, const std::vector<int64_t>&,
+                    const std::vector<Address>&, bool, int, py::object>(),
+           py::arg("paths"), py::arg("offsets"), py::arg("sizes"), py::arg("destinations"), py::arg("check_finite"),
+           py::arg("num_threads"), py::arg("owner"))
+      .def("start", &ReadsHandle::start)
       .def("wait", &wait, py::arg("seconds"))
       .def("cancel", [](const ReadsHandle& handle) { handle.reads().cancel(); })
       .def("progress", &progress)
       .def_property_readonly("seconds", [](const ReadsHandle& handle) { return handle.reads().seconds(); });
-  m.def("start_reads", &start_reads, py::arg("paths"), py::arg("offsets"), py::arg("sizes"), py::arg("destinations"),
-        py::arg("check_finite"), py::arg("num_threads"), py::arg("owner"));
   m.def("release_ended_reads", &release_ended_reads);
   m.def("set_read_latency", &hmi::set_read_latency, py::arg("seconds_per_read"), py::arg("bytes_per_second"));
 }

@@ -199,16 +199,17 @@ class TenantReader:
         *,
         require_finite: bool,
     ) -> list[HmiError | None]:
-        reads = hmi_kernels.start_reads(
+        reads = hmi_kernels.prepare_reads(
             [self._layout.resolve(info.file) for info in infos],
             offsets,
             destinations,
             require_finite=require_finite,
         )
-        # From before the wait on, which an exception may end, such as Ctrl-C's: what has begun goes on.
+        # From before the start on, which an exception may end, such as Ctrl-C's: what has begun goes on.
         self._stuck |= {digest_of(info): reads for info in infos}
         has_ended = False
         try:
+            reads.start()
             has_ended = reads.wait(self._read_timeout)
         finally:
             if not has_ended:

@@ -165,15 +165,19 @@ class Interrupted(BaseException):
 class LateReads:
     """Reads that have begun and end when they are told to, and leave NaN where they read to.
 
-    Who waits for them is interrupted, or waits for as long as is asked.
+    Who starts them or waits for them is interrupted, or waits for as long as is asked.
     """
 
-    def __init__(self, destinations, is_interrupted=False):
-        self.destinations, self.is_interrupted = destinations, is_interrupted
+    def __init__(self, destinations, interrupted=""):
+        self.destinations, self.interrupted = destinations, interrupted
         self.ended = threading.Event()
 
+    def start(self):
+        if self.interrupted == "start":
+            raise Interrupted
+
     def wait(self, timeout_seconds=None):
-        if self.is_interrupted and timeout_seconds:
+        if self.interrupted == "wait" and timeout_seconds:
             raise Interrupted
         return self.ended.wait(timeout_seconds)
 
@@ -194,7 +198,7 @@ class LateReads:
 @pytest.fixture
 def late_reads(store, monkeypatch):
     """Has the reads of a tenant's parameters be late ones from its call on; a queue of them."""
-    start_reads = hmi_kernels.start_reads
+    prepare_reads = hmi_kernels.prepare_reads
 
     def make_late(name, **options):
         late, file = queue.SimpleQueue(), store.layout.resolve(store.tenants[name].file)
@@ -204,27 +208,25 @@ def late_reads(store, monkeypatch):
                 reads = LateReads(destinations, **options)
                 late.put(reads)
                 return reads
-            return start_reads(paths, offsets, destinations, **others)
+            return prepare_reads(paths, offsets, destinations, **others)
 
-        monkeypatch.setattr(hmi_kernels, "start_reads", some_late)
+        monkeypatch.setattr(hmi_kernels, "prepare_reads", some_late)
         return late
 
     return make_late
 
 
-@pytest.mark.parametrize("is_interrupted", [False, True], ids=["timeout", "interrupt"])
-def test_what_a_read_brings_too_late_lands_in_nobody(
-    store, fleet, make_sentences, late_reads, is_interrupted
-):
+@pytest.mark.parametrize("interrupted", ["", "start", "wait"])
+def test_what_a_read_brings_too_late_lands_in_nobody(store, fleet, make_sentences, late_reads, interrupted):
     """Its range of the arena stays taken until the read has ended, however little room there is."""
     requests = requests_of([name for name in fleet if name != "t3"], make_sentences, 60)
     with hmi.Engine(store) as engine:
         expected = scores(engine.run(requests))
-    late = late_reads("t3", is_interrupted=is_interrupted)
+    late = late_reads("t3", interrupted=interrupted)
     room = 6 * largest_bytes(store)
     with hmi.Engine(store, read_timeout=0.1, host_memory=room, max_batch_tokens=60) as engine:
         request = hmi.Request("t3", text="the cell")
-        with pytest.raises(Interrupted) if is_interrupted else nullcontext():
+        with pytest.raises(Interrupted) if interrupted else nullcontext():
             (response,) = engine.run([request])
             assert isinstance(response.error, ReadTimeoutError)
         torch.testing.assert_close(scores(engine.run(requests)), expected, atol=1e-5, rtol=0)

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hmi_kernels import PendingRead, PinnedPool, PoolExhaustedError, read_files, start_reads
+from hmi_kernels import PendingRead, PinnedPool, PoolExhaustedError, prepare_reads, read_files, start_reads
 
 LONG = 60.0
 """Seconds that nothing here takes unless it hangs."""
@@ -182,6 +182,25 @@ def test_wrong_arguments_are_refused_before_anything_is_read(implementation: Non
     assert tensor.tolist() == [0, 0]
     nothing = start_reads([], [], [])
     assert nothing.wait(0) and nothing.outcomes() == nothing.pending == nothing.seconds_each == []
+
+
+def test_prepared_reads_wait_for_their_start(implementation: None, tmp_path: Path) -> None:
+    path = write(tmp_path / "f", b"abcd")
+    tensors = [empty(4), empty(4)]
+    started, canceled = (prepare_reads([path], [0], [tensor]) for tensor in tensors)
+    for reads in (started, canceled):
+        assert not reads.wait(0.01) and reads.pending == [0]
+        assert reads.outcomes() == [PendingRead(has_begun=False)] and reads.seconds_each == [None]
+    canceled.cancel()
+    for reads in (started, canceled):
+        reads.start()
+        assert reads.wait()
+        with pytest.raises(RuntimeError, match="have been started before"):
+            reads.start()
+    assert [bytes(tensor.tolist()) for tensor in tensors] == [b"abcd", bytes(4)]
+    assert started.outcomes() == [None]
+    (outcome,) = canceled.outcomes()
+    assert isinstance(outcome, OSError) and outcome.errno == errno.ECANCELED
 
 
 def test_a_stuck_read_trips_the_time_out_and_the_others_come_in(

@@ -18,6 +18,9 @@ from hmi_kernels import PendingRead
 class InterruptedReads:
     """Of two reads one has ended when an exception, as Ctrl-C's, ends the wait; the other goes on."""
 
+    def start(self):
+        pass
+
     def wait(self, timeout_seconds):
         if timeout_seconds:
             raise ZeroDivisionError("on purpose")
@@ -36,7 +39,7 @@ def test_who_has_come_when_a_wait_is_interrupted_can_be_read_again(open_residenc
     residency = open_residency(40)
     residency._reader.layouts(infos)
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-        patched.setattr(hmi_kernels, "start_reads", lambda *_, **__: InterruptedReads())
+        patched.setattr(hmi_kernels, "prepare_reads", lambda *_, **__: InterruptedReads())
         residency.prefetch(infos)
     with residency.holding(infos) as (first, second):
         assert isinstance(first, ResidentTenant)
