@@ -36,40 +36,54 @@ def _by_layers(report: StudyReport) -> list[Curve]:
 
 
 def _curve(report: StudyReport, name: str, methods: Sequence[Method]) -> Curve | None:
-    lost = [report.lost_points(method) for method in methods]
-    values = [interval.value for interval in lost if interval is not None]
-    if len(values) < len(methods):
+    found = _lost(report, methods)
+    if found is None:
         return None
+    lost, seeds = found
     return Curve(
         figure="lost-by-layers",
-        name=name,
+        name=f"{name} ({seeds})",
         x_label="layers looked up, % of all",
         y_label=LOST,
         x=(100 / 3, 50.0, 200 / 3),
-        y=tuple(values),
+        y=lost,
         x_scale="linear",
         y_unit="number",
     )
 
 
 def _by_hits(report: StudyReport) -> list[Curve]:
-    found = []
+    curves = []
     for name, is_distilled in _BASES.items():
         base = looked_up(3, is_distilled=is_distilled)
         methods = [replace(base, table=table) for table in _TABLES]
-        lost = [report.lost_points(method) for method in methods]
-        values = [interval.value for interval in lost if interval is not None]
-        if len(values) == len(methods):
-            found.append(
+        found = _lost(report, methods)
+        if found is not None:
+            lost, seeds = found
+            curves.append(
                 Curve(
                     figure="lost-by-hits",
-                    name=f"{name}, K = 3, back-off",
+                    name=f"{name}, K = 3, back-off ({seeds})",
                     x_label="bigrams found, %, mean of the sets",
                     y_label=LOST,
                     x=tuple(100 * mean(report.hit_rates(method)) for method in methods),
-                    y=tuple(values),
+                    y=lost,
                     x_scale="linear",
                     y_unit="number",
                 )
             )
-    return found
+    return curves
+
+
+def _lost(report: StudyReport, methods: Sequence[Method]) -> tuple[tuple[float, ...], str] | None:
+    """Points lost by each, of the seeds that all have, and how many these are; None if one is missing.
+
+    With seeds of its own each, a curve would show what the seeds differ by.
+    """
+    seeds = report.common_seeds(methods)
+    lost = [report.lost_points(method, seeds) for method in methods]
+    values = tuple(interval.value for interval in lost if interval is not None)
+    if len(values) < len(methods):
+        return None
+    fewest = min(map(len, seeds.values()))
+    return values, "one seed" if fewest == 1 else f"{fewest} seeds"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from benchmarks.accuracy_study.methods import PLAIN, SHIPPED, FullFineTuning, Hierarchical, Method
 from benchmarks.accuracy_study.records import RunRecords
@@ -85,7 +85,8 @@ class Plan:
     """All runs, and what of them can be done now.
 
     Seed 0 tries every candidate of a method's learning rate; the other seeds take the one with the best
-    development score, so they wait for seed 0.
+    development score, so they wait for seed 0. Where others than that one have been measured with every seed
+    too, the best of these by the mean of their development scores is taken.
 
     Attributes:
         sets: the labelled sets.
@@ -139,7 +140,7 @@ class Plan:
         ]
 
     def chosen_rate(self, labelled: StudySet, method: Method, records: RunRecords) -> float | None:
-        """The learning rate with the best development score of seed 0; None while one has to be measured."""
+        """The learning rate with the best development scores; None while one has to be measured."""
         method = _in_the_studys_steps(method)
         larger = self._larger_rate(labelled, method, records)
         rates = method.candidates if larger is None else (larger, *method.candidates)
@@ -158,10 +159,21 @@ class Plan:
         """The only rate, or the best one; None while one has to be measured."""
         if len(rates) == 1:
             return rates[0]
-        names = {rate: run_name(labelled, method, rate, self.seeds[0]) for rate in rates}
-        if not all(name in records for name in names.values()):
+        scores = {rate: self._development_scores(labelled, method, rate, records) for rate in rates}
+        if not all(self.seeds[0] in by_seed for by_seed in scores.values()):
             return None
-        return max(names, key=lambda rate: records[names[rate]].dev)
+        best = max(scores, key=lambda rate: scores[rate][self.seeds[0]])
+        if len(scores[best]) < len(self.seeds):
+            return best
+        complete = [rate for rate in rates if len(scores[rate]) == len(self.seeds)]
+        return max(complete, key=lambda rate: mean(scores[rate].values()))
+
+    def _development_scores(
+        self, labelled: StudySet, method: Method, rate: float, records: RunRecords
+    ) -> dict[int, float]:
+        """By seed, of the finished runs of one learning rate."""
+        names = {seed: run_name(labelled, method, rate, seed) for seed in self.seeds}
+        return {seed: records[name].dev for seed, name in names.items() if name in records}
 
     def finished(self, labelled: StudySet, method: Method, records: RunRecords) -> list[str]:
         """Names of the finished runs of the chosen learning rate, by seed."""

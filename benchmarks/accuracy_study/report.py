@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -207,12 +207,29 @@ class StudyReport:
         works = [record.work for each in self._sets for record in self._finished(each, method)[:1]]
         return [work.hit_rate for work in works if work is not None]
 
-    def lost_points(self, method: Method) -> Interval | None:
-        """By how many points the mean of all sets is below full fine-tuning; None while one is missing."""
-        resampling = self._mean(self.plan.methods[0], over=method)
-        if resampling is None:
-            return None
-        interval = resampling.interval()
+    def common_seeds(self, methods: Sequence[Method]) -> dict[str, frozenset[int]]:
+        """By set the seeds with which full fine-tuning and all of ``methods`` are finished."""
+        compared = (self.plan.methods[0], *methods)
+        return {
+            labelled.name: frozenset.intersection(*(self._seeds_of(labelled, each) for each in compared))
+            for labelled in self._sets
+        }
+
+    def lost_points(self, method: Method, seeds: Mapping[str, frozenset[int]]) -> Interval | None:
+        """By how many points the mean of all sets is below full fine-tuning; None while one is missing.
+
+        ``seeds`` says of which seeds, by set: methods that are compared with one another need the same.
+        """
+        parts = []
+        for labelled in self._sets:
+            full, other = (
+                self._of_seeds(labelled, each, seeds[labelled.name])
+                for each in (self.plan.methods[0], method)
+            )
+            if full is None or other is None:
+                return None
+            parts.append(full.minus(other))
+        interval = Resampling.mean(parts).interval()
         return Interval(value=100 * interval.value, low=100 * interval.low, high=100 * interval.high)
 
 

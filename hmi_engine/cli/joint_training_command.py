@@ -19,6 +19,7 @@ from hmi_engine.cli.output import (
     warn,
     warn_of_reading,
 )
+from hmi_engine.cli.training_warnings import warn_of_training
 from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import CorpusError, HmiError
@@ -80,6 +81,9 @@ def train_many(
         outcomes |= opened.train_tenants(
             tenants, domain=domain, together=together, replace=replace, progress=progress
         )
+    for name, outcome in outcomes.items():
+        if not isinstance(outcome, HmiError):
+            warn_of_training(outcome.report, f"{name}: ")
     if as_json:
         print_json_list(_described(outcomes))
     else:

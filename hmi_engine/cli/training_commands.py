@@ -21,6 +21,7 @@ from hmi_engine.cli.output import (
     warn_of_reading,
 )
 from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
+from hmi_engine.cli.training_warnings import warn_of_training
 from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.model_card_text import card_markdown, figure
 from hmi_engine.construct.training import Metrics, SearchSpace, TrainingReport, TrainingSettings
@@ -38,9 +39,6 @@ from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 
 __all__ = ["card", "evaluate", "train"]
-
-_ALMOST_ALL, _FEW = 0.95, 0.5
-"""Shares of n-grams in the tables, and of texts in their corpora, that do not go together in new text."""
 
 FormatOption = Annotated[
     str | None,
@@ -165,7 +163,7 @@ def train(
             progress=progress,
         )
         info = opened.tenants[name]
-    _warn_of(trained.report)
+    warn_of_training(trained.report)
     if as_json:
         print_json(trained.report.model_dump(mode="json") | {"bytes": info.bytes})
     else:
@@ -273,40 +271,6 @@ def _bad_option(error: ValidationError) -> typer.BadParameter:
     field = str(problem["loc"][0]) if problem["loc"] else ""
     option = _OPTIONS.get(field, "--" + field.replace("_", "-")) if field else None
     return typer.BadParameter(problem["msg"], param_hint=option)
-
-
-def _warn_of(report: TrainingReport) -> None:
-    if cut := report.num_cut + report.test_num_cut:
-        warn(f"{cut} texts were cut to {report.settings.max_tokens} tokens; --max-tokens sets how many")
-    if unseen := report.unvalidated_labels:
-        warn(
-            f"no validation example has the label {unseen[0]!r:.80}"
-            + (f" or {len(unseen) - 1} more" if len(unseen) > 1 else "")
-            + ": validation figures say nothing of it"
-        )
-    values = (report.test or report.validation).values
-    if "majority_accuracy" in values and values["accuracy"] <= values["majority_accuracy"]:
-        warn(
-            "it does no better than always giving the commonest label; more examples, --balanced or a "
-            "--teacher may help"
-        )
-    _warn_of_tables(report)
-    if report.divergence:
-        warn(f"the training ended early, and its best epoch was kept: {report.divergence}")
-
-
-def _warn_of_tables(report: TrainingReport) -> None:
-    """Only whole documents of a corpus are cross-fitted: not text that it holds cut in another way."""
-    rates = report.hit_rates
-    num_texts = report.num_training + report.validation.num_examples
-    num_texts += 0 if report.teacher is None else report.teacher.num_unlabelled
-    if rates and rates.looked_up > _ALMOST_ALL and rates.texts_in_corpus < _FEW * num_texts:
-        warn(
-            f"{rates.looked_up:.0%} of the n-grams are in the domain's tables, but only "
-            f"{rates.texts_in_corpus} of {num_texts} texts are documents of their corpora; if these hold the "
-            "training text cut in another way, it finds more than new text will: make the domain from the "
-            "same texts, or train for --miss exact"
-        )
 
 
 def _print_report(name: str, report: TrainingReport, num_bytes: int) -> None:

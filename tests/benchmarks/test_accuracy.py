@@ -156,12 +156,17 @@ def test_means_need_every_set(study):
         ("labels", LabelOutcomes(answers=(0, 1, 0, 1)), LabelOutcomes(answers=(0, 1, 0, 0))),
         ("tags", TagOutcomes(entities=((1, 1, 1),) * 4), TagOutcomes(entities=((1, 1, 1),) * 4)),
     ):
-        assert StudyReport(plan, records).lost_points(LOOKED_UP) is None
+        report = StudyReport(plan, records)
+        assert report.lost_points(LOOKED_UP, report.common_seeds([LOOKED_UP])) is None
         for seed in (0, 1):
             finish(plan, records, FULL, name, seed, right)
             finish(plan, records, LOOKED_UP, name, seed, wrong)
     report = StudyReport(plan, records)
-    assert report.lost_points(LOOKED_UP).value == pytest.approx(12.5)
+    seeds = report.common_seeds([LOOKED_UP])
+    assert seeds == {"labels": {0, 1}, "tags": {0, 1}}
+    assert report.lost_points(LOOKED_UP, seeds).value == pytest.approx(12.5)
+    one = {name: frozenset({1}) for name in seeds}
+    assert report.lost_points(LOOKED_UP, one).value == pytest.approx(12.5)
     assert report.hit_rates(LOOKED_UP) == [0.8, 0.8]
     assert "Missing: seeds that are done" not in {table.title for table in report.tables()}
     assert curves(report) == []

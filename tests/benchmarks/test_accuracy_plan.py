@@ -15,6 +15,7 @@ from benchmarks.accuracy_study.methods import (
 )
 from benchmarks.accuracy_study.plan import (
     Plan,
+    Run,
     base_identity,
     expected_seconds,
     num_epochs,
@@ -90,6 +91,24 @@ def test_the_dev_split_chooses_the_learning_rate_of_each_set(records):
     one, two = plan.sets
     assert (plan.chosen_rate(one, FULL, records), plan.chosen_rate(two, FULL, records)) == (1e-4, 5e-5)
     assert plan.finished(two, FULL, records) == [run_name(two, FULL, 5e-5, seed) for seed in (0, 1)]
+
+
+def test_rates_with_every_seed_are_compared_by_all_of_them(records):
+    """One seed's development split decides among rates only until another rate has been measured as well."""
+    scores = {(1e-4, 0): 0.8, (5e-5, 0): 0.81, (5e-5, 1): 0.7, (2e-5, 0): 0.6}
+    full = replace(FULL, candidates=(1e-4, 5e-5, 2e-5))
+    plan = made_plan(methods=(full,), sets=("one",))
+    carry_out(plan, records, dev=lambda run: scores[run.learning_rate, run.seed])
+    (labelled,) = plan.sets
+    assert plan.chosen_rate(labelled, full, records) == 5e-5
+    for rate, dev in ((2e-5, 0.99), (1e-4, 0.75)):
+        run = Run(labelled, full, rate, 1)
+        records.add(run.name, made_record(run, dev))
+    assert plan.chosen_rate(labelled, full, records) == 2e-5
+    run = Run(labelled, full, 2e-5, 1)
+    records.add(run.name, made_record(run, 0.9))
+    assert plan.chosen_rate(labelled, full, records) == 1e-4, "0.775 of both seeds, 0.755 and 0.75"
+    assert carry_out(plan, records) == []
 
 
 def test_where_the_largest_learning_rate_is_the_best_a_larger_one_is_tried(records):

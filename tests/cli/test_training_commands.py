@@ -232,10 +232,11 @@ def test_a_teacher(made, tiny_bert, tmp_path, corpus):
         "teacher": str(teacher),
         "unlabelled": [str(tmp_path / "more.txt")],
     }
-    (made / "manifest.jsonl").write_text(json.dumps(line | {"settings": {"max_epochs": 1}}))
+    (made / "manifest.jsonl").write_text(json.dumps(line | {"settings": {"max_epochs": 1, "max_tokens": 6}}))
     done = hmi("tenant", "train-many", made / "store", "--manifest", made / "manifest.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["report"]["teacher"]["sha256"] == report["teacher"]["sha256"]
+    assert "taught-too: " in done.stderr and "texts were cut to 6 tokens" in done.stderr
 
     done = train(made, "x", "--unlabelled", tmp_path / "more.txt")
     assert done.returncode == 2 and "no teacher" in done.stderr
