@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from hmi_engine import errors
 from hmi_engine.async_engine import AsyncEngine
+from hmi_engine.construct.joint_training import TenantExamples
 from hmi_engine.construct.model_card import ModelCard
 from hmi_engine.construct.training import SearchSpace, TrainedTenant, TrainingReport, TrainingSettings
 from hmi_engine.engine import Engine, EngineStatistics
@@ -83,6 +84,7 @@ __all__ = [
     "Store",
     "Tag",
     "TaggedExample",
+    "TenantExamples",
     "TenantLimits",
     "TextPiece",
     "Timing",
