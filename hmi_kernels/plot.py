@@ -15,7 +15,7 @@ from hmi_kernels.cuda.plot import LOOKUP, MERGE
 from hmi_kernels.library import Implementation, define, implemented_in
 from hmi_kernels.native import native
 from hmi_kernels.plot_index import require_index
-from hmi_kernels.row_tables import require_row_tables
+from hmi_kernels.row_tables import MAY_BE_ON_HOST, require_row_tables
 
 __all__ = [
     "native_row_table",
@@ -110,8 +110,8 @@ def plot_merge(
             the backend ``reference``).
 
     While the other tensors are on a GPU, ``row_tables``, ``unigram_tables``, ``row_scales`` and
-    ``codebooks`` may lie in pinned host memory: the kernel then reads the rows in place. Sums are made in
-    float32.
+    ``codebooks`` may lie in pinned host memory: the kernel then reads the rows in place. What lies in other
+    host memory only the reference reads, and slowly. Sums are made in float32.
 
     Returns: [tokens, hidden].
     Raises TypeError or ValueError on arguments of another kind, ValueError on a sequence longer than there
@@ -345,5 +345,5 @@ _plot_merge = define(
     },
     reference=reference.plot_merge,
     fake=MergeArguments.new_hidden_states,
-    may_be_on_host=("row_tables", "unigram_tables", "row_scales", "codebooks"),
+    may_be_on_host=MAY_BE_ON_HOST,
 )

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hmi_kernels.checks import COMPUTE_TYPES, require_tensor
 
-__all__ = ["CODEBOOK_SIZE", "quantize_rows", "require_row_tables"]
+if TYPE_CHECKING:
+    from hmi_kernels.causal import MergeArguments as CausalMergeArguments
+    from hmi_kernels.plot import MergeArguments
+
+__all__ = ["CODEBOOK_SIZE", "MAY_BE_ON_HOST", "pageable_tables", "quantize_rows", "require_row_tables"]
+
+MAY_BE_ON_HOST = ("row_tables", "row_scales", "unigram_tables", "codebooks")
+"""Of a merge's arguments: what a GPU reads in place where it lies in page-locked host memory."""
 
 CODEBOOK_SIZE = 256
 """Pieces that a uint8 can tell apart."""
@@ -66,6 +74,18 @@ def require_row_tables(
         require_tensor(f"row_tables[{i}]", table, _ROW_TYPES, (None, window, hidden_size))
         if table.dtype is torch.int8:
             require_tensor(f"row_scales[{i}]", scales[i], torch.float32, (table.shape[0], window))
+
+
+def pageable_tables(arguments: MergeArguments | CausalMergeArguments) -> str:
+    """Why a GPU cannot read the tables of a merge in place; "" if it can."""
+    for name in MAY_BE_ON_HOST:
+        for i, tensor in enumerate(getattr(arguments, name)):
+            if not (tensor.is_cuda or tensor.numel() == 0 or tensor.is_pinned()):
+                return (
+                    f"{name}[{i}] lies in pageable host memory: "
+                    "pin it (Tensor.pin_memory) or move it to the device"
+                )
+    return ""
 
 
 def _require_companions(

@@ -11,6 +11,7 @@ from torch import Tensor
 from hmi_kernels.cuda import driver
 from hmi_kernels.cuda.segments import SIZE_MULTIPLE, misaligned_start
 from hmi_kernels.library import Implementation
+from hmi_kernels.row_tables import MAY_BE_ON_HOST, pageable_tables
 
 if TYPE_CHECKING:
     from hmi_kernels.plot import LookupArguments, MergeArguments
@@ -69,18 +70,10 @@ def _merge_refuses(arguments: MergeArguments) -> str:
     ):
         if len(tables) > MAX_TABLES:
             return f"{name} must be at most {MAX_TABLES}, not {len(tables)}"
-    may_be_on_host = (
-        ("row_tables", arguments.row_tables),
-        ("row_scales", arguments.row_scales),
-        ("unigram_tables", arguments.unigram_tables),
-        ("codebooks", arguments.codebooks),
-    )
-    for reason_of in (_pageable, _misaligned):
-        for name, tensors in may_be_on_host:
-            if reason := reason_of(name, tensors):
-                return reason
     return (
-        misaligned_start("position_embeddings", arguments.position_embeddings)
+        ("" if driver.is_emulated() else pageable_tables(arguments))
+        or next(filter(None, (_misaligned(name, getattr(arguments, name)) for name in MAY_BE_ON_HOST)), "")
+        or misaligned_start("position_embeddings", arguments.position_embeddings)
         or misaligned_start("layer_norm_weight", arguments.layer_norm_weight)
         or misaligned_start("layer_norm_bias", arguments.layer_norm_bias)
     )
@@ -128,17 +121,6 @@ def _device_address(tensor: Tensor) -> int:
     if tensor.is_cuda or driver.is_emulated() or tensor.numel() == 0:
         return tensor.data_ptr()
     return int(driver.module().device_pointer(tensor.data_ptr()))
-
-
-def _pageable(name: str, tensors: Sequence[Tensor]) -> str:
-    for i, tensor in enumerate(tensors):
-        is_readable = tensor.is_cuda or driver.is_emulated() or tensor.numel() == 0 or tensor.is_pinned()
-        if not is_readable:
-            return (
-                f"{name}[{i}] lies in pageable host memory: "
-                "pin it (Tensor.pin_memory) or move it to the device"
-            )
-    return ""
 
 
 def _misaligned(name: str, tensors: Sequence[Tensor]) -> str:

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hmi_kernels.reference import ROW_BITS
+from hmi_kernels.row_tables import pageable_tables
+from hmi_kernels.settings import is_triton_interpreted
 from hmi_kernels.triton.address_table import WORDS_PER_TABLE, address_table
 from hmi_kernels.triton.layer_norm import MAX_HIDDEN_SIZE
 
@@ -76,6 +78,8 @@ def merge_refuses(arguments: MergeArguments | CausalMergeArguments) -> str:
     hidden_size = arguments.position_embeddings.shape[1]
     if hidden_size > MAX_HIDDEN_SIZE:
         return f"position_embeddings must have at most {MAX_HIDDEN_SIZE} columns, not {hidden_size}"
+    if not is_triton_interpreted() and (reason := pageable_tables(arguments)):
+        return reason
     return arguments.refused_pieces()
 
 

@@ -15,7 +15,11 @@ from kernels.test_vectors import make_batch
 from torch import Tensor
 
 import hmi_kernels
+from hmi_kernels import library, plot
+from hmi_kernels.cuda import driver
 from hmi_kernels.host_indexes import SlotTable, check_on_host
+from hmi_kernels.triton import plot_merge as triton_merge
+from hmi_kernels.triton import plot_rows
 
 
 def test_under_torch_compile() -> None:
@@ -79,6 +83,35 @@ def test_values_in_host_memory_are_checked(name: str, values: list[int]) -> None
     tensors[name] = torch.tensor(values, dtype=tensors[name].dtype)
     with pytest.raises(ValueError, match=name):
         check()
+
+
+@pytest.mark.parametrize("place", ["row_tables", "unigram_tables", "row_scales", "codebooks"])
+def test_pageable_tables_are_left_to_the_reference(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way a call on a GPU takes, no kernel there is given an address of the host's own memory."""
+    case = make_plot_case(2)
+    tables = make_tables(case, 256, (torch.int8, torch.uint8), torch.float16)
+    references, unigram_tables = case.lookup(), torch.tensor(tables.unigram_table_of, dtype=torch.int32)
+    packed = (case.input_ids, case.sequence_offsets, references)
+    norm = (tables.positions, tables.weight, tables.bias)
+    arguments = (*packed, tables.rows, tables.unigrams, unigram_tables, *norm)
+    decoding = {"row_scales": tables.scales, "codebooks": tables.codebooks}
+    options = {"layer_norm_eps": 1e-5, "window": 2, **decoding}
+    pageable = {"row_tables": tables.rows, "unigram_tables": tables.unigrams, **decoding}[place]
+    order = ["cuda", "triton", "reference"]
+    monkeypatch.setattr(library, "candidates", lambda device_type, implemented: order)
+    # As on a GPU: neither emulated nor interpreted, and the other tables page-locked.
+    monkeypatch.setattr(driver, "is_emulated", lambda: False)
+    monkeypatch.setattr(plot_rows, "is_triton_interpreted", lambda: False)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: all(tensor is not table for table in pageable))
+    monkeypatch.setattr(triton_merge, "plot_merge", None)
+
+    found = plot._plot_merge._run("cuda", arguments, options)
+    assert torch.equal(found, hmi_kernels.reference.plot_merge(*arguments, **options))
+    del order[2]
+    with pytest.raises(
+        ValueError, match=rf"cuda cannot .*{place}\[\d\] lies in pageable.*triton cannot .*{place}"
+    ):
+        plot._plot_merge._run("cuda", arguments, options)
 
 
 def test_all_else_works_without_triton() -> None:
