@@ -54,9 +54,15 @@ std::pair<std::unique_ptr<cuda::Event>, std::string> copy_batch(const std::vecto
   const int device = cuda::require_stream_of_pieces(pieces, stream);
   const cuda::DeviceGuard guard(device);
   if (method == CopyMethod::kAuto) method = cuda::choose_copy_method(pieces, stream);
-  cuda::copy_batch(pieces, method, stream);
   auto event = std::make_unique<cuda::Event>();
-  event->record(stream, device);
+  event->reserve(device);  // what can be wanting is asked for before anything starts
+  cuda::copy_batch(pieces, method, stream);
+  try {
+    event->record(stream, device);
+  } catch (...) {
+    cuda::wait_after_failure(stream);  // without an event nobody keeps the tensors until the copies are done
+    throw;
+  }
   return {std::move(event), name_of(method)};
 }
 

@@ -36,4 +36,7 @@ CopyMethod choose_copy_method(const std::vector<Piece>& pieces, cudaStream_t str
 // has waited for the copies that it did start.
 void copy_batch(const std::vector<Piece>& pieces, CopyMethod method, cudaStream_t stream);
 
+// Waits for what was started on the stream before something failed: the caller will free what it reads and writes.
+void wait_after_failure(cudaStream_t stream);
+
 }  // namespace hmi::cuda

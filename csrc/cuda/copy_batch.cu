@@ -244,10 +244,13 @@ void copy_batch(const std::vector<Piece>& pieces, CopyMethod method, cudaStream_
   try {
     start(prepared, method, stream);
   } catch (const CudaError&) {
-    // The caller will free the sources of those that were started.
-    if (cudaStreamSynchronize(stream) != cudaSuccess) cudaGetLastError();
+    wait_after_failure(stream);
     throw;
   }
+}
+
+void wait_after_failure(cudaStream_t stream) {
+  if (cudaStreamSynchronize(stream) != cudaSuccess) cudaGetLastError();
 }
 
 }  // namespace hmi::cuda

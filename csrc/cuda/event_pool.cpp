@@ -51,12 +51,15 @@ void Event::give_back() {
   handle_ = nullptr;
 }
 
+void Event::reserve(int device) {
+  if (handle_ != nullptr && device == device_) return;
+  give_back();
+  handle_ = take(device);
+  device_ = device;
+}
+
 void Event::record(cudaStream_t stream, int device) {
-  if (handle_ != nullptr && device != device_) give_back();
-  if (handle_ == nullptr) {
-    handle_ = take(device);
-    device_ = device;
-  }
+  reserve(device);
   const DeviceGuard guard(device);
   require("cudaEventRecord", cudaEventRecord(handle_, stream));
 }

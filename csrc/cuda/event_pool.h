@@ -13,6 +13,8 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
+  // Makes sure that record() on a stream of the device finds an event. Until then this one is none.
+  void reserve(int device);
   // From now on this event is the stream's work up to here. device: the stream's.
   void record(cudaStream_t stream, int device);
   // Work that is submitted to the stream later waits for this event; the host does not. Nothing without a record().

@@ -349,6 +349,15 @@ def test_copies_that_were_started_before_one_failed_have_ended(device: Device, p
     assert [target.tolist() for target in targets[:2]] == [[1] * 8] * 2 and targets[2].isnan().all()
 
 
+def test_copies_that_could_not_be_given_an_event_have_ended(device: Device, pool: PinnedPool) -> None:
+    stream, target, source = device.stream(), device.empty([8]), pool.empty([8]).fill_(1)
+    device.fail_next("cudaEventRecord", "launch failure")
+    with pytest.raises(CudaError, match="cudaEventRecord"):
+        copy_batch_async([target], [source], stream=stream, method="loop")
+    source.fill_(2)  # nobody keeps it, so the pool may hand it out
+    assert target.tolist() == [1] * 8
+
+
 # ---- Events ----
 
 
