@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hmi_kernels.cuda.architectures import compiled_architectures
 from hmi_kernels.native import native, native_reason
 
 __all__ = [
@@ -45,6 +46,8 @@ _FAULTS = (
 )
 """csrc/cuda/fault.h, in its order."""
 
+_OLDEST_CAPABILITY = (8, 0)
+
 
 class _Module(NamedTuple):
     functions: Any
@@ -72,21 +75,17 @@ def reason() -> str:
 def _reason_of_devices() -> str:
     """Of all, as a process has one choice of backends. Asks the driver only: torch's own question would take
     memory of every device."""
-    oldest, name = min(
-        (tuple(_module.functions.compute_capability(index)), f"cuda:{index}")
-        for index in range(torch.cuda.device_count())
-    )
-    compiled = min(
-        tuple(map(int, architecture.removesuffix("+PTX").split(".")))
-        for architecture in native.cuda_architectures.split()
-    )
-    if oldest >= compiled:
-        return ""
-    return f"compiled for compute capability {_dotted(compiled)} and later, but {name} has {_dotted(oldest)}"
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))
+    compiled = compiled_architectures(native.cuda_architectures)
+    for index in range(torch.cuda.device_count()):
+        major, minor = _module.functions.compute_capability(index)
+        if (major, minor) < _OLDEST_CAPABILITY:
+            return f"the kernels need compute capability 8.0 or later, but cuda:{index} has {major}.{minor}"
+        if not any(architecture.serves((major, minor)) for architecture in compiled):
+            return (
+                f"compiled for compute capability {native.cuda_architectures}, but cuda:{index} has "
+                f"{major}.{minor}: build hmi_kernels again with {major}.{minor} in TORCH_CUDA_ARCH_LIST"
+            )
+    return ""
 
 
 def max_shared_bytes(device: int | None) -> int:

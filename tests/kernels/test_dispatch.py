@@ -54,12 +54,13 @@ class RecordingModule:
 
     def __init__(self) -> None:
         self.launches: list[str] = []
+        self.capabilities: list[tuple[int, int]] = []
 
     def max_shared_bytes(self, device: int) -> int:
         return 163 * 1024
 
     def compute_capability(self, device: int) -> tuple[int, int]:
-        return [(9, 0), (7, 5)][device]
+        return self.capabilities[device]
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self.launches.append(name)
@@ -194,14 +195,34 @@ def test_tensors_of_two_devices_are_no_addresses_in_inference_either(is_first_on
     assert (on_cpu == 1).all()
 
 
-@pytest.mark.parametrize(("devices", "reason"), [(1, ""), (2, "8.0 and later, but cuda:1 has 7.5")])
-def test_devices_that_are_too_old_have_no_cuda_backend(
-    real_module: RecordingModule, monkeypatch: pytest.MonkeyPatch, devices: int, reason: str
+@pytest.mark.parametrize(
+    ("compiled", "capabilities", "reason"),
+    [
+        ("8.0 9.0+PTX", [(9, 0)], ""),
+        ("8.0 9.0+PTX", [(9, 0), (7, 5)], "need compute capability 8.0 or later, but cuda:1 has 7.5"),
+        ("8.0", [(8, 6)], ""),
+        ("8.6", [(8, 0)], "8.6, but cuda:0 has 8.0"),
+        ("8.0", [(9, 0)], "8.0, but cuda:0 has 9.0: build hmi_kernels again with 9.0"),
+        ("8.0+PTX", [(8, 0), (12, 0)], ""),
+        ("8.0 9.0", [(12, 0)], "8.0 9.0, but cuda:0 has 12.0"),
+        ("8.0 9.0a+PTX", [(9, 0), (8, 9)], ""),
+        ("8.0 9.0a+PTX", [(9, 0), (10, 0)], "8.0 9.0a+PTX, but cuda:1 has 10.0"),
+        ("10.0f", [(10, 3)], ""),
+        ("10.0f+PTX", [(12, 0)], "10.0f+PTX, but cuda:0 has 12.0"),
+    ],
+)
+def test_devices_that_no_compiled_code_is_for_have_no_cuda_backend(
+    real_module: RecordingModule,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: str,
+    capabilities: list[tuple[int, int]],
+    reason: str,
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
-    monkeypatch.setattr(driver, "native", SimpleNamespace(cuda_architectures="8.0 9.0+PTX"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(driver, "native", SimpleNamespace(cuda_architectures=compiled))
+    real_module.capabilities = capabilities
     assert reason in driver.reason()
     assert bool(reason) == bool(driver.reason())
 
