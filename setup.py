@@ -1,11 +1,12 @@
 """Builds hmi_kernels._C: one pybind11 module, C++17 always, CUDA where nvcc is found. Torch is never needed.
 
-CXX=g++   HMI_BUILD_CUDA=auto|0|1   TORCH_CUDA_ARCH_LIST="8.0 9.0a+PTX"   MAX_JOBS=n   DEBUG=0|1
+CXX=g++   HMI_BUILD_CUDA=auto|0|1   TORCH_CUDA_ARCH_LIST="8.0 9.0+PTX"   MAX_JOBS=n   DEBUG=0|1
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -47,6 +48,29 @@ SIMD_FLAGS = {
         *HEADER_WARNINGS,
     ],
 }
+# What the sources need beyond C++17: GCC knows the builtin from version 9 on.
+CXX_PROBE = b"""
+#include <string_view>
+typedef float Floats __attribute__((vector_size(16)));
+typedef int Ints __attribute__((vector_size(16)));
+Floats converted(Ints values) { return __builtin_convertvector(values, Floats); }
+"""
+ARCHITECTURE = re.compile(r"(\d+)\.(\d+)([af]?)(\+PTX)?")
+DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
+OLDEST_ARCHITECTURE = (8, 0)
+# What torch takes in place of numbers.
+ARCHITECTURES_BY_NAME = {
+    "Kepler": "3.5",
+    "Maxwell": "5.0",
+    "Pascal": "6.0",
+    "Volta": "7.0",
+    "Turing": "7.5",
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 12.0+PTX",
+}
 
 
 def optimization_flags() -> list[str]:
@@ -54,20 +78,33 @@ def optimization_flags() -> list[str]:
 
 
 def find_cxx() -> str:
-    """The C++ compiler's command; ends the build with advice if there is none that knows C++17."""
+    """The C++ compiler's command; ends the build with advice if there is none that knows what we use."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
         probe = [*shlex.split(candidate), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
         if (
             shutil.which(probe[0])
-            and not subprocess.run(
-                probe, input=b"#include <string_view>\n", capture_output=True, check=False
-            ).returncode
+            and not subprocess.run(probe, input=CXX_PROBE, capture_output=True, check=False).returncode
         ):
             return candidate
     sys.exit(
-        f"hmi_kernels needs a C++17 compiler; tried {', '.join(candidates)}. Install one "
-        "(Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX to its command."
+        f"hmi_kernels needs a C++17 compiler, GCC 9 or later or Clang; tried {', '.join(candidates)}. "
+        "Install one (Debian/Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++) or set CXX to its "
+        "command."
+    )
+
+
+def host_compiler(cxx: str) -> str:
+    """The compiler in a command such as ``ccache g++``: nvcc takes no more than its name.
+
+    Ends the build with advice if the command names none.
+    """
+    commands = [word for word in shlex.split(cxx) if not word.startswith("-")]
+    if commands and shutil.which(commands[-1]):
+        return commands[-1]
+    sys.exit(
+        f"nvcc needs the name of the compiler in CXX={cxx!r}: let it be the last word but for options that "
+        "begin with -, or set HMI_BUILD_CUDA=0"
     )
 
 
@@ -87,13 +124,21 @@ def find_nvcc() -> str | None:
 
 
 def wants_cuda() -> bool:
-    """Whether the CUDA kernels are compiled: where nvcc is found, unless HMI_BUILD_CUDA decides."""
+    """Whether the CUDA kernels are compiled: where nvcc can compile them, unless HMI_BUILD_CUDA decides."""
     mode = os.environ.get("HMI_BUILD_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         sys.exit(f"HMI_BUILD_CUDA must be auto, 0 or 1, not {mode!r}")
     if mode == "1" and find_nvcc() is None:
         sys.exit("HMI_BUILD_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME")
-    return mode != "0" and find_nvcc() is not None
+    if mode == "0" or find_nvcc() is None:
+        return False
+    if not architectures() and mode == "1":
+        sys.exit(
+            "HMI_BUILD_CUDA=1 but there is no architecture to compile for, see above: let "
+            "TORCH_CUDA_ARCH_LIST name GPUs from 8.0 on that nvcc knows (nvcc --list-gpu-arch), "
+            "or install a later CUDA toolkit"
+        )
+    return bool(architectures())
 
 
 def sources(suffix: str) -> list[str]:
@@ -104,17 +149,59 @@ def needs_cuda(source: str) -> bool:
     return source.startswith(("csrc/cuda/", "csrc/bindings/cuda"))
 
 
-def cuda_include() -> Path:
-    """The headers of the toolkit whose nvcc compiles (the nvcc on PATH may be a link or a script)."""
-    command = [str(find_nvcc()), "--dryrun", "-x", "cu", "-c", "/dev/null"]
+def cuda_includes(cxx: str) -> list[Path]:
+    """The headers of the toolkit whose nvcc compiles, where nvcc itself looks for them.
+
+    The nvcc on PATH may be a link or a script, and not every toolkit has its headers beside it.
+    """
+    command = [str(find_nvcc()), "-ccbin", host_compiler(cxx), "--dryrun", "-x", "cu", "-c", "/dev/null"]
     dry_run = subprocess.run(command, capture_output=True, text=True, check=True)
-    top = next(line.split("=", maxsplit=1)[1] for line in dry_run.stderr.splitlines() if "#$ TOP=" in line)
-    return Path(top).resolve() / "include"
+    said = re.search(r"^#\$ INCLUDES=(.*)$", dry_run.stderr, re.MULTILINE)
+    words = shlex.split(said[1]) if said else []  # none where they lie among the system's own
+    return [Path(word.removeprefix("-I")).resolve() for word in words if word.startswith("-I")]
 
 
-def architectures() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST, e.g. "8.0 9.0a 10.0+PTX", read without importing torch."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX").replace(";", " ").split()
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """TORCH_CUDA_ARCH_LIST, e.g. "8.0 9.0a 10.0+PTX", read without importing torch.
+
+    Without those that the kernels do not run on or nvcc does not know, of which it tells. Ends the build with
+    advice on what names no architecture.
+    """
+    known, chosen = known_architectures(), []
+    for entry in requested_architectures():
+        match = ARCHITECTURE.fullmatch(entry)
+        if match is None:
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST names {entry!r}, which is no architecture: use numbers such as 8.0, "
+                "9.0a or 10.0+PTX with spaces or semicolons between them, or the names "
+                f"{', '.join(ARCHITECTURES_BY_NAME)}"
+            )
+        major, minor = int(match[1]), int(match[2])
+        if (major, minor) < OLDEST_ARCHITECTURE:
+            print(f"hmi_kernels: not compiled for {entry}: the CUDA kernels run on GPUs from 8.0 on")
+        elif f"compute_{major}{minor}" not in known:
+            print(f"hmi_kernels: not compiled for {entry}, which {find_nvcc()} does not know")
+            if chosen and match[4] and re.fullmatch(r"[\d.]+", chosen[-1]):
+                chosen[-1] += "+PTX"  # which serves the same GPUs, compiled by their driver
+        else:
+            chosen.append(entry)
+    return tuple(chosen)
+
+
+def requested_architectures() -> list[str]:
+    """What the environment asks for, names replaced by numbers; the default if it says nothing."""
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    numbers = [ARCHITECTURES_BY_NAME.get(entry, entry) for entry in requested]
+    return " ".join(numbers or [DEFAULT_ARCHITECTURES]).split()
+
+
+def known_architectures() -> set[str]:
+    """What nvcc can compile for, e.g. compute_80."""
+    listed = subprocess.run(
+        [str(find_nvcc()), "--list-gpu-arch"], capture_output=True, text=True, check=False
+    )
+    return set(listed.stdout.split())
 
 
 def architecture_flags() -> list[str]:
@@ -124,7 +211,7 @@ def architecture_flags() -> list[str]:
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def kept_pybind11() -> Path:
@@ -157,14 +244,14 @@ def as_target(path: object) -> str:
 def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
     # -isystem: their warnings are not ours.
-    headers = [kept_pybind11(), sysconfig.get_path("include"), *([cuda_include()] if with_cuda else [])]
+    headers = [kept_pybind11(), sysconfig.get_path("include"), *(cuda_includes(cxx) if with_cuda else [])]
     system = [f"-isystem {in_command(folder)}" for folder in headers]
     common = [*optimization_flags(), f"-I{in_command(ROOT / 'csrc')}", f"-DHMI_WITH_CUDA={int(with_cuda)}"]
-    names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else [])}\"'"]
+    names = [f"-DHMI_CUDA_ARCHITECTURES='\"{' '.join(architectures() if with_cuda else ())}\"'"]
     nvcc_flags = ["-std=c++17", "-lineinfo", "-Xfatbin=-compress-all", "--expt-relaxed-constexpr"]
-    nvcc_flags += ["-ccbin", cxx, *architecture_flags()]
-    nvcc = in_command(find_nvcc())
-    linker = f"{nvcc} --cudart=static -ccbin {cxx} -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
+    nvcc_flags += architecture_flags() if with_cuda else []
+    nvcc = f"{in_command(find_nvcc())} -ccbin {in_command(host_compiler(cxx))}" if with_cuda else ""
+    linker = f"{nvcc} --cudart=static -Xcompiler -pthread" if with_cuda else f"{cxx} -pthread"
     lines = [
         "ninja_required_version = 1.3",
         f"cxx_flags = {' '.join([*CXX_FLAGS, *common, *system, *names])}",
@@ -213,7 +300,10 @@ class NinjaBuild(build_ext):
         module.with_suffix(".new").replace(module)
 
 
-extension = Extension(
-    "hmi_kernels._C", sources=[*sources(".cpp"), *sources(".cu")], depends=[*sources(".h"), *sources(".cuh")]
-)
-setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    extension = Extension(
+        "hmi_kernels._C",
+        sources=[*sources(".cpp"), *sources(".cu")],
+        depends=[*sources(".h"), *sources(".cuh")],
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuild})
