@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmi_kernels.adapters import grouped_bottleneck, grouped_lora
+from hmi_kernels.cuda.adapters import check_adapter_shape
 from hmi_kernels.library import define, define_gradient
 from hmi_kernels.products import grouped_product, grouped_weight_gradient
 from hmi_kernels.reference import ACTIVATIONS
@@ -137,11 +138,17 @@ class _Matrices(NamedTuple):
 
 
 class _Batch:
-    """Segments of tokens, and the products of their rows with the matrices of their slots."""
+    """Segments of tokens, and the products of their rows with the matrices of their slots.
 
-    def __init__(self, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor) -> None:
+    ``any_matrix`` says of those what it says to :func:`grouped_product`.
+    """
+
+    def __init__(
+        self, arena: Tensor, segment_offsets: Tensor, segment_slots: Tensor, *, any_matrix: bool
+    ) -> None:
         self.arena = arena
         self._segments = (segment_offsets, segment_slots)
+        self._any_matrix = any_matrix
 
     def product(
         self, inputs: Tensor, matrices: _Matrices, output_size: int, *, transposed: bool = False
@@ -153,18 +160,29 @@ class _Batch:
             *matrices,
             output_size=output_size,
             transposed=transposed,
+            any_matrix=self._any_matrix,
         )
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor, matrices: _Matrices) -> Tensor:
+        return self._weight_gradient(inputs, gradients, matrices, any_matrix=self._any_matrix)
+
+    def _weight_gradient(
+        self, inputs: Tensor, gradients: Tensor, matrices: _Matrices, *, any_matrix: bool
+    ) -> Tensor:
         return grouped_weight_gradient(
-            inputs, gradients, *self._segments, *matrices, arena_size=self.arena.shape[0]
+            inputs,
+            gradients,
+            *self._segments,
+            *matrices,
+            arena_size=self.arena.shape[0],
+            any_matrix=any_matrix,
         )
 
     def bias_gradient(self, gradients: Tensor, slot_offsets: Tensor, slot_sizes: Tensor) -> Tensor:
         """Of biases [slot_sizes] at slot_offsets: sums over the slots' tokens."""
         ones = gradients.new_ones(gradients.shape[0], _ONES)
         matrices = _Matrices(slot_offsets, (slot_sizes > 0).to(torch.int32), slot_sizes)
-        return self.weight_gradient(ones, gradients, matrices)
+        return self._weight_gradient(ones, gradients, matrices, any_matrix=True)  # of one row
 
     def token_slots(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """The slot of every token, int64 [T], 0 for none; and whether it has one, bool [T, 1]."""
@@ -175,6 +193,23 @@ class _Batch:
         is_inside = (segments >= 0) & (segments < slots.shape[0])
         chosen = torch.where(is_inside, slots[segments.clamp(0, slots.shape[0] - 1)].long(), -1)
         return chosen.clamp(min=0), (chosen >= 0)[:, None]
+
+
+def _may_be_any_matrix(
+    input_size: int, output_sizes: Sequence[int], max_rank: int, *, is_bottleneck: bool
+) -> bool:
+    """Whether the blocks' matrices may have ranks and offsets that are no multiples of 8.
+
+    The forward pass on the backend ``cuda`` is asked for no others; where it cannot have run there, they may.
+    """
+    try:
+        for output_size in output_sizes:
+            check_adapter_shape(
+                input_size=input_size, output_size=output_size, rank=max_rank, is_bottleneck=is_bottleneck
+            )
+    except ValueError:
+        return True
+    return False
 
 
 def _filled(like: Tensor, value: int) -> Tensor:
@@ -189,7 +224,8 @@ def _bottleneck_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     size, max_rank = hidden_states.shape[1], ctx.max_rank
     if 0 in (slots.shape[0], slot_ranks.shape[0], max_rank, *hidden_states.shape):
         return torch.zeros_like(hidden_states), torch.zeros_like(arena), *[None] * 7
-    batch = _Batch(arena, offsets, slots)
+    any_matrix = _may_be_any_matrix(size, [size], max_rank, is_bottleneck=True)
+    batch = _Batch(arena, offsets, slots, any_matrix=any_matrix)
     sizes = _filled(slot_ranks, size)
     down_bias = slot_offsets + size * slot_ranks
     up_bias = down_bias + slot_ranks * (1 + size)
@@ -268,7 +304,8 @@ def _lora_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     size, max_rank = hidden_states.shape[1], ctx.max_rank
     if 0 in (slots.shape[0], slot_ranks.shape[-1], max_rank, *hidden_states.shape):
         return torch.zeros_like(hidden_states), torch.zeros_like(arena), *[None] * 7
-    batch = _Batch(arena, offsets, slots)
+    any_matrix = _may_be_any_matrix(size, ctx.output_sizes, max_rank, is_bottleneck=False)
+    batch = _Batch(arena, offsets, slots, any_matrix=any_matrix)
     token_slots, has_slot = (part.to(arena.device) for part in batch.token_slots(len(hidden_states)))
     hidden_gradient, arena_gradient = None, None
     parts = gradient.split(ctx.output_sizes, dim=1)

@@ -212,6 +212,7 @@ def grouped_product(
     *,
     output_size: int,
     transposed: bool = False,
+    any_matrix: bool = False,
 ) -> Tensor:
     """One segment after the other."""
     output = inputs.new_zeros(inputs.shape[0], output_size)
@@ -237,6 +238,7 @@ def grouped_weight_gradient(
     slot_columns: Tensor,
     *,
     arena_size: int,
+    any_matrix: bool = True,
 ) -> Tensor:
     """One segment after the other."""
     sums = _wide(inputs.new_zeros(arena_size))

@@ -30,6 +30,7 @@ def grouped_product(
     *,
     output_size: int,
     transposed: bool = False,
+    any_matrix: bool = False,
 ) -> Tensor:
     """Multiplies the rows of each segment with the matrix of its slot.
 
@@ -49,6 +50,8 @@ def grouped_product(
         slot_columns: likewise.
         output_size: columns of the result, at least the most that a slot has.
         transposed: whether the matrices' transposes are meant.
+        any_matrix: whether rows, columns and offsets may be others than multiples of 8, which the backend
+            ``cuda`` refuses. It cannot see them before it runs.
 
     On the backend ``cuda`` sizes, rows, columns and offsets are multiples of 8. Index tensors may stay in
     host memory, as with :func:`hmi_kernels.grouped_lora`. Differentiable in ``inputs`` and ``arena``.
@@ -67,6 +70,7 @@ def grouped_product(
         slot_columns,
         output_size=output_size,
         transposed=transposed,
+        any_matrix=any_matrix,
     )
     return result
 
@@ -81,6 +85,7 @@ def grouped_weight_gradient(
     slot_columns: Tensor,
     *,
     arena_size: int,
+    any_matrix: bool = True,
 ) -> Tensor:
     """The gradient of the matrices of :func:`grouped_product`, without atomics: the same bits every time.
 
@@ -93,6 +98,8 @@ def grouped_weight_gradient(
         segment_offsets, segment_slots, slot_offsets, slot_rows, slot_columns: as there. The matrices of slots
             in use must not overlap. On the backend ``cuda`` rows, columns and offsets may be any number.
         arena_size: elements of the result.
+        any_matrix: as for :func:`grouped_product`, of which the derivative is made: without it that too runs
+            on the backend ``cuda``, but only on multiples of 8.
 
     Returns: [arena_size]. Differentiable in ``inputs`` and ``output_gradients``.
 
@@ -107,6 +114,7 @@ def grouped_weight_gradient(
         slot_rows,
         slot_columns,
         arena_size=arena_size,
+        any_matrix=any_matrix,
     )
     return result
 
@@ -123,6 +131,7 @@ class ProductArguments(NamedTuple):
     slot_columns: Tensor
     output_size: int
     transposed: bool = False
+    any_matrix: bool = False
 
 
 class WeightGradientArguments(NamedTuple):
@@ -136,6 +145,7 @@ class WeightGradientArguments(NamedTuple):
     slot_rows: Tensor
     slot_columns: Tensor
     arena_size: int
+    any_matrix: bool = True
 
 
 def _check_indexes(arguments: ProductArguments | WeightGradientArguments) -> None:
@@ -222,7 +232,7 @@ def _weight_gradient_on_cpu(arguments: WeightGradientArguments) -> Tensor:
 def _save_product(ctx: Any, values: tuple[Any, ...], output: Tensor) -> None:
     arguments = ProductArguments(*values)
     ctx.save_for_backward(*arguments[:7])
-    ctx.transposed = arguments.transposed
+    ctx.transposed, ctx.any_matrix = arguments.transposed, arguments.any_matrix
 
 
 def _product_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -231,16 +241,25 @@ def _product_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     input_gradient, arena_gradient = None, None
     if ctx.needs_input_grad[0]:
         input_gradient = grouped_product(
-            gradient, arena, *indexes, output_size=inputs.shape[1], transposed=not ctx.transposed
+            gradient,
+            arena,
+            *indexes,
+            output_size=inputs.shape[1],
+            transposed=not ctx.transposed,
+            any_matrix=ctx.any_matrix,
         )
     if ctx.needs_input_grad[1]:
         sides = (gradient, inputs) if ctx.transposed else (inputs, gradient)
-        arena_gradient = grouped_weight_gradient(*sides, *indexes, arena_size=arena.shape[0])
-    return input_gradient, arena_gradient, *[None] * 7
+        arena_gradient = grouped_weight_gradient(
+            *sides, *indexes, arena_size=arena.shape[0], any_matrix=ctx.any_matrix
+        )
+    return input_gradient, arena_gradient, *[None] * 8
 
 
 def _save_weight_gradient(ctx: Any, values: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*WeightGradientArguments(*values)[:7])
+    arguments = WeightGradientArguments(*values)
+    ctx.save_for_backward(*arguments[:7])
+    ctx.any_matrix = arguments.any_matrix
 
 
 def _weight_gradient_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -249,11 +268,18 @@ def _weight_gradient_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     first, second = None, None
     if ctx.needs_input_grad[0]:
         first = grouped_product(
-            output_gradients, gradient, *indexes, output_size=inputs.shape[1], transposed=True
+            output_gradients,
+            gradient,
+            *indexes,
+            output_size=inputs.shape[1],
+            transposed=True,
+            any_matrix=ctx.any_matrix,
         )
     if ctx.needs_input_grad[1]:
-        second = grouped_product(inputs, gradient, *indexes, output_size=output_gradients.shape[1])
-    return first, second, *[None] * 6
+        second = grouped_product(
+            inputs, gradient, *indexes, output_size=output_gradients.shape[1], any_matrix=ctx.any_matrix
+        )
+    return first, second, *[None] * 7
 
 
 _INDEXES = (
@@ -262,7 +288,7 @@ _INDEXES = (
 _MAY_BE_ON_HOST = ("segment_offsets", "segment_slots", "slot_offsets", "slot_rows", "slot_columns")
 _grouped_product = define(
     f"grouped_product(Tensor inputs, Tensor arena, {_INDEXES}, *, SymInt output_size, "
-    "bool transposed=False) -> Tensor",
+    "bool transposed=False, bool any_matrix=False) -> Tensor",
     arguments=ProductArguments,
     check=_check_product,
     implementations={
@@ -277,7 +303,7 @@ _grouped_product = define(
 define_gradient(_grouped_product, save=_save_product, backward=_product_backward)
 _grouped_weight_gradient = define(
     f"grouped_weight_gradient(Tensor inputs, Tensor output_gradients, {_INDEXES}, *, "
-    "SymInt arena_size) -> Tensor",
+    "SymInt arena_size, bool any_matrix=True) -> Tensor",
     arguments=WeightGradientArguments,
     check=_check_weight_gradient,
     implementations={

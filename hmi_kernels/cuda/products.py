@@ -27,6 +27,8 @@ def _refuses(arguments: ProductArguments | WeightGradientArguments, other: str, 
 
 
 def _product_refuses(arguments: ProductArguments) -> str:
+    if arguments.any_matrix:
+        return f"any_matrix is set, but rows, columns and offsets must be multiples of {SIZE_MULTIPLE}"
     if arguments.output_size % SIZE_MULTIPLE:
         return f"output_size must be a multiple of {SIZE_MULTIPLE}, not {arguments.output_size}"
     return _refuses(arguments, "arena", arguments.arena)

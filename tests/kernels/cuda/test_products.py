@@ -14,6 +14,7 @@ from kernels.product_cases import ProductBatch, make_products, product_batches
 from kernels.test_deltas import DeltaBatch, delta_batches, make_deltas
 from torch import Tensor
 
+import hmi_kernels
 from hmi_kernels import reference
 from hmi_kernels.cuda import driver
 
@@ -144,6 +145,60 @@ def test_drawn_deltas(batch: DeltaBatch) -> None:
     for found, expected in zip(batch.gradients(), gradients_in_float64(batch), strict=True):
         scale = max(float(expected.abs().max()), 2.0**-8)
         assert (found.double() - expected).abs().max() <= 8 * torch.finfo(torch.float16).eps * scale
+
+
+def test_derivatives_of_matrices_of_any_size_are_refused() -> None:
+    """Which the kernel of the product would leave at zero: see the next test for those that it takes."""
+    batch = make_products([5, 9], [1, 0], [(16, 8), (3, 8)], dtype=torch.float16, multiple=8)
+    batch.slot_offsets[1] += 3
+    sides = batch.inputs.requires_grad_(), batch.output_gradients.requires_grad_()
+    gradient = batch.weight_gradient()
+    for side in sides:
+        with pytest.raises(
+            ValueError, match="backend cuda cannot run hmi::grouped_product: any_matrix is set"
+        ):
+            torch.autograd.grad(gradient.sum(), side, retain_graph=True)
+
+
+def test_second_derivatives() -> None:
+    batch = make_deltas(
+        [20, 5, 7], [0, 1, -1], [[16, 8], [8, 8]], size=256, output_sizes=(264, 64), dtype=torch.float16
+    )
+    for found, expected in zip(second_gradients(batch), second_gradients_in_float64(batch), strict=True):
+        assert expected.abs().max() > 0
+        scale = expected.abs().max()
+        assert (found.double() - expected).abs().max() <= 16 * torch.finfo(torch.float16).eps * scale
+    driver.raise_faults()
+
+
+def second_gradients(batch: DeltaBatch) -> tuple[Tensor, ...]:
+    """Of the product of the gradients with fixed numbers."""
+    inputs = [tensor.clone().requires_grad_() for tensor in (batch.hidden_states, batch.arena)]
+    first = torch.autograd.grad(batch.delta(*inputs).square().mean(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+
+
+def second_gradients_in_float64(batch: DeltaBatch) -> tuple[Tensor, ...]:
+    wide = DeltaBatch(**vars(batch))
+    wide.hidden_states, wide.arena = batch.hidden_states.double(), batch.arena.double()
+    with hmi_kernels.use_backend("reference"):
+        return second_gradients(wide)
+
+
+def test_second_derivatives_of_biases_are_refused() -> None:
+    batch = make_deltas([20, 7], [1, 0], [[16, 8]], size=256, activations=[1, 2], dtype=torch.float16)
+    with pytest.raises(ValueError, match="any_matrix is set"):
+        second_gradients(batch)
+
+
+def test_gradients_of_what_another_backend_ran_are_refused() -> None:
+    """Too narrow for the kernels of the forward pass, so that nobody has asked for ranks that these take."""
+    batch = make_deltas([20, 7], [1, 0], [[16, 12]], size=128, activations=[1, 2], dtype=torch.float16)
+    hidden_states = batch.hidden_states.requires_grad_()
+    with hmi_kernels.use_backend("reference"):
+        delta = batch.delta(hidden_states, batch.arena)
+    with pytest.raises(ValueError, match="any_matrix is set"):
+        torch.autograd.grad(delta.sum(), hidden_states)
 
 
 @pytest.mark.slow
