@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from hmi_kernels import reference
 from hmi_kernels.checks import COMPUTE_TYPES, require_rows, require_vector
+from hmi_kernels.cuda.segments import misaligned
 from hmi_kernels.library import Implementation, define
 from hmi_kernels.native import native
 
@@ -133,11 +134,21 @@ def attend_packed(arguments: _Arguments) -> Tensor:
         return _make_output(arguments)
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (rows.unflatten(1, (num_heads, head_size)) for rows in (query, key, value))
+    q, k, v = (_aligned(rows).unflatten(1, (num_heads, head_size)) for rows in (query, key, value))
     longest = _max_length(arguments)
     attended = varlen_attn(q, k, v, query_offsets.int(), key_offsets.int(), longest, longest)
     assert isinstance(attended, Tensor)  # nothing else was asked for
     return attended.flatten(1)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The rows, or a copy of rows of 16 bits where these cannot be read 16 bytes at a time.
+
+    As FlashAttention reads them.
+    """
+    if rows.element_size() == 2 and misaligned("rows", rows):
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows
 
 
 @functools.cache
@@ -166,7 +177,7 @@ def attend_jagged(arguments: _Arguments) -> Tensor:
     max_length = _max_length(arguments)
 
     def by_head(rows: Tensor, offsets: Tensor) -> Tensor:
-        heads = rows.contiguous().unflatten(1, (num_heads, -1))
+        heads = _aligned(rows).contiguous().unflatten(1, (num_heads, -1))
         jagged = torch.nested.nested_tensor_from_jagged(heads, offsets, min_seqlen=0, max_seqlen=max_length)
         return jagged.transpose(1, 2)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import hmi_kernels
+from hmi_kernels import attention
 from hmi_kernels.attention import _Arguments, attend_jagged, attend_packed
 
 BACKENDS = ("cpu", "reference")
@@ -82,6 +83,39 @@ def test_the_way_of_gpus_equals_torch(query_lengths, max_length):
     torch.testing.assert_close(found, expected(query, key, value, query_lengths, key_lengths, 3))
     nothing = attend_jagged(_Arguments(query[:0], key[:0], value[:0], offsets([]), offsets([]), 3))
     assert nothing.shape == (0, 12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first", "stride", "is_copied"),
+    [
+        (torch.float16, 0, 72, False),
+        (torch.float16, 8, 72, False),
+        (torch.float16, 4, 72, True),
+        (torch.bfloat16, 0, 68, True),
+        (torch.float32, 4, 68, False),
+    ],
+)
+def test_gpus_are_given_rows_that_they_can_read(dtype, first, stride, is_copied, monkeypatch):
+    """FlashAttention reads 16 bytes at a time, wherever the rows begin."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    rows = torch.randn(20, stride).to(dtype)[:, first : first + 64]
+    given = []
+
+    def flash(query, key, value, *bounds):
+        given.extend([query, key, value])
+        return query.clone()
+
+    monkeypatch.setattr(attention, "_has_flash", lambda device: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    attend_packed(_Arguments(rows, rows, rows, offsets([20]), offsets([20]), 4, 20))
+    if dtype is torch.float32:
+        assert not given
+        assert attention._aligned(rows) is rows
+        return
+    for operand in given:
+        assert (operand.data_ptr() != rows.data_ptr()) == is_copied
+        assert operand.data_ptr() % 16 == operand.stride(0) % 8 == 0
+        assert torch.equal(operand.flatten(1), rows)
 
 
 def test_neighbours_and_threads_change_no_bit(simd_level):
