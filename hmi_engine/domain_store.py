@@ -33,7 +33,7 @@ from hmi_engine.knowledge.frequencies import DEFAULT_HALF_LIFE_TOKENS, Frequenci
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.names import check_name
-from hmi_engine.knowledge.records import DomainInfo, TrafficInfo
+from hmi_engine.knowledge.records import TrafficInfo
 from hmi_engine.knowledge.row_formats import RowFormat
 from hmi_engine.knowledge.sizes import parse_bytes
 from hmi_engine.knowledge.tensor_file import write_tensors
@@ -190,7 +190,7 @@ class DomainStore:
             )
         if ray is not None and self.general.is_causal:
             raise UnsupportedModelError("Ray builds the domains of encoders alone; leave it out")
-        identity = self.domains[parent].layer_identity
+        _ = self.domains[parent]
         settings = self._settings(plot_bytes, row_format, min_count)
         source = CorpusSource(
             corpus,
@@ -209,6 +209,7 @@ class DomainStore:
             ) as change,
             BuildFolder.open(self.layout, name) as folder,
         ):
+            identity = change.info(parent).layer_identity
             plan = plan_domain(
                 source,
                 self.encoder,
@@ -259,12 +260,13 @@ class DomainStore:
             StoreBusyError: someone else is changing this part of the tree; nothing was changed.
         """
         self._check_writable()
-        info = self.domains[name]
-        budget = info.plot_bytes if plot_bytes is None else plot_bytes
-        settings = self._settings(budget, info.row_format, max(1, info.min_count))
+        _ = self.domains[name]
         source = CorpusSource(corpus or (), text_field=text_field, stdin_format=stdin_format)
         pause = _pauses(max_share)
         with TreeChange(self.catalog, self.domain_layers, progress=progress, pause=pause) as change:
+            info = change.info(name)
+            budget = info.plot_bytes if plot_bytes is None else plot_bytes
+            settings = self._settings(budget, info.row_format, max(1, info.min_count))
             table = change.table(name)
             known = DomainCorpus(Frequencies.none()) if table is None else DomainCorpus.of(table)
             taken: list[TrafficInfo] = []
@@ -328,12 +330,11 @@ class DomainStore:
             UnsupportedModelError: the domain is the root, or the tensors are not those of K such layers.
         """
         self._check_writable()
-        info = self.domains[name]
         if not self.general.plot_layers:
             raise UnsupportedModelError(
                 f"{self.layout.root} has no domain layers (plot_layers is 0), so no domain can have its own"
             )
-        if info.parent is None:
+        if self.domains[name].parent is None:
             raise UnsupportedModelError(
                 f"domain {name!r} is the root, whose layers are the base model's; give others to one below"
             )
@@ -342,16 +343,17 @@ class DomainStore:
                 change.inherit_layers(name)
             else:
                 tensors = layers if isinstance(layers, Mapping) else _read_layers(Path(layers))
-                change.own_layers(name, *self._save_layers(info, tensors))
+                change.own_layers(name, *self._save_layers(change, name, tensors))
             change.commit()
 
-    def _save_layers(self, info: DomainInfo, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    def _save_layers(self, change: TreeChange, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
         """Writes the layers' file; returns its relative path and SHA-256, and makes the layers known."""
         checked = checked_domain_layers(tensors, self.general_folder, self.model)
         (number,) = self.catalog.reserve()
-        file = self.layout.layers_file(info.id, number)
-        path = self.layout.resolve(file)
-        sha256 = write_tensors(path, checked, {"format": "hmi-domain-layers"})
+        file = self.layout.layers_file(change.info(name).id, number)
+        with self.catalog.change_lock:
+            path = change.announce(file)
+            sha256 = write_tensors(path, checked, {"format": "hmi-domain-layers"})
         identity = f"{sha256[:16]}:{self.general.plot_layers}"
         self.domain_layers.add(identity, path)
         return file, sha256

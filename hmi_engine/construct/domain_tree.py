@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -33,6 +34,7 @@ from hmi_engine.knowledge.atomic import remove_quietly
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.general import GeneralInfo
+from hmi_engine.knowledge.leftovers import remove_unused
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
 from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
 
@@ -77,12 +79,15 @@ class TreeChange:
             batches_at_once: from so many threads layers are called, where they run on other machines.
         """
         self._catalog = catalog
-        self._general = catalog.general
         self._layers = layers
         self._progress = progress
         self._pause = pause
         self._batches_at_once = batches_at_once
-        self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
+        with catalog.snapshot():
+            self._general = catalog.general
+            self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
+        self._walked: set[str] = set()  # domains in whose tables a plan finds rows
+        self._replanned: set[str] = set()
         self._written: list[str] = []
 
     def _node(self, name: str) -> _Node:
@@ -91,6 +96,15 @@ class TreeChange:
             _ = self._catalog.domains[name]  # raises UnknownDomainError
             raise StoreBusyError(f"domain {name!r} was made just now; try again")
         return self._nodes[name]
+
+    def info(self, name: str) -> DomainInfo:
+        """A domain as the change has it: what it is planned from must not be read from the catalog again.
+
+        Raises:
+            UnknownDomainError: there is none of this name.
+            StoreBusyError: it was made just now.
+        """
+        return self._node(name).after
 
     def table(self, name: str) -> PlotTable | None:
         """The domain's table as it will be, None where it has none.
@@ -113,10 +127,14 @@ class TreeChange:
         return node.table
 
     def above(self, parent: str | None, identity: str) -> list[PlotTable]:
-        """Tables in which a child of ``parent`` with these domain layers finds rows, nearest first."""
+        """Tables in which a child of ``parent`` with these domain layers finds rows, nearest first.
+
+        A plan leaves out what they hold, so nothing is committed once one of their domains has changed.
+        """
         tables = []
         name = parent
         while name is not None and self._node(name).after.layer_identity == identity:
+            self._walked.add(name)
             tables.append(self.table(name))
             name = self._node(name).after.parent
         return [table for table in tables if table is not None]
@@ -181,10 +199,19 @@ class TreeChange:
         node.after = node.after.model_copy(update={"parent": parent, "parent_id": above.id})
         self.refresh(name, donors=donors)
 
-    def own_layers(self, name: str, file: str, sha256: str) -> None:
-        """Gives a domain its own domain layers: a written file, which goes again if nothing is committed."""
-        path = self._catalog.layout.resolve(file)
+    def announce(self, file: str) -> Path:
+        """The path of a file that will be written before :meth:`commit`.
+
+        Until the change ends nobody of this process takes it for an orphan; it goes again if nothing is
+        committed. Hold the catalog's ``change_lock`` while it is written, as it has another name so long.
+        """
         self._written.append(file)
+        self._catalog.files_in_the_making.add(file)
+        return self._catalog.layout.resolve(file)
+
+    def own_layers(self, name: str, file: str, sha256: str) -> None:
+        """Gives a domain its own domain layers: an announced file that has been written."""
+        path = self._catalog.layout.resolve(file)
         stored = StoreFile(file=file, bytes=path.stat().st_size, sha256=sha256)
         identity = f"{sha256[:16]}:{self._general.plot_layers}"
         node = self._node(name)
@@ -267,6 +294,7 @@ class TreeChange:
         *,
         max_promotions: int | None,
     ) -> None:
+        self._replanned.add(node.after.name)
         table = self.table(node.after.name)
         parent = node.after.parent
         if parent is not None and node.after.layers is None:
@@ -376,12 +404,18 @@ class TreeChange:
                 for node in built:
                     if node.table is not None:
                         self._write(node, node.table)
-                changes = self._changes()
-                self._catalog.commit_domains(changes, taken_traffic=taken_traffic, general=general)
+                self._catalog.commit_domains(
+                    self._changes(),
+                    unchanged=self._before(self._walked | self._replanned),
+                    replanned=self._before(self._replanned),
+                    taken_traffic=taken_traffic,
+                    general=general,
+                )
             except BaseException:
-                self._remove_files(_files_of(node.after for node in built) - self._files_before())
+                remove_unused(self._catalog, _files_of(node.after for node in built) - self._files_before())
                 raise
-            self._remove_files(self._files_before() - _files_of(node.after for node in self._nodes.values()))
+            for file in self._files_before() - _files_of(node.after for node in self._nodes.values()):
+                remove_quietly(self._catalog.layout.resolve(file))
         for node in built:
             if node.folder is not None:
                 node.folder.remove()
@@ -394,12 +428,13 @@ class TreeChange:
             if node.before is None or node.before != node.after
         ]
 
+    def _before(self, names: Iterable[str]) -> list[DomainInfo]:
+        """Those of these domains that there were when the change began, as they were."""
+        nodes = map(self._node, sorted(names))
+        return [node.before for node in nodes if node.before is not None]
+
     def _files_before(self) -> set[str]:
         return _files_of(node.before for node in self._nodes.values() if node.before is not None)
-
-    def _remove_files(self, files: Iterable[str]) -> None:
-        for file in files:
-            remove_quietly(self._catalog.layout.resolve(file))
 
     def __enter__(self) -> TreeChange:
         """Returns the change itself."""
@@ -414,7 +449,8 @@ class TreeChange:
             if node.folder is not None:
                 node.folder.remove() if is_lasting else node.folder.close()
                 node.folder = None
-        self._remove_files(set(self._written) - _files_of(self._catalog.domains.values()))
+        remove_unused(self._catalog, self._written)
+        self._catalog.files_in_the_making.difference_update(self._written)
 
 
 def _files_of(infos: Iterable[DomainInfo]) -> set[str]:

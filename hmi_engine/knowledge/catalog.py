@@ -37,6 +37,7 @@ from hmi_engine.knowledge.catalog_rows import (
     insert_domain,
     insert_tenant,
     insert_traffic,
+    other_domains_below,
     replace_domain,
     replace_general,
     write_general,
@@ -76,6 +77,8 @@ class Catalog:
             raise
         # Held from the writing of a file to its commit, so that no repair of this process runs between.
         self.change_lock = threading.RLock()
+        # Written by changes of this process long before they commit: no orphans.
+        self.files_in_the_making: set[str] = set()
         # What the arenas of this process' engines on the store hold, by engine: no larger tenant is added.
         self.arena_bytes = weakref.WeakKeyDictionary[object, int]()
         # The base model that the opener makes tenants for, where it says so: none is added to another one.
@@ -251,15 +254,20 @@ class Catalog:
         self,
         changes: Sequence[DomainChange],
         *,
+        unchanged: Sequence[DomainInfo] = (),
+        replanned: Sequence[DomainInfo] = (),
         taken_traffic: Sequence[int] = (),
         general: GeneralInfo | None = None,
     ) -> None:
         """Put new states of domains in place, all of them or none; traffic that was taken in is forgotten.
 
-        With ``general`` that base model, whose folder is complete, takes the place of the present one.
+        ``unchanged`` are further domains that the change was planned from; those of them that are gone had no
+        children, and count for nothing. Of ``replanned`` domains the change has planned the children too, so
+        that no others may have come below them. With ``general`` that base model, whose folder is complete,
+        takes the place of the present one.
 
-        Raises :class:`DomainExistsError`, :class:`UnknownDomainError` where the parent of a new domain is
-        gone, :class:`StoreBusyError` where a domain is not any more what the change was planned from, and
+        Raises :class:`DomainExistsError`, :class:`UnknownDomainError` where a domain's parent is gone,
+        :class:`StoreBusyError` where a domain is not any more what the change was planned from, and
         :class:`DomainCycleError` where a domain would be below itself, and :class:`GeneralInUseError` where
         the present base model has tenants.
         """
@@ -273,9 +281,19 @@ class Catalog:
                     self._insert_domain(connection, change.after)
                     continue
                 self._check_unchanged(change.before)
+                if change.after.parent_id is not None:
+                    self._check_parent(connection, change.after)
                 replace_domain(connection, change.after)
             for change in changes:
                 self._check_place(change.after)
+            changed = {change.after.name for change in changes}
+            for info in unchanged:
+                if info.name not in changed and info.name in self.domains:
+                    self._check_unchanged(info)
+            if others := other_domains_below(connection, [info.id for info in replanned]):
+                raise StoreBusyError(
+                    f"domain {others[0]!r} was put below by someone else meanwhile; try again"
+                )
             connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
 
     def check_no_tenants(self) -> None:
@@ -314,11 +332,14 @@ class Catalog:
             raise DomainExistsError(
                 f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
             )
+        self._check_parent(connection, domain)
+        insert_domain(connection, domain)
+
+    def _check_parent(self, connection: sqlite3.Connection, domain: DomainInfo) -> None:
         if domain.parent_id is None or not has_domain(connection, domain.parent_id):
             raise UnknownDomainError(
                 f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
             )
-        insert_domain(connection, domain)
 
     def add_traffic(self, traffic: TrafficInfo) -> None:
         """Note a file of a domain's traffic; raises :class:`UnknownDomainError` if the domain is gone."""

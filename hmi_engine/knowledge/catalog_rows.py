@@ -16,6 +16,7 @@ __all__ = [
     "insert_domain",
     "insert_tenant",
     "insert_traffic",
+    "other_domains_below",
     "replace_domain",
     "replace_general",
     "write_general",
@@ -74,6 +75,16 @@ def has_name(connection: sqlite3.Connection, table: str, name: str) -> bool:
 def has_domain(connection: sqlite3.Connection, domain_id: int) -> bool:
     """Return whether there is a domain of this id."""
     return connection.execute("SELECT 1 FROM domains WHERE id = ?", (domain_id,)).fetchone() is not None
+
+
+def other_domains_below(connection: sqlite3.Connection, domain_ids: Sequence[int]) -> list[str]:
+    """Return the names of domains whose parent is among ``domain_ids`` and that are not themselves."""
+    given = "(SELECT value FROM json_each(?1))"
+    found = connection.execute(
+        f"SELECT name FROM domains WHERE parent_id IN {given} AND id NOT IN {given} ORDER BY name",
+        (json.dumps(list(domain_ids)),),
+    )
+    return [str(row["name"]) for row in found]
 
 
 def domain_state(domain: DomainInfo) -> tuple[object, ...]:

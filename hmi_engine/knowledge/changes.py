@@ -16,6 +16,7 @@ from hmi_engine.knowledge.atomic import fsync_folders, fsync_path, remove_quietl
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.leftovers import remove_unused
 from hmi_engine.knowledge.names import check_name
 from hmi_engine.knowledge.parallel import map_in_threads
 from hmi_engine.knowledge.plot_table import PlotTable, write_plot
@@ -340,7 +341,7 @@ def save_traffic(catalog: Catalog, domain: str, counts: TrafficCounts) -> Traffi
             )
             catalog.add_traffic(traffic)
         except BaseException:
-            remove_quietly(path)
+            remove_unused(catalog, [file])
             raise
     return traffic
 

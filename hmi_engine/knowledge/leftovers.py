@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from hmi_engine.knowledge.file_checks import Problem
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.locks import FolderLock
 
-__all__ = ["find_leftovers", "find_orphans", "find_settled_leftovers", "remove_leftover"]
+__all__ = ["find_leftovers", "find_orphans", "find_settled_leftovers", "remove_leftover", "remove_unused"]
 
 
 def find_settled_leftovers(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
@@ -50,7 +50,9 @@ def find_orphans(layout: StoreLayout, catalog: Catalog) -> list[Problem]:
     partials += sorted(current.rglob(f"*{PARTIAL_SUFFIX}"))
     partials += [file for folder in layout.general_folders() if folder != current for file in _files(folder)]
     partials += sorted(path for path in layout.builds.glob("*") if not path.is_dir())
-    known = set(catalog.files())
+    # Before the entries too: one that is not in the making any more has its entry, or is gone.
+    known = set(catalog.files_in_the_making)
+    known.update(catalog.files())
     # Paths cost more than texts, so they are made only of files that are missing, or spelled otherwise.
     known_paths = {layout.resolve(file) for file in known - listed}
     orphans = [layout.root / file for file in sorted(listed - known)]
@@ -108,3 +110,14 @@ def remove_leftover(problem: Problem) -> bool:
     except StoreBusyError:
         return False
     return True
+
+
+def remove_unused(catalog: Catalog, files: Iterable[str]) -> None:
+    """Remove those of a change's files that no entry refers to: after an error, or an interrupt.
+
+    The entries are asked, as an interrupt may come when the commit is done. Where they cannot be read the
+    files stay, for :func:`find_orphans` to find.
+    """
+    if unsure := set(files):
+        for file in sorted(unsure.difference(catalog.files())):
+            remove_quietly(catalog.layout.resolve(file))

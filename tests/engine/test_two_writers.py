@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,10 @@ def run_at_once(request: pytest.FixtureRequest) -> Runner:
 PAIRS = {
     "add the same": [job("add_domain", "new", texts, min_count=1) for texts in CORPORA[1:]],
     "update the same": [job("update_domain", "base", texts) for texts in CORPORA[1:]],
+    "add below what is updated": [
+        job("add_domain", "new", CORPORA[2], parent="base", min_count=1),
+        job("update_domain", "base", CORPORA[1]),
+    ],
     "add below what moves": [
         job("add_domain", "new", CORPORA[2], parent="child", min_count=1),
         job("move_domain", "child", "other"),
@@ -121,6 +125,26 @@ def test_two_changes_at_once(origin: Path, tmp_path: Path, run_at_once: Runner, 
         assert {name: counts(store, name) for name in store.domains if name != "general"} == {
             name: bigrams(store, corpora) for name, corpora in expected.items()
         }
+        found = rows(store)
+    done = [change for change, error in zip(PAIRS[pair], errors, strict=True) if not error]
+    assert any(
+        found == rows_after(Path(shutil.copytree(origin, tmp_path / str(number))), list(order))
+        for number, order in enumerate(permutations(done))
+    ), "the rows are those of no order of the changes"
+
+
+def rows(store: hmi.Store) -> dict[str, list[int]]:
+    """The n-grams with a row, by domain."""
+    files = {name: info.file for name, info in store.domains.items() if info.file}
+    return {name: open_plot(store.layout.resolve(file)).row_keys.tolist() for name, file in files.items()}
+
+
+def rows_after(path: Path, changes: list[Job]) -> dict[str, list[int]]:
+    """Those of the store at ``path`` after changes one by one."""
+    with hmi.Store.open(path) as store:
+        for change in changes:
+            getattr(store, change["call"])(*change["arguments"], **change["options"])
+        return rows(store)
 
 
 def bigrams(store: hmi.Store, corpora: list[int]) -> Counter[tuple[int, ...]]:

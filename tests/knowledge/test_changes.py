@@ -28,12 +28,20 @@ from hmi_engine.errors import (
 from hmi_engine.knowledge import tenant_file
 from hmi_engine.knowledge.adapters import Adapter, LoraBlock, Site
 from hmi_engine.knowledge.catalog import Catalog
-from hmi_engine.knowledge.changes import NewTenant, remove_domain, remove_tenants, save_domain, save_tenants
+from hmi_engine.knowledge.changes import (
+    NewTenant,
+    remove_domain,
+    remove_tenants,
+    save_domain,
+    save_tenants,
+    save_traffic,
+)
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import ClassificationHead
 from hmi_engine.knowledge.layout import StoreLayout
 from hmi_engine.knowledge.plot_table import PlotTable, open_plot
 from hmi_engine.knowledge.tenant_file import load_tenant
+from hmi_engine.knowledge.traffic_file import TrafficCounts
 from hmi_engine.knowledge.verification import repair, verify
 
 MakeTable = Callable[..., PlotTable]
@@ -274,6 +282,30 @@ def test_an_interrupt_after_the_commit_does_not_remove_what_was_committed(
         save_tenants(catalog, [make_tenant("new")])
     assert "new" in catalog.tenants
     assert verify(catalog.layout, catalog) == []
+
+
+def test_an_interrupt_after_the_commit_of_traffic_keeps_its_file(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = catalog.add_traffic
+
+    def add_then_interrupt(traffic: Any) -> None:
+        add(traffic)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "add_traffic", add_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_traffic(catalog, "general", TrafficCounts.none())
+    assert len(catalog.traffic_files()) == 1
+    assert verify(catalog.layout, catalog) == []
+
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(catalog, "add_traffic", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_traffic(catalog, "general", TrafficCounts.none())
+    assert verify(catalog.layout, catalog) == [], "what was not committed is removed"
 
 
 def test_files_and_their_folders_are_flushed_once_and_before_the_commit(
