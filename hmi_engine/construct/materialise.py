@@ -134,12 +134,21 @@ def _encoder(
         codebooks = sources.codebooks
     if codebooks is None:
         # Keys that lie evenly over all: a random sample would have to be drawn again after a restart.
-        chosen = torch.linspace(0, max(len(plan.keys) - 1, 0), min(len(plan.keys), SAMPLE_ROWS)).long()
+        chosen = _evenly_spread(len(plan.keys), SAMPLE_ROWS)
         sample = _compute(plan.keys[chosen], plan.metadata, sources, "training codebooks", progress)
         codebooks = RowEncoder.fit(sample, row_format).codebooks
     if codebooks is not None and folder.codebooks is None:
         folder.codebooks = codebooks
     return RowEncoder.from_codebooks(row_format, codebooks)
+
+
+def _evenly_spread(length: int, most: int) -> Tensor:
+    """Places in a sequence, int64, from the first to the last; at most so many.
+
+    In integers: torch.linspace has float32, in which a large length rounds to a place behind the last.
+    """
+    count = min(length, most)
+    return torch.arange(count) * (length - 1) // max(count - 1, 1)
 
 
 def _has_same_format(table: PlotTable, encoder: RowEncoder) -> bool:
