@@ -157,8 +157,8 @@ def plan_domain(
 ) -> TablePlan:
     """Plans a new domain's table and keeps the plan in ``folder``.
 
-    Where ``folder`` holds the plan of an interrupted build of the same files with the same settings, that is
-    the plan, nothing is read, and the rows that were computed are there.
+    Where ``folder`` holds the plan of an interrupted build of the same files with the same settings, below
+    tables of the same n-grams, that is the plan, nothing is read, and the rows that were computed are there.
 
     Raises:
         BudgetTooSmallError: the budget is not 0, and not enough for one row.
@@ -166,7 +166,7 @@ def plan_domain(
     """
     inherited = [table.index for table in above]
     files = source.fingerprint()
-    build = f"{files} {settings} {layer_identity} {[table.metadata for table in above]}"
+    build = f"{files} {settings} {layer_identity} {[_keys_digest(table) for table in above]}"
     if files is not None and (saved := folder.load(build)) is not None:
         source.report.texts = int(str(saved.statistics.get("texts", 0)))
         return saved
@@ -192,3 +192,8 @@ def plan_domain(
     if files is not None or folder.load(fingerprint) is None:
         folder.save(plan, fingerprint)
     return plan
+
+
+def _keys_digest(table: PlotTable) -> str:
+    """Of the n-grams with a row: all that a plan of a table below takes from it, and a hundredth of it."""
+    return hashlib.sha256(table.row_keys.contiguous().numpy().data).hexdigest()

@@ -99,6 +99,36 @@ def test_a_table_is_not_planned_against_one_that_changes_meanwhile(
         assert sum(map(len, found.values())) > 100
 
 
+def test_an_interrupted_addition_is_planned_anew_where_what_is_above_has_changed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS[0]))
+
+    def add_file(store: hmi.Store) -> None:
+        store.add_domain("new", corpus, parent="base", min_count=1)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with hmi.Store.open(path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(TreeChange, "commit", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                add_file(store)
+        before = open_plot(store.layout.resolve(str(store.domains["base"].file)))
+        store.update_domain("base", plot_bytes=store.domains["base"].bytes * 9 // 10)
+        after = open_plot(store.layout.resolve(str(store.domains["base"].file)))
+        assert after.metadata == before.metadata and len(after.row_keys) < len(before.row_keys)
+        expected = Path(shutil.copytree(path, tmp_path / "expected"))
+        add_file(store)
+        found = rows(store)
+    shutil.rmtree(expected / "builds")
+    with hmi.Store.open(expected) as store:
+        add_file(store)
+        assert found == rows(store) and found["new"]
+
+
 def test_a_change_beside_it_disturbs_nobody(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = TreeChange.commit
     with hmi.Store.open(path) as store, hmi.Store.open(path) as other:
