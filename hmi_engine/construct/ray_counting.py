@@ -112,7 +112,9 @@ def _items(source: CorpusSource) -> Iterable[Any]:
 
 
 def _read_here(source: CorpusSource, item: Any) -> Iterator[str]:
-    return stream_texts([item], stdin_format=source.stdin_format, report=source.report)
+    return stream_texts(
+        [item], text_field=source.text_field, stdin_format=source.stdin_format, report=source.report
+    )
 
 
 def _text_parts(texts: Iterator[str]) -> Iterator[dict[str, str]]:

@@ -1,6 +1,8 @@
 """A domain that is counted and computed on a local Ray cluster is, bit for bit, that of one machine."""
 
 import builtins
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from typer.testing import CliRunner
 from hmi_engine.cli import app
 from hmi_engine.construct import materialise
 from hmi_engine.construct.counting import CorpusCounts, merge_counts
-from hmi_engine.construct.ray_counting import _Sum
+from hmi_engine.construct.domain_corpus import CorpusSource
+from hmi_engine.construct.ray_counting import _parts, _Sum
 from hmi_engine.errors import CorpusError, MissingDependencyError
 
 
@@ -150,3 +153,10 @@ def test_counts_are_added_up_in_any_order():
         assert torch.equal(added.counts, expected.counts)
         assert torch.equal(added.documents, expected.documents)
         assert added.total_occurrences == expected.total_occurrences
+
+
+def test_standard_input_is_read_as_it_was_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"body": "one"}\n{"text": "two"}\n')))
+    source = CorpusSource("-", text_field="body", stdin_format="jsonl")
+    assert list(_parts(source)) == [{"file": "", "texts": '["one"]'}]
+    assert source.report.num_bad_lines == 1
