@@ -16,6 +16,7 @@ __all__ = ["parquet_texts"]
 
 _ROWS_PER_FETCH = 1024
 _TEXT_TYPES = ("VARCHAR", "BLOB")
+_TABLE = "read_parquet(?, hive_partitioning = false)"  # a folder `text=a` is no column
 _CONNECTION: dict[str, str | bool | int | float | list[str]] = {
     "threads": "1",
     # DuckDB would otherwise look for extensions on the network.
@@ -52,7 +53,7 @@ def parquet_texts(path: Path, text_field: str, reading: Reading) -> Iterator[str
 
 
 def _check_column(connection: "DuckDBPyConnection", path: Path, name: str, text_field: str) -> None:
-    connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [name])
+    connection.execute(f"DESCRIBE SELECT * FROM {_TABLE}", [name])
     types = {str(column): str(kind) for column, kind, *_ in connection.fetchall()}
     if text_field not in types:
         raise CorpusError(f"{path}: no column {text_field!r}; the columns are {sorted(types)!r:.200}")
@@ -68,7 +69,7 @@ def _numbered_values(
     found = connection.execute("SELECT num_rows FROM parquet_file_metadata(?)", [name]).fetchone()
     num_rows = found[0] if found else 0
     column = text_field.replace('"', '""')
-    connection.execute(f'SELECT "{column}" FROM read_parquet(?)', [name])
+    connection.execute(f'SELECT "{column}" FROM {_TABLE}', [name])
     number = 0
     while rows := connection.fetchmany(_ROWS_PER_FETCH):
         for (value,) in rows:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hmi_engine.errors import CorpusError
-from hmi_engine.knowledge.corpus_lines import whole_lines
+from hmi_engine.knowledge.corpus_lines import MAX_LINE_BYTES, whole_lines
 from hmi_engine.knowledge.corpus_report import Reading
 
 __all__ = ["table_rows", "tagged_sentences"]
@@ -22,9 +22,12 @@ def table_rows(
 
     Comma separated values are quoted as RFC 4180 says, with line ends inside quotes where there are some; in
     tab separated values a quotation mark is a character like any other. Raises :class:`CorpusError`, with the
-    line, for a quotation mark that is never closed or followed by more text, and for a row of more or fewer
+    line, for a quotation mark that is never closed or followed by more text, for a value of more than
+    :data:`~hmi_engine.knowledge.corpus_lines.MAX_LINE_BYTES` characters, and for a row of more or fewer
     values than the header: the rows after it cannot be trusted.
     """
+    # The limit is the whole process', which may have set a higher one.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     lines = (line for _, line in whole_lines(path, reading))
     rows = (
         csv.reader(lines, strict=True)
@@ -42,6 +45,11 @@ def table_rows(
                 yield begin, dict(zip(header, row, strict=True))
             begin = rows.line_num + 1
     except csv.Error as error:
+        if "field limit" in str(error):
+            raise CorpusError(
+                f"{path}:{begin}: a value of more than {csv.field_size_limit()} characters (noticed at line "
+                f"{rows.line_num}); split the text, or close its quotation mark"
+            ) from error
         raise CorpusError(
             f"{path}:{begin}: {error} (noticed at line {rows.line_num}); is a quotation mark not closed, or "
             'not doubled inside a quoted value ("")?'

@@ -106,6 +106,24 @@ def test_a_column_that_is_missing_or_blank_leaves_the_row_out(tmp_path):
     assert read(tmp_path / "a.csv", label_field="class") == [Example("a", "x", 2)]
 
 
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_values_of_tables_may_be_as_long_as_lines_of_json(tmp_path, name, separator):
+    text = "word " * 40_000 + "end"
+    path = write(tmp_path, name, f"text{separator}label\n{text}{separator}x\n")
+    assert read(path) == [Example(text, "x", 2)]
+
+
+def test_a_value_that_is_too_long_is_told_from_one_that_is_quoted_wrongly(tmp_path, monkeypatch):
+    monkeypatch.setattr("hmi_engine.knowledge.corpus_tables.MAX_LINE_BYTES", 1000)
+    before = csv.field_size_limit(1000)
+    try:
+        path = write(tmp_path, "a.csv", 'text,label\na,x\n"' + "b\n" * 600 + '",y\n')
+        with pytest.raises(CorpusError, match=r":3: a value of more than 1000 characters .*split the text"):
+            read(path)
+    finally:
+        csv.field_size_limit(before)
+
+
 def test_quotation_marks_are_characters_in_tab_separated_values(tmp_path):
     path = write(tmp_path, "a.tsv", 'text\tlabel\n5" disk, "new\tx\n')
     assert read(path) == [Example('5" disk, "new', "x", 2)]

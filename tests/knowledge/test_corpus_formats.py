@@ -114,6 +114,16 @@ def test_a_parquet_file_is_named_literally(tmp_path: Path) -> None:
         assert list(stream_texts(tmp_path / name, text_field='a "field"')) == [name]
 
 
+def test_folders_above_a_parquet_file_are_no_columns(tmp_path: Path) -> None:
+    folder = tmp_path / "text=train"
+    folder.mkdir()
+    path = write_parquet(folder / "a.parquet", ["one", "two"])
+    assert list(stream_texts(path)) == ["one", "two"]
+    path = write_parquet(folder / "b.parquet", ["one"], column="body")
+    with pytest.raises(CorpusError, match="no column 'text'"):
+        list(stream_texts(path))
+
+
 def test_bytes_in_parquet_are_decoded_and_repairs_counted(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [b"fine", b"bro\xffken", "é".encode()], kind="BLOB")
     report = CorpusReport()
