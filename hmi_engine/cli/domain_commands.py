@@ -52,6 +52,13 @@ TextField = Annotated[
 StdinFormat = Annotated[str, typer.Option(help="What standard input is: txt or jsonl.")]
 
 
+def _checked_positive(value: float) -> float:
+    """Refuses what is not above 0; a range lets NaN pass."""
+    if not value > 0:
+        raise typer.BadParameter(f"{value} is not above 0")
+    return value
+
+
 @app.command()
 def add(
     store: StorePath,
@@ -120,13 +127,22 @@ def update(
     more_files: MoreFiles = None,
     plot_bytes: Annotated[str | None, typer.Option(help="New budget; default: the present one.")] = None,
     half_life_tokens: Annotated[
-        float, typer.Option(help="Tokens of traffic after which earlier counts weigh half.")
+        float,
+        typer.Option(
+            callback=_checked_positive, help="Tokens of traffic after which earlier counts weigh half."
+        ),
     ] = DEFAULT_HALF_LIFE_TOKENS,
     max_promotions: Annotated[
         int | None, typer.Option(min=0, help="Most n-grams of each table that get a row this time.")
     ] = None,
     max_share: Annotated[
-        float, typer.Option(min=0.001, max=1.0, help="Share of the time that computing rows may take.")
+        float,
+        typer.Option(
+            min=0.001,
+            max=1.0,
+            callback=_checked_positive,
+            help="Share of the time that computing rows may take.",
+        ),
     ] = 1.0,
     text_field: TextField = "text",
     stdin_format: StdinFormat = "txt",

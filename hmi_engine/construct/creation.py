@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.distilled_model import check_purpose, import_distillation
 from hmi_engine.construct.materialise import build_root_table
-from hmi_engine.errors import HmiError, StoreExistsError, StoreFullError, UnsupportedModelError
+from hmi_engine.errors import HmiError, StoreError, StoreExistsError, StoreFullError, UnsupportedModelError
 from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, fsync_path, make_folders, storage_error
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.changes import save_domain
@@ -45,6 +45,7 @@ def create_store(
     """
     if path.exists():
         raise _exists(path)
+    _check_encodable(path)
     partial = StoreLayout(path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}"))
     try:
         changed_folders = make_folders(path.parent)
@@ -69,6 +70,16 @@ def create_store(
             raise storage_error(error, path) from error
         raise
     _flush(changed_folders, path)
+
+
+def _check_encodable(path: Path) -> None:
+    """The tokenizer's library opens no file whose path is no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"{str(path)!a}: the name is no UTF-8; choose another folder for the store"
+        ) from error
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The catalog's SQLite file: how it is made, opened and locked, and what its errors mean to a person."""
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -105,7 +106,8 @@ class Database:
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        uri = f"file:{quote(str(self.path.absolute()))}?mode={'ro' if self.read_only else 'rw'}"
+        # By its bytes: a name need not be UTF-8.
+        uri = f"file:{quote(os.fsencode(self.path.absolute()))}?mode={'ro' if self.read_only else 'rw'}"
         connection = self._open(uri)
         try:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -140,6 +140,14 @@ def test_update_with_a_smaller_budget(made):
     assert json.loads(done.stdout)["demoted"] > 0
 
 
+@pytest.mark.parametrize("option", ["--half-life-tokens", "--max-share"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_opened(option, value, tmp_path):
+    told = hmi("domain", "update", tmp_path, "cells", option, value)
+    assert told.returncode == 2
+    assert "Invalid value" in told.stderr and option in told.stderr
+
+
 def test_move(made):
     before = shown(made)["cells"]["rows"]
     done = hmi("domain", "move", made, "cells", "--parent", "general")

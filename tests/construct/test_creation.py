@@ -44,6 +44,12 @@ def test_a_store_below_a_file_is_an_error_of_ours(tiny_bert: Path, tmp_path: Pat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_name_that_is_no_utf8_is_refused_before_anything_is_made(tiny_bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"'.*\\udcff/store': the name is no UTF-8; choose another folder"):
+        hmi.Store.create(tmp_path / os.fsdecode(b"\xff") / "store", general=tiny_bert, plot_layers=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_all_files_are_on_the_disk_before_the_name_and_the_name_before_the_return(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -128,6 +129,18 @@ def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreNotFoundError):
         Catalog.open(StoreLayout(tmp_path / "gone"), read_only=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_below_a_folder_whose_name_is_no_utf8(
+    catalog: Catalog, layout: StoreLayout, tmp_path: Path
+) -> None:
+    catalog.close()
+    folder = tmp_path / os.fsdecode(b"na\xefve % ?#\n")
+    folder.mkdir()
+    moved = StoreLayout(layout.root.rename(folder / "store"))
+    with Catalog.open(moved) as opened, Catalog.open(moved, read_only=True) as reader:
+        add_domains(opened, "chemistry")
+        assert list(reader.domains) == ["chemistry", "general"]
 
 
 def test_a_catalog_that_is_no_catalog(tmp_path: Path) -> None:
