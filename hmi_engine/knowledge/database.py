@@ -3,9 +3,11 @@
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from hmi_engine.errors import (
@@ -24,6 +26,8 @@ __all__ = ["FORMAT_VERSION", "Database", "create_database"]
 FORMAT_VERSION = 3
 _APPLICATION_ID = 0x484D4953  # "HMIS"
 _BUSY_SECONDS = 10.0
+_SETTLE_SECONDS = 0.5
+_SETTLE_INTERVAL_SECONDS = 0.02
 
 _SCHEMA = """
 CREATE TABLE general (id INTEGER PRIMARY KEY CHECK (id = 1), info TEXT NOT NULL);
@@ -78,6 +82,23 @@ def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> N
     atomic_write(path, write)
 
 
+class _FileState(NamedTuple):
+    """What changes with every change of a file."""
+
+    inode: int
+    bytes: int
+    changed_ns: int
+
+
+def _state_of(path: Path) -> _FileState | None:
+    """Return a file's state, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _FileState(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class Database:
     """One connection to a catalog, shared by all threads of the process under one lock.
 
@@ -91,7 +112,11 @@ class Database:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
         self.read_only = read_only
+        self._log = path.with_name(f"{path.name}-wal")
         self._lock = threading.RLock()
+        # Of a file that is read as it lies there: it and its log, as they were when it was opened.
+        self._seen: tuple[_FileState | None, _FileState | None] | None = None
+        self._times_reopened = 0
         if not path.is_file():
             raise StoreNotFoundError(
                 f"{path.parent} is no store: {path.name} is missing. Create one with "
@@ -108,19 +133,44 @@ class Database:
     def _connect(self) -> sqlite3.Connection:
         # By its bytes: a name need not be UTF-8.
         uri = f"file:{quote(os.fsencode(self.path.absolute()))}?mode={'ro' if self.read_only else 'rw'}"
-        connection = self._open(uri)
-        try:
-            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        except sqlite3.OperationalError as error:
-            connection.close()
-            has_log = self.path.with_name(f"{self.path.name}-wal").exists()
-            is_without_memory = any(part in str(error) for part in ("unable to open", "readonly database"))
-            if not self.read_only or has_log or not is_without_memory:
-                raise
-            # WAL needs a shared-memory file beside the catalog. On a read-only disk there can be none, and
-            # nobody writes: SQLite may then read the file alone.
-            connection = self._open(f"{uri}&immutable=1")
-        return connection
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            connection = self._open(uri)
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                self._seen = None
+                return connection
+            except sqlite3.OperationalError as error:
+                connection.close()
+                is_without_memory = any(
+                    part in str(error) for part in ("unable to open", "readonly database")
+                )
+                if not self.read_only or not is_without_memory:
+                    raise
+                # WAL needs a shared-memory file beside the catalog. Where this user cannot make one, and no
+                # writer has, SQLite may read the file alone, as long as it stays as it is.
+                seen = self._state()
+                if seen[1] is None or not seen[1].bytes:
+                    self._seen = seen
+                    return self._open(f"{uri}&immutable=1")
+                # A log without that memory: a writer comes or goes just now, or was killed elsewhere.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_SETTLE_INTERVAL_SECONDS)
+
+    def _state(self) -> tuple[_FileState | None, _FileState | None]:
+        """Return what the file and its log are like now."""
+        return _state_of(self.path), _state_of(self._log)
+
+    def _follow(self) -> None:
+        """Open a file anew that is read as it lies there and has changed since."""
+        if self._seen is None or self._connection.in_transaction:
+            return
+        if self._seen != self._state():
+            former = self._connection
+            self._connection = self._connect()
+            self._times_reopened += 1
+            former.close()
 
     def _open(self, uri: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -168,11 +218,13 @@ class Database:
     def close(self) -> None:
         """Close the connection; other calls then raise :class:`StoreError`."""
         with self._lock:
+            self._seen = None
             self._connection.close()
 
     def query(self, statement: str, parameters: tuple[object, ...] = ()) -> list[sqlite3.Row]:
         """Return all rows of a SELECT."""
         with self._lock, _explained(self.path):
+            self._follow()
             return self._connection.execute(statement, parameters).fetchall()
 
     @contextmanager
@@ -193,8 +245,12 @@ class Database:
         """What changes with every change of the file: by other connections, and by this one."""
         with self._lock:
             try:  # not by the context manager, which would cost a quarter of this
+                if self._seen is not None:
+                    self._follow()
+                if self._seen is not None:
+                    return 0, self._times_reopened  # SQLite's own changes with every statement then
                 (others,) = self._connection.execute("PRAGMA data_version").fetchone()
-                return others, self._connection.total_changes
+                return others, self._connection.total_changes + self._times_reopened
             except sqlite3.Error as error:
                 raise _explain(error, self.path) from error
 

@@ -73,12 +73,18 @@ def test_a_store_that_was_read_before_its_disk_became_read_only(store, mount_rea
         hmi.Store.open(root.parent / "read-only")
 
 
-def test_what_others_write_is_seen_on_a_read_only_disk(store, mount_read_only, make_head) -> None:
+@pytest.mark.parametrize("is_open", [True, False])
+def test_what_others_write_is_seen_on_a_read_only_disk(store, mount_read_only, make_head, is_open) -> None:
+    """Also by who opened the store while nobody had it open for writing."""
     add_tenant(store, "t", make_head)
     shown = mount_read_only(store.layout.root)
+    root = store.layout.root
+    if not is_open:
+        store.close()
     with hmi.Store.open(shown, read_only=True) as reader, hmi.Engine(reader) as engine:
         assert engine.run([hmi.Request("t", TEXT)])[0].error is None
-        add_tenant(store, "later", make_head)
+        with hmi.Store.open(root) as writer:
+            add_tenant(writer, "later", make_head)
         first, later = engine.run([hmi.Request("t", TEXT), hmi.Request("later", TEXT)])
         assert first.error is None and later.error is None
         assert later.scores == first.scores

@@ -1,7 +1,9 @@
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -336,6 +338,70 @@ def test_read_only_catalogs_refuse_every_change(
                 change()
         catalog.add_tenants([tenant("b", *catalog.reserve())])
         assert list(reader.tenants) == ["a", "b"]
+
+
+@pytest.fixture
+def without_memory(layout: StoreLayout) -> Callable[[], AbstractContextManager[None]]:
+    """In its with-statement SQLite can make no shared memory, as in a folder that may not be written."""
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        obstacle = layout.catalog.with_name(f"{layout.catalog.name}-shm")
+        obstacle.symlink_to("nowhere")  # which SQLite does not follow
+        try:
+            yield
+        finally:
+            obstacle.unlink()
+
+    return block
+
+
+def test_who_may_not_write_in_the_folder_sees_every_change(
+    catalog: Catalog, layout: StoreLayout, without_memory: Callable[[], AbstractContextManager[None]]
+) -> None:
+    catalog.close()
+    with without_memory():
+        reader = Catalog.open(layout, read_only=True)
+        versions = [reader.version]
+        assert list(reader.domains) == ["general"] and len(reader.tenants) == 0
+        assert reader.version == versions[0], "nothing has changed"
+    with Catalog.open(layout) as writer:
+        add_domains(writer, "chemistry")
+        writer.add_tenants([tenant("acme", 50)])
+    with without_memory():  # the writer has gone, and taken its log with it
+        versions.append(reader.version)
+        assert list(reader.domains) == ["chemistry", "general"] and list(reader.tenants) == ["acme"]
+        assert reader.tenants["acme"].id == 50 and len(reader.tenants) == 1
+    with Catalog.open(layout) as writer:  # stays: its log is read too
+        writer.remove_tenants(["acme"])
+        versions.append(reader.version)
+        assert len(reader.tenants) == 0 and "acme" not in reader.tenants
+        writer.add_tenants([tenant("acme", 51)])
+        versions.append(reader.version)
+        assert reader.tenants["acme"].id == 51
+    assert len(set(versions)) == 4
+    reader.close()
+    with pytest.raises(StoreError):
+        _ = reader.version
+
+
+def test_a_log_without_its_memory_is_refused_where_none_can_be_made(
+    catalog: Catalog,
+    layout: StoreLayout,
+    without_memory: Callable[[], AbstractContextManager[None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the log holds would be missing."""
+    monkeypatch.setattr(database, "_SETTLE_SECONDS", 0.0)
+    add_domains(catalog, "chemistry")
+    copied = layout.catalog.with_name("copy").with_suffix(".wal")
+    log = layout.catalog.with_name(f"{layout.catalog.name}-wal")
+    shutil.copy(log, copied)
+    catalog.close()
+    copied.rename(log)
+    with without_memory(), pytest.raises(ReadOnlyStoreError, match="cannot be opened"):
+        Catalog.open(layout, read_only=True)
 
 
 def test_a_long_writer_makes_others_busy(
