@@ -169,6 +169,7 @@ class ExchangeStore(DistillingStore):
         Raises:
             UnknownTenantError: no such tenant.
             InvalidAdapterError, InvalidHeadError: what one PEFT folder cannot express, with the way out.
+            StoreBusyError: another export writes into the folder.
         """
         self._check_encoder("export to PEFT's format", "keep the folder that the tenant was imported from")
         adapter, head = self.load_tenant(name)
@@ -192,6 +193,7 @@ class ExchangeStore(DistillingStore):
         Raises:
             UnknownTenantError: no such tenant.
             InvalidAdapterError, InvalidHeadError: what such a folder cannot express, with the way out.
+            StoreBusyError: another export writes into the folder.
         """
         self._check_encoder("AdapterHub's format", "keep the folder that the tenant was imported from")
         adapter, head = self.load_tenant(name)

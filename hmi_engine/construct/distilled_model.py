@@ -16,8 +16,9 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.construct.distillation_settings import DistillationReport
-from hmi_engine.errors import StoreExistsError, UnsupportedModelError
+from hmi_engine.errors import HmiError, StoreExistsError, UnsupportedModelError
 from hmi_engine.knowledge.atomic import atomic_write, fsync_path, make_folders, storage_error
+from hmi_engine.knowledge.locks import hold_folder
 from hmi_engine.knowledge.tensor_file import write_tensors
 from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
 from hmi_engine.models.general_folder import MERGE_FILE, WEIGHTS_FILE, load_merge
@@ -85,11 +86,21 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
     Raises:
         StoreFullError: no room; nothing is left behind.
         StoreExistsError: ``target`` holds something.
+        StoreBusyError: another model is being written into it.
     """
     check_new_folder(target)
-    written = {WEIGHTS_FILE, MERGE_FILE, REPORT_FILE}
     try:
         changed_folders = set(make_folders(target))
+    except OSError as error:
+        raise storage_error(error, target) from error
+    with hold_folder(target, busy=f"{target}: another model is being written there; choose another folder"):
+        check_new_folder(target)  # now that nobody else begins to fill it
+        _write_into(target, base, model, changed_folders)
+
+
+def _write_into(target: Path, base: Path, model: DistilledModel, changed_folders: set[Path]) -> None:
+    written = {WEIGHTS_FILE, MERGE_FILE, REPORT_FILE}
+    try:
         for path in sorted(base.rglob("*")):
             copy = target / path.relative_to(base)
             if path.is_file() and copy.name not in written:
@@ -102,7 +113,7 @@ def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
             fsync_path(folder)
     except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
-        if type(error) is OSError:
+        if isinstance(error, OSError) and not isinstance(error, HmiError):
             raise storage_error(error, target) from error
         raise
 

@@ -15,8 +15,9 @@ from hmi_engine.interop.adapterhub import WEIGHTS_FILE
 from hmi_engine.interop.adapterhub_config import ACTIVATION_NAMES
 from hmi_engine.interop.adapterhub_heads import HEAD_CONFIG_FILE, HEAD_WEIGHTS_FILE
 from hmi_engine.interop.bert_modules import LINEAR_SITES, layer_module
+from hmi_engine.interop.export_folder import export_error, hold_export_folder
 from hmi_engine.knowledge.adapters import Adapter, Block, BottleneckBlock, LoraBlock, ScaleBlock, Site
-from hmi_engine.knowledge.atomic import atomic_write, fsync_path, storage_error
+from hmi_engine.knowledge.atomic import atomic_write, fsync_path
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.heads import (
     EmbeddingHead,
@@ -69,6 +70,7 @@ def write_adapterhub(
     Raises:
         InvalidAdapterError: no block at all, or one at a place that the library does not have.
         InvalidHeadError: a head that the library does not have.
+        StoreBusyError: another export writes into the folder.
         StoreError: a file cannot be written.
     """
     adapter.validate(general)
@@ -85,15 +87,17 @@ def write_adapterhub(
         "version": _VERSION,
     }
     folder = Path(directory)
-    if head is None:
-        _remove_head(folder)
-    else:
+    if head is not None:
         head.validate(general)
         head_config, head_tensors = _head_config(head), _head_tensors(head)
-        _write_json(folder / HEAD_CONFIG_FILE, common | {"config": head_config})
-        _write_floats(folder / HEAD_WEIGHTS_FILE, head_tensors)
-    _write_floats(folder / WEIGHTS_FILE, tensors)
-    _write_json(folder / CONFIG_FILE, common | {"config": config})
+    with hold_export_folder(folder):
+        if head is None:
+            _remove_head(folder)
+        else:
+            _write_json(folder / HEAD_CONFIG_FILE, common | {"config": head_config})
+            _write_floats(folder / HEAD_WEIGHTS_FILE, head_tensors)
+        _write_floats(folder / WEIGHTS_FILE, tensors)
+        _write_json(folder / CONFIG_FILE, common | {"config": config})
 
 
 def _remove_head(folder: Path) -> None:
@@ -101,15 +105,14 @@ def _remove_head(folder: Path) -> None:
     try:
         for path in (folder / HEAD_CONFIG_FILE, folder / HEAD_WEIGHTS_FILE):
             path.unlink(missing_ok=True)
-        if folder.is_dir():
-            fsync_path(folder)
+        fsync_path(folder)
     except OSError as error:
-        raise storage_error(error, folder) from error
+        raise export_error(error, folder) from error
 
 
 def _write_floats(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     floats = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, floats, {"format": "pt"})
+    write_tensors(path, floats, {"format": "pt"}, explain=export_error)
 
 
 def _write_json(path: Path, fields: Config) -> None:
@@ -118,7 +121,7 @@ def _write_json(path: Path, fields: Config) -> None:
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8")
 
-    atomic_write(path, write)
+    atomic_write(path, write, explain=export_error)
 
 
 def _adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:

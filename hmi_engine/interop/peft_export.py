@@ -15,6 +15,7 @@ import torch
 from hmi_engine.errors import InvalidAdapterError, InvalidHeadError
 from hmi_engine.interop.adapter_folder import CONFIG_FILE
 from hmi_engine.interop.bert_modules import BIAS_SITES, LINEAR_SITES, layer_module
+from hmi_engine.interop.export_folder import export_error, hold_export_folder
 from hmi_engine.interop.imported_tenant import BaseTensors, ProblemType, base_tensor
 from hmi_engine.interop.peft import WEIGHTS_FILE
 from hmi_engine.interop.peft_contents import EMBEDDINGS_BIAS, POOLER
@@ -75,6 +76,7 @@ def write_peft(
     Raises:
         InvalidAdapterError: no block at all, or blocks that one PEFT folder cannot hold.
         InvalidHeadError: a head that transformers' BERT classes cannot express.
+        StoreBusyError: another export writes into the folder.
         StoreError: a file cannot be written.
     """
     adapter.validate(general)
@@ -100,8 +102,9 @@ def write_peft(
     labels = None if head is None else head.labels
     metadata = PeftMetadata(labels, _problem_type(head), carriers).entries()
     folder, text = Path(directory), json.dumps(config, indent=2, sort_keys=True)
-    write_tensors(folder / WEIGHTS_FILE, floats, metadata)
-    atomic_write(folder / CONFIG_FILE, lambda path: _write_text(path, text))
+    with hold_export_folder(folder):
+        write_tensors(folder / WEIGHTS_FILE, floats, metadata, explain=export_error)
+        atomic_write(folder / CONFIG_FILE, lambda path: _write_text(path, text), explain=export_error)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -26,7 +26,13 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True) -> None:
+def atomic_write(
+    path: Path,
+    write: Callable[[Path], None],
+    *,
+    sync: bool = True,
+    explain: Callable[[OSError, Path], StoreError] | None = None,
+) -> None:
     """Make or replace ``path`` with what ``write`` puts into the temporary path that it is given.
 
     The temporary file lies in the same folder (made if missing), is fsynced and renamed, and the folder
@@ -35,8 +41,8 @@ def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True
     :func:`fsync_folders` its folder, before anything refers to it: that is for writing many files at once.
 
     Raises :class:`StoreFullError` on a full disk, quota or file size limit and :class:`ReadOnlyStoreError`
-    where writing is not allowed, :class:`StoreError` on other operating system errors; what else ``write``
-    raises passes through.
+    where writing is not allowed, :class:`StoreError` on other operating system errors, all of them made by
+    ``explain`` (:func:`storage_error` by default); what else ``write`` raises passes through.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
@@ -51,7 +57,7 @@ def atomic_write(path: Path, write: Callable[[Path], None], *, sync: bool = True
     except BaseException as error:
         remove_quietly(partial)
         if isinstance(error, OSError) and not isinstance(error, StoreError):
-            raise storage_error(error, path) from error
+            raise (explain or storage_error)(error, path) from error
         raise
 
 
@@ -109,16 +115,16 @@ def storage_error(
     path: Path,
     *,
     kept: str = "Nothing of this change was kept; free some space and try again",
+    refused: str = "Check the permissions of its folder",
 ) -> StoreError:
     """Return the error to raise where the operating system refused to write ``path``.
 
     A :class:`StoreFullError` says with ``kept`` what is left and what to do; other errors are
-    :class:`ReadOnlyStoreError` where writing is not allowed, and :class:`StoreError`.
+    :class:`ReadOnlyStoreError` where writing is not allowed, with what to do in ``refused``, and
+    :class:`StoreError`.
     """
     if error.errno in _FULL:
         return StoreFullError(f"no room to write {path}: {error.strerror}. {kept}")
     if error.errno in _REFUSED:
-        return ReadOnlyStoreError(
-            f"cannot write {path}: {error.strerror}. Check the permissions of the store's folder"
-        )
+        return ReadOnlyStoreError(f"cannot write {path}: {error.strerror}. {refused}")
     return StoreError(f"cannot write {path}: {error.strerror or error}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from hmi_engine.errors import ReadOnlyStoreError, StoreBusyError
 from hmi_engine.knowledge.atomic import remove_quietly, storage_error
 
-__all__ = ["FolderLock", "WriterLock"]
+__all__ = ["FolderLock", "WriterLock", "hold_folder"]
 
 _PROBE_SECONDS = 0.5
 _PROBE_INTERVAL_SECONDS = 0.02
@@ -179,6 +179,41 @@ class FolderLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+@contextmanager
+def hold_folder(folder: Path, *, busy: str) -> Iterator[None]:
+    """Keep others who call this out of an existing folder that is no store's; nothing is left in it.
+
+    Raises :class:`StoreBusyError` with the message ``busy`` while another thread or process holds it, or has
+    just removed it.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise StoreBusyError(busy) from error
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    try:
+        # Where a file system of others' machines has no such locks, nobody is kept out.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreBusyError(busy) from error
+        if not _is_still(descriptor, folder):
+            raise StoreBusyError(busy)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_still(descriptor: int, folder: Path) -> bool:
+    """Return whether an open folder is still the one of its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _is_refused(path: Path, operation: int) -> bool:

@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hmi_engine.errors import StoreCorruptError
+from hmi_engine.errors import StoreCorruptError, StoreError
 from hmi_engine.knowledge.atomic import atomic_write
 
 __all__ = [
@@ -80,6 +80,7 @@ def write_tensors(
     align_tensors: bool = False,
     max_header_bytes: int | None = None,
     sync: bool = True,
+    explain: Callable[[OSError, Path], StoreError] | None = None,
 ) -> str:
     """Write contiguous CPU tensors of the dtypes above atomically, in the order given.
 
@@ -101,7 +102,7 @@ def write_tensors(
                 digest.update(piece)
                 file.write(piece)
 
-    atomic_write(path, write, sync=sync)
+    atomic_write(path, write, sync=sync, explain=explain)
     return digest.hexdigest()
 
 

@@ -174,6 +174,28 @@ def test_a_distilled_folder_and_its_name_are_on_the_disk(distilled, tmp_path, mo
     assert {tmp_path, target.parent, target, target / "vocabulary"} <= flushed
 
 
+def test_two_models_are_not_written_into_one_folder(distilled, tmp_path, monkeypatch) -> None:
+    base = distilled[2] / "export"
+    report, merge = read_distillation(base)
+    model, target = DistilledModel({}, merge, report), tmp_path / "new"
+    target.mkdir()
+    copyfile = shutil.copyfile
+
+    def write_another_first(*arguments: Path) -> None:
+        monkeypatch.setattr(shutil, "copyfile", copyfile)
+        with pytest.raises(StoreBusyError, match="new: another model is being written there"):
+            write_folder(target, base, model)
+        copyfile(*arguments)
+
+    monkeypatch.setattr(shutil, "copyfile", write_another_first)
+    write_folder(target, base, model)
+    names = {path.name for path in base.iterdir()}
+    assert {path.name for path in target.iterdir()} == names
+    with pytest.raises(StoreExistsError, match="is there already"):
+        write_folder(target, base, model)
+    assert {path.name for path in target.iterdir()} == names
+
+
 def damage_report(export: Path) -> None:
     (export / "distillation.json").write_text("{")
 

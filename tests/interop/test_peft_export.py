@@ -1,15 +1,23 @@
 """Folders written by HMI, loaded by PEFT."""
 
 import dataclasses
+import errno
 import resource
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
-from hmi_engine.errors import InvalidAdapterError, InvalidHeadError, StoreFullError
+from hmi_engine.errors import (
+    InvalidAdapterError,
+    InvalidHeadError,
+    ReadOnlyStoreError,
+    StoreBusyError,
+    StoreFullError,
+)
 from hmi_engine.interop import read_peft, write_adapterhub, write_peft
 from hmi_engine.knowledge.adapters import (
     LORA_SITES,
@@ -133,12 +141,43 @@ def test_a_full_disk_keeps_the_folder_as_it_was(tmp_path, make_general, write):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        with pytest.raises(StoreFullError, match="no room"):
+        with pytest.raises(StoreFullError, match=r"no room .* The store is as it was; free some space"):
             write(tmp_path, large, None, make_general(), base_model="tests/tiny")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [write_peft, write_adapterhub])
+def test_a_folder_that_may_not_be_written_is_not_the_stores(tmp_path, make_general, write, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("hmi_engine.knowledge.atomic.fsync_path", refuse)
+    adapter = random_adapter(make_general(), "lora", 1, 0)
+    with pytest.raises(ReadOnlyStoreError, match=r"denied\. Choose a folder in which you may write"):
+        write(tmp_path, adapter, None, make_general(), base_model="tests/tiny")
+
+
+@pytest.mark.parametrize("write", [write_peft, write_adapterhub])
+def test_two_exports_do_not_write_into_one_folder_at_once(tmp_path, make_general, write, monkeypatch):
+    adapter, other = (random_adapter(make_general(), "lora", rank, 0) for rank in (1, 2))
+    refused = []
+
+    def write_another_first(path, contents):
+        monkeypatch.setattr(Path, "write_text", write_text)
+        for second in (write_peft, write_adapterhub):
+            with pytest.raises(StoreBusyError, match="out: another export writes into it") as error:
+                second(tmp_path / "out", other, None, make_general(), base_model="tests/tiny")
+            refused.append(error)
+        write_text(path, contents)
+
+    write_text = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, contents, **_: write_another_first(path, contents))
+    write(tmp_path / "out", adapter, None, make_general(), base_model="tests/tiny")
+    assert len(refused) == 2
+    write(tmp_path / "out", adapter, None, make_general(), base_model="tests/tiny")
 
 
 def test_what_peft_cannot_express(tmp_path, make_general, mixed_adapter):
