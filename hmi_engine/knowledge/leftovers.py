@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from hmi_engine.errors import StoreBusyError
+from hmi_engine.errors import StoreBusyError, StoreError
 from hmi_engine.knowledge.atomic import PARTIAL_SUFFIX, remove_quietly
 from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.file_checks import Problem
@@ -118,6 +118,8 @@ def remove_unused(catalog: Catalog, files: Iterable[str]) -> None:
     The entries are asked, as an interrupt may come when the commit is done. Where they cannot be read the
     files stay, for :func:`find_orphans` to find.
     """
-    if unsure := set(files):
-        for file in sorted(unsure.difference(catalog.files())):
+    unsure = set(files)
+    with suppress(StoreError):
+        unused = unsure.difference(catalog.files()) if unsure else unsure
+        for file in sorted(unused):
             remove_quietly(catalog.layout.resolve(file))

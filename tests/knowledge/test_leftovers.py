@@ -15,6 +15,7 @@ from hmi_engine.knowledge.catalog import Catalog
 from hmi_engine.knowledge.changes import NewTenant, save_domain, save_tenants
 from hmi_engine.knowledge.file_checks import Problem
 from hmi_engine.knowledge.layout import StoreLayout
+from hmi_engine.knowledge.leftovers import remove_unused
 from hmi_engine.knowledge.locks import FolderLock
 from hmi_engine.knowledge.plot_table import PlotTable
 from hmi_engine.knowledge.verification import collect_garbage, verify
@@ -66,6 +67,26 @@ def test_garbage_is_collected_and_nothing_else(store: Catalog) -> None:
     assert verify(store.layout, store) == []
     assert (store.layout.general / "config.json").exists()
     assert collect_garbage(store.layout, store) == []
+
+
+def test_files_of_an_undone_change_stay_where_nobody_can_tell_what_was_committed(
+    store: Catalog, layout: StoreLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = layout.traffic_file(1, 99)
+    layout.resolve(file).parent.mkdir(parents=True, exist_ok=True)
+    layout.resolve(file).write_text("counts")
+
+    def fail() -> list[str]:
+        raise StoreCorruptError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "files", fail)
+        remove_unused(store, [file])
+    assert layout.resolve(file).exists()
+    used = store.files()
+    remove_unused(store, [file, *used])
+    assert not layout.resolve(file).exists()
+    assert used and all(layout.resolve(each).exists() for each in used)
 
 
 def test_an_interrupted_build_is_no_garbage(store: Catalog) -> None:
