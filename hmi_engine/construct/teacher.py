@@ -192,13 +192,30 @@ def _batches(token_ids: Sequence[Sequence[int]], most: int) -> Iterator[list[int
 
 
 def _of_words(of_tokens: Tensor, encoding: Any, data: TaskData, number: int) -> Tensor:
-    """Rows of the first tokens inside the words of text ``number``; zeros where there is none."""
+    """Rows of the first tokens of the words of text ``number``; zeros where there is none."""
     assert data.spans is not None and data.words is not None
-    special = encoding.special_tokens_mask
-    inside = [place for place, is_special in enumerate(special) if not is_special]
-    first = first_inside(data.spans[number], [encoding.offsets[place][0] for place in inside])
+    text = data.encoded.texts[number]
+    places, begins = [], []
+    for place, is_special in enumerate(encoding.special_tokens_mask):
+        begin = None if is_special else _begin_in_word(text, *encoding.offsets[place])
+        if begin is not None:
+            places.append(place)
+            begins.append(begin)
+    first = first_inside(data.spans[number], begins)
     rows = torch.zeros(len(first), of_tokens.shape[1])
     for word, (found, own) in enumerate(zip(first, data.words[number].tolist(), strict=True)):
         if found is not None and own:
-            rows[word] = of_tokens[inside[found]]
+            rows[word] = of_tokens[places[found]]
     return rows
+
+
+def _begin_in_word(text: str, begin: int, end: int) -> int | None:
+    """Where a token's characters begin, but for the space before a word, which many tokenizers count to it.
+
+    A token of that space alone begins where the word does: for transformers (``word_ids``) it is the word's
+    first, the one that a model learned the label at. None for other white space, which is of no word.
+    """
+    characters = text[begin:end]
+    if characters.isspace() and characters != " ":
+        return None
+    return end - len(characters.lstrip())

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    DistilBertForTokenClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -16,9 +19,13 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
+from hmi_engine.construct.objectives import OBJECTIVES
 from hmi_engine.construct.teacher import Teacher
 from hmi_engine.construct.training_data import EncodedTexts, TaskData
+from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.knowledge.examples import TaggedExample
+from hmi_engine.models.tokenization import TextEncoder
 
 LABELS = ("cells", "none")
 TEXTS = (
@@ -146,3 +153,77 @@ def test_a_model_that_fails_is_told(tiny_bert, tmp_path):
     teacher = Teacher.load(folder, "classification", 16)
     with pytest.raises(UnsupportedModelError, match=r"fails on texts of \d+ tokens: index out of range"):
         probabilities(teacher, TEXTS)
+
+
+def metaspace_tokenizer():
+    """As DeBERTa-v3, XLM-R and T5 have it: a space is a character of the token behind it."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=40,
+        special_tokens=["[UNK]"],
+        unk_token="[UNK]",
+        initial_alphabet=list("\u2581abcdefghijklmnopqrstuvwxyz"),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(list(TEXTS) * 5, trainer)
+    return tokenizer
+
+
+def byte_level_tokenizer():
+    """Bare: nothing takes the space out of a token's offsets, as RoBERTa's post-processor does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(list(TEXTS) * 5, trainer)
+    return tokenizer
+
+
+WORDS = (("the", "gene", "binds", "xyz", "the", "small", "cell"), ("xyz", "results", "of", "qq"))
+
+
+@pytest.mark.parametrize("make", [metaspace_tokenizer, byte_level_tokenizer])
+def test_words_are_asked_at_the_tokens_that_transformers_labels(tiny_bert, tmp_path, make):
+    """A token may hold the space before its word, or be that space alone, of a word that it does not know."""
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    folder = save(DistilBertForTokenClassification(config), tokenizer, tmp_path)
+    examples = [TaggedExample(words, LABELS[:1] * len(words)) for words in WORDS]
+    examples.append(TaggedExample(("cell",), LABELS[1:]))
+    objective = OBJECTIVES["token_classification"].learn(
+        examples, TrainingSettings(task="token_classification")
+    )
+    data = objective.encode(examples, TextEncoder(tiny_bert, 48), 48)
+    said = Teacher.load(folder, "token_classification", 48).probabilities(data, LABELS)
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    for words, found in zip(WORDS, said, strict=False):
+        split = tokenizer(list(words), is_split_into_words=True, return_tensors="pt")
+        assert tokenizer(" ".join(words))["input_ids"] == split["input_ids"][0].tolist()
+        places = [split.word_ids().index(word) for word in range(len(words))]
+        assert len(split.word_ids()) > len(words)
+        with torch.no_grad():
+            expected = model(input_ids=split["input_ids"]).logits[0, places].softmax(-1)
+        torch.testing.assert_close(found, expected)
+
+
+def test_other_white_space_is_of_no_word(tiny_bert, tmp_path):
+    """A line break that is a token of its own is not taken for the first token of the word behind it."""
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer())
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    folder = save(DistilBertForTokenClassification(config), tokenizer, tmp_path)
+    text, spans = "the\ncell", [(0, 3), (4, 8)]
+    data = TaskData(
+        EncodedTexts((text,), [], []), [], [(0,)], "", words=[torch.tensor([1, 2])], spans=[spans]
+    )
+    (found,) = Teacher.load(folder, "token_classification", 48).probabilities(data, LABELS)
+    tokens = tokenizer(text)
+    place = tokens.tokens().index("\u010a") + 1
+    assert tokens.encodings[0].offsets[place][0] == 4
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens["input_ids"]])).logits
+    torch.testing.assert_close(found[1], logits[0, place].softmax(-1))
