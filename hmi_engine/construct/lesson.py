@@ -146,7 +146,8 @@ def take_lesson(
 
 
 def _load(teaching: Teaching, objective: Objective, data: TaskData, settings: TrainingSettings) -> Teacher:
-    teacher = Teacher.load(teaching.folder, objective.task, settings.max_tokens)
+    with memory_advice(settings, "loading the teacher"):
+        teacher = Teacher.load(teaching.folder, objective.task, settings.max_tokens)
     occurring = {
         objective.labels[number]
         for target in data.targets

@@ -56,10 +56,16 @@ class Teacher:
         """Loads a folder as ``save_pretrained`` writes it, with tokenizer and safetensors; nothing else.
 
         Raises:
-            UnsupportedModelError: the folder holds no such model for the task, or no names of labels.
+            UnsupportedModelError: the folder holds no such model for the task, a damaged one, or no names of
+                labels.
         """
         model, tokenizer = _loaded(folder, task)
         names = model.config.id2label
+        if sorted(names) != list(range(len(names))):
+            raise UnsupportedModelError(
+                f"{folder}: config.json numbers its labels {', '.join(map(str, sorted(names))):.80}; number "
+                "them from 0 in id2label, in the order of the model's outputs"
+            )
         labels = tuple(str(names[number]) for number in range(len(names)))
         if labels == tuple(f"LABEL_{number}" for number in range(len(labels))):
             raise UnsupportedModelError(
@@ -114,9 +120,8 @@ class Teacher:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if is_memory_error(error):
                 raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UnsupportedModelError(
-                f"{self.folder}: the teacher fails on texts of {ids.shape[1]} tokens: {reason:.200}; try "
+                f"{self.folder}: the teacher fails on texts of {ids.shape[1]} tokens: {_reason(error)}; try "
                 "them in transformers, or give a lower max_tokens"
             ) from error
         probabilities = logits.softmax(-1)
@@ -138,10 +143,21 @@ def _loaded(folder: Path, task: Task) -> tuple[Any, Any]:
             local_files_only=True,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of below
         )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{folder}: cannot be loaded as a teacher of {task}: {reason}") from error
+    except Exception as error:  # of damaged files transformers raises whatever meets them first
+        if is_memory_error(error):
+            raise
+        raise UnsupportedModelError(
+            f"{folder}: cannot be loaded as a teacher of {task}: {_reason(error)}; save it again by "
+            "save_pretrained of model and tokenizer"
+        ) from error
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise UnsupportedModelError(
+            f"{folder}: {name} has the shape {list(found)}, and by config.json {list(expected)}; does "
+            "id2label name as many labels as the model has outputs?"
+        )
     if missing := sorted(loading["missing_keys"]):
         raise UnsupportedModelError(
             f"{folder}: is not fine-tuned for {task}: the checkpoint lacks {missing[0]}"
@@ -150,6 +166,12 @@ def _loaded(folder: Path, task: Task) -> tuple[Any, Any]:
     if not tokenizer.is_fast:
         raise UnsupportedModelError(f"{folder}: has no fast tokenizer; convert it with transformers")
     return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """What an error of transformers' says, in a line."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line:.200}" if line else type(error).__name__
 
 
 def _digest(folder: Path) -> str:

@@ -1,5 +1,7 @@
 """What teachers of several architectures say of a text, whatever texts stand beside it."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -151,7 +153,9 @@ def test_a_model_that_fails_is_told(tiny_bert, tmp_path):
     """Its tokenizer knows more tokens than the model."""
     folder = save(small_distilbert(10), AutoTokenizer.from_pretrained(tiny_bert), tmp_path)
     teacher = Teacher.load(folder, "classification", 16)
-    with pytest.raises(UnsupportedModelError, match=r"fails on texts of \d+ tokens: index out of range"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"fails on texts of \d+ tokens: IndexError: index out of range"
+    ):
         probabilities(teacher, TEXTS)
 
 
@@ -227,3 +231,52 @@ def test_other_white_space_is_of_no_word(tiny_bert, tmp_path):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([tokens["input_ids"]])).logits
     torch.testing.assert_close(found[1], logits[0, place].softmax(-1))
+
+
+def cut_the_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def empty_the_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def with_labels(names):
+    def rename(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"id2label": names}))
+
+    return rename
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_the_weights, "cannot be loaded as a teacher of classification: SafetensorError"),
+        (empty_the_tokenizer, "cannot be loaded as a teacher of classification: KeyError"),
+        (with_labels({0: "cells", 1: "none", 2: "more"}), r"shape \[2\], and by config.json \[3\]"),
+        (with_labels({1: "cells", 2: "none"}), "numbers its labels 1, 2; number them from 0"),
+        (with_labels(["cells", "none"]), "cannot be loaded"),
+    ],
+    ids=["weights", "tokenizer", "more labels", "from 1", "no table"],
+)
+def test_a_damaged_one_is_told(tiny_bert, tmp_path, damage, message):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    folder = save(small_distilbert(len(tokenizer)), tokenizer, tmp_path)
+    damage(folder)
+    with pytest.raises(UnsupportedModelError, match=message):
+        Teacher.load(folder, "classification", 16)
+
+
+def test_an_error_without_words_is_told_by_its_name(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    error = AssertionError()
+    with pytest.raises(UnsupportedModelError, match="classification: AssertionError"):
+        Teacher.load(tmp_path, "classification", 16)
+    error = MemoryError("no memory")  # whoever loads it says what to do
+    with pytest.raises(MemoryError, match="no memory"):
+        Teacher.load(tmp_path, "classification", 16)
