@@ -66,6 +66,15 @@ def test_loss_of_label_sets(encoder, class_weights):
     torch.testing.assert_close(objective.loss(outputs, targets), expected)
 
 
+def test_a_label_that_all_examples_have_is_learned():
+    examples = [MultiLabelExample("the cell", labels) for labels in (("x", "y"), ("x",), ("x",))]
+    objective = learn("multi_label", examples, class_weights="balanced")
+    assert objective.weights.tolist() == [1, 2]
+    outputs = torch.zeros(3, 2, requires_grad=True)
+    objective.loss(outputs, torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])).backward()
+    assert bool((outputs.grad[:, 0] < 0).all())
+
+
 def test_loss_and_unit_of_numbers(encoder):
     objective = learn("regression", NUMBERS)
     data = objective.encode(NUMBERS, encoder, 16)

@@ -72,7 +72,7 @@ class MultiLabelObjective(Objective):
             labels=labels,
             reading=settings.pooling_or("cls"),
             label_smoothing=settings.label_smoothing,
-            weights=(len(examples) - applies) / applies if settings.class_weights else None,
+            weights=_balanced(applies, len(examples)) if settings.class_weights else None,
         )
 
     def encode(self, examples: Sequence[AnyExample], encoder: TextEncoder, max_tokens: int) -> TaskData:
@@ -113,6 +113,14 @@ class MultiLabelObjective(Objective):
         """See :meth:`Objective.to_head`."""
         assert isinstance(head, TrainableHead) and self.reading != "words"
         return ClassificationHead(self.labels, *head.copies(), self.reading, multi_label=True)
+
+
+def _balanced(applies: Tensor, num_examples: int) -> Tensor:
+    """How many examples lack a label for each that has it, float32 [C]; 1 where all have it.
+
+    Nothing stands against such a label, and without weight it would never be learned.
+    """
+    return torch.where(applies < num_examples, (num_examples - applies) / applies, 1.0)
 
 
 def _checked(examples: Sequence[AnyExample]) -> list[MultiLabelExample]:
