@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from hmi_engine.construct.bootstrap import RESAMPLES
-from hmi_engine.construct.objectives.embedding import cosines, retrieval_ranks
+from hmi_engine.construct.bootstrap import MAX_SEED, RESAMPLES
+from hmi_engine.construct.objectives.embedding import check_of_one_kind, cosines, retrieval_ranks
 from hmi_engine.construct.objectives.multi_label import APPLIES
-from hmi_engine.construct.objectives.objective import checked_types, where
+from hmi_engine.construct.objectives.objective import checked_number, checked_types, where
 from hmi_engine.construct.objectives.token_classification import OUTSIDE, sentence_text, tags_of_words
 from hmi_engine.construct.training_metrics import (
     Metrics,
@@ -25,7 +25,7 @@ from hmi_engine.construct.training_metrics import (
     measure_tags,
 )
 from hmi_engine.engine import Engine
-from hmi_engine.errors import InvalidHeadError, TrainingDataError
+from hmi_engine.errors import InvalidHeadError, InvalidRequestError, TrainingDataError
 from hmi_engine.knowledge.examples import (
     AnyExample,
     Example,
@@ -91,15 +91,18 @@ def evaluate_tenant(
         tenant: its name.
         examples: of the type that its head's task takes (:func:`task_of`).
         resamples: of the bootstrap.
-        seed: of the bootstrap.
+        seed: of the bootstrap, from 0 to 2**63 - 1.
         progress: told about the texts that are answered.
 
     Raises:
+        InvalidRequestError: ``seed`` is none for a generator.
         UnknownTenantError: no such tenant.
         TrainingDataError: no examples, some of another task, or a label that the head does not have.
         MissingDependencyError: the ``train`` extra is not installed.
         HmiError: what a response holds instead of an answer.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidRequestError(f"the seed must be from 0 to {MAX_SEED}, found {seed}")
     check_metric_libraries()
     _, head = engine.store.load_tenant(tenant)
     asked = _Asked(engine, tenant, head, progress)
@@ -191,9 +194,14 @@ def _judge_numbers(asked: _Asked, examples: Sequence[AnyExample], resamples: int
             f"tenant {asked.tenant!r} gives {len(asked.head.labels)} numbers for a text; those of one can be "
             "evaluated"
         )
+    truth = np.array(
+        [
+            checked_number(example.value, "the value", example, number)
+            for number, example in enumerate(checked)
+        ]
+    )
     answers = asked.answers([example.text for example in checked])
     predictions = np.array([answer.scores[asked.head.labels[0]] for answer in answers])
-    truth = np.array([float(example.value) for example in checked])
     return measure_numbers(truth, predictions, resamples=resamples, seed=seed)
 
 
@@ -201,9 +209,12 @@ def _judge_vectors(asked: _Asked, examples: Sequence[AnyExample], resamples: int
     checked: list[PairExample | ScoredPairExample] = checked_types(
         examples, (PairExample, ScoredPairExample), "embedding"
     )
-    scores = [example.score for example in checked if isinstance(example, ScoredPairExample)]
-    if scores and len(scores) < len(checked):
-        raise TrainingDataError("a set is of pairs or of scored pairs, not of both; give one at a time")
+    check_of_one_kind(checked, "a set")
+    scores = [
+        checked_number(example.score, "the score", example, number)
+        for number, example in enumerate(checked)
+        if isinstance(example, ScoredPairExample)
+    ]
     numbers: dict[str, int] = {}
     pairs = torch.tensor(
         [[numbers.setdefault(text, len(numbers)) for text in example[:2]] for example in checked]

@@ -144,6 +144,8 @@ class TrainingBase:
         check_metric_libraries()
         started = time.perf_counter()
         objective = OBJECTIVES[settings.task].learn(examples, settings, validation_examples)
+        objective.check_held_out(validation_examples, "the validation set")
+        objective.check_held_out(test_examples, "the test set")
         session = _Session(self, settings, objective)
         data = session.encode([*examples, *validation_examples])
         test_data = session.encode(test_examples) if test_examples else None

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from hmi_engine.knowledge.examples import (
     Task,
 )
 
-__all__ = ["LABEL_SEPARATOR", "stream_examples", "stream_task_examples"]
+__all__ = ["LABEL_SEPARATOR", "finite_number", "stream_examples", "stream_task_examples"]
 
 LABEL_SEPARATOR = ";"
 """Between the labels of one text in a table."""
@@ -202,9 +203,20 @@ class _Parser:
                 value = float(value)
             except ValueError:
                 raise _NoExampleError(f"no number in column {name!r}: {value!r:.80}") from None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (number := finite_number(value)) is None:
             raise _NoExampleError(f"no finite number in field {name!r}: {value!r:.80}")
-        return float(value)
+        return number
+
+
+def finite_number(value: object) -> float | None:
+    """Return a number as float64; None for what is no number, is not finite, or has no place in float64."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _accept_all(words: list[str], reading: Reading) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from hmi_engine.errors import (
     TrainingDataError,
     TrainingDivergedError,
 )
-from hmi_engine.knowledge.examples import Example, TaggedExample
+from hmi_engine.knowledge.examples import Example, PairExample, ScoredPairExample, TaggedExample
 from hmi_engine.memory.plots import PlotLibrary
 
 QUICK = {"max_epochs": 2, "batch_size": 16, "rank": 4}
@@ -191,6 +193,30 @@ def test_failures_stay_with_their_tenants(make_store, topic_examples):
     assert store.tenants["good"].rank == 8
     with pytest.raises(ValueError, match="one name"):
         store.train_tenants([tenant("good", good)] * 2, domain="topics")
+
+
+def test_held_out_sets_of_pairs_and_scored_pairs(base, topic_examples):
+    """No one figure judges both: that is told before the training, and the others are trained."""
+    texts = [example.text for example in topic_examples(24, seed=1)]
+    pairs = [PairExample(first, second) for first, second in pairwise(texts)]
+    scored = [ScoredPairExample(first, second, float(len(first))) for first, second in pairwise(texts)]
+    settings = TrainingSettings(**QUICK, task="embedding")
+    held_out = {
+        "validation": (scored[:4] + pairs[:4], ()),
+        "test": ((), scored[:4] + pairs[:4]),
+        "each of one kind": (pairs[:8], scored[:8]),
+    }
+    many = [TenantExamples(name, pairs, *sets, settings) for name, sets in held_out.items()]
+    told = []
+    heard = replace(base, progress=lambda stage, *counts: told.append(stage))
+    outcomes = {given.name: outcome for given, outcome in train_tenants(heard, many[:2])}
+    assert not told
+    for name in ("validation", "test"):
+        assert isinstance(outcomes[name], TrainingDataError)
+        assert f"the {name} set is of pairs or of scored pairs" in str(outcomes[name])
+    outcomes = {given.name: outcome for given, outcome in train_tenants(base, many)}
+    report = outcomes["each of one kind"].report
+    assert report.best_by == "retrieval_accuracy" and list(report.test.values) == ["spearman"]
 
 
 def test_progress_counts_all_steps(base, topic_examples):

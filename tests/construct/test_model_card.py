@@ -11,6 +11,7 @@ from hmi_engine.construct.model_card import ModelCard
 from hmi_engine.construct.model_card_text import card_markdown
 from hmi_engine.construct.training import SearchSpace, TrainingSettings
 from hmi_engine.errors import (
+    InvalidRequestError,
     MissingDependencyError,
     TrainingDataError,
     TrainingDivergedError,
@@ -184,3 +185,6 @@ def test_evaluation_refuses_what_the_head_cannot_say(train, make_head):
             hmi.evaluate_tenant(engine, "t", [])
         with pytest.raises(UnknownTenantError):
             hmi.evaluate_tenant(engine, "nobody", [Example("the cell", "biology")])
+        for seed in (-1, 2**63):
+            with pytest.raises(InvalidRequestError, match="the seed must be from 0"):
+                hmi.evaluate_tenant(engine, "t", [Example("the cell", "biology")], seed=seed)

@@ -187,6 +187,7 @@ def test_answers_of_the_engine_as_tags_of_words():
         ("regression", [RegressionExample("the", 2.0)] * 3, "all 3 examples have the value 2"),
         ("regression", [RegressionExample("the", float("nan"), 4)], "line 4: the value"),
         ("regression", [RegressionExample("the", "2")], "finite number"),
+        ("regression", [RegressionExample("the", 10**5000, 6)], "line 6: .*an integer beyond float64"),
         ("embedding", [PairExample("a", "b")] * 2, "same positive"),
         ("embedding", [ScoredPairExample("a", "b", 1.0)], "PairExample"),
         ("token_classification", [TaggedExample(("the",), ())], "1 words and 0 tags"),
@@ -210,6 +211,13 @@ def test_examples_that_nothing_can_be_learned_from(task, examples, message):
 def test_labels_that_were_not_learned(encoder, task, examples, test):
     with pytest.raises(TrainingDataError, match=r"z'.*the training (labels|tags) are"):
         learn(task, examples).encode([test], encoder, 16)
+
+
+@pytest.mark.parametrize("score", [float("inf"), 10**400, "high"], ids=["infinite", "huge", "text"])
+def test_scores_that_are_no_numbers(encoder, score):
+    scored = [ScoredPairExample("a", "b", 1.0), ScoredPairExample("a", "c", score, 7)]
+    with pytest.raises(TrainingDataError, match="line 7: the score must be a finite number"):
+        learn("embedding", PAIRS, scored).encode(scored, encoder, 16)
 
 
 @pytest.mark.parametrize("task", ["embedding", "regression"])

@@ -138,7 +138,7 @@ def test_multi_label(tmp_path):
 
 
 def test_regression(tmp_path):
-    rows = [{"text": "a", "label": label} for label in (1, 0.5, "2", True, float("nan"))]
+    rows = [{"text": "a", "label": label} for label in (1, 0.5, "2", True, float("nan"), 10**400)]
     found = read(write(tmp_path, "a.jsonl", json_lines(rows)), "regression")
     assert found == [RegressionExample("a", 1.0, 1), RegressionExample("a", 0.5, 2)]
     table = write(tmp_path, "a.csv", "text,label\na,1.5\nb,many\nc,inf\n")
@@ -150,6 +150,7 @@ def test_pairs(tmp_path):
         {"anchor": "a", "positive": "b"},
         {"anchor": "a", "positive": "b", "negative": "c"},
         {"first": "a", "second": "b", "score": 3},
+        {"first": "a", "second": "b", "score": -(10**400)},
         {"anchor": "a"},
     ]
     assert read(write(tmp_path, "a.jsonl", json_lines(rows)), "embedding") == [

@@ -22,9 +22,9 @@ from hmi_engine.construct.objectives.objective import (
     Objective,
     Reading,
     check_text,
+    checked_number,
     checked_types,
     digest_of,
-    where,
 )
 from hmi_engine.construct.training_data import TaskData, encode_texts
 from hmi_engine.construct.training_metrics import Metrics, measure_retrieval, measure_similarity
@@ -34,7 +34,7 @@ from hmi_engine.knowledge.examples import AnyExample, PairExample, ScoredPairExa
 from hmi_engine.knowledge.heads import EmbeddingHead
 from hmi_engine.models.tokenization import TextEncoder
 
-__all__ = ["EmbeddingObjective", "cosines", "retrieval_ranks"]
+__all__ = ["EmbeddingObjective", "check_of_one_kind", "cosines", "retrieval_ranks"]
 
 COSINE_SCALE = 20.0
 ANCHORS_PER_CHUNK = 512
@@ -91,6 +91,10 @@ class EmbeddingObjective(Objective):
             sha256=digest_of([*_texts(example), _score(example)] for example in checked),
         )
 
+    def check_held_out(self, examples: Sequence[AnyExample], name: str) -> None:
+        """See :meth:`Objective.check_held_out`: pairs are judged otherwise than scored pairs."""
+        check_of_one_kind(examples, name)
+
     def new_head(self, size: int, generator: torch.Generator) -> nn.Module:
         """What was read is the embedding; the cosine takes care of its length."""
         return nn.Identity()
@@ -142,6 +146,16 @@ class EmbeddingObjective(Objective):
         """See :meth:`Objective.to_head`."""
         assert self.reading != "words"
         return EmbeddingHead(pooling=self.reading, normalize=True)
+
+
+def check_of_one_kind(examples: Sequence[AnyExample], name: str) -> None:
+    """Raises :class:`TrainingDataError` where some examples are scored pairs and others are not."""
+    num_scored = sum(isinstance(example, ScoredPairExample) for example in examples)
+    if 0 < num_scored < len(examples):
+        raise TrainingDataError(
+            f"{name} is of pairs or of scored pairs, not of both; {num_scored} of {len(examples)} examples "
+            "are scored: give one kind at a time"
+        )
 
 
 def cosines(first: Tensor, second: Tensor) -> FloatArray:
@@ -201,7 +215,6 @@ def _checked(examples: Sequence[AnyExample]) -> list[PairExample | ScoredPairExa
     for number, example in enumerate(checked):
         for text in _texts(example):
             check_text(text, example, number)
-        score = _score(example)
-        if score is not None and not math.isfinite(score):
-            raise TrainingDataError(f"{where(example, number)}: the score must be finite, found {score}")
+        if isinstance(example, ScoredPairExample):
+            checked_number(example.score, "the score", example, number)
     return checked

@@ -17,6 +17,7 @@ from hmi_engine.construct.training_data import Split, TaskData, random_split
 from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import TrainingDataError
+from hmi_engine.knowledge.corpus_examples import finite_number
 from hmi_engine.knowledge.examples import AnyExample, Task
 from hmi_engine.knowledge.heads import Head
 from hmi_engine.models.tokenization import TextEncoder
@@ -27,6 +28,7 @@ __all__ = [
     "Reading",
     "TrainableHead",
     "check_text",
+    "checked_number",
     "checked_types",
     "digest_of",
     "where",
@@ -111,6 +113,13 @@ class Objective(ABC):
             f"the task {self.task} learns from no teacher; those that do are {', '.join(TEACHABLE_TASKS)}"
         )
 
+    def check_held_out(self, examples: Sequence[AnyExample], name: str) -> None:  # noqa: B027
+        """Looks at examples to judge by, before any work, for what one figure cannot judge together.
+
+        Raises:
+            TrainingDataError: there is such; ``name`` says in the message whose examples they are.
+        """
+
     def split(self, data: TaskData, fraction: float, generator: torch.Generator) -> Split:
         """Holds out ``fraction`` of the examples, at random.
 
@@ -175,6 +184,17 @@ def check_text(text: object, example: AnyExample, number: int) -> None:
         raise TrainingDataError(
             f"{where(example, number)}: a text must be a string that is not blank, found {text!r:.80}"
         )
+
+
+def checked_number(value: object, name: str, example: AnyExample, number: int) -> float:
+    """Returns the value, which ``name`` stands for; raises :class:`TrainingDataError` unless it is finite."""
+    found = finite_number(value)
+    if found is None:
+        shown = "an integer beyond float64" if type(value) is int else repr(value)
+        raise TrainingDataError(
+            f"{where(example, number)}: {name} must be a finite number, found {shown:.80}"
+        )
+    return found
 
 
 def digest_of(rows: Iterable[object]) -> str:

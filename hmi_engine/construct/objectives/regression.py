@@ -6,7 +6,6 @@ suits any unit; the stored head gives the numbers as they were.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from hmi_engine.construct.objectives.objective import (
     Reading,
     TrainableHead,
     check_text,
+    checked_number,
     checked_types,
     digest_of,
-    where,
 )
 from hmi_engine.construct.training_data import TaskData, encode_texts
 from hmi_engine.construct.training_metrics import Metrics, measure_numbers
@@ -105,9 +104,5 @@ def _checked(examples: Sequence[AnyExample]) -> list[RegressionExample]:
     checked = checked_types(examples, (RegressionExample,), "regression")
     for number, example in enumerate(checked):
         check_text(example.text, example, number)
-        value = example.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise TrainingDataError(
-                f"{where(example, number)}: the value must be a finite number, found {value!r:.80}"
-            )
+        checked_number(example.value, "the value", example, number)
     return checked
