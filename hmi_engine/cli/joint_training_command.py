@@ -17,17 +17,14 @@ from hmi_engine.cli.output import (
     print_json_list,
     progress_bars,
     warn,
-    warn_of_reading,
 )
+from hmi_engine.cli.training_files import TrainingFiles
 from hmi_engine.cli.training_warnings import warn_of_training
 from hmi_engine.construct.joint_training import TOGETHER, TenantExamples, TrainingOutcome
+from hmi_engine.construct.training_metrics import Metrics
 from hmi_engine.construct.training_settings import TrainingSettings
 from hmi_engine.errors import CorpusError, HmiError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
-from hmi_engine.knowledge.corpus import stream_texts
-from hmi_engine.knowledge.corpus_examples import stream_task_examples
-from hmi_engine.knowledge.corpus_report import CorpusReport
-from hmi_engine.knowledge.examples import AnyExample
 from hmi_engine.store import Store
 
 __all__ = ["train_many"]
@@ -133,22 +130,19 @@ def _examples_of(line: ManifestLine, folder: Path) -> TenantExamples:
         reason = _problem(error) if isinstance(error, ValidationError) else str(error)
         raise CorpusError(f"the settings of tenant {line.name!r:.80}: {reason}") from error
 
-    def read(path: Path | None) -> list[AnyExample]:
-        if path is None:
-            return []
-        report = CorpusReport()
-        examples = list(stream_task_examples(folder / path, settings.task, report=report))
-        warn_of_reading(report, f"{line.name}: ")
-        return examples
-
+    files = TrainingFiles(settings.task, whose=f"{line.name}: ")
+    examples, validation_examples, test_examples = (
+        files.examples(None if path is None else folder / path)
+        for path in (line.data, line.validation, line.test)
+    )
     return TenantExamples(
         line.name,
-        read(line.data),
-        read(line.validation),
-        read(line.test),
+        examples,
+        validation_examples,
+        test_examples,
         settings,
         teacher=None if line.teacher is None else folder / line.teacher,
-        unlabelled=tuple(stream_texts(folder / path for path in line.unlabelled)),
+        unlabelled=files.unlabelled([folder / path for path in line.unlabelled]),
     )
 
 
@@ -166,16 +160,23 @@ def _described(outcomes: dict[str, TrainingOutcome]) -> Iterator[dict[str, Any]]
             yield {"name": name, "report": outcome.report.model_dump(mode="json")}
 
 
+def _shown(scores: Metrics | None, figure: str) -> str:
+    """The figure, or where a split is judged by others (scored pairs, say) the first of these by its name."""
+    if scores is None:
+        return ""
+    if figure in scores.values:
+        return f"{scores.values[figure]:.3f}"
+    name, value = next(iter(scores.values.items()))
+    return f"{name} {value:.3f}"
+
+
 def _print(outcomes: dict[str, TrainingOutcome]) -> None:
     table = Table("tenant", "epochs", "figure", "validation", "test")
     for name, outcome in outcomes.items():
         if isinstance(outcome, HmiError):
             continue
         report = outcome.report
-        figures = [
-            "" if scores is None else f"{scores.values[report.best_by]:.3f}"
-            for scores in (report.validation, report.test)
-        ]
+        figures = [_shown(scores, report.best_by) for scores in (report.validation, report.test)]
         table.add_row(name, str(len(report.history)), report.best_by, *figures)
     console.print(table)
     for name, outcome in outcomes.items():

@@ -18,23 +18,19 @@ from hmi_engine.cli.output import (
     progress_bars,
     say,
     warn,
-    warn_of_reading,
 )
 from hmi_engine.cli.tenant_options import DomainOption, ReplaceOption, TenantName
+from hmi_engine.cli.training_files import TrainingFiles
 from hmi_engine.cli.training_warnings import warn_of_training
 from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.model_card_text import card_markdown, figure
 from hmi_engine.construct.training import Metrics, SearchSpace, TrainingReport, TrainingSettings
 from hmi_engine.construct.training_settings import ADAPTER_KINDS
 from hmi_engine.engine import Engine
-from hmi_engine.errors import CorpusError
 from hmi_engine.evaluation import evaluate_tenant, task_of
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
-from hmi_engine.knowledge.corpus import stream_texts
-from hmi_engine.knowledge.corpus_examples import stream_task_examples
-from hmi_engine.knowledge.corpus_files import EXAMPLE_FORMATS, ExampleFormat
-from hmi_engine.knowledge.corpus_report import CorpusReport
-from hmi_engine.knowledge.examples import TASKS, AnyExample, Task
+from hmi_engine.knowledge.corpus_files import EXAMPLE_FORMATS
+from hmi_engine.knowledge.examples import TASKS
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.store import Store
 
@@ -144,10 +140,11 @@ def train(
         seed=seed,
     )
     space = _search_space(settings, search_rates, search_ranks, search_steps) if search else None
-    files = _ExampleFiles(settings.task, file_format, text_field, label_field)
-    examples, validation_examples, test_examples = (
-        files.read(path) if path else [] for path in (data, validation, test)
+    files = TrainingFiles(
+        settings.task, file_format=file_format, text_field=text_field, label_field=label_field
     )
+    examples, validation_examples, test_examples = map(files.examples, (data, validation, test))
+    unlabelled_texts = files.unlabelled(unlabelled or [])
     with Store.open(store) as opened, progress_bars() as progress:
         trained = opened.train_tenant(
             name,
@@ -158,7 +155,7 @@ def train(
             settings=settings,
             search_space=space,
             teacher=teacher,
-            unlabelled=list(stream_texts(unlabelled or [])),
+            unlabelled=unlabelled_texts,
             replace=replace,
             progress=progress,
         )
@@ -185,7 +182,8 @@ def evaluate(
     policy = checked_choice(miss, ("backoff", "exact", "budget"), "--miss")
     with Store.open(store, read_only=True) as opened:
         task = task_of(opened.load_tenant(name)[1])
-        examples = _ExampleFiles(task, file_format, text_field, label_field).read(data)
+        files = TrainingFiles(task, file_format=file_format, text_field=text_field, label_field=label_field)
+        examples = files.examples(data)
         with Engine(opened, miss=policy) as engine, progress_bars() as progress:
             evaluation = evaluate_tenant(engine, name, examples, seed=seed, progress=progress)
     if evaluation.num_cut:
@@ -206,37 +204,6 @@ def card(store: StorePath, name: TenantName, as_json: AsJson = False) -> None:
         say(f"{name} was not trained here; --json prints what its entry says, and evaluate judges it")
     else:
         say(card_markdown(found).rstrip())
-
-
-class _ExampleFiles:
-    """How a command's files of examples are read."""
-
-    def __init__(self, task: Task, file_format: str | None, text_field: str, label_field: str) -> None:
-        self._task, self._text_field, self._label_field = task, text_field, label_field
-        self._format: ExampleFormat | None = None
-        if file_format is not None:
-            self._format = checked_choice(file_format, EXAMPLE_FORMATS, "--format")
-
-    def read(self, path: Path) -> list[AnyExample]:
-        """Warns of lines that are left out or no UTF-8; raises :class:`CorpusError` where none is left."""
-        report = CorpusReport()
-        examples = list(
-            stream_task_examples(
-                path,
-                self._task,
-                text_field=self._text_field,
-                label_field=self._label_field,
-                file_format=self._format,
-                report=report,
-            )
-        )
-        warn_of_reading(report)
-        if not examples:
-            raise CorpusError(
-                f"{path} holds no {self._task} example; are the task, the format and the fields "
-                f"{self._text_field!r} and {self._label_field!r} right?"
-            )
-        return examples
 
 
 def _settings(**fields: Any) -> TrainingSettings:

@@ -240,3 +240,50 @@ def test_a_teacher(made, tiny_bert, tmp_path, corpus):
 
     done = train(made, "x", "--unlabelled", tmp_path / "more.txt")
     assert done.returncode == 2 and "no teacher" in done.stderr
+
+    body = write_jsonl(tmp_path / "body.jsonl", [{"body": "the cell"}, {"text": "a cell"}])
+    rows = [{"body": text, "label": label_of(text)} for text in corpus[:40]]
+    write_jsonl(made / "bodies.jsonl", rows)
+    options = ["--teacher", teacher, "--unlabelled", body, "--text-field", "body", "--json"]
+    done = train(made, "bodies", *options, data="bodies.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["teacher"]["num_unlabelled"] == 1
+    assert "left out: " in done.stderr and "body.jsonl:2: no string in field 'body'" in done.stderr
+
+
+def test_files_that_hold_nothing_are_refused(made, tmp_path):
+    """For one tenant and for many alike, whatever the file is for."""
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"other": "the cell"}])
+    told = {
+        "validation": "empty.jsonl holds no classification example",
+        "test": "empty.jsonl holds no classification example",
+        "unlabelled": "empty.jsonl holds no unlabelled text; is the field 'text' right?",
+    }
+    lines = [
+        {"name": name, "data": str(made / "data.jsonl"), name: [str(empty)] if "un" in name else str(empty)}
+        for name in told
+    ]
+    manifest = write_jsonl(tmp_path / "manifest.jsonl", lines)
+    many = hmi("tenant", "train-many", made / "store", "--manifest", manifest, "--json")
+    assert many.returncode == 1
+    failures = {failure["name"]: failure for failure in json.loads(many.stdout)}
+    for name, message in told.items():
+        alone = train(made, name, f"--{name}", empty)
+        assert alone.returncode == 2 and message in alone.stderr
+        assert failures[name]["error"] == "CorpusError" and message in failures[name]["message"]
+        assert f"{name}: left out: {empty}:1" in many.stderr
+
+
+def test_splits_that_are_judged_by_other_figures_are_shown(made, corpus):
+    pairs = [{"anchor": text, "positive": text.split()[0]} for text in corpus[:40]]
+    scored = [
+        {"first": text, "second": "the cell", "score": number} for number, text in enumerate(corpus[:20])
+    ]
+    write_jsonl(made / "pairs.jsonl", pairs)
+    write_jsonl(made / "scored.jsonl", scored)
+    settings = {"task": "embedding", "max_epochs": 1, "rank": 4}
+    line = {"name": "vectors", "data": "pairs.jsonl", "test": "scored.jsonl", "settings": settings}
+    write_jsonl(made / "vectors.jsonl", [line])
+    done = hmi("tenant", "train-many", made / "store", "--manifest", made / "vectors.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "retrieval_accuracy" in done.stdout and "spearman" in done.stdout
