@@ -32,7 +32,7 @@ from hmi_engine.construct.distillation_stage import StageTrainer
 from hmi_engine.construct.distillation_student import Student, load_bert
 from hmi_engine.construct.distillation_teacher import Teacher
 from hmi_engine.construct.distilled_model import DistilledModel, weights_sha256
-from hmi_engine.errors import MissingDependencyError, UnsupportedModelError
+from hmi_engine.errors import HmiError, MissingDependencyError, UnsupportedModelError
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.tensor_file import file_sha256
 from hmi_engine.models.bert_loading import load_bert_configuration, load_bert_tensors
@@ -84,35 +84,36 @@ def distil(
         TrainingMemoryError: a step does not fit into memory.
         StoreFullError: no room for checkpoints and cached states.
         MissingDependencyError: ``accelerate`` is not installed.
+        HmiError: something else has set it up in this process for another precision.
     """
     if not general.plot_layers:
         raise UnsupportedModelError(
             "the store has no domain layers (plot_layers is 0), so there is nothing to distil; make one with "
             "`hmi init --plot-layers K`"
         )
-    accelerator = _accelerator(settings)
     started = time.perf_counter()
-    pieces, num_texts = read_pieces(texts, encoder, settings.max_tokens)
-    corpus = DistillationCorpus(pieces, general.window, settings)
-    teacher = teacher or base
-    teacher_sha256 = weights_sha256(load_bert_tensors(teacher, load_bert_configuration(teacher)))
-    task = Task(
-        base_sha256=_base_sha256(base, domain_layers),
-        teacher_sha256=None if teacher == base else teacher_sha256,
-        data_sha256=corpus.sha256,
-        plot_layers=general.plot_layers,
-        window=general.window,
-        domain=domain,
-        processes=accelerator.num_processes,
-        settings=settings.model_dump(mode="json"),
-    )
-    bert = load_bert(base)
-    student = Student(bert, load_merge(base), general.plot_layers)
-    _start_from(student, domain_layers)
-    student.to(accelerator.device)
-    with _work_folder(folder) as work:
-        run = _Run(general, corpus, student, teacher, work, task, settings, accelerator, progress)
-        stages = run.all_stages()
+    with _accelerator(settings) as accelerator:
+        pieces, num_texts = read_pieces(texts, encoder, settings.max_tokens)
+        corpus = DistillationCorpus(pieces, general.window, settings)
+        teacher = teacher or base
+        teacher_sha256 = weights_sha256(load_bert_tensors(teacher, load_bert_configuration(teacher)))
+        task = Task(
+            base_sha256=_base_sha256(base, domain_layers),
+            teacher_sha256=None if teacher == base else teacher_sha256,
+            data_sha256=corpus.sha256,
+            plot_layers=general.plot_layers,
+            window=general.window,
+            domain=domain,
+            processes=accelerator.num_processes,
+            settings=settings.model_dump(mode="json"),
+        )
+        bert = load_bert(base)
+        student = Student(bert, load_merge(base), general.plot_layers)
+        _start_from(student, domain_layers)
+        student.to(accelerator.device)
+        with _work_folder(folder) as work:
+            run = _Run(general, corpus, student, teacher, work, task, settings, accelerator, progress)
+            stages = run.all_stages()
     report = DistillationReport(
         plot_layers=general.plot_layers,
         window=general.window,
@@ -204,16 +205,41 @@ class _Run:
         )
 
 
-def _accelerator(settings: DistillationSettings) -> Accelerator:
+@contextmanager
+def _accelerator(settings: DistillationSettings) -> Iterator[Accelerator]:
+    """Sets accelerate up, which has one state for the process, and leaves that as it was found.
+
+    So the next distillation in this process may have another precision.
+
+    Raises:
+        HmiError: others have set it up for another precision, or the processor has not this one.
+        MissingDependencyError: it is not installed.
+    """
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, is_initialized
     except ImportError as error:
         raise MissingDependencyError(
             "distillation needs `accelerate`, which is not installed; run `pip install 'hmi[train]'`"
         ) from error
-    return Accelerator(
-        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.gradient_accumulation
-    )
+    is_of_others = is_initialized()
+    try:
+        try:
+            accelerator = Accelerator(
+                mixed_precision=settings.mixed_precision,
+                gradient_accumulation_steps=settings.gradient_accumulation,
+            )
+        except ValueError as error:
+            advice = (
+                "something else in this process uses it: distil in another one" if is_of_others else error
+            )
+            raise HmiError(
+                f"accelerate takes no mixed_precision={settings.mixed_precision!r} here; {advice}"
+            ) from error
+        yield accelerator
+    finally:
+        if not is_of_others:
+            AcceleratorState._reset_state()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from hmi_engine.construct.distillation_windows import plan_merge
 from hmi_engine.errors import (
     CheckpointError,
     CorpusError,
+    HmiError,
     TrainingDivergedError,
     TrainingMemoryError,
 )
@@ -401,11 +402,22 @@ def test_accumulated_gradients_make_the_step_of_both_batches(store, corpus) -> N
 
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_mixed_precision_learns_about_the_same(store, corpus, precision) -> None:
-    from accelerate.state import AcceleratorState
-
     exact = run(store, corpus, settings()).report.stages[0].losses
-    AcceleratorState._reset_state()
     mixed = run(store, corpus, settings(mixed_precision=precision)).report.stages[0].losses
-    AcceleratorState._reset_state()
     assert mixed == pytest.approx(exact, rel=0.05)
     assert mixed != exact
+
+
+def test_the_accelerator_of_others_keeps_its_precision(store, corpus) -> None:
+    """All in a process share accelerate's state: another precision is refused, and theirs stays."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    theirs = Accelerator(mixed_precision="no")
+    try:
+        with pytest.raises(HmiError, match="no mixed_precision='bf16' here; something else in this process"):
+            run(store, corpus, settings(mixed_precision="bf16"))
+        assert run(store, corpus, settings()).report.stages[0].losses
+        assert theirs.mixed_precision == "no"
+    finally:
+        AcceleratorState._reset_state()
