@@ -20,7 +20,9 @@ from hmi_engine.construct.distillation_settings import (
 )
 from hmi_engine.construct.distilled_model import (
     DistilledModel,
+    check_compact_fits,
     check_new_folder,
+    check_writable,
     read_distillation,
     weights_sha256,
     write_compact,
@@ -29,7 +31,7 @@ from hmi_engine.construct.distilled_model import (
 from hmi_engine.construct.general_change import replace_general
 from hmi_engine.construct.ray_rows import layer_tensors
 from hmi_engine.domain_store import DomainStore
-from hmi_engine.errors import UnsupportedModelError
+from hmi_engine.errors import StoreExistsError, UnsupportedModelError
 from hmi_engine.knowledge.catalog import ROOT_DOMAIN
 from hmi_engine.knowledge.corpus import Corpus, CorpusReport, check_not_empty, stream_texts
 from hmi_engine.models.bert_loading import import_bert, load_bert_configuration, load_bert_tensors
@@ -55,6 +57,7 @@ class DistillingStore(DomainStore):
         compact: str | Path | None = None,
         text_field: str = "text",
         stdin_format: Literal["txt", "jsonl"] = "txt",
+        report: CorpusReport | None = None,
         progress: DistillationProgress | None = None,
     ) -> DistillationReport:
         """Distils the base model into hierarchical form on unlabelled text, or a domain's own layers.
@@ -71,9 +74,11 @@ class DistillingStore(DomainStore):
             folder: for checkpoints; a distillation that was interrupted goes on from there.
             export: a new folder that gets the distilled model, for :meth:`Store.create`; it is removed where
                 the store then cannot take the model.
-            compact: a file that gets what distillation changed, for ``Store.create(distilled=...)``.
+            compact: a file that gets what distillation changed, for ``Store.create(distilled=...)``; not
+                from a ``teacher`` with other embeddings than the store's base.
             text_field: field of the text in JSON lines, column in Parquet files.
             stdin_format: what standard input is.
+            report: counts what is read, and holds the lines that are left out.
             progress: told about the work.
 
         Raises:
@@ -81,8 +86,9 @@ class DistillingStore(DomainStore):
                 ``domain``).
             UnsupportedModelError: the store has no domain layers, ``domain`` is the root or stage 1 has no
                 steps for it, or the teacher is not of the base model's sizes, or not the one that it was
-                distilled from.
-            StoreExistsError: ``export`` holds something.
+                distilled from, or, with ``compact``, has other embeddings.
+            StoreExistsError: ``export`` holds something, or ``compact`` is a folder.
+            StoreError: ``export`` or ``compact`` cannot be written.
             UnknownDomainError, CorpusError, CheckpointError, TrainingDivergedError, TrainingMemoryError.
             StoreFullError: no room; the store is as it was, and checkpoints stay.
             StoreBusyError: someone else changed the store meanwhile; checkpoints stay.
@@ -94,6 +100,9 @@ class DistillingStore(DomainStore):
         layers = None
         if export is not None:
             check_new_folder(Path(export))
+            check_writable(Path(export))
+        if compact is not None:
+            _check_compact_file(Path(compact), export, folder)
         if domain is None:
             self.catalog.check_no_tenants()
         elif export is not None or compact is not None:
@@ -103,8 +112,10 @@ class DistillingStore(DomainStore):
         else:
             chosen, layers = chosen.for_domain(), self._layers_of(domain)
         with self._teacher_folder(teacher) as teaching:
+            if compact is not None:
+                check_compact_fits(_weights(self.general_folder), _weights(teaching))
             distilled = distil(
-                self._texts(corpus, text_field, stdin_format),
+                _texts(corpus, text_field, stdin_format, CorpusReport() if report is None else report),
                 base=self.general_folder,
                 teacher=teaching,
                 general=self.general,
@@ -133,11 +144,6 @@ class DistillingStore(DomainStore):
             if export is not None and self.catalog.general.folder == before:
                 shutil.rmtree(export, ignore_errors=True)
             raise
-
-    def _texts(self, corpus: Corpus, text_field: str, stdin_format: Literal["txt", "jsonl"]) -> Iterator[str]:
-        report = CorpusReport()
-        yield from stream_texts(corpus, text_field=text_field, stdin_format=stdin_format, report=report)
-        check_not_empty(report)
 
     def _install(
         self, distilled: DistilledModel, domain: str | None, progress: DistillationProgress | None
@@ -187,3 +193,20 @@ class DistillingStore(DomainStore):
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     return load_bert_tensors(folder, load_bert_configuration(folder))
+
+
+def _texts(
+    corpus: Corpus, text_field: str, stdin_format: Literal["txt", "jsonl"], report: CorpusReport
+) -> Iterator[str]:
+    yield from stream_texts(corpus, text_field=text_field, stdin_format=stdin_format, report=report)
+    check_not_empty(report)
+
+
+def _check_compact_file(compact: Path, *folders: str | Path | None) -> None:
+    """Raises :class:`StoreError` where a file cannot be written, or is or has to be a folder."""
+    if compact.is_dir():
+        raise StoreExistsError(f"{compact} is a folder; name a file for the compact form")
+    for folder in folders:
+        if folder is not None and Path(folder).absolute().is_relative_to(compact.absolute()):
+            raise StoreExistsError(f"{compact} has to be a folder, for {folder}; name another compact file")
+    check_writable(compact)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.table import Table
 
-from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, say
+from hmi_engine.cli.output import (
+    AsJson,
+    StorePath,
+    checked_choice,
+    console,
+    print_json,
+    progress_bars,
+    say,
+    warn_of_reading,
+)
 from hmi_engine.construct.bootstrap import MAX_SEED
 from hmi_engine.construct.distillation_settings import (
     DistillationReport,
@@ -17,10 +26,13 @@ from hmi_engine.construct.distillation_settings import (
     StageReport,
     StageSettings,
 )
+from hmi_engine.knowledge.corpus import TextFormat
+from hmi_engine.knowledge.corpus_report import CorpusReport
 from hmi_engine.store import Store
 
 _DEFAULT = DistillationSettings()
 _FIRST, _SECOND = _DEFAULT.stages
+_STDIN_FORMATS: tuple[TextFormat, ...] = ("txt", "jsonl")
 
 
 def distill(
@@ -90,6 +102,8 @@ def distill(
         "seed": seed,
     }
     chosen = _settings(options, settings)
+    kind = checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format")
+    read = CorpusReport()
     with Store.open(store) as opened, progress_bars() as progress:
         report = opened.distill(
             corpus,
@@ -100,9 +114,11 @@ def distill(
             export=export,
             compact=compact,
             text_field=text_field,
-            stdin_format=cast("Literal['txt', 'jsonl']", stdin_format),
+            stdin_format=kind,
+            report=read,
             progress=progress,
         )
+    warn_of_reading(read)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:

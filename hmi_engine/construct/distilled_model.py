@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import hmi_kernels
 from hmi_engine.construct.distillation_settings import DistillationReport
-from hmi_engine.errors import HmiError, StoreExistsError, UnsupportedModelError
+from hmi_engine.errors import HmiError, StoreError, StoreExistsError, UnsupportedModelError
 from hmi_engine.knowledge.atomic import atomic_write, fsync_path, make_folders, storage_error
 from hmi_engine.knowledge.locks import hold_folder
 from hmi_engine.knowledge.tensor_file import write_tensors
@@ -27,8 +28,10 @@ __all__ = [
     "REPORT_FILE",
     "DistilledModel",
     "apply_compact",
+    "check_compact_fits",
     "check_new_folder",
     "check_purpose",
+    "check_writable",
     "import_distillation",
     "read_distillation",
     "weights_sha256",
@@ -71,6 +74,33 @@ def check_new_folder(folder: Path) -> None:
     """Raises :class:`StoreExistsError` where a folder holds something, or is a file."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise StoreExistsError(f"{folder} is there already; choose a new folder for the distilled model")
+
+
+def check_writable(target: Path) -> None:
+    """Raises :class:`StoreError` where a file or folder cannot be made, or its folder; nothing is left there.
+
+    A file without a name is made in the first folder above that is there: permissions do not tell all.
+    """
+    try:
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise StoreError(f"cannot write {target}: {error.strerror}; choose another place") from error
+
+
+def check_compact_fits(base: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
+    """Raises :class:`UnsupportedModelError` where the compact form would make another model than is learned.
+
+    A student keeps what ``base`` has beside its encoder layers. The compact form is put on ``teacher``, which
+    must have the same. Nothing reads the pooler.
+    """
+    for name, tensor in base.items():
+        if not name.startswith(("encoder.layer.", "pooler.")) and not torch.equal(tensor, teacher[name]):
+            raise UnsupportedModelError(
+                f"the teacher's {name} is not that of the store's base, which the distilled model keeps; the "
+                "compact form holds changes of encoder layers only: take --export instead of --compact"
+            )
 
 
 def write_folder(target: Path, base: Path, model: DistilledModel) -> None:
@@ -158,7 +188,7 @@ def write_compact(path: Path, teacher: Mapping[str, Tensor], model: DistilledMod
 
     Args:
         path: of the file; replaced atomically.
-        teacher: the weights that the model was distilled from.
+        teacher: the weights that the model was distilled from; see :func:`check_compact_fits`.
         model: what was learned.
 
     Raises:

@@ -78,6 +78,26 @@ def test_init_takes_the_form_that_comes_along(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_lines_that_are_left_out_are_told_of(tiny_bert, tmp_path, corpus):
+    made = hmi("init", tmp_path / "store", "--general", tiny_bert, "--plot-layers", 2)
+    assert made.returncode == 0, made.stderr
+    lines = "\n".join(json.dumps({"text": text}) for text in corpus)
+    done = hmi(
+        "distill",
+        tmp_path / "store",
+        "--corpus",
+        "-",
+        "--stdin-format",
+        "jsonl",
+        *SMALL,
+        "--json",
+        text=lines + '\n{"other": "the cell"}\n',
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["texts"] > 100
+    assert f"left out: -:{len(corpus) + 1}: no string in field 'text'" in done.stderr
+
+
 def test_bad_input_is_one_line(distilled, tmp_path):
     folder, _ = distilled
     empty = tmp_path / "empty.txt"
@@ -90,6 +110,7 @@ def test_bad_input_is_one_line(distilled, tmp_path):
         (["--corpus", folder / "corpus.jsonl", "--steps-1", 0, "--steps-2", 0], "0 steps"),
         (["--corpus", folder / "corpus.jsonl", "--domain", "general", "--steps-1", 0], "--steps-1"),
         (["--corpus", folder / "corpus.jsonl", "--seed", -1], "--seed"),
+        (["--corpus", "-", "--stdin-format", "json"], "--stdin-format"),
     ]:
         done = hmi("distill", folder / "store", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)

@@ -26,6 +26,7 @@ from hmi_engine.errors import (
     GeneralInUseError,
     ReadOnlyStoreError,
     StoreBusyError,
+    StoreError,
     StoreExistsError,
     UnknownTenantError,
     UnsupportedModelError,
@@ -344,6 +345,47 @@ def test_where_results_cannot_go_is_said_before_anything_is_learned(store, corpu
         store.distill(corpus, settings=settings(), export=tmp_path / "full", progress=unexpected)
     with pytest.raises(UnsupportedModelError, match="are for a base model"):
         store.distill(corpus, domain="words", compact=tmp_path / "file", progress=unexpected)
+    a_file = tmp_path / "full" / "x"
+    for targets, message in [
+        ({"compact": tmp_path / "full"}, "full is a folder; name a file"),
+        ({"compact": a_file / "below" / "file"}, "cannot write .*Not a directory"),
+        ({"export": a_file / "below"}, "cannot write .*Not a directory"),
+        ({"compact": tmp_path / "new", "export": tmp_path / "new" / "export"}, "new has to be a folder"),
+        ({"compact": tmp_path / "new", "folder": tmp_path / "new"}, "new has to be a folder"),
+    ]:
+        with pytest.raises(StoreError, match=message):
+            store.distill(corpus, settings=settings(), progress=unexpected, **targets)
+    assert [path.name for path in tmp_path.rglob("*") if path.name in ("file", "new", "below")] == []
+
+
+def test_a_teacher_with_other_embeddings_has_no_compact_form(store, corpus, tiny_bert, tmp_path) -> None:
+    """That form is put on the teacher, of which the distilled model has the encoder alone. The pooler does
+    not count."""
+
+    def changed(name: str) -> Path:
+        folder = Path(shutil.copytree(tiny_bert, tmp_path / name.partition(".")[0]))
+        weights = load_file(folder / "model.safetensors")
+        weights[name] = weights[name] + 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    compact = tmp_path / "compact.safetensors"
+    with pytest.raises(UnsupportedModelError, match=r"embeddings.LayerNorm.bias .* take --export"):
+        store.distill(
+            corpus,
+            settings=settings(),
+            teacher=changed("embeddings.LayerNorm.bias"),
+            compact=compact,
+            progress=unexpected,
+        )
+    assert not compact.exists()
+    teacher = changed("pooler.dense.bias")
+    store.distill(corpus, settings=settings(), teacher=teacher, compact=compact)
+    with hmi.Store.create(tmp_path / "other", general=teacher, distilled=compact) as other:
+        ours, theirs = (load_file(s.general_folder / "model.safetensors") for s in (store, other))
+    for name in ours:
+        if not name.startswith("pooler."):
+            torch.testing.assert_close(theirs[name], ours[name], atol=1e-2, rtol=0)
 
 
 def unexpected(*arguments, **options):
