@@ -8,6 +8,7 @@ import pytest
 import hmi_engine as hmi
 from hmi_engine.construct.training import TrainingSettings
 from hmi_engine.construct.training_metrics import measure_label_sets, measure_tags
+from hmi_engine.errors import TrainingDataError
 from hmi_engine.knowledge.examples import (
     Example,
     MultiLabelExample,
@@ -91,6 +92,8 @@ def test_every_task_is_served_as_it_was_judged(make_store, topic_examples, task)
                 [response.embedding for response in engine.run([hmi.Request("t", text) for text in pair[:2]])]
                 for pair in scored
             ]
+            with pytest.raises(TrainingDataError, match="not of both"):
+                hmi.evaluate_tenant(engine, "t", [*new[:2], *scored[:1]])
             found = hmi.evaluate_tenant(engine, "t", scored).metrics.values["spearman"]
             ranks = np.argsort(np.argsort([float(first @ second) for first, second in vectors]))
             assert found == pytest.approx(np.corrcoef(ranks, np.arange(40))[0, 1], abs=1e-3)
