@@ -31,7 +31,6 @@ __all__ = ["RequestQueue"]
 
 _NO_LIMITS = TenantLimits()
 _TENANTS_AHEAD = 32  # about those of one batch
-_SECONDS_BETWEEN_LOOKS = 0.05
 
 _logger = logging.getLogger("hmi_engine")
 
@@ -227,7 +226,7 @@ class RequestQueue:
                     self._formed.append(self._described(formed))
                     self._fetched.update(each.weights_key for each in formed)
                 elif wait and not expired:
-                    self._wait()
+                    wait_for_work(self._queued, self._has_work)
             self._answer_expired(expired)
             if formed:
                 return [
@@ -237,12 +236,9 @@ class RequestQueue:
             if not wait:
                 return None
 
-    def _wait(self) -> None:
-        """With the lock, until there may be something to compute."""
-        if len(self._scheduler):  # of tenants over their limits, until time has passed
-            self._queued.wait(_SECONDS_BETWEEN_LOOKS)
-        else:
-            wait_for_work(self._queued, lambda: self._stopping or len(self._scheduler) > 0)
+    def _has_work(self) -> bool:
+        """With the lock: whether there is something to compute, or somebody to tell that it is too late."""
+        return self._stopping or len(self._scheduler) > 0 or self._scheduler.has_untold
 
     def _form(self) -> list[QueuedRequest[_Waiting]]:
         """A batch of a size, and with as many weights to fetch, as the measured costs suggest."""

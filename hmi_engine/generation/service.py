@@ -140,6 +140,8 @@ class DecoderService:
 
     def _wait(self) -> None:
         """With the lock, until there may be something to do."""
+        if self._scheduler.has_untold:  # too late since they were last told of, and nobody else wakes us
+            return
         if not len(self._scheduler):
             wait_for_work(self._inbox.arrived, self._has_arrivals)
         elif not self._has_arrivals():  # what waits is of tenants over their limits, until time has passed
@@ -230,7 +232,8 @@ class DecoderService:
         error = EngineClosedError(self._reason)
         with self._lock:
             self._inbox.refuse()
-            waiting = [queued for queued in self._queued.values() if queued.state is RequestState.QUEUED]
+            not_begun = (RequestState.QUEUED, RequestState.EXPIRED)
+            waiting = [queued for queued in self._queued.values() if queued.state in not_begun]
         try:
             for sequence in self._core.loop.abandon():
                 self._core.release(sequence)

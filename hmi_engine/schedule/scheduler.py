@@ -95,6 +95,11 @@ class Scheduler(Generic[Payload]):
         return self._queued.num_tokens
 
     @property
+    def has_untold(self) -> bool:
+        """Whether requests are too late that :meth:`expire` has not told of: they do not count as queued."""
+        return bool(self._expired)
+
+    @property
     def statistics(self) -> SchedulerStatistics:
         """How things stand."""
         return SchedulerStatistics(
@@ -181,7 +186,8 @@ class Scheduler(Generic[Payload]):
                 before it are computed; None for no limit.
 
         Returns:
-            Requests, those of one ``weights_key`` together. Empty only if nothing is queued.
+            Requests, those of one ``weights_key`` together. Empty only if nothing is queued, which may be
+            because the last of it has just become too late: see :attr:`has_untold`.
 
         Raises:
             ValueError: a budget is out of range.

@@ -260,7 +260,9 @@ def test_what_was_cancelled_or_is_late_frees_its_place(clock):
         scheduler.submit(request("b"))
     clock.now = 5.0
     scheduler.submit(request("b"))
+    assert scheduler.has_untold and len(scheduler) == 1
     assert scheduler.expire() == [late] and scheduler.expire() == []
+    assert not scheduler.has_untold
     assert not scheduler.cancel(late) and not scheduler.cancel(cancelled)
 
 
