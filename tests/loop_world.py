@@ -129,6 +129,7 @@ class World:
             max_step_tokens=max_step_tokens,
             max_running=max_running,
         )
+        self.coming = collections.deque()  # sequences that the loop may ask for
         self.alive = []
         self.begun = []
         self.results = {}
@@ -163,6 +164,14 @@ class World:
         self.begun.append(sequence)
         self.loop.add(sequence)
 
+    def next_sequence(self):
+        if not self.coming:
+            return None
+        sequence = self.coming.popleft()
+        self.alive.append(sequence)
+        self.begun.append(sequence)
+        return sequence
+
     def finish(self, sequence, result):
         assert sequence in self.alive and sequence not in self.results, "every sequence ends once"
         assert sequence.blocks == []
@@ -178,7 +187,7 @@ class World:
             if sequence.blocks and sequence.num_waiting == 1 and sequence.is_generating
         }
         preempted = self.loop.statistics.preemptions
-        is_busy = self.loop.step()
+        is_busy = self.loop.step(self.next_sequence)
         assert self.runner.problems == []
         assert self.runner.is_resting or self.loop.statistics.running, "nobody runs, so nothing is held"
         assert is_busy or not self.alive, "while something is left, something is computed"

@@ -17,12 +17,15 @@ from hmi_engine.generation.step_compute import Scheduled, StepOutput
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.read_out import HeadOutput
 
-__all__ = ["GenerationLoop", "GenerationStatistics"]
+__all__ = ["GenerationLoop", "GenerationStatistics", "NextSequence"]
 
 _logger = logging.getLogger("hmi_engine")
 
 _MOST_GIVEN_UP = 4
 """At most one in so many tokens of a step is left for the next, so that a piece ends with a block."""
+
+NextSequence = Callable[[], DecoderSequence | None]
+"""Gives a sequence that fits, and whose turn it is to begin; None if there is none."""
 
 Finish = Callable[[DecoderSequence, FinishReason | HeadOutput | HmiError], None]
 """Called once for each sequence that ends or was cancelled, when it holds no blocks any more."""
@@ -102,11 +105,6 @@ class GenerationLoop:
         return len(self._waiting) + len(self._running)
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more sequence could begin soon."""
-        return not self._waiting and len(self._running) < self._max_running
-
-    @property
     def statistics(self) -> GenerationStatistics:
         """How things stand."""
         self._statistics.running = len(self._running)
@@ -137,10 +135,14 @@ class GenerationLoop:
         self._runner.rest()
         return left
 
-    def step(self) -> bool:
-        """Computes one step; returns whether there was anything to compute."""
+    def step(self, next_sequence: NextSequence = lambda: None) -> bool:
+        """Computes one step; returns whether there was anything to compute.
+
+        While nobody waits here and the step has room for one more, ``next_sequence`` is asked for it: so a
+        step begins with all that it can, and of those asked for at most one waits that it could not begin.
+        """
         self._drop_cancelled()
-        scheduled = self._schedule()
+        scheduled = self._schedule(next_sequence)
         if not scheduled:
             self._runner.rest()
             return False
@@ -166,7 +168,7 @@ class GenerationLoop:
             self._waiting.remove(sequence)
             self._finish(sequence, FinishReason.STOP)
 
-    def _schedule(self) -> list[Scheduled]:
+    def _schedule(self, next_sequence: NextSequence) -> list[Scheduled]:
         budget = self._max_step_tokens
         planned: dict[DecoderSequence, int] = {}
         for sequence in sorted(self._running, key=lambda each: each.num_waiting > 1):
@@ -175,7 +177,7 @@ class GenerationLoop:
             if count and sequence.blocks and self._reserve(sequence, count, planned):
                 planned[sequence] = count
                 budget -= count
-        while budget and self._waiting and len(self._running) < self._max_running:
+        while budget and len(self._running) < self._max_running and self._has_waiting(next_sequence):
             sequence = self._waiting[0]
             if not self._adapters.has_room_for(sequence.tenant):
                 break
@@ -190,6 +192,12 @@ class GenerationLoop:
         # Sequences of one tenant are one segment of the grouped kernels.
         ordered = sorted(planned, key=lambda each: each.tenant.name)
         return [Scheduled(sequence, planned[sequence]) for sequence in ordered]
+
+    def _has_waiting(self, next_sequence: NextSequence) -> bool:
+        """Whether one waits to begin, after asking for it if need be."""
+        if not self._waiting and (sequence := next_sequence()) is not None:
+            self._waiting.append(sequence)
+        return bool(self._waiting)
 
     def _begin(self, sequence: DecoderSequence, budget: int) -> int:
         """Finds what of a sequence is in the cache, reserves blocks; returns how many tokens to compute."""

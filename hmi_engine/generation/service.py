@@ -25,7 +25,6 @@ from hmi_engine.waiting_for_work import wait_for_work
 __all__ = ["DecoderService"]
 
 _NO_LIMITS = TenantLimits()
-_SECONDS_BETWEEN_LOOKS = 0.05
 
 _logger = logging.getLogger("hmi_engine")
 
@@ -124,31 +123,25 @@ class DecoderService:
             self._abandon()
 
     def _serve(self) -> bool:
-        """One round: admit, begin, step; returns False when it is to stop."""
+        """One round: admit, and step with those whose turn it is; returns False when it is to stop."""
         if not len(self._core.loop):
             self._core.rest()
         with self._lock:
             if not len(self._core.loop):
-                self._wait()
+                wait_for_work(self._inbox.arrived, self._has_work)
             if self._stopping:
                 return False
             arrivals = self._inbox.take()
         self._admit([arrival for arrival in arrivals if not arrival.future.cancelled()])
-        self._begin()
-        self._core.loop.step()
+        self._tell_expired()
+        self._core.loop.step(self._next_sequence)
         return True
 
-    def _wait(self) -> None:
-        """With the lock, until there may be something to do."""
-        if self._scheduler.has_untold:  # too late since they were last told of, and nobody else wakes us
-            return
-        if not len(self._scheduler):
-            wait_for_work(self._inbox.arrived, self._has_arrivals)
-        elif not self._has_arrivals():  # what waits is of tenants over their limits, until time has passed
-            self._inbox.arrived.wait(_SECONDS_BETWEEN_LOOKS)
-
-    def _has_arrivals(self) -> bool:
-        return self._stopping or len(self._inbox) > 0
+    def _has_work(self) -> bool:
+        """With the lock: whether there is somebody to admit, to begin with, or to tell of the deadline."""
+        return (
+            self._stopping or len(self._inbox) > 0 or len(self._scheduler) > 0 or self._scheduler.has_untold
+        )
 
     def _admit(self, arrivals: list[Arrival]) -> None:
         if not arrivals:
@@ -194,8 +187,7 @@ class DecoderService:
         self._core.statistics.requests += 1
         self._core.statistics.errors += 1
 
-    def _begin(self) -> None:
-        """Hands requests whose turn it is to the loop, one at a time, while it could begin with them."""
+    def _tell_expired(self) -> None:
         with self._lock:
             expired = self._scheduler.expire()
         for queued in expired:
@@ -205,13 +197,12 @@ class DecoderService:
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
             self._refuse(arrival, error)
-        while self._core.loop.has_room:
-            with self._lock:
-                batch = self._scheduler.next_batch(max_tokens=1, max_adapter_bytes=0)
-            if not batch:
-                return
-            for queued in batch:
-                self._core.loop.add(queued.payload[1])
+
+    def _next_sequence(self) -> DecoderSequence | None:
+        """Whose turn it is to begin."""
+        with self._lock:
+            batch = self._scheduler.next_batch(max_tokens=1, max_adapter_bytes=0)  # never more than one
+        return batch[0].payload[1] if batch else None
 
     def _leave(self, future: Future[Response], arrival: Arrival, sequence: DecoderSequence) -> None:
         """The request is answered, or its caller has gone: then what it holds is free within a step."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 
 import pytest
 from decoder_stores import PROMPTS, WHOLE
 
 import hmi_engine as hmi
+from hmi_engine.generation import service
+from hmi_engine.generation.step import StepRunner
+from hmi_engine.waiting_for_work import wait_for_work
 
 
 async def collect(engine: hmi.AsyncEngine, request: hmi.Request, most: int | None = None):
@@ -158,6 +162,56 @@ def test_a_request_counts_what_can_be_generated_not_what_was_asked(mixed_store: 
 
     totals = asyncio.run(main()).queue_stats().totals
     assert totals.served_tokens == len(asked) * positions
+
+
+class Gate:
+    """Holds steps up until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.sizes: list[int] = []
+        run = StepRunner.run
+
+        def held(runner, scheduled):
+            self.reached.set()
+            assert self.opened.wait(60)
+            self.sizes.append(len(scheduled))
+            return run(runner, scheduled)
+
+        monkeypatch.setattr(StepRunner, "run", held)
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, 60)
+
+
+@pytest.mark.parametrize(("max_running", "sizes"), [(256, [1, 40]), (10, [1, 10, 10, 10, 10])])
+def test_a_step_begins_with_all_that_it_can(
+    mixed_store: hmi.Store, make_head, monkeypatch, max_running: int, sizes: list[int]
+) -> None:
+    head = make_head(mixed_store.general, pooling="last")
+    mixed_store.add_tenant("judge", domain="news", adapter=hmi.Adapter({}), head=head)
+    waited_while_queued = []
+
+    async def main() -> None:
+        gate = Gate(monkeypatch)
+        async with hmi.AsyncEngine(mixed_store, max_running=max_running) as engine:
+            queue = engine._queue
+
+            def wait(arrived, has_work):
+                waited_while_queued.append(not has_work() and len(queue._scheduler) > 0)
+                wait_for_work(arrived, has_work)
+
+            monkeypatch.setattr(service, "wait_for_work", wait)
+            first = engine.submit_nowait(hmi.Request("judge", "the cell"))
+            await gate.wait()
+            others = [engine.submit_nowait(hmi.Request("judge", text)) for text in PROMPTS * 3 + PROMPTS[:4]]
+            gate.opened.set()
+            for future in (first, *others):
+                assert (await asyncio.wrap_future(future)).error is None
+        assert gate.sizes == sizes
+
+    asyncio.run(main())
+    assert waited_while_queued and not any(waited_while_queued)
 
 
 async def come_and_go(store: hmi.Store, count: int) -> dict:

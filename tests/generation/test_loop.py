@@ -294,14 +294,36 @@ def test_who_has_no_room_for_its_adapter_waits_in_turn(byte_tokenizer):
     check_all(world)
 
 
-@pytest.mark.parametrize("max_running", [1, 3])
-def test_has_room_for_one_more(byte_tokenizer, max_running):
-    world = World(byte_tokenizer, num_blocks=20, max_running=max_running)
-    for _ in range(max_running):
-        assert world.loop.has_room
-        world.add(world.sequence("a", [7], Sampling(max_tokens=5, ignore_end=True)))
-        assert not world.loop.has_room, "one waits"
-        world.step()
-    assert not world.loop.has_room
+@pytest.mark.parametrize(
+    ("room", "begun", "waiting"),
+    [
+        ({}, 3, 0),  # 3, 3 and 2 of 3 tokens
+        ({"max_running": 2}, 2, 0),
+        ({"num_blocks": 4}, 2, 1),  # of two tokens each
+        ({"max_step_tokens": 100, "max_running": 100}, 6, 0),
+        ({"most_tenants": 2}, 2, 1),
+    ],
+)
+def test_a_step_asks_for_as_many_as_it_can_begin(byte_tokenizer, room, begun, waiting):
+    world = World(byte_tokenizer, **{"num_blocks": 100, **room})
+    for number in range(6):
+        sampling = Sampling(max_tokens=5, ignore_end=True)
+        world.coming.append(world.sequence(f"a{number}", [7, 8, number], sampling))
+    world.step()
+    statistics = world.loop.statistics
+    assert (statistics.running, statistics.waiting) == (begun, waiting)
+    assert len(world.coming) == 6 - begun - waiting
     world.run()
-    assert world.loop.has_room
+    assert len(world.results) == 6
+    check_all(world)
+
+
+def test_nobody_is_asked_for_while_one_waits(byte_tokenizer):
+    world = World(byte_tokenizer, num_blocks=100, most_tenants=1)
+    for tenant in ("a", "b", "a", "a"):
+        world.coming.append(world.sequence(tenant, [7], Sampling(max_tokens=3, ignore_end=True)))
+    for _ in range(3):
+        world.step()
+        assert len(world.coming) == 2
+    world.run()
+    check_all(world)
