@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, overload
@@ -188,25 +188,38 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
     ) -> AsyncIterator[Response]:
         """Answers many requests and yields responses as they are done; ``Request.id`` tells whose they are.
 
-        Requests are drawn as responses are taken: at most ``at_a_time`` are in the engine. Whoever stops
-        early cancels those. Raises as :meth:`submit`.
+        Requests are drawn as responses are taken: at most ``at_a_time`` are in the engine. A source that
+        waits, such as for an answer, withholds nobody else's. Whoever stops early cancels those, and ends
+        the source if it is an asynchronous generator. Raises as :meth:`submit`, and what the source raises.
         """
-        source = _as_async(requests)
-        open_tasks: set[asyncio.Future[Response]] = set()
+        ended: asyncio.Queue[asyncio.Future[Response | None]] = asyncio.Queue()
+        places = asyncio.Semaphore(max(1, at_a_time))
+        open_tasks: set[asyncio.Future[Response | None]] = set()
+
+        def open_task(task: asyncio.Future[Any]) -> None:
+            open_tasks.add(task)
+            task.add_done_callback(ended.put_nowait)
+
+        async def send_all() -> None:
+            async with aclosing(_as_async(requests)) as source:
+                await places.acquire()
+                async for request in source:
+                    open_task(asyncio.wrap_future(self.submit_nowait(request, priority=priority)))
+                    await places.acquire()
+
+        # One task draws all: what a generator began in a task, it may have to end there.
+        open_task(asyncio.create_task(send_all()))
         try:
-            async for request in source:
-                open_tasks.add(asyncio.wrap_future(self.submit_nowait(request, priority=priority)))
-                if len(open_tasks) >= at_a_time:
-                    done, open_tasks = await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
-                    for task in done:
-                        yield task.result()
             while open_tasks:
-                done, open_tasks = await asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
+                task = await ended.get()
+                open_tasks.remove(task)
+                if (response := task.result()) is not None:
+                    places.release()
+                    yield response
         finally:
             for task in open_tasks:
                 task.cancel()
+            await asyncio.gather(*open_tasks, return_exceptions=True)
 
     async def prefetch(self, tenants: Sequence[str]) -> int:
         """Loads tenants ahead of their requests; see :meth:`hmi_engine.Engine.prefetch`."""
@@ -253,10 +266,15 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         await self.close(finish=error is None)
 
 
-async def _as_async(requests: Iterable[Request] | AsyncIterable[Request]) -> AsyncIterator[Request]:
-    if isinstance(requests, AsyncIterable):
-        async for request in requests:
-            yield request
-    else:
+async def _as_async(requests: Iterable[Request] | AsyncIterable[Request]) -> AsyncGenerator[Request, None]:
+    if not isinstance(requests, AsyncIterable):
         for request in requests:
+            yield request
+            await asyncio.sleep(0)  # let who waits have what has come meanwhile
+    elif isinstance(requests, AsyncGenerator):
+        async with aclosing(requests):
+            async for request in requests:
+                yield request
+    else:
+        async for request in requests:
             yield request
