@@ -7,6 +7,7 @@ from functools import partial
 
 from hmi_engine.errors import EngineClosedError, HmiError
 from hmi_engine.generation.core import DecoderCore
+from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.request import Request, Response
 
 __all__ = ["run_requests"]
@@ -16,16 +17,16 @@ def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Respons
     """Answers requests, in their order; one that fails carries its error and harms no other."""
     responses: list[Response | None] = [None] * len(requests)
     with core.use_backend():
-        for index, admitted in enumerate(core.admit(requests)):
-            try:
-                if isinstance(admitted, HmiError):
-                    raise admitted
-                core.loop.add(core.sequence(admitted, partial(responses.__setitem__, index)))
-            except HmiError as error:
-                responses[index] = Response.failed(requests[index], error)
-                core.statistics.requests += 1
-                core.statistics.errors += 1
         try:
+            for index, admitted in enumerate(core.admit(requests)):
+                try:
+                    if isinstance(admitted, HmiError):
+                        raise admitted
+                    core.loop.add(core.sequence(admitted, partial(responses.__setitem__, index)))
+                except Exception as error:
+                    responses[index] = Response.failed(requests[index], as_fault(error, "admit"))
+                    core.statistics.requests += 1
+                    core.statistics.errors += 1
             while core.loop.step():
                 pass
         finally:
