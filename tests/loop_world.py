@@ -49,6 +49,7 @@ class CacheRunner:
         self.num_steps = 0
         self.problems = []
         self.first_steps = {}
+        self.num_computed = collections.Counter()  # tokens of each sequence, those computed again twice
         self.is_resting = True
 
     def rest(self):
@@ -67,6 +68,7 @@ class CacheRunner:
         self.num_steps += 1
         for each in scheduled:
             self.first_steps.setdefault(each.sequence, self.num_steps)
+            self.num_computed[each.sequence] += each.num_tokens
         if self.num_steps in self.failing_steps:
             raise ZeroDivisionError("as if a kernel had failed")
         for each in scheduled:

@@ -289,7 +289,7 @@ class DecoderCore:
             usage=Usage(
                 tokens=sequence.num_prompt,
                 generated_tokens=sequence.num_generated,
-                reused_tokens=min(sequence.num_reused, sequence.num_prompt),
+                reused_tokens=sequence.num_reused,
             ),
             timing=timing,
             id=sequence.request.id,

@@ -212,9 +212,10 @@ class GenerationLoop:
             self._give_up(sequence)
             return 0
         sequence.blocks += taken
-        sequence.started = time.perf_counter() if sequence.started is None else sequence.started
-        sequence.num_reused = max(sequence.num_reused, sequence.num_computed)
-        self._statistics.reused_tokens += sequence.num_computed
+        if sequence.started is None:  # one that gave its blocks up finds its own again
+            sequence.started = time.perf_counter()
+            sequence.num_reused = sequence.num_computed
+            self._statistics.reused_tokens += sequence.num_reused
         return count
 
     def _piece(self, sequence: DecoderSequence, budget: int) -> int:

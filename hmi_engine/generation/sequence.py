@@ -57,7 +57,7 @@ class DecoderSequence:
         text: their text.
         logprobs: theirs, where the request asked for them.
         num_computed: tokens whose keys and values are in the cache.
-        num_reused: most of them that were there already when the sequence began.
+        num_reused: of the prompt, those that were there already when the sequence first began.
         num_kept: full blocks that later sequences may begin with.
         blocks: of the cache, held.
         truncated: whether its text was cut to the model's positions.

@@ -205,6 +205,20 @@ def test_a_full_cache_preempts_and_changes_no_text(byte_tokenizer):
     assert world.loop.statistics.generated_tokens == 5 * 9
 
 
+def test_what_a_preempted_sequence_finds_of_itself_is_not_reused(byte_tokenizer):
+    world = World(byte_tokenizer, num_blocks=10)
+    for start in (10, 20):
+        prompt = list(range(start, start + 4))
+        world.add(world.sequence("a", prompt, Sampling(max_tokens=10, ignore_end=True)))
+    world.run()
+    _, second = world.begun
+    statistics = world.loop.statistics
+    assert statistics.preemptions > 0
+    assert world.runner.num_computed[second] < 13 + 10, "of the ten that it gave up it found some again"
+    assert (statistics.reused_tokens, second.num_reused) == (0, 0)
+    check_all(world)
+
+
 def test_a_large_cache_preempts_nothing_and_a_second_prompt_is_found(byte_tokenizer):
     world = World(byte_tokenizer, num_blocks=100)
     prompt = [7, 8, 9, 10, 11, 12]
