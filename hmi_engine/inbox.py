@@ -15,7 +15,7 @@ from typing import Any
 from hmi_engine.errors import EngineClosedError, HmiError, InvalidRequestError, OverloadedError
 from hmi_engine.request import Request, Response, TextPiece
 
-__all__ = ["Arrival", "Emit", "Inbox", "answer", "fail"]
+__all__ = ["Arrival", "Emit", "Inbox", "answer", "fail", "is_failed"]
 
 Emit = Callable[[TextPiece], None]
 
@@ -173,3 +173,8 @@ def fail(future: Future[Response], error: HmiError) -> None:
     """Raises ``error`` in whoever waits, unless the caller has gone."""
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
+
+
+def is_failed(future: Future[Response]) -> bool:
+    """Whether who waited got an error, of a future that is done; who has gone got nothing."""
+    return not future.cancelled() and (future.exception() is not None or future.result().error is not None)

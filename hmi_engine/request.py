@@ -116,7 +116,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds from the call of ``run`` to the request's batch, and of the batch's preparation and compute."""
+    """Seconds from the call of ``run`` or ``submit`` to the request's batch, of its preparation and compute.
+
+    A decoder's ``compute_seconds`` are all from the request's first step to its end.
+    """
 
     queue_seconds: float = 0.0
     prepare_seconds: float = 0.0

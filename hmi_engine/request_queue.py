@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
-from hmi_engine.inbox import Arrival, Inbox, answer, fail
+from hmi_engine.inbox import Arrival, Inbox, answer, fail, is_failed
 from hmi_engine.memory.residency import BatchTickets
 from hmi_engine.memory.tenant_reader import digest_of
 from hmi_engine.pipeline.admission import AdmittedRequest
@@ -306,9 +306,6 @@ class RequestQueue:
             answer(waiting.arrival.future, Response.failed(waiting.arrival.request, error))
 
     def _count_answer(self, future: Future[Response]) -> None:
-        failed = not future.cancelled() and (
-            future.exception() is not None or future.result().error is not None
-        )
         with self._lock:
             self._core.statistics.requests += 1
-            self._core.statistics.errors += failed
+            self._core.statistics.errors += is_failed(future)

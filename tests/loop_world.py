@@ -154,6 +154,7 @@ class World:
             keys=PrefixKeys(tenant[0].encode(), b"", self.runner.block_size),
             respond=lambda _: None,
             tickets=([], []),
+            arrived=0.0,
             chooser=TokenChooser(sampling),
             text=TextStream(self.tokenizer, sampling.stop),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -15,6 +16,7 @@ __all__ = ["run_requests"]
 
 def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Response]:
     """Answers requests, in their order; one that fails carries its error and harms no other."""
+    started = time.perf_counter()
     responses: list[Response | None] = [None] * len(requests)
     with core.use_backend():
         try:
@@ -22,17 +24,19 @@ def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Respons
                 try:
                     if isinstance(admitted, HmiError):
                         raise admitted
-                    core.loop.add(core.sequence(admitted, partial(responses.__setitem__, index)))
+                    respond = partial(responses.__setitem__, index)
+                    core.loop.add(core.sequence(admitted, respond, arrived=started))
                 except Exception as error:
                     responses[index] = Response.failed(requests[index], as_fault(error, "admit"))
-                    core.statistics.requests += 1
-                    core.statistics.errors += 1
             while core.loop.step():
                 pass
         finally:
             _fail_rest(core)
+            answered = [response for response in responses if response is not None]
+            core.statistics.requests += len(answered)
+            core.statistics.errors += sum(response.error is not None for response in answered)
         core.rest()
-    return [response for response in responses if response is not None]
+    return answered
 
 
 _INTERRUPTED = EngineClosedError("the call was interrupted before the request was answered")

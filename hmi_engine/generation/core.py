@@ -146,9 +146,9 @@ class DecoderCore:
         return [each if isinstance(each, HmiError) else self._checked(each) for each in admitted]
 
     def sequence(
-        self, admitted: AdmittedRequest, respond: Respond, emit: Emit | None = None
+        self, admitted: AdmittedRequest, respond: Respond, emit: Emit | None = None, *, arrived: float
     ) -> DecoderSequence:
-        """What an admitted request is for the loop.
+        """What an admitted request, which ``arrived`` then (seconds of perf_counter), is for the loop.
 
         Raises:
             OverloadedError: the cache is too small for it.
@@ -169,6 +169,7 @@ class DecoderCore:
             base_weights=base_weights,
             respond=respond,
             tickets=([], []),
+            arrived=arrived,
             emit=emit,
             truncated=admitted.encoded.truncated,
         )
@@ -193,7 +194,11 @@ class DecoderCore:
         current = EngineStatistics(**vars(self.statistics))
         current.resident_tenants = self.residency.num_resident
         current.resident_bytes = self.residency.arena.used_bytes
-        current.stages = {stage: asdict(times) for stage, times in self.clock.times().items()}
+        stages = self.clock.times()
+        current.stages = {stage: asdict(times) for stage, times in stages.items()}
+        busy = {stage: times.busy_seconds for stage, times in stages.items()}
+        current.prepare_seconds = busy.get("fetch", 0.0) + busy.get("search", 0.0)
+        current.compute_seconds = busy.get("compute", 0.0)
         current.plot = asdict(self.runner.plot_statistics)
         current.adapters = asdict(self.residency.statistics)
         current.generation = asdict(self.loop.statistics)
@@ -258,8 +263,6 @@ class DecoderCore:
     def _finish(self, sequence: DecoderSequence, result: FinishReason | HeadOutput | HmiError) -> None:
         self.release(sequence)
         is_error = isinstance(result, HmiError)
-        self.statistics.requests += 1
-        self.statistics.errors += is_error
         self.statistics.tokens += len(sequence.token_ids)
         if self._texts is not None and sequence.started is not None and not is_error:
             # Nobody asked for the row of a text's last token.

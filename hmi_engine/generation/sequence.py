@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,7 +51,8 @@ class DecoderSequence:
         respond: takes the response, once.
         emit: takes each piece of the text as it comes; None if nobody wants it.
         tickets: what memory was told of it.
-        arrived: seconds of ``time.perf_counter``; so are ``started``, of its first step.
+        arrived: when its caller asked, in seconds of ``time.perf_counter``; so is ``started``, of its first
+            step.
         chooser: chooses the tokens of a text.
         text: their text.
         logprobs: theirs, where the request asked for them.
@@ -74,8 +74,8 @@ class DecoderSequence:
     keys: PrefixKeys
     respond: Callable[[Response], None]
     tickets: BatchTickets
+    arrived: float
     emit: Callable[[TextPiece], None] | None = None
-    arrived: float = field(default_factory=time.perf_counter)
     base_weights: bytes = b""
     base_keys: PrefixKeys | None = None
     chooser: TokenChooser | None = None

@@ -12,7 +12,7 @@ from functools import partial
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.sequence import DecoderSequence
-from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail
+from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail, is_failed
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import StageCoefficients
@@ -53,6 +53,7 @@ class DecoderService:
             self._lock,
             max_requests=limits.max_queued_requests,
             num_queued=self._scheduler.__len__,
+            on_answer=self._count_answer,
         )
         self._queued: dict[Arrival, QueuedRequest[tuple[Arrival, DecoderSequence]]] = {}
         self._stopping = self._stopped = False
@@ -152,12 +153,14 @@ class DecoderService:
             results = [as_fault(error, "tokenise")] * len(arrivals)
         for arrival, result in zip(arrivals, results, strict=True):
             if isinstance(result, HmiError):
-                self._refuse(arrival, result)
+                _refuse(arrival, result)
                 continue
             try:
-                sequence = self._core.sequence(result, partial(answer, arrival.future), arrival.emit)
+                sequence = self._core.sequence(
+                    result, partial(answer, arrival.future), arrival.emit, arrived=arrival.arrived
+                )
             except Exception as error:
-                self._refuse(arrival, as_fault(error, "admit"))
+                _refuse(arrival, as_fault(error, "admit"))
             else:
                 self._queue(arrival, sequence)
 
@@ -170,22 +173,12 @@ class DecoderService:
                 self._queued[arrival] = queued
         except OverloadedError as error:
             self._core.release(sequence)
-            self._count_error()
             fail(arrival.future, error)
         except Exception as error:
             self._core.release(sequence)
-            self._refuse(arrival, as_fault(error, "admit"))
+            _refuse(arrival, as_fault(error, "admit"))
         else:
             arrival.future.add_done_callback(lambda future: self._leave(future, arrival, sequence))
-
-    def _refuse(self, arrival: Arrival, error: HmiError) -> None:
-        """Answers a request that the loop never had, which counts those that it has."""
-        self._count_error()
-        answer(arrival.future, Response.failed(arrival.request, error))
-
-    def _count_error(self) -> None:
-        self._core.statistics.requests += 1
-        self._core.statistics.errors += 1
 
     def _tell_expired(self) -> None:
         with self._lock:
@@ -196,7 +189,7 @@ class DecoderService:
             error = DeadlineExceededError(
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
-            self._refuse(arrival, error)
+            _refuse(arrival, error)
 
     def _next_sequence(self) -> DecoderSequence | None:
         """Whose turn it is to begin."""
@@ -219,6 +212,11 @@ class DecoderService:
         if future.cancelled() and is_waiting:
             self._core.release(sequence)
 
+    def _count_answer(self, future: Future[Response]) -> None:
+        with self._lock:
+            self._core.statistics.requests += 1
+            self._core.statistics.errors += is_failed(future)
+
     def _abandon(self) -> None:
         error = EngineClosedError(self._reason)
         with self._lock:
@@ -233,6 +231,10 @@ class DecoderService:
                 self._core.release(queued.payload[1])
         finally:  # whatever is broken, nobody waits for ever
             self._inbox.abandon(error)
+
+
+def _refuse(arrival: Arrival, error: HmiError) -> None:
+    answer(arrival.future, Response.failed(arrival.request, error))
 
 
 def _queueable(arrival: Arrival, sequence: DecoderSequence) -> QueuedRequest[tuple[Arrival, DecoderSequence]]:

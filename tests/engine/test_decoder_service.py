@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 
 import pytest
 from decoder_stores import PROMPTS, WHOLE
@@ -212,6 +213,46 @@ def test_a_step_begins_with_all_that_it_can(
 
     asyncio.run(main())
     assert waited_while_queued and not any(waited_while_queued)
+
+
+def test_who_leaves_while_it_waits_is_counted_as_answered(mixed_store: hmi.Store, monkeypatch) -> None:
+    async def main() -> hmi.EngineStatistics:
+        gate = Gate(monkeypatch)
+        async with hmi.AsyncEngine(mixed_store, max_running=1) as engine:
+            request = hmi.Request("lora", "the cell", sampling=hmi.Sampling(max_tokens=3, ignore_end=True))
+            first, queued = engine.submit_nowait(request), engine.submit_nowait(request)
+            await gate.wait()
+            arrived = engine.submit_nowait(request)
+            assert queued.cancel() and arrived.cancel()
+            gate.opened.set()
+            assert (await asyncio.wrap_future(first)).error is None
+            await engine.drain()
+            return engine.stats()
+
+    statistics = asyncio.run(main())
+    assert (statistics.requests, statistics.errors) == (3, 0)
+
+
+def test_times_begin_when_the_request_comes(mixed_store: hmi.Store, monkeypatch) -> None:
+    request = hmi.Request("lora", "the cell", sampling=hmi.Sampling(max_tokens=3, ignore_end=True))
+
+    async def main() -> None:
+        gate = Gate(monkeypatch)
+        async with hmi.AsyncEngine(mixed_store) as engine:
+            first = engine.submit_nowait(request)
+            await gate.wait()
+            second, sent = engine.submit_nowait(request), time.perf_counter()
+            await asyncio.sleep(0.05)
+            held = time.perf_counter() - sent
+            gate.opened.set()
+            assert (await asyncio.wrap_future(second)).timing.queue_seconds >= held
+            await asyncio.wrap_future(first)
+            statistics = engine.stats()
+        stages = {stage: times["busy_seconds"] for stage, times in statistics.stages.items()}
+        assert statistics.prepare_seconds == stages["fetch"] + stages["search"] > 0
+        assert statistics.compute_seconds == stages["compute"] > 0
+
+    asyncio.run(main())
 
 
 async def come_and_go(store: hmi.Store, count: int) -> dict:
