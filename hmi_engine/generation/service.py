@@ -25,6 +25,8 @@ from hmi_engine.waiting_for_work import wait_for_work
 __all__ = ["DecoderService"]
 
 _NO_LIMITS = TenantLimits()
+_ADMITTED_AT_ONCE = 256
+_ADMITTED_BESIDE_TEXTS = 64  # in one go: the texts under way wait meanwhile
 
 _logger = logging.getLogger("hmi_engine")
 
@@ -132,7 +134,7 @@ class DecoderService:
                 wait_for_work(self._inbox.arrived, self._has_work)
             if self._stopping:
                 return False
-            arrivals = self._inbox.take()
+            arrivals = self._inbox.take(_ADMITTED_BESIDE_TEXTS if len(self._core.loop) else _ADMITTED_AT_ONCE)
         self._admit([arrival for arrival in arrivals if not arrival.future.cancelled()])
         self._tell_expired()
         self._core.loop.step(self._next_sequence)

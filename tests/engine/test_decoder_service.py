@@ -6,12 +6,14 @@ import asyncio
 import random
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from decoder_stores import PROMPTS, WHOLE
 
 import hmi_engine as hmi
 from hmi_engine.generation import service
+from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.step import StepRunner
 from hmi_engine.waiting_for_work import wait_for_work
 
@@ -168,7 +170,7 @@ def test_a_request_counts_what_can_be_generated_not_what_was_asked(mixed_store: 
 class Gate:
     """Holds steps up until it is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_step: Callable[[], None] = lambda: None) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
         self.sizes: list[int] = []
         run = StepRunner.run
@@ -177,6 +179,7 @@ class Gate:
             self.reached.set()
             assert self.opened.wait(60)
             self.sizes.append(len(scheduled))
+            on_step()
             return run(runner, scheduled)
 
         monkeypatch.setattr(StepRunner, "run", held)
@@ -213,6 +216,32 @@ def test_a_step_begins_with_all_that_it_can(
 
     asyncio.run(main())
     assert waited_while_queued and not any(waited_while_queued)
+
+
+def test_a_burst_of_arrivals_holds_up_no_text(mixed_store: hmi.Store, monkeypatch) -> None:
+    """They are admitted some at a time, with a step of the texts under way in between."""
+    events: list[int | str] = []
+    admit = DecoderCore.admit
+
+    def noted(core, requests):
+        events.append(len(requests))
+        return admit(core, requests)
+
+    async def main() -> None:
+        gate = Gate(monkeypatch, lambda: events.append("step"))
+        monkeypatch.setattr(DecoderCore, "admit", noted)
+        async with hmi.AsyncEngine(mixed_store, max_running=1) as engine:
+            text = hmi.Request("lora", "the", sampling=hmi.Sampling(max_tokens=8, ignore_end=True))
+            futures = [engine.submit_nowait(text)]
+            await gate.wait()
+            short = hmi.Request("ia3", "the", sampling=hmi.Sampling(max_tokens=1))
+            futures += [engine.submit_nowait(short) for _ in range(150)]
+            gate.opened.set()
+            for future in futures:
+                assert (await asyncio.wrap_future(future)).error is None
+
+    asyncio.run(main())
+    assert events[:8] == [1, "step", 64, "step", 64, "step", 22, "step"]
 
 
 def test_who_leaves_while_it_waits_is_counted_as_answered(mixed_store: hmi.Store, monkeypatch) -> None:
