@@ -22,7 +22,7 @@ from hmi_engine.demo.stream import cut_to_tokens
 from hmi_engine.engine import Engine
 from hmi_engine.memory.arena import AdapterArena
 from hmi_engine.request import Request
-from hmi_engine.schedule.limits import QueueLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.store import Store
@@ -92,10 +92,10 @@ def build_fleet(arguments: Arguments, folder: Path, *, num_tenants: int, plot_by
 class _FirstComeFirstServed(Scheduler[Payload]):
     """All tenants share one counter and one queue: what a server without fairness does."""
 
-    def submit(self, request: QueuedRequest[Payload]) -> None:
+    def submit(self, request: QueuedRequest[Payload], limits: TenantLimits = NO_LIMITS) -> None:
         """As the scheduler does, in the name of everybody."""
         request.tenant = "everybody"
-        super().submit(request)
+        super().submit(request, limits)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
                 largest batches that ``max_batch_tokens`` lets.
             queue_limits: how much may wait; beyond it requests are refused at once.
             tenant_limits: weight, rate and concurrency of a tenant by its name; the same for all by default.
+                Asked for each request, on the thread that admits them: while it thinks, no others are.
             options: the fields of :class:`~hmi_engine.EngineOptions`.
 
         Raises:

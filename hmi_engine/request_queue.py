@@ -20,7 +20,7 @@ from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.step import BatchItem, BatchResult
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import BatchSizer, StageCoefficients, StageCosts, StageWork
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
@@ -29,7 +29,6 @@ from hmi_engine.waiting_for_work import wait_for_work
 
 __all__ = ["RequestQueue"]
 
-_NO_LIMITS = TenantLimits()
 _TENANTS_AHEAD = 32  # about those of one batch
 
 _logger = logging.getLogger("hmi_engine")
@@ -68,9 +67,8 @@ class RequestQueue:
     ) -> None:
         """Nothing waits yet; see :class:`~hmi_engine.AsyncEngine` for the arguments."""
         self._core = core
-        self._scheduler = Scheduler[_Waiting](
-            clock=time.perf_counter, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
-        )
+        self._scheduler = Scheduler[_Waiting](clock=time.perf_counter, queue_limits=limits)
+        self._limits_of = tenant_limits or (lambda _: NO_LIMITS)
         self._costs = {"compute": StageCosts(), "fetch": StageCosts(driven_by="bytes")}
         self._sizer = BatchSizer(
             self._costs,
@@ -174,8 +172,10 @@ class RequestQueue:
             # Where warnings are errors, it is one of this request.
             self._core.warn_of_mismatches([waiting.admitted.tenant], stacklevel=2)
             request = self._queueable(waiting)
+            # The operator's own code: it may raise anything, take long, or ask the engine for statistics.
+            limits = self._limits_of(request.tenant)
             with self._lock:
-                self._scheduler.submit(request)  # asks for the tenant's limits, which may raise anything
+                self._scheduler.submit(request, limits)
                 self._unanswered.add(request)
                 self._queued.notify()
         except OverloadedError as error:

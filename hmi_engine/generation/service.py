@@ -16,7 +16,7 @@ from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail, is_failed
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import StageCoefficients
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
@@ -24,7 +24,6 @@ from hmi_engine.waiting_for_work import wait_for_work
 
 __all__ = ["DecoderService"]
 
-_NO_LIMITS = TenantLimits()
 _ADMITTED_AT_ONCE = 256
 _ADMITTED_BESIDE_TEXTS = 64  # in one go: the texts under way wait meanwhile
 
@@ -48,8 +47,9 @@ class DecoderService:
         """Starts the thread."""
         self._core = core
         self._scheduler = Scheduler[tuple[Arrival, DecoderSequence]](
-            clock=time.perf_counter, limits_of=tenant_limits or (lambda _: _NO_LIMITS), queue_limits=limits
+            clock=time.perf_counter, queue_limits=limits
         )
+        self._limits_of = tenant_limits or (lambda _: NO_LIMITS)
         self._lock = threading.Lock()
         self._inbox = Inbox(
             self._lock,
@@ -170,8 +170,10 @@ class DecoderService:
         """Queues a request; one that cannot be queued is told why, and holds nothing."""
         try:
             queued = _queueable(arrival, sequence)
+            # The operator's own code: it may raise anything, take long, or ask the engine for statistics.
+            limits = self._limits_of(queued.tenant)
             with self._lock:
-                self._scheduler.submit(queued)  # asks for the tenant's limits, which may raise anything
+                self._scheduler.submit(queued, limits)
                 self._queued[arrival] = queued
         except OverloadedError as error:
             self._core.release(sequence)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hmi_engine.lazy_heap import LazyHeap
 
-__all__ = ["QueueLimits", "RateLimiter", "TenantLimits"]
+__all__ = ["NO_LIMITS", "QueueLimits", "RateLimiter", "TenantLimits"]
 
 _ROUNDING = 1e-9  # of a bucket: what its level may lack by rounding alone
 
@@ -148,3 +148,6 @@ def _burst_tokens(limits: TenantLimits) -> float:
 def _check_positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value}, must be a finite number above 0")
+
+
+NO_LIMITS = TenantLimits()

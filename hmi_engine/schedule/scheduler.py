@@ -11,7 +11,7 @@ from hmi_engine.errors import DeadlineExceededError
 from hmi_engine.lazy_heap import LazyHeap
 from hmi_engine.schedule.admission import Admission, Situation
 from hmi_engine.schedule.fairness import VirtualTokenCounters
-from hmi_engine.schedule.limits import QueueLimits, RateLimiter, TenantLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, RateLimiter, TenantLimits
 from hmi_engine.schedule.open_batch import Obstacle, OpenBatch
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.serving_rate import ServingRate
@@ -23,7 +23,6 @@ __all__ = ["Scheduler"]
 
 Payload = TypeVar("Payload")
 
-_NO_LIMITS = TenantLimits()
 _MAX_MISFITS = 32  # tenants too large for what is left of a batch before it is closed
 _MAX_COLD_LOOKS = 128  # tenants whose weights are on their way that are looked at again for one batch
 
@@ -43,7 +42,6 @@ class Scheduler(Generic[Payload]):
         self,
         *,
         clock: Callable[[], float],
-        limits_of: Callable[[str], TenantLimits] = lambda _: _NO_LIMITS,
         queue_limits: QueueLimits | None = None,
         max_lead_tokens: float = 8192,
         max_passings: int = 8,
@@ -52,7 +50,6 @@ class Scheduler(Generic[Payload]):
 
         Args:
             clock: seconds from any origin, never falling.
-            limits_of: what a tenant may have; asked at each of its submissions.
             queue_limits: what the queue may hold; the default of :class:`QueueLimits` if None.
             max_lead_tokens: a tenant passes one whose turn is earlier, and who does not fit, only while it is
                 no more than this many weighted tokens ahead of the tenant with the smallest counter. Larger
@@ -67,7 +64,6 @@ class Scheduler(Generic[Payload]):
         if max_passings < 1:
             raise ValueError(f"max_passings is {max_passings}, must be at least 1")
         self._clock = clock
-        self._limits_of = limits_of
         self._max_lead = max_lead_tokens
         self._max_passings = max_passings
         self._counters = VirtualTokenCounters()
@@ -112,10 +108,11 @@ class Scheduler(Generic[Payload]):
             tokens_per_second=self._serving.tokens_per_second,
         )
 
-    def submit(self, request: QueuedRequest[Payload]) -> None:
+    def submit(self, request: QueuedRequest[Payload], limits: TenantLimits = NO_LIMITS) -> None:
         """Queues ``request``, or refuses it at once; one that was refused may be submitted again.
 
-        A request of any size is accepted if limits allow: what is larger than a batch is served alone.
+        ``limits`` are what its tenant may have from now on. A request of any size is accepted if limits
+        allow: what is larger than a batch is served alone.
 
         Raises:
             OverloadedError: the queue's limits or the tenant's would be exceeded; its
@@ -135,7 +132,6 @@ class Scheduler(Generic[Payload]):
                 f"the deadline of a request of tenant {request.tenant!r} passed before it was submitted; "
                 f"allow more time"
             )
-        limits = self._limits_of(request.tenant)
         tenant = self._tenants.get(request.tenant) or TenantQueue(request.tenant, limits)
         refusal = self._admission.refusal(request, limits, self._situation(tenant, limits), now)
         if refusal is not None:

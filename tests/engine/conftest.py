@@ -20,6 +20,21 @@ def mixed_store(tiny_gpt2: Path, tmp_path: Path):
 
 
 @pytest.fixture
+def encoder_store(store, make_head):
+    """With a tenant "a"."""
+    head = make_head(store.general, seed=1, pooling="cls")
+    store.add_tenant("a", domain="words", adapter=hmi.Adapter({}), head=head)
+    return store
+
+
+@pytest.fixture
+def decoder_store(mixed_store):
+    """With a tenant "a"."""
+    mixed_store.add_tenant("a", domain="news", adapter=hmi.Adapter({}), head=hmi.GenerationHead())
+    return mixed_store
+
+
+@pytest.fixture
 def fleet(store, make_head):
     """Twelve tenants of all kinds."""
 

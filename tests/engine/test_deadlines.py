@@ -19,19 +19,6 @@ class Clock:
         scheduler._clock = lambda: time.perf_counter() + self.ahead
 
 
-@pytest.fixture
-def encoder(store, make_head):
-    head = make_head(store.general, seed=1, pooling="cls")
-    store.add_tenant("a", domain="words", adapter=hmi.Adapter({}), head=head)
-    return store
-
-
-@pytest.fixture
-def decoder(mixed_store):
-    mixed_store.add_tenant("a", domain="news", adapter=hmi.Adapter({}), head=hmi.GenerationHead())
-    return mixed_store
-
-
 def after_it_was_told_of(scheduler):
     """The deadline passes between the last look for those that are too late and the forming of a batch."""
     clock, expire = Clock(scheduler), scheduler.expire
@@ -57,7 +44,7 @@ def before_its_thread_woke_up(scheduler):
 
 
 @pytest.mark.parametrize("passes", [after_it_was_told_of, before_its_thread_woke_up])
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["encoder_store", "decoder_store"])
 def test_who_is_too_late_is_told_without_a_further_arrival(request, kind, passes):
     async def main():
         async with hmi.AsyncEngine(request.getfixturevalue(kind)) as engine:

@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from scheduler_simulation import Clock, Engine, request
 
 from hmi_engine.errors import OverloadedError
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
 from hmi_engine.schedule.scheduler import Scheduler
 
 
-def fill(scheduler, tenant, tokens=10, limit=10**5):
+def fill(scheduler, tenant, tokens=10, limits=NO_LIMITS):
     """Submits until refused; gives what was accepted, and the refusal."""
     accepted = []
-    for _ in range(limit):
+    for _ in range(10**5):
         one = request(tenant, tokens)
         try:
-            scheduler.submit(one)
+            scheduler.submit(one, limits)
         except OverloadedError as error:
             return accepted, error
         accepted.append(one)
@@ -81,23 +81,23 @@ def test_the_measured_rate_follows():
 def test_a_rate_limit_tells_exactly():
     clock = Clock()
     limits = TenantLimits(tokens_per_second=20.0, burst_tokens=100)
-    scheduler = Scheduler(clock=clock, limits_of=lambda _: limits)
-    accepted, error = fill(scheduler, "a", 30)
+    scheduler = Scheduler(clock=clock)
+    accepted, error = fill(scheduler, "a", 30, limits)
     assert len(accepted) == 3
     assert error.retry_after_seconds == pytest.approx((30 - 10) / 20)
     assert "tokens_per_second=20" in str(error)
     clock.now += error.retry_after_seconds
-    scheduler.submit(request("a", 30))
-    scheduler.submit(request("b", 100))
+    scheduler.submit(request("a", 30), limits)
+    scheduler.submit(request("b", 100), limits)
 
 
 def test_a_limit_of_concurrency_estimates_by_the_tenants_share():
     clock = Clock()
-    scheduler = Scheduler(clock=clock, limits_of=lambda _: TenantLimits(max_concurrent=4))
-    fill(scheduler, "a")
+    scheduler, limits = Scheduler(clock=clock), TenantLimits(max_concurrent=4)
+    fill(scheduler, "a", limits=limits)
     serve(scheduler, clock, 40, 0.2)  # 200 tokens a second
-    fill(scheduler, "b")
-    _, error = fill(scheduler, "a")
+    fill(scheduler, "b", limits=limits)
+    _, error = fill(scheduler, "a", limits=limits)
     assert error.retry_after_seconds == pytest.approx(10 / 100), "one of its requests, at half the rate"
 
 

@@ -33,7 +33,6 @@ class World:
         self.always_cold = always_cold
         self.scheduler = Scheduler(
             clock=Clock(),
-            limits_of=lambda tenant: TenantLimits(weight=self.weights.get(tenant, 1.0)),
             queue_limits=UNLIMITED,
             max_lead_tokens=lead,
             max_passings=passings,
@@ -50,7 +49,7 @@ class World:
     def submit(self, tenant, *, tokens=None, watched=False):
         one = request(tenant, tokens or self.random.randint(*self.sizes))
         self.largest = max(self.largest, one.num_tokens)
-        self.scheduler.submit(one)
+        self.scheduler.submit(one, TenantLimits(weight=self.weights.get(tenant, 1.0)))
         self.queued[tenant] += 1
         for _, tenants in self.waiting.values():
             tenants.add(tenant)

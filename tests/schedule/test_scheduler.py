@@ -7,7 +7,7 @@ import pytest
 from scheduler_simulation import Clock, request
 
 from hmi_engine.errors import DeadlineExceededError, OverloadedError
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 
@@ -19,9 +19,9 @@ def clock():
     return Clock()
 
 
-def submitted(scheduler, *requests):
+def submitted(scheduler, *requests, limits=NO_LIMITS):
     for one in requests:
-        scheduler.submit(one)
+        scheduler.submit(one, limits)
     return list(requests)
 
 
@@ -45,8 +45,9 @@ def test_priority_does_not_move_a_tenant_past_another(clock):
 
 def test_weight_is_the_share(clock):
     limits = {"double": TenantLimits(weight=2.0), "single": TenantLimits()}
-    scheduler = Scheduler(clock=clock, limits_of=limits.__getitem__)
-    submitted(scheduler, *(request(tenant) for tenant in limits for _ in range(60)))
+    scheduler = Scheduler(clock=clock)
+    for tenant, own in limits.items():
+        submitted(scheduler, *(request(tenant) for _ in range(60)), limits=own)
     served = [scheduler.next_batch(max_tokens=10, max_adapter_bytes=100)[0].tenant for _ in range(60)]
     assert served.count("double") == 40
 
@@ -230,36 +231,33 @@ def test_peek_tells_whose_weights_are_needed_soonest(clock):
 
 
 def test_concurrency_is_of_queued_and_running(clock):
-    scheduler = Scheduler(clock=clock, limits_of=lambda _: TenantLimits(max_concurrent=2))
-    first, second = submitted(scheduler, request("a"), request("a"))
+    scheduler, limits = Scheduler(clock=clock), TenantLimits(max_concurrent=2)
+    first, second = submitted(scheduler, request("a"), request("a"), limits=limits)
     with pytest.raises(OverloadedError, match="max_concurrent=2"):
-        scheduler.submit(request("a"))
-    scheduler.submit(request("b"))
+        scheduler.submit(request("a"), limits)
+    scheduler.submit(request("b"), limits)
     scheduler.next_batch(max_tokens=30, max_adapter_bytes=1000)
     with pytest.raises(OverloadedError):
-        scheduler.submit(request("a"))
+        scheduler.submit(request("a"), limits)
     assert scheduler.cancel(first)
     with pytest.raises(OverloadedError):
-        scheduler.submit(request("a"))
+        scheduler.submit(request("a"), limits)
     assert first.state is RequestState.CANCELLED
     scheduler.finish([first])
     assert first.state is RequestState.CANCELLED and second.state is RequestState.RUNNING
-    scheduler.submit(request("a"))
+    scheduler.submit(request("a"), limits)
 
 
 def test_what_was_cancelled_or_is_late_frees_its_place(clock):
-    scheduler = Scheduler(
-        clock=clock,
-        limits_of=lambda _: TenantLimits(max_concurrent=1, tokens_per_second=1.0, burst_tokens=10),
-        queue_limits=QueueLimits(max_queued_requests=1),
-    )
-    cancelled, late = submitted(scheduler, request("a"))[0], request("a", deadline=5.0)
+    scheduler = Scheduler(clock=clock, queue_limits=QueueLimits(max_queued_requests=1))
+    limits = TenantLimits(max_concurrent=1, tokens_per_second=1.0, burst_tokens=10)
+    (cancelled,), late = submitted(scheduler, request("a"), limits=limits), request("a", deadline=5.0)
     assert scheduler.cancel(cancelled)
-    scheduler.submit(late)
+    scheduler.submit(late, limits)
     with pytest.raises(OverloadedError):
-        scheduler.submit(request("b"))
+        scheduler.submit(request("b"), limits)
     clock.now = 5.0
-    scheduler.submit(request("b"))
+    scheduler.submit(request("b"), limits)
     assert scheduler.has_untold and len(scheduler) == 1
     assert scheduler.expire() == [late] and scheduler.expire() == []
     assert not scheduler.has_untold

@@ -30,7 +30,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin(self, lead, passings):
         self.scheduler = Scheduler(
             clock=self.clock,
-            limits_of=lambda tenant: TenantLimits(weight=WEIGHTS[tenant]),
             queue_limits=QueueLimits(tenant_share=None),
             max_lead_tokens=lead,
             max_passings=passings,
@@ -53,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             deadline=None if patience is None else self.clock.now + patience,
         )
-        self.scheduler.submit(one)
+        self.scheduler.submit(one, TenantLimits(weight=WEIGHTS[one.tenant]))
         self.reference.submit(one)
         self.submitted.append(one)
 
