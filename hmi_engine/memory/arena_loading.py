@@ -118,6 +118,7 @@ class ArenaLoader:
 
     def _publish(self, placed: PlacedTenant, arrival: Arrival | None) -> None:
         placed.arrival = arrival
+        placed.is_pinned = self.departures.is_pinned(placed.digest)
         self.placement.publish(placed)
         placed.claims += 1
         self.statistics.loads += 1

@@ -33,7 +33,8 @@ class Departures:
 
     def __post_init__(self) -> None:
         """Nobody is pinned or retired yet."""
-        self._catalog_version = self.catalog.version
+        self._catalog_version: tuple[int, int] | None = None
+        self._pinned_ids: set[int] = set()  # as the catalog had them when it was last followed
         self._pinned: dict[Digest, int] = {}  # their bytes
         self._retired: set[Digest] = set()  # replaced or removed, but still in use or waited for
 
@@ -53,16 +54,19 @@ class Departures:
         self._catalog_version = version
         known = {*self.source.digests(), *(placed.digest for placed in self.placement.all())}
         existing = self.catalog.tenants.existing_ids(tenant_id for tenant_id, _, _ in known)
-        pinned = {info.id for info in self.catalog.tenants.pinned()}
+        self._pinned_ids = {info.id for info in self.catalog.tenants.pinned()}
         for digest in known:
             placed = self.placement.get(digest)
-            is_pinned = digest[0] in pinned
             if digest[0] not in existing:
                 self._retired.add(digest)
                 self.let_go(digest)
-            elif placed is not None and placed.is_pinned != is_pinned:
-                placed.is_pinned = is_pinned
+            elif placed is not None and placed.is_pinned != self.is_pinned(digest):
+                placed.is_pinned = not placed.is_pinned
                 self.settle(placed)
+
+    def is_pinned(self, digest: Digest) -> bool:
+        """Whether the catalog has a tenant pinned; a request's record may be older, and say otherwise."""
+        return digest[0] in self._pinned_ids
 
     def settle(self, placed: PlacedTenant) -> None:
         """Decides what becomes of a tenant that one of its users or claimants does not hold any more."""

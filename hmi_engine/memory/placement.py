@@ -46,7 +46,7 @@ class PlacedTenant:
     layout: TenantLayout
     offset: int
     size: int
-    is_pinned: bool
+    is_pinned: bool = False
     slot: int | None = None
     users: int = 0
     claims: int = 0
@@ -98,7 +98,7 @@ class Placement:
             offset = self.arena.allocate(size)
         if offset is None:
             return None
-        placed = PlacedTenant(info, layout, offset, self.arena.bytes_of(size), info.pinned)
+        placed = PlacedTenant(info, layout, offset, self.arena.bytes_of(size))
         self._by_offset[offset] = placed
         return placed
 

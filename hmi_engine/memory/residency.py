@@ -338,7 +338,6 @@ class AdapterResidency:
             self._queue.used(digest, info.bytes)
             placed = self._placement.get(digest)
             if placed is not None:
-                placed.is_pinned = info.pinned
                 placed.claims += 1
                 self._queue.withdraw(digest)
                 held.append(placed)
