@@ -90,7 +90,7 @@ class WaitingBatch(NamedTuple):
     Attributes:
         weights_key: names the tenant's weights; requests of one key are one segment of a batch.
         num_tokens: that it has.
-        adapter_bytes: that the tenant takes in the arena.
+        adapter_bytes: that the tenant takes of the memory which batches have.
     """
 
     weights_key: Digest
@@ -195,7 +195,7 @@ class ServingCore:
         return WaitingBatch(
             weights_key=digest_of(tenant),
             num_tokens=len(admitted.encoded.input_ids),
-            adapter_bytes=self.residency.expected_bytes(tenant),
+            adapter_bytes=self.residency.batch_bytes_of(tenant),
         )
 
     def respond(

@@ -105,7 +105,7 @@ class DecoderCore:
         self.loop = GenerationLoop(
             self.runner,
             BlockPool(num_blocks),
-            AdapterBudget(self.residency.expected_bytes, lambda: self.residency.batch_bytes),
+            AdapterBudget(self.residency.batch_bytes_of, lambda: self.residency.batch_bytes),
             self._finish,
             block_size=options.block_tokens,
             max_step_tokens=options.max_step_tokens,

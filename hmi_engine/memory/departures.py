@@ -36,12 +36,26 @@ class Departures:
         self._catalog_version: tuple[int, int] | None = None
         self._pinned_ids: set[int] = set()  # as the catalog had them when it was last followed
         self._pinned: dict[Digest, int] = {}  # their bytes
+        # Bytes of those that were unpinned, and the first ticket whose request came later.
+        self._unpinned: dict[Digest, tuple[int, int]] = {}
         self._retired: set[Digest] = set()  # replaced or removed, but still in use or waited for
 
     @property
     def pinned_bytes(self) -> int:
         """What pinned tenants take of the arena."""
         return sum(self._pinned.values())
+
+    @property
+    def set_aside_bytes(self) -> int:
+        """What batches leave free: for pinned tenants, and for those that waiting requests know as pinned.
+
+        Who asked while a tenant was pinned may be put into a batch as one that needs no room there.
+        """
+        return self.pinned_bytes + sum(size for size, _ in self._unpinned.values())
+
+    def is_counted_as_pinned(self, digest: Digest) -> bool:
+        """Whether a tenant's bytes are part of :attr:`pinned_bytes`: it is pinned, and in the arena."""
+        return digest in self._pinned
 
     def follow_catalog(self) -> None:
         """Lets go of tenants that were replaced or removed, once nobody waits for them or uses them.
@@ -70,14 +84,29 @@ class Departures:
 
     def settle(self, placed: PlacedTenant) -> None:
         """Decides what becomes of a tenant that one of its users or claimants does not hold any more."""
-        if placed.users or placed.claims or placed.slot is None or self.let_go(placed.digest):
+        if placed.slot is None:
+            return
+        self._count(placed)
+        if placed.users or placed.claims or self.let_go(placed.digest):
             return
         if placed.is_pinned:
-            self._pinned[placed.digest] = placed.size
             self.queue.withdraw(placed.digest)
         else:
-            self._pinned.pop(placed.digest, None)
             self.queue.offer(placed.digest)
+
+    def _count(self, placed: PlacedTenant) -> None:
+        digest = placed.digest
+        if placed.is_pinned:
+            self._pinned[digest] = placed.size
+            self._unpinned.pop(digest, None)
+        elif self._pinned.pop(digest, None) is not None and self.queue.is_needed(digest):
+            self._unpinned[digest] = placed.size, self.queue.next_number
+
+    def request_left(self, digest: Digest) -> None:
+        """Follows where a queued request does not wait for a tenant any more."""
+        if digest in self._unpinned and not self.queue.is_needed(digest, before=self._unpinned[digest][1]):
+            del self._unpinned[digest]
+        self.let_go(digest)
 
     def let_go(self, digest: Digest) -> bool:
         """Gives up a replaced or removed tenant in all tiers, if nobody uses it or waits for it."""

@@ -182,9 +182,15 @@ class DemandQueue(Generic[Key]):
             self._offered.discard(key)
         return key
 
-    def is_needed(self, key: Key) -> bool:
-        """Whether a queued request waits for ``key``."""
-        return key in self._waiting
+    @property
+    def next_number(self) -> int:
+        """Of the ticket that will be noted next."""
+        return self._next_number
+
+    def is_needed(self, key: Key, *, before: float = math.inf) -> bool:
+        """Whether a queued request waits for ``key``, one whose ticket's number is less than ``before``."""
+        waiting = self._waiting.get(key)
+        return waiting is not None and waiting[0] < before
 
     def forget(self, key: Key) -> None:
         """``key`` is gone from memory and nobody will ask for it again."""

@@ -144,13 +144,23 @@ class AdapterResidency:
         # Half as much, but for the head; and a small rank becomes a multiple of what it was.
         return max(as_float32, as_float32 * padded_rank(tenant.rank) // tenant.rank // 2)
 
+    def batch_bytes_of(self, tenant: TenantInfo) -> int:
+        """What a tenant takes of :attr:`batch_bytes`: nothing if it is pinned and in memory."""
+        with self._lock:
+            if self._departures.is_counted_as_pinned(digest_of(tenant)):
+                return 0
+        return self.expected_bytes(tenant)
+
     @property
     def batch_bytes(self) -> int:
-        """What one batch's tenants should take together, so that those in flight fit beside each other."""
+        """What one batch's tenants should take together, so that those in flight fit beside each other.
+
+        It is what pinned tenants leave, so they do not count: see :meth:`batch_bytes_of`.
+        """
         with self._lock:
             capacity = self.arena.capacity_bytes
-            unpinned = (capacity - self._departures.pinned_bytes) // self._batches_in_flight
-            return min(capacity // max(2, self._batches_in_flight), unpinned)
+            left = (capacity - self._departures.set_aside_bytes) // self._batches_in_flight
+            return max(0, min(capacity // max(2, self._batches_in_flight), left))
 
     def holding(self, tenants: Sequence[TenantInfo], *, wait: bool = False) -> HeldTenants:
         """Makes tenants resident and holds them: none leaves, none moves, until they are released.
@@ -304,7 +314,7 @@ class AdapterResidency:
                 self._queue.release(tickets)
                 self._source.release(source_tickets)
                 for _, digest in tickets:
-                    self._departures.let_go(digest)
+                    self._departures.request_left(digest)
 
     def close(self) -> None:
         """Gives all memory back; tenants must not be in use."""
