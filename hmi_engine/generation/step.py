@@ -23,6 +23,7 @@ from hmi_engine.generation.step_compute import (
 from hmi_engine.generation.step_leases import StepLeases
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.memory.causal_view import CausalPlotView, CausalTokens
+from hmi_engine.memory.missing_windows import WindowBudget
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
 from hmi_engine.memory.resident_tenant import ResidentTenant
@@ -61,7 +62,7 @@ class StepRunner:
         self._leases = StepLeases(residency, plots, model, keep_tables=miss == "backoff")
         self._computer = computer
         self._miss = miss
-        self._exact_budget = exact_budget
+        self._budget = WindowBudget(exact_budget) if miss == "budget" else None
         self._recorder = recorder
         self._shared = shared
         self._clock = clock or StageClock()
@@ -194,9 +195,11 @@ class StepRunner:
         statistics.bigram_backoffs += int((references[:, 1] >= 0).sum())
         if self._miss == "backoff":
             return references
-        limit = int(self._exact_budget * len(references)) if self._miss == "budget" else None
+        limit = None if self._budget is None else self._budget.grant(len(references))
         weights = partial(self._recorder.weights_of, domains=tokens.domains) if self._recorder else None
         completed = view.compute_misses(tokens, references, limit=limit, weights=weights)
+        if self._budget is not None:
+            self._budget.spend(completed.computed)
         statistics.windows_computed += completed.computed
         statistics.budget_skipped += completed.skipped
         return completed.references

@@ -10,7 +10,10 @@ import torch
 import hmi_kernels
 from hmi_engine.models.packing import PackedSequences, window_tokens
 
-__all__ = ["MissingWindows", "find_missing", "most_wanted"]
+__all__ = ["MissingWindows", "WindowBudget", "find_missing", "most_wanted"]
+
+_ROUNDING = 1e-6
+"""Of a window: that a share so often added up is less than the whole number which it makes."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,28 @@ class MissingWindows:
         return MissingWindows(
             self.identity, self.keys[chosen], self.positions[kept], renumbered[self.members[kept]]
         )
+
+
+class WindowBudget:
+    """How many missing windows to compute: a share of the tokens, over batches that may be small.
+
+    What a batch's tokens do not fill up to a window counts for the next, as does one window that nobody
+    missed; more is not saved up, so that no batch computes more than its own share and one. For one thread.
+    """
+
+    def __init__(self, share: float) -> None:
+        """``share`` windows may be computed per token."""
+        self._share = share
+        self._left = 0.0
+
+    def grant(self, num_tokens: int) -> int:
+        """The most windows to compute for the next batch, of so many tokens; then :meth:`spend` is called."""
+        self._left = min(self._left, 1.0) + self._share * num_tokens
+        return int(self._left + _ROUNDING)
+
+    def spend(self, num_computed: int) -> None:
+        """So many of them were computed."""
+        self._left -= num_computed
 
 
 def find_missing(

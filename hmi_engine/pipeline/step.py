@@ -15,6 +15,7 @@ from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.records import TenantInfo
 from hmi_engine.memory.adapter_batch import AdapterBatch
 from hmi_engine.memory.held_tenants import HeldTenants
+from hmi_engine.memory.missing_windows import WindowBudget
 from hmi_engine.memory.plot_view import PlotView
 from hmi_engine.memory.plots import PlotLibrary
 from hmi_engine.memory.residency import AdapterResidency
@@ -129,7 +130,7 @@ class BatchRunner:
             plots: the tables; None where no layers are looked up.
             residency: loads adapters.
             miss: what to do where the tables have no row.
-            exact_budget: most windows to compute per token of a batch, under ``miss="budget"``.
+            exact_budget: most windows to compute per token, under ``miss="budget"``.
             computer: runs the model.
             recorder: counts what is looked up, which a budget goes by.
             clock: adds up what the stages take.
@@ -139,7 +140,7 @@ class BatchRunner:
         self._plots = plots
         self._residency = residency
         self._miss = miss
-        self._exact_budget = exact_budget
+        self._budget = WindowBudget(exact_budget) if miss == "budget" else None
         self._recorder = recorder
         self._clock = clock or StageClock()
         self._computer = computer
@@ -345,11 +346,13 @@ class BatchRunner:
         sequences, view, domains = searched.sequences, searched.view, searched.domains
         if view is None or searched.references is None:
             return
-        limit = int(self._exact_budget * sequences.num_tokens) if self._miss == "budget" else None
+        limit = None if self._budget is None else self._budget.grant(sequences.num_tokens)
         weights = partial(self._recorder.weights_of, domains=domains) if self._recorder else None
         searched.references, computed, skipped = view.compute_misses(
             self._model, sequences, domains, searched.references, limit=limit, weights=weights
         )
+        if self._budget is not None:
+            self._budget.spend(computed)
         self.plot_statistics.windows_computed += computed
         self.plot_statistics.budget_skipped += skipped
 

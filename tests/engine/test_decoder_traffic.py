@@ -179,6 +179,16 @@ def test_a_budget_counts_what_it_leaves(store: hmi.Store) -> None:
         assert engine.stats().plot["budget_skipped"] == 0
 
 
+def test_a_budget_is_for_single_tokens_too(store: hmi.Store) -> None:
+    """Steps of one text save up for a window together."""
+    sampling = hmi.Sampling(max_tokens=20, ignore_end=True)
+    with hmi.Engine(store, miss="budget", exact_budget=0.25, overlay_memory=0) as engine:
+        engine.run([hmi.Request("plain", input_ids=[5], sampling=sampling)])
+        plot = engine.stats().plot
+    assert plot["tokens"] == 20 and plot["windows"] - plot["window_hits"] >= 10
+    assert 2 <= plot["windows_computed"] <= 5
+
+
 @pytest.mark.parametrize("place", [3, 5, 7])
 def test_a_budget_goes_to_what_traffic_asks_for(store: hmi.Store, place: int) -> None:
     """Each window of the text is in it once, and one of them was asked for before."""

@@ -164,9 +164,17 @@ def num_tokens(keys):
     return (hmi_kernels.ngram_tokens(keys) >= 0).sum(1)
 
 
-def test_a_budget_counts_what_it_did(stores, held_out):
+@pytest.mark.parametrize("max_batch_tokens", [8192, 1])
+def test_a_budget_counts_what_it_did(stores, held_out, max_batch_tokens):
+    """However small batches are, here of a text each."""
     requests = [hmi.Request("t", text=text) for text in held_out]
-    engine = hmi.Engine(stores[2][2], miss="budget", exact_budget=0.1, overlay_memory=0)
+    engine = hmi.Engine(
+        stores[2][2],
+        miss="budget",
+        exact_budget=0.1,
+        overlay_memory=0,
+        max_batch_tokens=max_batch_tokens,
+    )
     engine.run(requests)
     plot = engine.stats().plot
     assert plot["windows_computed"] == int(0.1 * plot["tokens"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hmi_kernels
-from hmi_engine.memory.missing_windows import find_missing, most_wanted
+from hmi_engine.memory.missing_windows import WindowBudget, find_missing, most_wanted
 from hmi_engine.models.packing import PackedSequences
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=7), min_size=1, max_size=5)
@@ -81,3 +81,25 @@ def test_a_budget_takes_the_most_frequent(texts, limit, random):
         of_whole = dict(zip(whole.positions.tolist(), whole.keys[whole.members].tolist(), strict=True))
         of_part = dict(zip(part.positions.tolist(), part.keys[part.members].tolist(), strict=True))
         assert of_part == {place: key for place, key in of_whole.items() if key in set(part.keys.tolist())}
+
+
+@given(st.lists(st.integers(0, 30), max_size=60), st.sampled_from([0.0, 0.05, 0.1, 0.3, 1.0]))
+def test_a_budget_adds_up_over_batches(token_counts, share):
+    budget, computed = WindowBudget(share), 0
+    for place, num_tokens in enumerate(token_counts):
+        granted = budget.grant(num_tokens)
+        budget.spend(granted)
+        computed += granted
+        assert computed == int(share * sum(token_counts[: place + 1]) + 1e-3)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), max_size=60), st.integers(0, 30))
+def test_a_budget_saves_up_one_window(batches, num_tokens):
+    """Whatever came before: of what nobody missed no more is left."""
+    budget = WindowBudget(0.1)
+    for count, wanted in batches:
+        budget.spend(min(wanted, budget.grant(count)))
+    assert int(0.1 * num_tokens) <= budget.grant(num_tokens) <= 0.1 * num_tokens + 1.001
+    for _ in range(100):
+        budget.grant(1000)
+    assert budget.grant(0) == 1
