@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -65,6 +65,12 @@ class AdapterArena:
     def release(self, offset: int) -> None:
         """Gives back a range that ``allocate`` returned or ``slide`` moved."""
         self._ranges.release(offset // _GRANULE)
+
+    def keep_only(self, allocated: Mapping[int, int]) -> None:
+        """Frees all but some allocations, elements by offset, whatever state an exception has left."""
+        self._ranges.keep_only(
+            {offset // _GRANULE: _granules(num_elements) for offset, num_elements in allocated.items()}
+        )
 
     def slide(
         self, num_elements: int, fixed: Iterable[int] = (), *, most: float = math.inf

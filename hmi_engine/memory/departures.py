@@ -124,6 +124,12 @@ class Departures:
         self.source.forget(digest)
         return True
 
+    def drop_unused(self) -> None:
+        """Has all leave whom nobody uses; for an exception in the midst of a change, such as Ctrl-C's."""
+        for placed in self.placement.keep_only_used():
+            self._pinned.pop(placed.digest, None)
+            self.queue.withdraw(placed.digest)
+
     def drop(self, placed: PlacedTenant) -> None:
         """Has a tenant leave the arena."""
         self._pinned.pop(placed.digest, None)

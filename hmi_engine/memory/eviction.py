@@ -158,6 +158,16 @@ class DemandQueue(Generic[Key]):
                 del self._waiting[key]
             self._place(key)
 
+    def forget_from(self, number: int) -> None:
+        """Forgets the requests from a ticket's number on, though an exception came while they were noted."""
+        for key, waiting in list(self._waiting.items()):
+            if left := [each for each in waiting if each < number]:
+                heapq.heapify(left)
+                self._waiting[key] = left
+            else:
+                del self._waiting[key]
+            self._place(key)
+
     def used(self, key: Key, num_bytes: int) -> None:
         """A request for ``key`` runs."""
         self._policy.used(key, num_bytes)

@@ -27,16 +27,18 @@ class HeldTenants(AbstractContextManager[list[ResidentTenant | HmiError]]):
         arrivals: list[Arrival],
         release: Callable[[], None],
     ) -> None:
-        """Use :meth:`hmi_engine.memory.residency.AdapterResidency.holding`."""
+        """Use :meth:`hmi_engine.memory.residency.AdapterResidency.holding`; ``release`` may come twice."""
         self.outcomes = outcomes
         self.arrivals = arrivals
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
         """Lets them go; a second call does nothing."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
+        release = self._release
+        if release is None:
+            return
+        release()
+        self._release = None
 
     def __enter__(self) -> list[ResidentTenant | HmiError]:
         """The outcomes."""

@@ -79,7 +79,12 @@ class HostTier:
     def expect(self, digests: Sequence[Digest]) -> Tickets[Digest]:
         """Notes what queued requests will need; it stays as long as something else can go."""
         with self._lock:
-            return self._queue.expect(digests)
+            first = self._queue.next_number
+            try:
+                return self._queue.expect(digests)
+            except BaseException:  # such as Ctrl-C's: nobody knows the tickets
+                self._queue.forget_from(first)
+                raise
 
     def release(self, tickets: Tickets[Digest]) -> None:
         """Forgets requests that have run or will not."""
@@ -120,6 +125,8 @@ class HostTier:
             except (hmi_kernels.PoolExhaustedError, hmi_kernels.CudaError):
                 hmi_kernels.wait_for_copies()  # which keep memory of tenants that were evicted before
                 victim = self._queue.evict()
+                if victim is None:  # unless an exception came before it was offered, or left
+                    victim = next(iter(self._blocks), None)
                 if victim is None:
                     return None
                 del self._blocks[victim]

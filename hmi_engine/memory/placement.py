@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,7 +16,7 @@ from hmi_engine.memory.slot_tables import SlotTables
 from hmi_engine.memory.streams import Arrival, DeviceStreams
 from hmi_engine.memory.tenant_reader import Digest, digest_of
 
-__all__ = ["MOST_MOVED", "PlacedTenant", "Placement"]
+__all__ = ["MOST_MOVED", "Holding", "PlacedTenant", "Placement"]
 
 MOST_MOVED = 0.25
 """Of a tenant's size, how much may be moved to make room for it while others can be evicted instead.
@@ -36,8 +37,8 @@ class PlacedTenant:
         size: bytes that it takes of the arena.
         is_pinned: whether it stays though nobody uses it.
         slot: its number in the tables; None until its parameters are there.
-        users: how many batches use it: more than none, and it neither leaves nor moves.
-        claims: how many will that are being put together: more than none, and it does not leave.
+        used_by: who uses it: as long as somebody does, it neither leaves nor moves.
+        claimed_by: who will, or does: as long as there is somebody, it does not leave.
         arrival: when its parameters will have come to where it is; None if they have.
         resident: what :meth:`Placement.resident` made for the place that it had then.
     """
@@ -48,8 +49,8 @@ class PlacedTenant:
     size: int
     is_pinned: bool = False
     slot: int | None = None
-    users: int = 0
-    claims: int = 0
+    used_by: set[Hashable] = field(default_factory=set)
+    claimed_by: set[Hashable] = field(default_factory=set)
     arrival: Arrival | None = None
     resident: ResidentTenant | None = None
 
@@ -57,6 +58,42 @@ class PlacedTenant:
     def digest(self) -> Digest:
         """What it is known by."""
         return digest_of(self.info)
+
+    @property
+    def users(self) -> int:
+        """How many use it."""
+        return len(self.used_by)
+
+    @property
+    def claims(self) -> int:
+        """How many do or will."""
+        return len(self.claimed_by)
+
+
+@dataclass(eq=False)
+class Holding:
+    """What one batch has of the arena, or one that is being put together.
+
+    Sets of these, not counts of them: what an exception such as Ctrl-C's leaves half done can be done again.
+    """
+
+    placed: list[PlacedTenant] = field(default_factory=list)
+
+    def claim(self, placed: PlacedTenant) -> None:
+        """Keeps a tenant from leaving."""
+        self.placed.append(placed)
+        placed.claimed_by.add(self)
+
+    def use(self) -> None:
+        """Keeps all that were claimed from moving, too."""
+        for placed in self.placed:
+            placed.used_by.add(self)
+
+    def let_go(self) -> None:
+        """Undoes both."""
+        for placed in self.placed:
+            placed.used_by.discard(self)
+            placed.claimed_by.discard(self)
 
 
 class Placement:
@@ -116,6 +153,22 @@ class Placement:
             placed.slot = None
         del self._by_offset[placed.offset]
         self.arena.release(placed.offset)
+
+    def keep_only_used(self) -> list[PlacedTenant]:
+        """Has all leave whom nobody uses, whatever state an exception has left them in; returns them.
+
+        They may lie in pieces, or where nobody looks for them, if they were on the move; who is used is not.
+        """
+        placed = {*self._published.values(), *self._by_offset.values()}
+        left = [each for each in placed if not each.users]
+        for each in left:
+            each.slot = None
+        used = placed.difference(left)
+        self._published = {each.digest: each for each in used if each.slot is not None}
+        self._by_offset = {each.offset: each for each in used}
+        self.slots.keep_only({each.slot for each in used if each.slot is not None})
+        self.arena.keep_only({each.offset: each.layout.num_elements for each in used})
+        return left
 
     def parameters(self, placed: PlacedTenant) -> torch.Tensor:
         """The arena's elements [n] that it has: those of its layout."""

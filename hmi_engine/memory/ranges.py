@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 __all__ = ["Move", "RangeAllocator"]
@@ -34,6 +34,16 @@ class RangeAllocator:
         self._free_by_length: list[tuple[int, int]] = []
         if size:
             self._add_free(0, size)
+
+    def keep_only(self, taken: Mapping[int, int]) -> None:
+        """Frees all but some taken ranges, lengths by start, whatever state an exception has left."""
+        self._taken, self.used = dict(taken), sum(taken.values())
+        self._free, self._free_starts, self._free_by_length = {}, [], []
+        end = 0
+        for start, length in [*sorted(taken.items()), (self.size, 0)]:
+            if end < start:
+                self._add_free(end, start - end)
+            end = start + length
 
     @property
     def free(self) -> int:

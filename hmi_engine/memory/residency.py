@@ -26,7 +26,7 @@ from hmi_engine.memory.eviction import DemandQueue, FrequencyPerByte, Tickets
 from hmi_engine.memory.held_tenants import HeldTenants
 from hmi_engine.memory.host_tier import HostTier
 from hmi_engine.memory.parameter_format import padded_rank
-from hmi_engine.memory.placement import PlacedTenant, Placement
+from hmi_engine.memory.placement import Holding, PlacedTenant, Placement
 from hmi_engine.memory.residency_statistics import HostStatistics, ResidencyStatistics
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.streams import Arrival, DeviceStreams, HostStreams
@@ -90,10 +90,10 @@ class AdapterResidency:
         self._queue = DemandQueue[Digest](FrequencyPerByte())
         self._departures = Departures(catalog, self._placement, self._queue, self._source, self._statistics)
         self._batches_in_flight = batches_in_flight
-        self._num_held = 0
+        self._users: set[Holding] = set()
         self._num_releases = 0
         self._is_room_awaited = False
-        self._loading = threading.RLock()  # taken before the other
+        self._loading = threading.Lock()  # taken before the other
         self._lock = threading.RLock()
         self._released = threading.Condition(self._lock)
         self._closed = False
@@ -174,17 +174,19 @@ class AdapterResidency:
         Raises:
             EngineClosedError: after :meth:`close`.
         """
-        if not self._loading.acquire(blocking=False):
-            held = self._hold_residents(tenants)
-            if held is not None:
-                return held
-            self._loading.acquire()
+        holding = Holding()
         try:
-            return self._load_and_hold(tenants, wait)
-        finally:
-            self._loading.release()
+            if self._loading.locked():
+                held = self._hold_residents(tenants, holding)
+                if held is not None:
+                    return held
+            with self._loading:  # not by acquire(), after which an exception would leave it taken
+                return self._load_and_hold(tenants, holding, wait)
+        except BaseException:
+            self._let_go(holding)
+            raise
 
-    def _hold_residents(self, tenants: Sequence[TenantInfo]) -> HeldTenants | None:
+    def _hold_residents(self, tenants: Sequence[TenantInfo], holding: Holding) -> HeldTenants | None:
         """Holds tenants while others are loaded; None where one is not here, or somebody waits for room.
 
         That might never come if what lies there were held by ever new batches. The catalog is followed by who
@@ -194,37 +196,28 @@ class AdapterResidency:
         with self._lock:
             if self._is_room_awaited or any(self._placement.get(digest) is None for digest in wanted):
                 return None
-            held: list[PlacedTenant] = []
-            return self._hold(tenants, self._claim_residents(wanted, held), held)
+            return self._hold(tenants, self._claim_residents(wanted, holding), holding)
 
-    def _load_and_hold(self, tenants: Sequence[TenantInfo], wait: bool) -> HeldTenants:
-        held: list[PlacedTenant] = []
+    def _load_and_hold(self, tenants: Sequence[TenantInfo], holding: Holding, wait: bool) -> HeldTenants:
         try:
             releases = self._num_releases
-            acquired = self._acquire(tenants, held)
+            acquired = self._acquire(tenants, holding)
             while wait and _lacks_room(acquired) and self._wait_for_release(releases):
                 releases = self._num_releases
                 again = [info for info in tenants if isinstance(acquired[digest_of(info)], NoRoomError)]
-                acquired |= self._load(again, held)
-            return self._hold(tenants, acquired, held)
-        except BaseException:
-            self._let_claims_go(held)
-            raise
+                acquired |= self._load(again, holding)
+            return self._hold(tenants, acquired, holding)
         finally:
             self._is_room_awaited = False
 
-    def _hold(
-        self, tenants: Sequence[TenantInfo], acquired: LoadResults, held: list[PlacedTenant]
-    ) -> HeldTenants:
-        """Makes the claims on ``held`` those of a user, so that they do not move either."""
+    def _hold(self, tenants: Sequence[TenantInfo], acquired: LoadResults, holding: Holding) -> HeldTenants:
+        """Makes who has claimed tenants a user of them, so that they do not move either."""
         with self._lock:
             outcomes = [self._outcome(acquired[digest_of(info)]) for info in tenants]
-            arrivals = _still_coming(held)
-            for placed in held:
-                placed.claims -= 1
-                placed.users += 1
-            self._num_held += 1
-        return HeldTenants(outcomes, arrivals, lambda: self._end_holding(held))
+            arrivals = _still_coming(holding.placed)
+            holding.use()
+            self._users.add(holding)
+        return HeldTenants(outcomes, arrivals, lambda: self._let_go(holding))
 
     def _outcome(self, result: PlacedTenant | HmiError) -> ResidentTenant | HmiError:
         return result if isinstance(result, HmiError) else self._placement.resident(result)
@@ -232,26 +225,28 @@ class AdapterResidency:
     def _wait_for_release(self, since: int) -> bool:
         """Returns when something has been released ``since`` so many releases, False if nothing will be."""
         with self._lock:
-            if self._num_releases == since and not self._num_held:
+            if self._num_releases == since and not self._users:
                 return False
             self._is_room_awaited = True
             self._released.wait_for(lambda: self._num_releases != since)
             return True
 
-    def _end_holding(self, held: Sequence[PlacedTenant]) -> None:
+    def _let_go(self, holding: Holding) -> None:
+        """Ends claims and use."""
+        try:
+            self._undo(holding)
+        except BaseException:  # such as Ctrl-C's, after which nobody would come back to do the rest
+            self._undo(holding)
+            raise
+
+    def _undo(self, holding: Holding) -> None:
         with self._lock:
-            for placed in held:
-                placed.users -= 1
+            holding.let_go()
+            for placed in holding.placed:
                 self._departures.settle(placed)
-            self._num_held -= 1
+            self._users.discard(holding)
             self._num_releases += 1
             self._released.notify_all()
-
-    def _let_claims_go(self, held: Sequence[PlacedTenant]) -> None:
-        with self._lock:
-            for placed in held:
-                placed.claims -= 1
-                self._departures.settle(placed)
 
     def prefetch(self, tenants: Sequence[TenantInfo]) -> int:
         """Loads tenants ahead of their requests, as far as there is room beside what queued requests need.
@@ -264,12 +259,14 @@ class AdapterResidency:
             OverloadedError: one is larger than the arena, or is pinned and finds no room.
             EngineClosedError: after :meth:`close`.
         """
-        with self._loading:
-            held: list[PlacedTenant] = []
-            try:
-                acquired = self._acquire(tenants, held, spare_needed=True)
-            finally:
-                self._let_claims_go(held)
+        holding = Holding()
+        try:
+            with self._loading:
+                acquired = self._acquire(tenants, holding, spare_needed=True)
+                self._let_go(holding)
+        except BaseException:
+            self._let_go(holding)
+            raise
         for info in tenants:
             result = acquired[digest_of(info)]
             if isinstance(result, HmiError) and (info.pinned or not isinstance(result, NoRoomError)):
@@ -291,11 +288,11 @@ class AdapterResidency:
                     f"{self.arena.capacity_bytes} bytes; unpin some, or give the engine more "
                     f"{self._budget_name}"
                 )
-            held: list[PlacedTenant] = []
+            holding = Holding()
             try:
-                self._acquire(tenants, held)
+                self._acquire(tenants, holding)
             finally:
-                self._let_claims_go(held)
+                self._let_go(holding)
 
     def expect(self, batches: Sequence[Sequence[TenantInfo]]) -> list[BatchTickets]:
         """Notes a queue of batches, in the order in which they will run; each is to be released once.
@@ -305,7 +302,17 @@ class AdapterResidency:
         with self._lock:
             queued = [[digest_of(info) for info in batch] for batch in batches]
             queued = [list(dict.fromkeys(digests)) for digests in queued]
-            return [(self._queue.expect(digests), self._source.expect(digests)) for digests in queued]
+            first, noted = self._queue.next_number, list[Tickets[Digest]]()
+            try:
+                for digests in queued:
+                    noted.append(self._source.expect(digests))
+                own = [self._queue.expect(digests) for digests in queued]
+                return list(zip(own, noted, strict=True))
+            except BaseException:  # such as Ctrl-C's: nobody knows the tickets
+                self._queue.forget_from(first)
+                for tickets in noted:
+                    self._source.release(tickets)
+                raise
 
     def release(self, *batches: BatchTickets) -> None:
         """Forgets batches of a queue that have run or will not."""
@@ -328,47 +335,46 @@ class AdapterResidency:
         return "host_memory" if self._host is None else "device_memory"
 
     def _acquire(
-        self, tenants: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
+        self, tenants: Sequence[TenantInfo], holding: Holding, *, spare_needed: bool = False
     ) -> LoadResults:
-        """Finds or loads tenants; ``held`` gets those that were found, on which the caller has a claim."""
+        """Finds or loads tenants; ``holding`` claims those that there are."""
         wanted = {digest_of(info): info for info in tenants}
         with self._lock:
             if self._closed:
                 raise EngineClosedError("the engine is closed; open another one on the store")
             self._departures.follow_catalog()
             # First those that are here, so that none of them leaves for another of the batch.
-            acquired = self._claim_residents(wanted, held)
+            acquired = self._claim_residents(wanted, holding)
         missing = [info for digest, info in wanted.items() if digest not in acquired]
-        return acquired | self._load(missing, held, spare_needed=spare_needed)
+        return acquired | self._load(missing, holding, spare_needed=spare_needed)
 
-    def _claim_residents(self, wanted: Mapping[Digest, TenantInfo], held: list[PlacedTenant]) -> LoadResults:
+    def _claim_residents(self, wanted: Mapping[Digest, TenantInfo], holding: Holding) -> LoadResults:
         """Counts a request for each of ``wanted``, and finds those that are here."""
         found = LoadResults()
         for digest, info in wanted.items():
             self._queue.used(digest, info.bytes)
             placed = self._placement.get(digest)
             if placed is not None:
-                placed.claims += 1
+                holding.claim(placed)
                 self._queue.withdraw(digest)
-                held.append(placed)
                 found[digest] = placed
         self._statistics.hits += len(found)
         self._statistics.misses += len(wanted) - len(found)
         return found
 
     def _load(
-        self, infos: Sequence[TenantInfo], held: list[PlacedTenant], *, spare_needed: bool = False
+        self, infos: Sequence[TenantInfo], holding: Holding, *, spare_needed: bool = False
     ) -> LoadResults:
         """Loads tenants, each once however often it is named, or those that have replaced them."""
         wanted = {digest_of(info): info for info in infos}
-        loaded = self._loader.load(list(wanted.values()), held, spare_needed=spare_needed)
-        return loaded | self._acquire_successors(wanted, loaded, held, spare_needed)
+        loaded = self._loader.load(list(wanted.values()), holding, spare_needed=spare_needed)
+        return loaded | self._acquire_successors(wanted, loaded, holding, spare_needed)
 
     def _acquire_successors(
         self,
         wanted: Mapping[Digest, TenantInfo],
         loaded: LoadResults,
-        held: list[PlacedTenant],
+        holding: Holding,
         spare_needed: bool,
     ) -> LoadResults:
         """Where a file is gone because its tenant was replaced since its record was read: the new one."""
@@ -385,7 +391,7 @@ class AdapterResidency:
             elif digest_of(current) != digest:
                 successors[digest] = current
         if successors:
-            acquired = self._acquire(list(successors.values()), held, spare_needed=spare_needed)
+            acquired = self._acquire(list(successors.values()), holding, spare_needed=spare_needed)
             results |= {digest: acquired[digest_of(info)] for digest, info in successors.items()}
         return results
 

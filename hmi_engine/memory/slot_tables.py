@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -103,6 +103,14 @@ class SlotTables(PlaceTables):
         for table in others:
             table[:, slot] = 0
         self._free.append(slot)
+
+    def keep_only(self, slots: Collection[int]) -> None:
+        """Frees all other slots, whatever state an exception has left them in."""
+        self._use(self._tables)
+        others = [slot for slot in reversed(range(self.num_slots)) if slot not in slots]
+        self._free = []
+        for slot in others:
+            self.clear(slot)
 
     def _row(self, block: BlockLayout) -> int:
         if (block.layer, block.site) not in self._rows:

@@ -131,7 +131,7 @@ def test_a_failing_batch_leaves_its_slot_and_its_tenants_alone_until_the_device_
         assert 0 < len(failed) < len(responses) / 2
         good = [n for n, response in enumerate(responses) if response.error is None]
         same([responses[n] for n in good], [wanted[n] for n in good])
-        assert not engine._core.residency._num_held
+        assert not engine._core.residency._users
         assert len(engine._core.runner._computer._ring._free) == 3
         same(engine.run(requests), wanted)
 

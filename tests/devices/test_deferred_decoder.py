@@ -243,7 +243,7 @@ def test_a_step_that_fails_leaves_the_next_ones_alone(store, expected, deferred_
         assert 0 < len(failed) < len(responses) / 2
         good = [n for n, response in enumerate(responses) if response.error is None]
         same([responses[n] for n in good], [wanted[n] for n in good])
-        assert not engine._core.residency._num_held
+        assert not engine._core.residency._users
         same(engine.run(requests), wanted)
 
 

@@ -41,7 +41,7 @@ async def everything_is_free(engine, seconds=20.0):
     """What was cancelled while it was admitted is drained already, but let go of a moment later."""
     residency, queue = engine._core.residency, engine._queue
     end = time.monotonic() + seconds
-    while any(held := [residency._queue._waiting, residency._num_held, queue._unanswered, queue._formed]):
+    while any(held := [residency._queue._waiting, residency._users, queue._unanswered, queue._formed]):
         assert time.monotonic() < end, f"never let go of: {held}"
         await asyncio.sleep(0.001)
     assert not lost_bytes(residency)

@@ -77,7 +77,7 @@ def test_every_depth_gives_the_same_answers(store, fleet, make_sentences, miss, 
             answers.append(scores(engine.run(requests)))
             assert engine.stats().batches > 5
             residency = engine._core.residency
-            assert not residency._queue._waiting and not residency._num_held and not lost_bytes(residency)
+            assert not residency._queue._waiting and not residency._users and not lost_bytes(residency)
             if memory != "all":
                 assert engine.stats().adapters["evictions"] > 0
     if miss == "backoff":
@@ -263,7 +263,7 @@ def test_a_stage_that_throws_fails_its_own_batch_alone(
         assert "on purpose" in str(failed[0].error) and "on purpose" in caplog.text
         for response, wanted in zip(responses, expected, strict=True):
             assert response.error is not None or response.scores == pytest.approx(wanted.scores, abs=1e-5)
-        assert not engine._core.residency._num_held, "nothing stays held"
+        assert not engine._core.residency._users, "nothing stays held"
         scores(engine.run(requests))
 
 

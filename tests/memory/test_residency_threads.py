@@ -10,6 +10,7 @@ from arena_accounts import GRANULE, assert_nothing_is_lost, lost_bytes, names_in
 import hmi_kernels
 from hmi_engine.errors import OverloadedError, ReadTimeoutError
 from hmi_engine.memory.arena import AdapterArena
+from hmi_engine.memory.placement import Holding
 from hmi_engine.memory.resident_tenant import ResidentTenant
 from hmi_engine.memory.tenant_reader import TenantReader
 from hmi_kernels import PendingRead
@@ -152,14 +153,14 @@ def test_who_waits_for_room_is_not_overtaken(open_residency, add_tenant, monkeyp
     overtaking = []
 
     def end_of_another_batch(predicate):
-        overtaking.append(residency._hold_residents([there]))
+        overtaking.append(residency._hold_residents([there], Holding()))
         held.release()
         return wait_for(predicate)
 
     monkeypatch.setattr(residency._released, "wait_for", end_of_another_batch)
     with residency.holding([late], wait=True):
         assert names_in(residency) == {"late"} and overtaking == [None]
-        residency._hold_residents([late]).release()  # it has its room
+        residency._hold_residents([late], Holding()).release()  # it has its room
     assert_nothing_is_lost(residency)
 
 
