@@ -230,7 +230,7 @@ def test_a_burst_of_arrivals_holds_up_no_text(mixed_store: hmi.Store, monkeypatc
     async def main() -> None:
         gate = Gate(monkeypatch, lambda: events.append("step"))
         monkeypatch.setattr(DecoderCore, "admit", noted)
-        async with hmi.AsyncEngine(mixed_store, max_running=1) as engine:
+        async with hmi.AsyncEngine(mixed_store) as engine:
             text = hmi.Request("lora", "the", sampling=hmi.Sampling(max_tokens=8, ignore_end=True))
             futures = [engine.submit_nowait(text)]
             await gate.wait()
