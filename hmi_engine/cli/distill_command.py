@@ -9,10 +9,10 @@ import typer
 from pydantic import ValidationError
 from rich.table import Table
 
+from hmi_engine.cli.corpus_options import StdinFormat, checked_stdin_format
 from hmi_engine.cli.output import (
     AsJson,
     StorePath,
-    checked_choice,
     console,
     print_json,
     progress_bars,
@@ -26,13 +26,11 @@ from hmi_engine.construct.distillation_settings import (
     StageReport,
     StageSettings,
 )
-from hmi_engine.knowledge.corpus import TextFormat
 from hmi_engine.knowledge.corpus_report import CorpusReport
 from hmi_engine.store import Store
 
 _DEFAULT = DistillationSettings()
 _FIRST, _SECOND = _DEFAULT.stages
-_STDIN_FORMATS: tuple[TextFormat, ...] = ("txt", "jsonl")
 
 
 def distill(
@@ -87,7 +85,7 @@ def distill(
         typer.Option(help="File for what changed, for init --distilled.", show_default=False),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field of the text in JSON lines.")] = "text",
-    stdin_format: Annotated[str, typer.Option(help="What standard input is: txt or jsonl.")] = "txt",
+    stdin_format: StdinFormat = "txt",
     as_json: AsJson = False,
 ) -> None:
     """Distil the base model into hierarchical form on unlabelled text, before tenants are added."""
@@ -102,7 +100,7 @@ def distill(
         "seed": seed,
     }
     chosen = _settings(options, settings)
-    kind = checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format")
+    kind = checked_stdin_format(stdin_format)
     read = CorpusReport()
     with Store.open(store) as opened, progress_bars() as progress:
         report = opened.distill(

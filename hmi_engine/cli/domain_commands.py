@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from hmi_engine.cli.corpus_options import StdinFormat, checked_stdin_format
 from hmi_engine.cli.domain_tree_view import describe_domain, domain_tree
 from hmi_engine.cli.output import (
     AsJson,
@@ -38,7 +39,6 @@ _CORPUS_HELP = (
     "File (.txt: one text per line, .jsonl, also .gz and .zst, .parquet), folder of files, or - for standard "
     "input; more of them may follow."
 )
-_STDIN_FORMATS: tuple[Literal["txt", "jsonl"], ...] = ("txt", "jsonl")
 
 DomainName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the domain.", show_default=False)]
 MoreFiles = Annotated[
@@ -49,7 +49,6 @@ MoreFiles = Annotated[
 TextField = Annotated[
     str, typer.Option(help="Field of the text in JSON lines, column of it in Parquet files.")
 ]
-StdinFormat = Annotated[str, typer.Option(help="What standard input is: txt or jsonl.")]
 
 
 def _checked_positive(value: float) -> float:
@@ -99,7 +98,7 @@ def add(
             min_count=min_count,
             row_format=checked_choice(row_format, ROW_FORMATS, "--row-format") if row_format else None,
             text_field=text_field,
-            stdin_format=checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format"),
+            stdin_format=checked_stdin_format(stdin_format),
             count_memory=count_memory,
             scratch=scratch,
             ray=ray,
@@ -162,7 +161,7 @@ def update(
             max_promotions=max_promotions,
             max_share=max_share,
             text_field=text_field,
-            stdin_format=checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format"),
+            stdin_format=checked_stdin_format(stdin_format),
             progress=progress,
         )
         info = opened.domains[name]
@@ -247,7 +246,7 @@ def show(
         waiting = _waiting_tokens(opened)
         coverage: dict[str, Coverage] = {}
         if sample:
-            kind = checked_choice(stdin_format, _STDIN_FORMATS, "--stdin-format")
+            kind = checked_stdin_format(stdin_format)
             coverage = _coverage(opened, infos, sample, text_field, kind)
     if as_json:
         print_json([_describe_shown(info, waiting, coverage) for info in infos])
