@@ -16,7 +16,7 @@ from hmi_engine.knowledge.changes import NewTenant
 from hmi_engine.knowledge.heads import GenerationHead
 from hmi_engine.request import Request, TextPiece
 from hmi_engine.sampling import Sampling
-from hmi_engine.schedule.limits import QueueLimits
+from hmi_engine.schedule.limits import QueueLimits, no_limits
 from hmi_engine.serving_options import EngineOptions
 from hmi_engine.store import Store
 
@@ -117,7 +117,7 @@ def _run(
     chosen = generator.choice(len(names), len(due), p=zipf_popularity(len(names), EXPONENT))
     lengths = generator.integers(SHORTEST, LONGEST + 1, size=(len(due), 2))
     core = DecoderCore(store, EngineOptions(record_traffic=False, prefix_cache="off"))
-    service = DecoderService(core, limits=QueueLimits(), tenant_limits=None)
+    service = DecoderService(core, limits=QueueLimits(), tenant_limits=no_limits)
     watches = []
     try:
         core.residency.prefetch([store.tenants[name] for name in names])

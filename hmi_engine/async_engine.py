@@ -18,7 +18,7 @@ from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.service import DecoderService
 from hmi_engine.request import Request, Response, TextPiece
 from hmi_engine.request_queue import RequestQueue
-from hmi_engine.schedule.limits import QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits, no_limits
 from hmi_engine.schedule.statistics import SchedulerStatistics
 from hmi_engine.serving_core import EngineStatistics, ServingCore
 from hmi_engine.serving_options import EngineOptions
@@ -65,7 +65,8 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
         if latency_target is not None and not latency_target > 0:
             raise ValueError(f"latency_target is {latency_target}, must be above 0 seconds")
         self.store = store
-        limits, checked = queue_limits or QueueLimits(), EngineOptions(**options)
+        limits, limits_of = queue_limits or QueueLimits(), tenant_limits or no_limits
+        checked = EngineOptions(**options)
         self._core: ServingCore | DecoderCore
         self._queue: RequestQueue | DecoderService
         self._threads: ServingThreads | DecoderService
@@ -76,13 +77,13 @@ class AsyncEngine(AbstractAsyncContextManager["AsyncEngine"]):
                 self._core = DecoderCore(store, checked)
                 undoing.callback(self._core.close)
                 self._queue = self._threads = DecoderService(
-                    self._core, limits=limits, tenant_limits=tenant_limits
+                    self._core, limits=limits, tenant_limits=limits_of
                 )
             else:
                 self._core = ServingCore(store, checked, self._look_ahead)
                 undoing.callback(self._core.close)
                 self._queue = RequestQueue(
-                    self._core, latency_target=latency_target, limits=limits, tenant_limits=tenant_limits
+                    self._core, latency_target=latency_target, limits=limits, tenant_limits=limits_of
                 )
                 self._threads = ServingThreads(self._core, self._queue)
             undoing.pop_all()

@@ -163,8 +163,7 @@ def _batches(core: ServingCore, queue: list[AdmittedRequest]) -> list[list[int]]
 
 def _finish(core: ServingCore, responses: list[Response | None]) -> list[Response]:
     finished = [response for response in responses if response is not None]
-    core.statistics.requests += len(finished)
-    core.statistics.errors += sum(response.error is not None for response in finished)
+    core.statistics.count_answers(len(finished), sum(response.error is not None for response in finished))
     return finished
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hmi_engine.errors import EngineClosedError, HmiError, InvalidRequestError, OverloadedError
 from hmi_engine.request import Request, Response, TextPiece
 
-__all__ = ["Arrival", "Emit", "Inbox", "answer", "fail", "is_failed"]
+__all__ = ["Arrival", "Emit", "Inbox", "answer", "fail"]
 
 Emit = Callable[[TextPiece], None]
 
@@ -56,22 +56,22 @@ class Inbox:
         max_requests: int,
         num_queued: Callable[[], int],
         retry_after_seconds: Callable[[], float | None] = lambda: None,
-        on_answer: Callable[[Future[Response]], None] = lambda _: None,
+        count_answers: Callable[[int, int], None] = lambda answers, errors: None,
     ) -> None:
         """Nothing has come yet.
 
         Args:
             lock: the queue's.
             max_requests: that may wait, here and in the queue.
-            num_queued: how many wait in the queue; called with the lock held, as is the next.
+            num_queued: how many wait in the queue; called with the lock held, as are the next two.
             retry_after_seconds: when one that is refused may come again.
-            on_answer: told of each future that is answered or cancelled, before whoever drains; without the
-                lock.
+            count_answers: told how many requests are answered or cancelled, and how many of them with an
+                error, before whoever drains.
         """
         self._lock = lock
         self._max_requests = max_requests
         self._num_queued, self._retry_after_seconds = num_queued, retry_after_seconds
-        self._on_answer = on_answer
+        self._count_answers = count_answers
         self.arrived = threading.Condition(lock)
         self._answered = threading.Condition(lock)
         self._arrivals: deque[Arrival] = deque()
@@ -145,8 +145,8 @@ class Inbox:
             fail(arrival.future, error)
 
     def _note_answer(self, arrival: Arrival) -> None:
-        self._on_answer(arrival.future)
         with self._lock:
+            self._count_answers(1, _is_failed(arrival.future))
             self._open.discard(arrival)
             if not self._open:
                 self._answered.notify_all()
@@ -175,6 +175,6 @@ def fail(future: Future[Response], error: HmiError) -> None:
         future.set_exception(error)
 
 
-def is_failed(future: Future[Response]) -> bool:
+def _is_failed(future: Future[Response]) -> bool:
     """Whether who waited got an error, of a future that is done; who has gone got nothing."""
     return not future.cancelled() and (future.exception() is not None or future.result().error is not None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
-from hmi_engine.inbox import Arrival, Inbox, answer, fail, is_failed
+from hmi_engine.inbox import Arrival, Inbox, answer, fail
 from hmi_engine.memory.residency import BatchTickets
 from hmi_engine.memory.tenant_reader import digest_of
 from hmi_engine.pipeline.admission import AdmittedRequest
@@ -20,7 +20,7 @@ from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.pipeline.step import BatchItem, BatchResult
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import BatchSizer, StageCoefficients, StageCosts, StageWork
-from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
@@ -62,13 +62,13 @@ class RequestQueue:
         core: ServingCore,
         *,
         limits: QueueLimits,
-        tenant_limits: Callable[[str], TenantLimits] | None,
+        tenant_limits: Callable[[str], TenantLimits],
         latency_target: float | None,
     ) -> None:
         """Nothing waits yet; see :class:`~hmi_engine.AsyncEngine` for the arguments."""
         self._core = core
         self._scheduler = Scheduler[_Waiting](clock=time.perf_counter, queue_limits=limits)
-        self._limits_of = tenant_limits or (lambda _: NO_LIMITS)
+        self._limits_of = tenant_limits
         self._costs = {"compute": StageCosts(), "fetch": StageCosts(driven_by="bytes")}
         self._sizer = BatchSizer(
             self._costs,
@@ -82,7 +82,7 @@ class RequestQueue:
             max_requests=limits.max_queued_requests,
             num_queued=self._scheduler.__len__,
             retry_after_seconds=self._seconds_of_a_batch,
-            on_answer=self._count_answer,
+            count_answers=core.statistics.count_answers,
         )
         self._formed: deque[_Formed] = deque()
         self._fetched = Counter[Hashable]()  # weights of formed batches, by how many of their requests
@@ -304,8 +304,3 @@ class RequestQueue:
                 "the request's timeout passed while it waited; give it more time, or send fewer at a time"
             )
             answer(waiting.arrival.future, Response.failed(waiting.arrival.request, error))
-
-    def _count_answer(self, future: Future[Response]) -> None:
-        with self._lock:
-            self._core.statistics.requests += 1
-            self._core.statistics.errors += is_failed(future)

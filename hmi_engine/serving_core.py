@@ -83,6 +83,11 @@ class EngineStatistics:
     updates: dict[str, int | str | None] | None = None
     generation: dict[str, int] | None = None
 
+    def count_answers(self, answers: int, errors: int) -> None:
+        """Counts requests whose callers have their answers, and how many of those are errors."""
+        self.requests += answers
+        self.errors += errors
+
 
 class WaitingBatch(NamedTuple):
     """What an admitted request asks of a batch.

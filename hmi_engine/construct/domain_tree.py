@@ -9,8 +9,6 @@ tree before or after. The old generation's file stays, so that a repair has some
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -20,14 +18,14 @@ from torch import Tensor
 from hmi_engine.construct.build_folder import BuildFolder
 from hmi_engine.construct.counting import Progress
 from hmi_engine.construct.domain_corpus import DomainCorpus
-from hmi_engine.construct.materialise import RowSources, WindowLayersOf, build_table, compute_unigrams
+from hmi_engine.construct.domain_tables import DomainNode, DomainTables, new_domain
+from hmi_engine.construct.materialise import WindowLayersOf
 from hmi_engine.construct.table_plan import TablePlan, TableSettings, plan_table
 from hmi_engine.errors import (
     DomainCycleError,
     DomainInUseError,
     HmiError,
     StoreBusyError,
-    StoreCorruptError,
     StoreFullError,
 )
 from hmi_engine.knowledge.atomic import remove_quietly
@@ -35,26 +33,10 @@ from hmi_engine.knowledge.catalog import ROOT_DOMAIN, Catalog
 from hmi_engine.knowledge.frequencies import Frequencies
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.leftovers import remove_unused
-from hmi_engine.knowledge.plot_table import PlotTable, open_plot, write_plot
+from hmi_engine.knowledge.plot_table import PlotTable
 from hmi_engine.knowledge.records import DomainChange, DomainInfo, StoreFile
 
 __all__ = ["TreeChange"]
-
-
-@dataclass(eq=False)
-class _Node:
-    """A domain in the snapshot: as it was, as it will be, and its table as it will be.
-
-    ``held`` is the table as it was, once it has been opened; ``folder`` holds the rows of a table that is
-    built and not yet written.
-    """
-
-    before: DomainInfo | None
-    after: DomainInfo
-    table: PlotTable | None = None
-    held: PlotTable | None = None
-    is_opened: bool = False
-    folder: BuildFolder | None = None
 
 
 class TreeChange:
@@ -79,18 +61,22 @@ class TreeChange:
             batches_at_once: from so many threads layers are called, where they run on other machines.
         """
         self._catalog = catalog
-        self._layers = layers
-        self._progress = progress
-        self._pause = pause
-        self._batches_at_once = batches_at_once
         with catalog.snapshot():
             self._general = catalog.general
-            self._nodes = {info.name: _Node(info, info) for info in catalog.domains.values()}
+            self._nodes = {info.name: DomainNode(info, info) for info in catalog.domains.values()}
+        self._tables = DomainTables(
+            catalog,
+            self._general,
+            layers,
+            progress=progress,
+            pause=pause,
+            batches_at_once=batches_at_once,
+        )
         self._walked: set[str] = set()  # domains in whose tables a plan finds rows
         self._replanned: set[str] = set()
         self._written: list[str] = []
 
-    def _node(self, name: str) -> _Node:
+    def _node(self, name: str) -> DomainNode:
         """A domain of the snapshot; one that is gone or new is told from one that never was."""
         if name not in self._nodes:
             _ = self._catalog.domains[name]  # raises UnknownDomainError
@@ -113,18 +99,7 @@ class TreeChange:
             StoreBusyError: someone else has replaced it meanwhile.
             StoreCorruptError: it cannot be read.
         """
-        node = self._node(name)
-        if not node.is_opened and node.after.file is not None:
-            try:
-                node.table = open_plot(self._catalog.layout.resolve(node.after.file), self._general)
-            except StoreCorruptError as error:
-                current = self._catalog.domains.get(name)
-                if current is None or current.generation != node.after.generation:
-                    raise StoreBusyError(f"domain {name!r} was changed by someone else; try again") from error
-                raise
-            node.held = node.table
-        node.is_opened = True
-        return node.table
+        return self._tables.open(self._node(name))
 
     def above(self, parent: str | None, identity: str) -> list[PlotTable]:
         """Tables in which a child of ``parent`` with these domain layers finds rows, nearest first.
@@ -150,37 +125,9 @@ class TreeChange:
         """Builds a new domain's table; ``folder`` has the plan, and becomes the change's to close."""
         (number,) = self._catalog.reserve()
         identity = self._node(parent).after.layer_identity
-        draft = self._draft(name, number, parent, identity, settings)
-        self._nodes[name] = _Node(None, draft, is_opened=True, folder=folder)
-        self._build(self._node(name), plan, folder, sources=self.above(parent, identity))
-
-    def _draft(
-        self,
-        name: str,
-        number: int,
-        parent: str,
-        identity: str,
-        settings: TableSettings,
-    ) -> DomainInfo:
-        return DomainInfo(
-            id=number,
-            name=name,
-            parent_id=self._node(parent).after.id,
-            parent=parent,
-            generation=number,
-            file=None,
-            bytes=0,
-            sha256="",
-            rows=0,
-            unigrams=False,
-            layer_identity=identity,
-            corpus_tokens=0,
-            min_count=settings.min_count,
-            admission_count=0,
-            plot_bytes=settings.plot_bytes,
-            row_format=settings.row_format,
-            created=datetime.now(timezone.utc),
-        )
+        draft = new_domain(name, number, self._node(parent).after, settings)
+        self._nodes[name] = node = DomainNode(None, draft, is_opened=True, folder=folder)
+        self._tables.build(node, plan, folder, sources=self.above(parent, identity))
 
     def move(self, name: str, parent: str) -> None:
         """Puts a domain, with all below it, under another parent.
@@ -237,12 +184,7 @@ class TreeChange:
 
     def promotions(self, name: str) -> tuple[int, int]:
         """How many n-grams of a domain get a row by this change, and how many lose theirs."""
-        node = self._node(name)
-        if node.folder is None or node.table is None:
-            return 0, 0
-        held = torch.empty(0, dtype=torch.int64) if node.held is None else node.held.row_keys
-        kept = int(torch.isin(held, node.table.row_keys, assume_unique=True).sum())
-        return len(node.table.row_keys) - kept, len(held) - kept
+        return self._node(name).promotions()
 
     def update(
         self,
@@ -288,7 +230,7 @@ class TreeChange:
 
     def _refresh_node(
         self,
-        node: _Node,
+        node: DomainNode,
         corpus: DomainCorpus | None,
         donors: Sequence[PlotTable],
         *,
@@ -323,59 +265,9 @@ class TreeChange:
         if node.folder.load(plan.fingerprint()) is None:
             node.folder.save(plan, plan.fingerprint())
         usable = [other for other in donors if other.metadata.layer_identity == identity]
-        self._build(node, plan, node.folder, sources=[*usable, *above])
+        self._tables.build(node, plan, node.folder, sources=[*usable, *above])
 
-    def _build(
-        self, node: _Node, plan: TablePlan, folder: BuildFolder, *, sources: Sequence[PlotTable]
-    ) -> None:
-        """Builds a node's next table; its rows stay in the folder until the change is committed."""
-        table, identity = node.table, node.after.layer_identity
-        is_same = table is not None and table.metadata.layer_identity == identity
-        unigrams = table.unigrams if table is not None and is_same else None
-        needs_unigrams = node.after.layers is not None or node.after.parent is None
-        if needs_unigrams and unigrams is None and self._general.plot_layers:
-            unigrams = compute_unigrams(self._windows(identity), self._general, progress=self._progress)
-        rows = RowSources(
-            windows=self._windows(identity),
-            tables=sources,
-            codebooks=table.codebooks if table is not None and is_same else None,
-            pause=self._pause,
-            batches_at_once=self._batches_at_once,
-        )
-        node.table = build_table(
-            plan, rows, folder, unigrams=unigrams if needs_unigrams else None, progress=self._progress
-        )
-        node.is_opened = True
-        node.after = node.after.model_copy(update={"card": node.after.card | plan.statistics})
-
-    def _windows(self, identity: str) -> Callable[[Tensor], Tensor]:
-        # Looked up when it is first called: with K = 0 there are no domain layers, and no rows.
-        def run(tokens: Tensor) -> Tensor:
-            return self._layers(identity)(tokens)
-
-        return run
-
-    def _write(self, node: _Node, table: PlotTable) -> None:
-        """Writes a built table as the node's new generation."""
-        (number,) = self._catalog.reserve()
-        path = self._catalog.layout.resolve(self._catalog.layout.plot_file(node.after.id, number))
-        sha256 = write_plot(path, table)
-        before = node.before
-        node.after = node.after.model_copy(
-            update={
-                "generation": number,
-                "file": self._catalog.layout.plot_file(node.after.id, number),
-                "bytes": path.stat().st_size,
-                "sha256": sha256,
-                "rows": len(table.row_keys),
-                "unigrams": table.unigrams is not None,
-                "corpus_tokens": table.metadata.corpus_tokens,
-                "admission_count": table.metadata.admission_count,
-                "previous": before.plot_file() if before is not None else None,
-            }
-        )
-
-    def _subtree(self, name: str) -> Iterator[_Node]:
+    def _subtree(self, name: str) -> Iterator[DomainNode]:
         """The domain and all below it, each after its parent."""
         node = self._node(name)
         yield node
@@ -402,8 +294,7 @@ class TreeChange:
         with self._catalog.change_lock:
             try:
                 for node in built:
-                    if node.table is not None:
-                        self._write(node, node.table)
+                    self._tables.write(node)
                 self._catalog.commit_domains(
                     self._changes(),
                     unchanged=self._before(self._walked | self._replanned),

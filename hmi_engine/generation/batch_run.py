@@ -33,8 +33,9 @@ def run_requests(core: DecoderCore, requests: Sequence[Request]) -> list[Respons
         finally:
             _fail_rest(core)
             answered = [response for response in responses if response is not None]
-            core.statistics.requests += len(answered)
-            core.statistics.errors += sum(response.error is not None for response in answered)
+            core.statistics.count_answers(
+                len(answered), sum(response.error is not None for response in answered)
+            )
         core.rest()
     return answered
 

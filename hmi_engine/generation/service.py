@@ -12,11 +12,11 @@ from functools import partial
 from hmi_engine.errors import DeadlineExceededError, EngineClosedError, HmiError, OverloadedError
 from hmi_engine.generation.core import DecoderCore
 from hmi_engine.generation.sequence import DecoderSequence
-from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail, is_failed
+from hmi_engine.inbox import Arrival, Emit, Inbox, answer, fail
 from hmi_engine.pipeline.faults import as_fault
 from hmi_engine.request import Request, Response
 from hmi_engine.schedule.cost_model import StageCoefficients
-from hmi_engine.schedule.limits import NO_LIMITS, QueueLimits, TenantLimits
+from hmi_engine.schedule.limits import QueueLimits, TenantLimits
 from hmi_engine.schedule.queued_request import QueuedRequest, RequestState
 from hmi_engine.schedule.scheduler import Scheduler
 from hmi_engine.schedule.statistics import SchedulerStatistics
@@ -42,20 +42,20 @@ class DecoderService:
         core: DecoderCore,
         *,
         limits: QueueLimits,
-        tenant_limits: Callable[[str], TenantLimits] | None,
+        tenant_limits: Callable[[str], TenantLimits],
     ) -> None:
         """Starts the thread."""
         self._core = core
         self._scheduler = Scheduler[tuple[Arrival, DecoderSequence]](
             clock=time.perf_counter, queue_limits=limits
         )
-        self._limits_of = tenant_limits or (lambda _: NO_LIMITS)
+        self._limits_of = tenant_limits
         self._lock = threading.Lock()
         self._inbox = Inbox(
             self._lock,
             max_requests=limits.max_queued_requests,
             num_queued=self._scheduler.__len__,
-            on_answer=self._count_answer,
+            count_answers=core.statistics.count_answers,
         )
         self._queued: dict[Arrival, QueuedRequest[tuple[Arrival, DecoderSequence]]] = {}
         self._stopping = self._stopped = False
@@ -215,11 +215,6 @@ class DecoderService:
                 self._scheduler.finish([queued])
         if future.cancelled() and is_waiting:
             self._core.release(sequence)
-
-    def _count_answer(self, future: Future[Response]) -> None:
-        with self._lock:
-            self._core.statistics.requests += 1
-            self._core.statistics.errors += is_failed(future)
 
     def _abandon(self) -> None:
         error = EngineClosedError(self._reason)

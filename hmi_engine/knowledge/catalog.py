@@ -17,9 +17,6 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from hmi_engine.errors import (
-    DomainCycleError,
-    DomainExistsError,
-    DomainInUseError,
     GeneralChangedError,
     GeneralInUseError,
     ReadOnlyStoreError,
@@ -31,19 +28,25 @@ from hmi_engine.errors import (
 )
 from hmi_engine.knowledge.catalog_rows import (
     check_newer,
-    domain_state,
     has_domain,
     has_name,
     insert_domain,
     insert_tenant,
     insert_traffic,
-    other_domains_below,
     replace_domain,
     replace_general,
     write_general,
 )
 from hmi_engine.knowledge.catalog_views import DomainView, TenantView
 from hmi_engine.knowledge.database import Database, create_database
+from hmi_engine.knowledge.domain_checks import (
+    check_nothing_else_below,
+    check_parent,
+    check_place,
+    check_removable,
+    check_unchanged,
+    check_unused_name,
+)
 from hmi_engine.knowledge.general import GeneralInfo
 from hmi_engine.knowledge.inheritance import inheritance_chain
 from hmi_engine.knowledge.layout import StoreLayout
@@ -280,20 +283,17 @@ class Catalog:
                 if change.before is None:
                     self._insert_domain(connection, change.after)
                     continue
-                self._check_unchanged(change.before)
+                check_unchanged(self.domains, change.before)
                 if change.after.parent_id is not None:
-                    self._check_parent(connection, change.after)
+                    check_parent(connection, change.after)
                 replace_domain(connection, change.after)
             for change in changes:
-                self._check_place(change.after)
+                check_place(self.domains, change.after)
             changed = {change.after.name for change in changes}
             for info in unchanged:
                 if info.name not in changed and info.name in self.domains:
-                    self._check_unchanged(info)
-            if others := other_domains_below(connection, [info.id for info in replanned]):
-                raise StoreBusyError(
-                    f"domain {others[0]!r} was put below by someone else meanwhile; try again"
-                )
+                    check_unchanged(self.domains, info)
+            check_nothing_else_below(connection, replanned)
             connection.executemany("DELETE FROM traffic WHERE id = ?", [(id,) for id in taken_traffic])
 
     def check_no_tenants(self) -> None:
@@ -305,41 +305,10 @@ class Catalog:
                 "or give one domain its own layers (--domain)"
             )
 
-    def _check_unchanged(self, planned_from: DomainInfo) -> None:
-        current = self.domains.get(planned_from.name)
-        if current is None or domain_state(current) != domain_state(planned_from):
-            raise StoreBusyError(
-                f"domain {planned_from.name!r} was changed by someone else meanwhile; try again"
-            )
-
-    def _check_place(self, domain: DomainInfo) -> None:
-        """Raise where a domain is below itself, or has neither its own domain layers nor its parent's."""
-        above = domain
-        for _ in range(len(self.domains) + 1):
-            if above.parent is None:
-                break
-            above = self.domains[above.parent]
-        else:
-            raise DomainCycleError(f"domain {domain.name!r} would be below itself")
-        if domain.parent and domain.layers is None:
-            parent = self.domains[domain.parent]
-            if parent.layer_identity != domain.layer_identity:
-                raise StoreBusyError(f"domain {parent.name!r} got other domain layers meanwhile; try again")
-
     def _insert_domain(self, connection: sqlite3.Connection, domain: DomainInfo) -> None:
-        check_name(domain.name, "domain")
-        if has_name(connection, "domains", domain.name):
-            raise DomainExistsError(
-                f"domain {domain.name!r} is in {self.layout.root} already; update it instead"
-            )
-        self._check_parent(connection, domain)
+        check_unused_name(connection, domain.name, self.layout.root)
+        check_parent(connection, domain)
         insert_domain(connection, domain)
-
-    def _check_parent(self, connection: sqlite3.Connection, domain: DomainInfo) -> None:
-        if domain.parent_id is None or not has_domain(connection, domain.parent_id):
-            raise UnknownDomainError(
-                f"the parent of domain {domain.name!r}, {domain.parent!r}, is not in the store"
-            )
 
     def add_traffic(self, traffic: TrafficInfo) -> None:
         """Note a file of a domain's traffic; raises :class:`UnknownDomainError` if the domain is gone."""
@@ -368,20 +337,7 @@ class Catalog:
         """
         with self._database.transaction() as connection:
             domain = self.domains[name]
-            (tenants,) = connection.execute(
-                "SELECT count(*) FROM tenants WHERE domain_id = ?", (domain.id,)
-            ).fetchone()
-            (children,) = connection.execute(
-                "SELECT count(*) FROM domains WHERE parent_id = ?", (domain.id,)
-            ).fetchone()
-            if domain.parent_id is None:
-                raise DomainInUseError(
-                    f"domain {name!r} is the root of the tree and stays as long as the store"
-                )
-            if tenants or children:
-                raise DomainInUseError(
-                    f"domain {name!r} still has {tenants} tenants and {children} children; remove them first"
-                )
+            check_removable(connection, domain)
             connection.execute("DELETE FROM domains WHERE id = ?", (domain.id,))
         return domain
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hmi_engine.lazy_heap import LazyHeap
 
-__all__ = ["NO_LIMITS", "QueueLimits", "RateLimiter", "TenantLimits"]
+__all__ = ["NO_LIMITS", "QueueLimits", "RateLimiter", "TenantLimits", "no_limits"]
 
 _ROUNDING = 1e-9  # of a bucket: what its level may lack by rounding alone
 
@@ -151,3 +151,8 @@ def _check_positive(name: str, value: float) -> None:
 
 
 NO_LIMITS = TenantLimits()
+
+
+def no_limits(tenant: str) -> TenantLimits:
+    """The limits of any tenant where the operator sets none."""
+    return NO_LIMITS
