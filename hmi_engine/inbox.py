@@ -6,7 +6,7 @@ import math
 import numbers
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -46,7 +46,8 @@ class Arrival:
 class Inbox:
     """Takes requests from any thread until it refuses, and knows when all that it took are answered.
 
-    It shares its queue's lock, so that what waits here and there is counted together.
+    It shares its queue's lock, so that what waits here and there is counted together. Tenants take turns
+    here too: whoever sends thousands at once would otherwise keep others from the fair queue behind.
     """
 
     def __init__(
@@ -74,13 +75,14 @@ class Inbox:
         self._count_answers = count_answers
         self.arrived = threading.Condition(lock)
         self._answered = threading.Condition(lock)
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals = OrderedDict[str | None, deque[Arrival]]()  # by tenant, whose turn is next first
+        self._num_arrivals = 0
         self._open: set[Arrival] = set()  # all that came and are not answered, wherever they are
         self._is_refusing = False
 
     def __len__(self) -> int:
         """How many wait here."""
-        return len(self._arrivals)
+        return self._num_arrivals
 
     def put(
         self, request: Request, *, priority: int, timeout: float | None, emit: Emit | None = None
@@ -100,22 +102,31 @@ class Inbox:
         arrival = Arrival(request, Future(), now, priority, _deadline(now, timeout), emit)
         with self._lock:
             self._check_open()
-            if len(self._arrivals) + self._num_queued() >= self._max_requests:
+            if self._num_arrivals + self._num_queued() >= self._max_requests:
                 raise OverloadedError(
                     f"{self._max_requests} requests wait already; send this one again later, or give the "
                     "engine larger queue_limits",
                     retry_after_seconds=self._retry_after_seconds(),
                 )
             self._open.add(arrival)
-            self._arrivals.append(arrival)
+            # What is no name is told so by the thread that admits, and may be no key.
+            tenant = request.tenant if isinstance(request.tenant, str) else None
+            self._arrivals.setdefault(tenant, deque()).append(arrival)
+            self._num_arrivals += 1
             self.arrived.notify()
         arrival.future.add_done_callback(lambda _: self._note_answer(arrival))
         return arrival.future
 
     def take(self, most: int | None = None) -> list[Arrival]:
-        """What has come, the oldest first, at most so many; with the lock held."""
-        count = len(self._arrivals) if most is None else min(most, len(self._arrivals))
-        return [self._arrivals.popleft() for _ in range(count)]
+        """What has come, the oldest of each tenant in turn, at most so many; with the lock held."""
+        taken: list[Arrival] = []
+        while self._arrivals and (most is None or len(taken) < most):
+            tenant, arrivals = self._arrivals.popitem(last=False)
+            taken.append(arrivals.popleft())
+            if arrivals:
+                self._arrivals[tenant] = arrivals
+        self._num_arrivals -= len(taken)
+        return taken
 
     def check_open(self) -> None:
         """Raises EngineClosedError where requests are not taken any more."""
@@ -140,6 +151,7 @@ class Inbox:
         with self._lock:
             self._is_refusing = True
             self._arrivals.clear()
+            self._num_arrivals = 0
             left = [arrival for arrival in self._open if not arrival.future.done()]
         for arrival in left:
             fail(arrival.future, error)
