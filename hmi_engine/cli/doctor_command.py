@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 import hmi_kernels
-from hmi_engine.cli.output import AsJson, console, print_json
+from hmi_engine.cli.output import AsJson, cell, console, print_json
 from hmi_engine.demo.environment import PACKAGES, installed_versions
 from hmi_engine.memory.device_choice import cuda_reason
 from hmi_engine.models.linear import has_bfloat16_products, has_packed_matmul
@@ -25,7 +25,8 @@ def doctor(as_json: AsJson = False) -> None:
     for title, rows in report.items():
         table = Table(title=title, show_header=False, title_justify="left", min_width=60)
         for name, value in rows.items():
-            table.add_row(name, value if isinstance(value, str) else ", ".join(map(str, _as_list(value))))
+            shown = value if isinstance(value, str) else ", ".join(map(str, _as_list(value)))
+            table.add_row(name, cell(shown))
         console.print(table)
 
 

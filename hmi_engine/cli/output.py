@@ -20,14 +20,17 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from hmi_engine.errors import HmiError
 from hmi_engine.knowledge.corpus_report import CorpusReport
+from hmi_engine.printable import printable
 
 __all__ = [
     "AsJson",
     "ProgressReport",
     "StorePath",
+    "cell",
     "checked_choice",
     "console",
     "fail",
@@ -76,8 +79,13 @@ def print_json_list(values: Iterable[Any]) -> None:
 
 
 def say(message: str) -> None:
-    """One line on standard output, as it is."""
-    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    """One line on standard output; what a terminal would obey is written out."""
+    console.print(printable(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def cell(text: str) -> Text:
+    """A cell of a table: the text as it is, without markup, and what a terminal would obey written out."""
+    return Text(printable(text))
 
 
 def checked_choice(value: str, choices: Sequence[Choice], option: str) -> Choice:
@@ -93,8 +101,8 @@ def checked_choice(value: str, choices: Sequence[Choice], option: str) -> Choice
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
-    _messages.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    """One line on standard error, as :func:`say` prints it."""
+    _messages.print(printable(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def warn_of_reading(report: CorpusReport, whose: str = "") -> None:
@@ -109,7 +117,7 @@ def warn_of_reading(report: CorpusReport, whose: str = "") -> None:
 
 def fail(error: HmiError) -> NoReturn:
     """Says on one line of standard error what was wrong, and exits with 2."""
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     _messages.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(2)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast
 import typer
 from rich.table import Table
 
-from hmi_engine.cli.output import AsJson, StorePath, console, print_json, progress_bars, say
+from hmi_engine.cli.output import AsJson, StorePath, cell, console, print_json, progress_bars, say
 from hmi_engine.demo.base_model import packaged_distillation, packaged_model
 from hmi_engine.knowledge.sizes import format_bytes
 from hmi_engine.knowledge.verification import Problem
@@ -127,7 +127,7 @@ def verify(
         print_json(findings | {"bytes": total})
     else:
         for done in repaired:
-            console.print(done.message, markup=False, highlight=False, soft_wrap=True)
+            say(done.message)
         _print_problems(store, left, total)
     if left:
         raise typer.Exit(1)
@@ -145,10 +145,10 @@ def gc(store: StorePath, as_json: AsJson = False) -> None:
 
 def _print_problems(store: Path, problems: Sequence[Problem], total: int) -> None:
     if not problems:
-        console.print(f"{store}: sound, {format_bytes(total)}", markup=False, highlight=False)
+        say(f"{store}: sound, {format_bytes(total)}")
         return
     table = Table("problem", "file", "what to do")
     for problem in problems:
         advice = f"hmi verify {store} --repair" if problem.repairable else "see the message"
-        table.add_row(problem.kind, problem.message, advice)
+        table.add_row(problem.kind, cell(problem.message), cell(advice))
     console.print(table)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, deserialize
 
 from hmi_engine.errors import InvalidAdapterError
+from hmi_engine.printable import printable
 
 __all__ = ["CONFIG_FILE", "FolderFormat", "TensorFile", "detect_format", "read_object", "read_tensors"]
 
@@ -121,7 +122,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # half a surrogate, 1e999
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapterError(f"{path}: unreadable: {error!s:.200}") from error
+        raise InvalidAdapterError(f"{path}: unreadable: {_told(error)}") from error
     if not isinstance(value, dict):
         raise InvalidAdapterError(f"{path}: holds a {type(value).__name__}, expected an object of settings")
     return value
@@ -157,11 +158,16 @@ def read_tensors(path: Path, *, pickled_name: str, way_out: str) -> TensorFile:
         tensors: dict[str, dict[str, Any]] = dict(deserialize(content))  # type: ignore[no-untyped-call]
         header = json.loads(content[_HEADER_LENGTH_BYTES:][:header_bytes])
     except (SafetensorError, ValueError, RecursionError, OverflowError) as error:
-        raise InvalidAdapterError(f"{path}: unreadable: {error!s:.200}") from error
+        raise InvalidAdapterError(f"{path}: unreadable: {_told(error)}") from error
     for name in tensors:
         if not name.isprintable():
             raise InvalidAdapterError(f"{path}: the name of tensor {name!r:.80} is no text")
     return TensorFile(path, tensors, header.get("__metadata__") or {})
+
+
+def _told(error: Exception) -> str:
+    """What a library says of the file, which it may quote: short, and on one line."""
+    return printable(str(error)[:200].replace("\n", " "))
 
 
 def _read_file(path: Path, limit: int) -> bytes:

@@ -123,6 +123,17 @@ def test_verify_finds_and_repairs(made):
     assert not orphan.exists()
 
 
+def test_a_file_decides_nothing_of_what_the_terminal_shows(made, tmp_path):
+    orphan = made / "tenants" / "aa" / "[/bold]\x1b[2J999.safetensors"
+    orphan.parent.mkdir(parents=True, exist_ok=True)
+    orphan.write_bytes(b"left by a crash")
+    for found in (hmi("verify", made), hmi("verify", made, "--repair")):
+        assert "[/bold]" in found.stdout and "\x1b[2J" not in found.stdout
+    assert not orphan.exists()
+    failed = hmi("domain", "add", made, "more", "--corpus", tmp_path / "\x1b[2J")
+    assert failed.returncode == 2 and r"\x1b[2J" in failed.stderr and "\x1b[2J" not in failed.stderr
+
+
 def test_remove(made, tiny_bert):
     assert hmi("domain", "remove", made, "words").returncode == 2, "it has a tenant"
     trained = made.parent / "train.jsonl"

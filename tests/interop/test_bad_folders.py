@@ -232,6 +232,13 @@ def test_a_header_of_a_hundred_megabytes_is_not_read(sound, bad_store, tmp_path)
     assert "has at most" in str(try_import(bad_store, folder))
 
 
+def test_what_a_library_quotes_of_the_file_is_written_out(sound, bad_store, tmp_path):
+    folder = copy_folder(sound["seq_bn_reductions"], tmp_path / "folder")
+    header = json.dumps({"a": {"dtype": "F\0\x1b[2J\n32", "shape": [], "data_offsets": [0, 4]}}).encode()
+    (folder / "adapter.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert r"F\x00\x1b[2J 32" in str(try_import(bad_store, folder))
+
+
 NO_FILES = (
     Path.mkdir,
     os.mkfifo,
