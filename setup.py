@@ -241,6 +241,29 @@ def as_target(path: object) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def translation_units(cxx: str, with_cuda: bool, folder: Path) -> list[tuple[Path, list[str]]]:
+    """What is compiled, each with flags of its own; writes the files that join the bindings.
+
+    Most of the time of a file of bindings goes into pybind11's headers: two that include all the others take
+    a third of it. Two, as those of the CUDA kernels have functions of the same names.
+    """
+    skipped = set() if targets_x86(cxx) else set(SIMD_FLAGS)
+    compiled = [
+        source
+        for source in [*sources(".cpp"), *sources(".cu")]
+        if source not in skipped and (with_cuda or not needs_cuda(source))
+    ]
+    bindings = [source for source in compiled if source.startswith("csrc/bindings/")]
+    units = [(ROOT / source, SIMD_FLAGS.get(source, [])) for source in compiled if source not in bindings]
+    for name, of_cuda in (("bindings.cpp", False), ("bindings_cuda.cpp", True)):
+        if joined := [source for source in bindings if needs_cuda(source) == of_cuda]:
+            text = "".join(f'#include "{source}"\n' for source in joined)
+            if not (folder / name).exists() or (folder / name).read_text() != text:
+                (folder / name).write_text(text)
+            units.append((folder / name, [f"-I{in_command(ROOT)}"]))
+    return units
+
+
 def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
     """The text of build.ninja: header-aware through depfiles, every SIMD level with flags of its own."""
     # -isystem: their warnings are not ours.
@@ -267,15 +290,13 @@ def ninja_file(cxx: str, with_cuda: bool, module: Path, folder: Path) -> str:
         "rule link",
         f"  command = {linker} -shared $in -o $out -ldl",
     ]
-    skipped = set() if targets_x86(cxx) else set(SIMD_FLAGS)
     objects = []
-    for source in [*sources(".cpp"), *sources(".cu")]:
-        if source in skipped or (needs_cuda(source) and not with_cuda):
-            continue
-        rule = "nvcc" if source.endswith(".cu") else "cxx"
-        objects.append(as_target(folder / f"{source.replace('/', '_')}.o"))
-        lines.append(f"build {objects[-1]}: {rule} {as_target(ROOT / source)}")
-        lines.append(f"  file_flags = {' '.join(SIMD_FLAGS.get(source, []))}")
+    for source, file_flags in translation_units(cxx, with_cuda, folder):
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        place = source.relative_to(ROOT) if source.is_relative_to(ROOT / "csrc") else Path(source.name)
+        objects.append(as_target(folder / f"{'_'.join(place.parts)}.o"))
+        lines.append(f"build {objects[-1]}: {rule} {as_target(source)}")
+        lines.append(f"  file_flags = {' '.join(file_flags)}")
     return "\n".join([*lines, f"build {as_target(module)}: link {' '.join(objects)}", ""])
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from hmi_engine import __version__
 from hmi_engine.cli import (
     demo_command,
     distill_command,
@@ -15,18 +17,35 @@ from hmi_engine.cli import (
     store_commands,
     tenant_commands,
 )
-from hmi_engine.cli.output import fail
+from hmi_engine.cli.output import fail, say
 from hmi_engine.errors import HmiError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="hmi",
-    help="Serve thousands of fine-tuned transformer models from one machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        say(f"hmi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Serve thousands of fine-tuned transformer models from one machine."""
+
+
 app.command("demo")(demo_command.demo)
 app.command("init")(store_commands.init)
 app.command("distill")(distill_command.distill)

@@ -102,6 +102,11 @@ def test_exact_mode_runs(made):
     assert done.returncode == 0 and "scores" in json.loads(done.stdout)
 
 
+def test_version():
+    shown = hmi("--version")
+    assert shown.returncode == 0 and shown.stdout == f"hmi {importlib.metadata.version('hmi')}\n"
+
+
 def test_lists_and_verify(made):
     tenants = json.loads(hmi("tenant", "list", made, "--json").stdout)
     assert [tenant["name"] for tenant in tenants] == ["acme/cells"]

@@ -89,7 +89,7 @@ def test_what_enters_late_is_what_the_definition_says(
             assert shared_tokens(engine) > 20
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(
     asked=st.lists(
         st.tuples(

@@ -142,6 +142,30 @@ def test_nvcc_is_given_the_compiler_without_its_launcher(
     assert f"-isystem {shlex.quote(str(toolkit / 'targets/x86_64-linux/include'))}" in text
 
 
+@pytest.mark.parametrize("with_cuda", [False, True])
+def test_every_source_is_compiled_once_and_again_only_when_it_changed(
+    build: ModuleType, tmp_path: Path, with_cuda: bool
+) -> None:
+    units = build.translation_units("g++", with_cuda, tmp_path)
+    joined = [source for source, _ in units if source.parent == tmp_path]
+    included = [
+        build.ROOT / line.removeprefix('#include "').removesuffix('"')
+        for source in joined
+        for line in source.read_text().splitlines()
+    ]
+    compiled = [source for source, _ in units if source not in joined] + included
+    csrc = build.ROOT / "csrc"
+    expected = [*csrc.rglob("*.cpp"), *(csrc.rglob("*.cu") if with_cuda else [])]
+    if not with_cuda:
+        of_cuda = [csrc / "cuda", csrc / "bindings" / "cuda"]
+        expected = [each for each in expected if not str(each).startswith(tuple(map(str, of_cuda)))]
+    left_out = set() if build.targets_x86("g++") else {build.ROOT / source for source in build.SIMD_FLAGS}
+    assert sorted(compiled) == sorted(set(expected) - left_out)
+    times = [source.stat().st_mtime_ns for source in joined]
+    build.translation_units("g++", with_cuda, tmp_path)
+    assert [source.stat().st_mtime_ns for source in joined] == times
+
+
 def test_a_command_that_names_no_compiler_is_none_for_nvcc(build: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"let it be the last word but for options.*or set HMI_BUILD_CUDA=0"):
         build.host_compiler("g++ --sysroot /nowhere/at/all")
