@@ -37,6 +37,7 @@ def test_all_peers_count_what_counter_counts() -> None:
     duckdb.close()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_tells_its_memory(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text("the cell\nthe gene\n")

@@ -103,44 +103,60 @@ def test_every_system_finds_what_a_dictionary_of_windows_holds(window: int) -> N
     assert {ratio.faster for ratio in case.ratios} == {lookup.OURS}
 
 
-def test_a_sparse_table_is_a_plot_file_that_processes_share(tmp_path: Path) -> None:
-    keys = opening.made_up_keys(
-        4096, 30522, hmi_kernels.ngram_keys(torch.tensor([[1, 2]], dtype=torch.int32))
-    )
-    metadata = PlotMetadata(
-        family="bert",
-        window=2,
-        plot_layers=1,
-        hidden_size=32,
-        placeholder_token_id=103,
-        vocab_size=30522,
-        row_dtype="float16",
-        row_format="float16",
-        layer_identity="made up",
-        corpus_tokens=1,
-        min_count=1,
-        admission_count=1,
-    )
-    path = tmp_path / "sparse.plot"
-    opening.write_sparse_table(path, keys, metadata)
-    table = open_plot(path)
-    assert table.metadata == metadata
-    assert torch.equal(table.row_keys, keys)
-    assert torch.equal(table.index, hmi_kernels.plot_index_build(keys))
+SPARSE_METADATA = PlotMetadata(
+    family="bert",
+    window=2,
+    plot_layers=1,
+    hidden_size=32,
+    placeholder_token_id=103,
+    vocab_size=30522,
+    row_dtype="float16",
+    row_format="float16",
+    layer_identity="made up",
+    corpus_tokens=1,
+    min_count=1,
+    admission_count=1,
+)
+
+
+@pytest.fixture(scope="module")
+def sparse_keys() -> torch.Tensor:
+    real_keys = hmi_kernels.ngram_keys(torch.tensor([[1, 2]], dtype=torch.int32))
+    return opening.made_up_keys(4096, 30522, real_keys)
+
+
+@pytest.fixture(scope="module")
+def sparse_table(sparse_keys: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "sparse.plot"
+    opening.write_sparse_table(path, sparse_keys, SPARSE_METADATA)
+    return path
+
+
+def test_a_sparse_table_is_a_plot_file(sparse_keys: torch.Tensor, sparse_table: Path) -> None:
+    table = open_plot(sparse_table)
+    assert table.metadata == SPARSE_METADATA
+    assert torch.equal(table.row_keys, sparse_keys)
+    assert torch.equal(table.index, hmi_kernels.plot_index_build(sparse_keys))
     assert not table.rows.any()
-    with safe_open(path, "pt") as file:
-        assert file.get_slice("rows").get_shape() == [len(keys), 2, 32]
-    case = opening.opening_case(path, keys, 2)
-    assert case.settings == {"rows": len(keys), "file_bytes": path.stat().st_size}
-    if sys.platform == "linux":
-        figures = [quantity.value for quantity in opening.sharing_quantities(path)]
-        first, untouched, resident, proportional, private = figures
-        assert first > 0
-        # KiB: the index has been looked through, and the rows have not.
-        assert table.index.nbytes / 1024 <= untouched < (table.index.nbytes + table.rows.nbytes) / 1024
-        assert resident >= table.index.nbytes / 2**20
-        assert proportional <= resident
-        assert private == 0
+    with safe_open(sparse_table, "pt") as file:
+        assert file.get_slice("rows").get_shape() == [len(sparse_keys), 2, 32]
+    case = opening.opening_case(sparse_table, sparse_keys, 2)
+    assert case.settings == {"rows": len(sparse_keys), "file_bytes": sparse_table.stat().st_size}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_processes_share_a_table(sparse_table: Path) -> None:
+    """Each of them imports torch, which takes most of the time."""
+    table = open_plot(sparse_table)
+    figures = [quantity.value for quantity in opening.sharing_quantities(sparse_table)]
+    first, untouched, resident, proportional, private = figures
+    assert first > 0
+    # KiB: the index has been looked through, and the rows have not.
+    assert table.index.nbytes / 1024 <= untouched < (table.index.nbytes + table.rows.nbytes) / 1024
+    assert resident >= table.index.nbytes / 2**20
+    assert proportional <= resident
+    assert private == 0
 
 
 def test_hit_curves_count_like_counter() -> None:

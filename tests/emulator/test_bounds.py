@@ -21,6 +21,7 @@ print("finished")
 
 
 def run_case(kernel, parameter):
+    """In the variant that only slow tests use: it takes minutes to compile."""
     size = 128 if kernel == "zero_fill" else 32
     code = SANITIZED.format(kernel=kernel, parameter=parameter, size=size)
     return run_sanitized(code, program=EMULATOR_TESTS)
@@ -38,6 +39,7 @@ def test_the_sanitizer_sees_the_ends_of_global_memory(kernel, parameter):
         assert "kernels/bounds.cu" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "parameter", "message"),
     [
@@ -52,6 +54,7 @@ def test_the_sanitizer_sees_the_ends_of_shared_memory_and_of_copies(kernel, para
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.slow
 def test_barriers_and_copies_under_the_sanitizer():
     """Fibers must be told to it: false alarms otherwise."""
     result = run_case("zero_fill", 7)
