@@ -258,6 +258,13 @@ def _main_methods() -> tuple[Method, ...]:
     # What a table finds of a text: of all sets' text above, of less and less text here.
     methods += [replace(_WIDEST, table=table) for table in ("own", "half", "quarter")]
     methods += [looked_up(plot_layers, is_distilled=False) for plot_layers in (3, 2, 4)]
+    # What less of an adapter costs: a quarter of the bytes, and the two smallest, the default among them.
+    small = replace(_WIDEST, rank=16, all_linear=False, dropout=0.0)
+    methods += [
+        replace(_WIDEST, rank=16, candidates=(LORA_RATES[0], LORA_RATES[0] / 2)),
+        replace(small, candidates=LORA_RATES),
+        replace(small, kind="bottleneck", candidates=(5e-3,)),
+    ]
     return tuple(methods)
 
 
