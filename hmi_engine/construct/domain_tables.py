@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import torch
 from torch import Tensor
@@ -53,24 +52,16 @@ class DomainNode:
 
 def new_domain(name: str, number: int, parent: DomainInfo, settings: TableSettings) -> DomainInfo:
     """A domain below ``parent`` that has no table yet; ``number`` is its id and its generation."""
-    return DomainInfo(
+    return DomainInfo.without_table(
         id=number,
         name=name,
         parent_id=parent.id,
         parent=parent.name,
         generation=number,
-        file=None,
-        bytes=0,
-        sha256="",
-        rows=0,
-        unigrams=False,
         layer_identity=parent.layer_identity,
-        corpus_tokens=0,
         min_count=settings.min_count,
-        admission_count=0,
         plot_bytes=settings.plot_bytes,
         row_format=settings.row_format,
-        created=datetime.now(timezone.utc),
     )
 
 

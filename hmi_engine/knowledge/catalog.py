@@ -10,7 +10,6 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -101,24 +100,16 @@ class Catalog:
             raise StoreExistsError(f"{layout.root} is a store already; open it, or choose another folder")
         general.check_supported()
         files = _describe_files(layout.general_folder(general.folder))
-        root = DomainInfo(
+        root = DomainInfo.without_table(
             id=1,
             name=ROOT_DOMAIN,
             parent_id=None,
             parent=None,
             generation=0,
-            file=None,
-            bytes=0,
-            sha256="",
-            rows=0,
-            unigrams=False,
             layer_identity=general.domain_layers,
-            corpus_tokens=0,
             min_count=0,
-            admission_count=0,
             plot_bytes=0,
             row_format=general.row_dtype,
-            created=datetime.now(timezone.utc),
         )
 
         def fill(connection: sqlite3.Connection) -> None:

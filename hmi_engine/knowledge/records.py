@@ -1,6 +1,6 @@
 """What the catalog knows of a domain, a tenant and a file of the general knowledge."""
 
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -78,6 +78,41 @@ class DomainInfo(_Info):
     row_format: RowFormat = "float16"
     layers: StoreFile | None = None
     previous: PlotFile | None = None
+
+    @classmethod
+    def without_table(
+        cls,
+        *,
+        id: int,
+        name: str,
+        parent_id: int | None,
+        parent: str | None,
+        generation: int,
+        layer_identity: str,
+        min_count: int,
+        plot_bytes: int,
+        row_format: RowFormat,
+    ) -> "DomainInfo":
+        """Return a domain made now, with no file and no rows yet."""
+        return cls(
+            id=id,
+            name=name,
+            parent_id=parent_id,
+            parent=parent,
+            generation=generation,
+            file=None,
+            bytes=0,
+            sha256="",
+            rows=0,
+            unigrams=False,
+            layer_identity=layer_identity,
+            corpus_tokens=0,
+            min_count=min_count,
+            admission_count=0,
+            plot_bytes=plot_bytes,
+            row_format=row_format,
+            created=datetime.now(timezone.utc),
+        )
 
     def plot_file(self) -> PlotFile | None:
         """Return what is known of the current table, None where there is none."""
